@@ -1,0 +1,59 @@
+"""What a result needs beside its numbers, so that others can repeat it."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safetensors", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Commit, command, machine, versions and date of a run."""
+    return {
+        "commit": _commit(),
+        "command": " ".join([Path(sys.executable).name, "-m", _module(), *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
+            "cores": os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "system": platform.platform(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{item.name: item.version for item in metadata.distributions()
+               if item.name in _PACKAGES},
+        },
+    }  # fmt: skip
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).stem
+
+
+def _commit() -> str:
+    """The commit that is checked out, marked where the files differ from it."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--verify", "HEAD")
+    if not commit:
+        return "none"
+    return f"{commit} with changes" if git("status", "--porcelain") else commit
+
+
+def _field(path: str, name: str) -> str:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")

@@ -1,0 +1,194 @@
+"""The conversion itself: read one kind of checkpoint piece by piece, write the other."""
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from convert.directory import check_space, whole_directory
+from convert.safetensors_writer import write_tensors
+from vlcache_jax.checkpoint import (
+    CONFIG_PATTERNS,
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    Checkpoint,
+    Progress,
+    open_checkpoint,
+    piece_directory,
+    quiet_orbax,
+    resolve,
+)
+from vlcache_jax.weights import piece_of, split, tensors_of
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    to_hf: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert a model directory of either kind.
+
+    The target appears when it is complete. Weights keep their bits unless `dtype` changes them.
+
+    Args:
+        source: a model directory of either kind, or a hub id.
+        target: the directory to make.
+        dtype: float32, bfloat16 or float16; as stored by default.
+        force: replace `target` if it exists; it stays until the new one is complete.
+        to_hf: write safetensors that transformers loads, instead of Orbax.
+        progress: called after each parameter with its piece, the bytes done and the bytes in all.
+
+    Returns:
+        The target's absolute path.
+
+    Raises:
+        FileNotFoundError: the source, its weights or the place of the target are not there.
+        FileExistsError: the target exists and is not to be replaced.
+        ConnectionError: the hub cannot be reached.
+        ValueError: the source is damaged or does not fit its configuration, or an argument is bad.
+        NotImplementedError: the source is another kind of model.
+        OSError: the disk is full.
+    """
+    path = resolve(source).resolve()
+    target = Path(target).expanduser().resolve()
+    if path.is_relative_to(target) or target.is_relative_to(path):
+        raise ValueError(f"{path} and {target} must not contain each other: give another place")
+    checkpoint = open_checkpoint(path)
+    kind = checkpoint.target_dtype(dtype)
+    with whole_directory(target, force) as directory:
+        check_space(checkpoint.num_bytes(kind), directory)
+        steps = _Steps(checkpoint, kind, progress)
+        if to_hf:
+            _write_hf(steps, directory)
+        else:
+            _write_orbax(steps, directory)
+        for file in _config_files(path):
+            _copy_config(file, directory / file.name, kind if kind != checkpoint.dtype else None)
+        if not to_hf:
+            _write_manifest(checkpoint, kind, str(source), directory / MANIFEST)
+    return target
+
+
+class _Steps:
+    """Reads a checkpoint in the type wanted, and reports how far it has come."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype, progress: Progress | None):
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self._progress = progress
+        self._total = checkpoint.num_bytes(dtype)
+        self._done = 0
+
+    def read(self, piece: str) -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in self.checkpoint.read(piece, self.dtype):
+            yield name, array
+            self._done += array.nbytes
+            if self._progress is not None:
+                self._progress(piece, self._done, self._total)
+
+
+def _write_orbax(steps: _Steps, directory: Path) -> None:
+    """One Orbax checkpoint per piece: saving a tree holds it in memory twice."""
+    for piece in steps.checkpoint.pieces:
+        arrays = {piece_of(name)[1]: array for name, array in steps.read(piece)}
+        check_space(sum(array.nbytes for array in arrays.values()), directory)
+        try:
+            with quiet_orbax(), _quiet_threads(), ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(piece_directory(directory, piece), arrays)
+                checkpointer.wait_until_finished()
+        except (ValueError, OSError) as error:
+            reason = str(error).strip().split("\n")[0]
+            if "No space left" in reason:
+                reason = "no space left on the disk"
+            raise OSError(f"could not write {piece} to {directory.parent}: {reason}") from None
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Keep quiet about the other arrays of a save after one of them has failed.
+
+    Their writes end later, and each says that nobody is left to hear of it: so on an error the
+    filter stays.
+    """
+    before = sys.unraisablehook
+
+    def hook(event: Any) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            before(event)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = before
+
+
+def _write_hf(steps: _Steps, directory: Path) -> None:
+    checkpoint = steps.checkpoint
+    shapes = {
+        tensor: shape
+        for name, whole in checkpoint.shapes.items()
+        for tensor, shape in tensors_of(name, whole).items()
+    }
+    tensors = (
+        tensor
+        for piece in checkpoint.pieces
+        for name, array in steps.read(piece)
+        for tensor in split(name, array)
+    )
+    write_tensors(directory, shapes, steps.dtype, tensors)
+
+
+def _config_files(path: Path) -> list[Path]:
+    """Configuration, tokenizer and processor files beside the weights."""
+    files = {file for pattern in CONFIG_PATTERNS for file in path.glob(pattern)}
+    own = (MANIFEST, INDEX)
+    return sorted(file for file in files if file.name not in own and file.is_file())
+
+
+def _copy_config(source: Path, target: Path, dtype: np.dtype | None) -> None:
+    """Copy a file; config.json says the new number type, if there is one."""
+    if source.name != "config.json" or dtype is None:
+        shutil.copyfile(source, target)
+        return
+    config = json.loads(source.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for key in {"dtype", "torch_dtype"} & set(part or ()):
+            part[key] = dtype.name
+    target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_manifest(checkpoint: Checkpoint, dtype: np.dtype, source: str, target: Path) -> None:
+    weights = checkpoint.path.glob("*.safetensors*")  # with their index
+    files = sorted([*weights, *_config_files(checkpoint.path)])
+    manifest = {
+        "format": FORMAT,
+        "dtype": dtype.name,
+        "parameters": {
+            name: {"shape": list(shape), "dtype": dtype.name}
+            for name, shape in checkpoint.shapes.items()
+        },
+        "source": {
+            "name": source,
+            "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
+        },
+        "versions": _versions(),
+    }
+    target.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, Any]:
+    names = {"vlcache-jax", "jax", "orbax-checkpoint", "safetensors", "numpy"}
+    found = {item.name: item.version for item in metadata.distributions() if item.name in names}
+    return {"python": platform.python_version(), **found}

@@ -1,0 +1,54 @@
+"""Attention of whole sequences with grouped heads, never a T x T matrix."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.backends import choose_backend
+from pallas_kernels.prefill_attention import xla
+
+BACKENDS = ("xla",)
+
+
+def prefill_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """softmax(q k^T * scale) v for sequences padded at the right.
+
+    Keys at or beyond a row's length are never read into a result, whatever they hold (NaN
+    included). Query rows beyond the length hold finite values without a meaning.
+
+    Args:
+        q: queries [B, T, N, H].
+        k: keys [B, T, K, H], N a multiple of K; query head n reads kv head n // (N // K).
+        v: values [B, T, K, H].
+        lengths: true length of each row, int32 [B]; T for every row by default.
+        causal: position i sees the keys 0..i only.
+        scale: factor of the logits; 1 / sqrt(H) by default.
+        backend: "xla", or None for the best that supports the case.
+
+    Returns:
+        [B, T, N, H] in q's type; softmax and sums are float32.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+        NotImplementedError: there is no such backend.
+    """
+    batch, length, heads, head_dim = q.shape
+    if k.shape != v.shape or k.shape[:2] != (batch, length) or k.shape[3] != head_dim:
+        raise ValueError(f"{q.shape=}, {k.shape=}, {v.shape=}: expected [B, T, heads, H] each")
+    if heads % k.shape[2]:
+        raise ValueError(f"{heads} query heads must be a multiple of {k.shape[2]} kv heads")
+    if lengths is None:
+        lengths = jnp.full((batch,), length, jnp.int32)
+    if lengths.shape != (batch,):
+        raise ValueError(f"{lengths.shape=} must be {(batch,)}")
+    choose_backend(backend, BACKENDS)
+    scale = head_dim**-0.5 if scale is None else scale
+    return xla.prefill_attention(q, k, v, lengths, causal=causal, scale=scale)

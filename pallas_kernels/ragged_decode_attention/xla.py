@@ -1,0 +1,56 @@
+"""Online softmax over blocks of the layer's pool segment, then one block for the tail."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import online_softmax
+
+KEY_BLOCK = 512
+
+
+def ragged_decode_attention(
+    q: jax.Array,
+    pool_k: jax.Array,
+    pool_v: jax.Array,
+    offset: jax.Array,
+    length: jax.Array,
+    tail_k: jax.Array,
+    tail_v: jax.Array,
+    fill: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """See the package's public function; [B, N, H] -> [B, N, H]."""
+    batch, heads, head_dim = q.shape
+    kv_heads, capacity = pool_k.shape[1:3]
+    columns = min(KEY_BLOCK, capacity)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+
+    def read(pool: jax.Array, start: jax.Array) -> jax.Array:
+        """Each row's own `columns` rows from its own start: [B, K, columns, H]."""
+        return jax.vmap(lambda rows, at: lax.dynamic_slice_in_dim(rows, at, columns, axis=1))(
+            pool, start
+        )
+
+    def key_block(index: jax.Array, partial: online_softmax.Partial) -> online_softmax.Partial:
+        first = offset + index * columns
+        # A slice past the end would be moved back in silence: move it here, and mask.
+        start = jnp.minimum(first, capacity - columns)
+        position = start[:, None] + jnp.arange(columns)
+        readable = (position >= first[:, None]) & (position < (offset + length)[:, None])
+        part = online_softmax.attend(
+            grouped,
+            read(pool_k, start),
+            read(pool_v, start),
+            readable[:, None, None, :],
+            readable,
+            scale,
+        )
+        return online_softmax.merge(partial, part)
+
+    used = jnp.arange(tail_k.shape[2]) < fill[:, None]
+    partial = online_softmax.attend(grouped, tail_k, tail_v, used[:, None, None, :], used, scale)
+    trips = (jnp.max(length) + columns - 1) // columns
+    partial = lax.fori_loop(0, trips, key_block, partial)
+    return online_softmax.finish(partial).astype(q.dtype).reshape(batch, heads, head_dim)

@@ -1,0 +1,208 @@
+"""The command line, run in this process."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.tiny import picture
+from vlcache_jax.cli import app
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image.png"
+    picture(70, 40).save(path)
+    return path
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_json_is_one_object_and_nothing_else(model_dir, image):
+    result = run("generate", model_dir, "--image", image, "--prompt", "what?",
+                 "--max-new-tokens", 20, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert set(answer) == {
+        "text", "tokens", "prompt_tokens", "visual_tokens", "timings", "kv", "model", "versions"
+    }  # fmt: skip
+    assert set(answer["timings"]) == {"compile_s", "prefill_s", "decode_s", "decode_tokens_per_s"}
+    assert set(answer["kv"]) == {
+        "method", "budget", "full_bytes", "kept_bytes", "kept_share", "allocated_bytes", "tail_bytes"
+    }  # fmt: skip
+    assert len(answer["tokens"]) == 20
+    assert answer["visual_tokens"] < answer["prompt_tokens"]
+    # 2 (K and V) * 2 layers * m * 2 kv heads * 8 * 4 bytes
+    assert answer["kv"]["full_bytes"] == 2 * 2 * answer["prompt_tokens"] * 2 * 8 * 4
+    assert answer["model"] == str(model_dir)
+
+
+def test_a_terminal_sees_the_text_and_a_table(model_dir, image):
+    args = ("generate", model_dir, "--image", image, "--prompt", "what?", "--max-new-tokens", 3)
+    shown = run(*args)
+    text = json.loads(run(*args, "--json").stdout)["text"]
+    assert shown.exit_code == 0
+    assert shown.stdout.startswith(text + "\n")
+    for word in ("prompt tokens", "visual", "time to first token", "cache", "compilation"):
+        assert word in shown.stdout
+
+
+def test_raw_prompt_and_seeds(model_dir, image):
+    def tokens(*more):
+        args = ("generate", model_dir, "--image", image, "--max-new-tokens", 6, "--json", *more)
+        return json.loads(run(*args).stdout)["tokens"]
+
+    raw = tokens("--prompt", "<image>what?", "--raw-prompt")
+    chat = tokens("--prompt", "what?")
+    assert raw != chat
+    hot = ("--prompt", "what?", "--temperature", 3, "--top-p", 0.99, "--top-k", 200)
+    one, same, other = (tokens(*hot, "--seed", seed) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def bomb(path):
+    Image.new("1", (20000, 20000)).save(path)
+
+
+def no_weights(path):
+    (path / "model.safetensors").unlink()
+
+
+def pickled(path):
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def empty_config(path):
+    (path / "config.json").write_bytes(b"")
+
+
+def change_config(**values):
+    def change(path):
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "no image file"),
+        (lambda path: path.write_text("hello"), "not an image"),
+        (lambda path: path.write_bytes(b""), "not an image"),
+        (truncate, "truncated"),
+        (bomb, "Pillow's limit"),
+    ],
+    ids=["missing", "text", "empty", "truncated", "bomb"],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_images(model_dir, image, damage, message):
+    image.write_bytes(image.read_bytes())
+    damage(image)
+    refused(message, "generate", model_dir, "--image", image, "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (empty_config, "config.json"),
+        (change_config(model_type="gpt2"), "gpt2"),
+        (change_config(auto_map={"AutoModel": "m.M"}), "remote code"),
+        (no_weights, "safetensors"),
+        (pickled, "pickle"),
+        (lambda path: truncate(path / "model.safetensors"), "truncated"),
+        (lambda path: (path / "config.json").unlink(), "config.json"),
+        (lambda path: (path / "tokenizer.json").unlink(), "tokenizer"),
+        (shutil.rmtree, "no "),
+    ],
+    ids=["config", "kind", "code", "no weights", "pickle", "truncated", "gone", "tokenizer", "dir"],
+)
+def test_bad_models(model_dir, image, tmp_path, damage, message):
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
+    damage(copy)
+    refused(message, "generate", copy, "--image", image, "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt", "x" * 3000), "positions"),
+        (("--prompt", "<image> and <image>"), "2 <image> marks"),
+        (("--prompt", "x", "--raw-prompt"), "0 <image> marks"),
+        (("--prompt", "x", "--max-new-tokens", "0"), "max_new_tokens=0"),
+        (("--prompt", "x", "--max-new-tokens", "-4"), "max_new_tokens=-4"),
+        (("--prompt", "x", "--dtype", "int8"), "int8"),
+        (("--prompt", "x", "--method", "h2o-typo"), "h2o-typo"),
+        (("--prompt", "x", "--temperature", "-1"), "temperature"),
+        (("--prompt", "x", "--top-p", "0"), "top_p"),
+    ],
+)
+def test_bad_options(model_dir, image, options, message):
+    refused(message, "generate", model_dir, "--image", image, *options)
+
+
+def refused(message, *args):
+    """Exit code 2, one clear error on stderr, nothing on stdout."""
+    result = run(*args)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_info(model_dir):
+    result = run("info", model_dir, "--context", 500, "--batch", 3, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+    need = facts["memory"]
+    assert need["bucket"] == 512
+    assert need["pool"] == 3 * 2 * 512 * 2 * 2 * 8 * 4
+    assert need["total"] == sum(need[n] for n in ("parameters", "pool", "tail", "activations"))
+    sizes = [np.prod(a.shape) for a in parameters(model_dir)]
+    assert facts["parameters"]["total"] == sum(sizes)
+    assert need["parameters"] == 4 * sum(sizes)
+    assert facts["buckets"]["prompt"][0] == {"size": 64, "padding": pytest.approx(63 / 128)}
+    shown = run("info", model_dir, "--context", 500)
+    assert "cache per token" in shown.stdout
+    assert "mean padding" in shown.stdout
+
+
+def parameters(path):
+    from tests.checkpoints import read_tensors
+
+    return read_tensors(path).values()
+
+
+def test_info_refuses_more_than_the_model_has_positions_for(model_dir):
+    refused("positions", "info", model_dir, "--context", 5000)
+
+
+def test_help_teaches():
+    text = run("generate", "--help").stdout
+    assert "--image" in text
+    assert "demo" in text
+
+
+def test_the_shipped_demo_answers():
+    result = run("generate", "demo", "--image", "demo", "--prompt", "What is in the picture?",
+                 "--max-new-tokens", 4, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert len(answer["tokens"]) == 4
+    assert answer["visual_tokens"] > 200

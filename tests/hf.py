@@ -1,0 +1,91 @@
+"""Tiny random LLaVA models of transformers' own classes, with float32 weights (needs torch)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from tests.tiny import IMAGE_TOKEN_ID, tiny_pinpoints, tiny_processor
+
+KINDS = {
+    "llava-1.5 Llama MHA": ("llava", "llama", {"num_key_value_heads": 4}),
+    "NeXT Mistral GQA": ("llava_next", "mistral", {"num_key_value_heads": 2}),
+    "NeXT Yi, G = 7": (
+        "llava_next",
+        "llama",
+        {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 112},
+    ),
+    "NeXT Vicuna MHA": ("llava_next", "llama", {"num_key_value_heads": 4}),
+}
+"""Family, decoder and its shape of the models that parity is shown for."""
+
+
+def hf_model(
+    family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0, tied: bool = False
+) -> Any:
+    """A random model in evaluation mode; norms and biases are random too."""
+    text_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[decoder]
+    text = {
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.4,
+        "tie_word_embeddings": tied,
+        **({"sliding_window": None} if decoder == "mistral" else {}),
+        **shape,
+    }
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        initializer_range=0.2,
+    )
+    common = {
+        "vision_config": vision,
+        "text_config": text_class(**text),
+        "image_token_index": IMAGE_TOKEN_ID,
+        "tie_word_embeddings": tied,
+    }
+    torch.manual_seed(seed)
+    if family == "llava":
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**common))
+    else:
+        pinpoints = [list(pair) for pair in tiny_pinpoints()]
+        config = transformers.LlavaNextConfig(image_grid_pinpoints=pinpoints, **common)
+        model = transformers.LlavaNextForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    # No stop token: answers run to their full length.
+    model.generation_config.eos_token_id = None
+    model.config.text_config.eos_token_id = None
+    return model.eval()
+
+
+def save(model: Any, path: Path, family: str, **kwargs: Any) -> Path:
+    """Write the model and its processor as a Hugging Face directory."""
+    model.save_pretrained(path, **kwargs)
+    tiny_processor(family).save_pretrained(path)
+    return path
+
+
+def hf_inputs(family: str, images: Sequence[Image.Image], prompt: str) -> dict[str, torch.Tensor]:
+    """What Hugging Face's own processor makes of a raw prompt."""
+    return tiny_processor(family)(images=list(images) or None, text=prompt, return_tensors="pt")
+
+
+def relative_error(ours: Any, theirs: Any) -> float:
+    """Largest max|a - b| / max|b| of any position; the last axis is compared as a whole."""
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float((np.abs(a - b).max(-1) / np.abs(b).max(-1)).max())

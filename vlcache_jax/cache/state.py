@@ -1,0 +1,88 @@
+"""The key/value cache: a layer-ragged pool for the prompt and a dense tail for new tokens.
+
+    pool   [B, K, capacity, H]    layer 0     | layer 1 | layer 2        | ...    one for K, one for V
+                                  offset[b,0]   ^ offset[b,1]
+                                  <-length[b,0]->
+    tail   L x [B, K, R, H]       new tokens, rows 0..fill[b]
+
+Each layer has its own share of one pool, and where it lies is data, not shape: one compiled
+program serves every allocation. The pool is read-only while decoding.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vlcache_jax.config import TextConfig
+
+BLOCK = 128
+"""Rows that the capacity of a pool is rounded up to."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pool:
+    """The kept prompt tokens of all layers.
+
+    Attributes:
+        k: keys after RoPE, [B, K, capacity, H].
+        v: values, likewise.
+        offset: first row of each layer, int32 [B, L].
+        length: rows of each layer, int32 [B, L].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    offset: jax.Array
+    length: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tail:
+    """The tokens decoded so far: a leaf per layer, so that an append copies nothing.
+
+    Attributes:
+        k: L keys [B, K, R, H].
+        v: L values, likewise.
+        fill: rows in use, int32 [B]; the same for the whole batch in `generate`.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    fill: jax.Array
+
+
+def round_up(count: int, block: int = BLOCK) -> int:
+    """The smallest multiple of `block` that holds `count`, at least one block."""
+    return max(1, -(-count // block)) * block
+
+
+def empty_tail(config: TextConfig, batch: int, rows: int, dtype: jnp.dtype) -> Tail:
+    """A tail with room for `rows` new tokens. Zeros: uninitialised rows could hold NaN."""
+    shape = (batch, config.num_kv_heads, rows, config.head_dim)
+    layers = range(config.num_layers)
+    return Tail(
+        tuple(jnp.zeros(shape, dtype) for _ in layers),
+        tuple(jnp.zeros(shape, dtype) for _ in layers),
+        jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def append(rows: jax.Array, new: jax.Array, fill: jax.Array) -> jax.Array:
+    """Write the new token's row of one layer into its tail.
+
+    Args:
+        rows: [B, K, R, H].
+        new: [B, K, H].
+        fill: where to write, int32 [] for the whole batch (one update in place) or [B] for
+            sequences of different age.
+    """
+    new = new[:, :, None, :].astype(rows.dtype)
+    if fill.ndim == 0:
+        return lax.dynamic_update_slice_in_dim(rows, new, fill, axis=2)
+    return jax.vmap(lambda r, n, at: lax.dynamic_update_slice_in_dim(r, n, at, axis=1))(
+        rows, new, fill
+    )

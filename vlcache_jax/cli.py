@@ -1,0 +1,293 @@
+"""The command line: `vlcache generate`, `vlcache info`, and commands of other packages.
+
+What answers go to stdout; progress and errors go to stderr. Input is checked before the
+parameters are read. Heavy imports stand inside the commands, so that `--help` is quick.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from vlcache_jax.vlm import VLM, Answer, Stream
+
+app = typer.Typer(
+    name="vlcache",
+    help="Run LLaVA-style vision-language models in JAX with a compressed key/value cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_errors = Console(stderr=True, highlight=False)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A model directory (Hugging Face format or converted), a hub id such as "
+        "llava-hf/llava-v1.6-mistral-7b-hf, or 'demo' for the tiny model in this package."
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.callback()
+def _options(
+    compilation_cache: Annotated[
+        bool, typer.Option(help="Keep compiled programs in the user's cache folder.")
+    ] = True,
+) -> None:
+    if compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "vlcache-jax" / "programs")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str,
+        typer.Option(help="The question. <image> marks say where images go; else they come first."),
+    ],
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="An image file, or 'demo'. Give the option once for each image."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k most likely tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the tokens that reach this probability together.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    dtype: Dtype = None,
+    method: Annotated[str, typer.Option(help="What the cache keeps of the prompt.")] = "full",
+    raw_prompt: Annotated[
+        bool,
+        typer.Option("--raw-prompt", help="Take the prompt as given, without the chat template."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question about images, or a question alone.
+
+    Example: vlcache generate demo --image demo --prompt "What is in the picture?"
+    """
+    with _user_errors():
+        images = [_image_path(name) for name in image or []]
+        vlm, progress = _open(model, dtype)
+        stream = vlm.stream(
+            images,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            raw_prompt=raw_prompt,
+            cache=_method(method),
+        )
+        with progress:
+            vlm.params  # noqa: B018  reads them, with the progress bar shown
+    answer = _drain(stream, echo=not as_json)
+    if as_json:
+        _print_json(_answer_json(answer, model))
+    else:
+        Console().print(_answer_table(answer))
+
+
+@app.command()
+def info(
+    model: Model,
+    context: Annotated[int, typer.Option(min=1, help="Prompt tokens of one sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's size, its cache per token, its buckets, and the memory that it needs.
+
+    Reads the configuration only, never the weights.
+    """
+    from vlcache_jax.loading import describe
+
+    with _user_errors():
+        facts = describe(model, dtype, context=context, batch=batch, new_tokens=new_tokens)
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_info(facts)
+
+
+def main() -> None:
+    """Entry point of the `vlcache` program.
+
+    Commands of other packages (conversion) are found by their entry points: the library itself
+    imports none of them.
+    """
+    for entry in metadata.entry_points(group="vlcache.commands"):
+        app.command(entry.name)(entry.load())
+    app()
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Bad input ends the program with one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError) as error:
+        text = f"error: {error or type(error).__name__}"
+        _errors.print(text, style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _image_path(name: str) -> Path:
+    from vlcache_jax.demo import IMAGE
+
+    return IMAGE if name == "demo" and not Path(name).exists() else Path(name)
+
+
+def _method(name: str) -> Any:
+    from vlcache_jax.cache.methods import METHODS
+
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is not implemented: choose one of {', '.join(METHODS)}")
+    return METHODS[name]()
+
+
+def _open(model: str, dtype: str | None) -> tuple["VLM", Progress]:
+    """The model with its parameters unread, and the bar that their reading moves."""
+    from vlcache_jax.loading import load
+
+    progress = Progress(
+        TextColumn("reading {task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+        console=_errors,
+        transient=True,
+    )
+    task = progress.add_task("parameters", total=None)
+
+    def show(piece: str, done: int, total: int) -> None:
+        progress.update(task, description=piece, completed=done, total=total)
+
+    return load(model, dtype, lazy=True, progress=show), progress
+
+
+def _drain(stream: "Stream", echo: bool) -> "Answer":
+    for piece in stream:
+        if echo:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if echo:
+        sys.stdout.write("\n")
+    return stream.answer
+
+
+def _answer_json(answer: "Answer", model: str) -> dict[str, Any]:
+    timings = answer.timings
+    return {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "visual_tokens": answer.visual_tokens,
+        "timings": {
+            "compile_s": timings.compile_s,
+            "prefill_s": timings.prefill_s,
+            "decode_s": timings.decode_s,
+            "decode_tokens_per_s": timings.decode_tokens_per_s,
+        },
+        "kv": dataclasses.asdict(answer.cache),
+        "model": model,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("vlcache-jax", "jax", "jaxlib", "flax", "transformers")
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+
+
+def _answer_table(answer: "Answer") -> Table:
+    from vlcache_jax.report import human_bytes
+
+    cache, timings = answer.cache, answer.timings
+    visual, speed = answer.visual_tokens, timings.decode_tokens_per_s
+    rows = {
+        "prompt tokens": f"{answer.prompt_tokens} "
+        f"(visual {visual}, text {answer.prompt_tokens - visual})",
+        "time to first token": f"{timings.prefill_s:.3f} s",
+        "decode": "-" if speed is None else f"{speed:.1f} tokens/s",
+        "cache": f"{human_bytes(cache.kept_bytes)} of {human_bytes(cache.full_bytes)} "
+        f"({cache.kept_share:.0%}), allocated {human_bytes(cache.allocated_bytes)}, "
+        f"new tokens {human_bytes(cache.tail_bytes)}",
+        "compilation, apart": f"{timings.compile_s:.1f} s",
+    }
+    return _two_columns(rows)
+
+
+def _print_info(facts: dict[str, Any]) -> None:
+    from vlcache_jax.report import human_bytes
+
+    console = Console()
+    parts = facts["parameters"]
+    need = facts["memory"]
+    rows = {
+        "model": f"{facts['model']} ({facts['family']}, {facts['dtype']})",
+        "parameters": f"{parts['total']:,} "
+        f"({', '.join(f'{name} {n:,}' for name, n in parts.items() if name != 'total')})",
+        "cache per token": human_bytes(facts["kv_bytes_per_token"]),
+        "positions": f"{facts['max_positions']:,}",
+        "visual tokens of a tile": f"{facts['tile_tokens']:,}",
+    }
+    console.print(_two_columns(rows))
+    title = (
+        f"memory for {need['context']} prompt tokens (bucket {need['bucket']}), batch "
+        f"{need['batch']}, {need['new_tokens']} new tokens, full cache"
+    )
+    names = ("parameters", "pool", "tail", "activations", "total")
+    console.print(_two_columns({n: human_bytes(need[n]) for n in names}, title))
+    for name, note in (
+        ("prompt", "prompt tokens, T"),
+        ("tiles", "image tiles of a batch, S"),
+        ("window", "scoring rows, W"),
+    ):
+        table = Table("size", "mean padding", title=f"buckets: {note}", title_justify="left")
+        for bucket in facts["buckets"][name]:
+            table.add_row(str(bucket["size"]), f"{bucket['padding']:.0%}")
+        console.print(table)
+
+
+def _two_columns(rows: dict[str, str], title: str | None = None) -> Table:
+    table = Table(show_header=False, title=title, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""`load`: a model directory or hub id to a `VLM`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import vlcache_jax.demo
+from vlcache_jax.buckets import Buckets, bucket_for, default_buckets, padding_shares
+from vlcache_jax.checkpoint import Progress, load_params, open_checkpoint, resolve
+from vlcache_jax.config import LlavaConfig, token_ids
+from vlcache_jax.models.llava import Params
+from vlcache_jax.processing import Processor
+from vlcache_jax.report import count_parameters, memory_need, token_bytes
+from vlcache_jax.vlm import VLM
+from vlcache_jax.weights import parse_dtype
+
+
+def load(
+    model: str | Path,
+    dtype: str | Any | None = None,
+    *,
+    buckets: Buckets | None = None,
+    backend: str | None = None,
+    lazy: bool = False,
+    progress: Progress | None = None,
+) -> VLM:
+    """Open a LLaVA checkpoint.
+
+    Args:
+        model: a directory in Hugging Face format, a directory made by `python -m convert`, a hub id
+            such as "llava-hf/llava-v1.6-mistral-7b-hf", or "demo" for the one in this package.
+        dtype: "float32", "bfloat16" or "float16" for parameters, activations and cache; the type
+            that the checkpoint is stored in by default.
+        buckets: sizes that prompts and tiles are padded to.
+        backend: attention backend; None for the best that supports the case.
+        lazy: read the parameters when they are first needed, not now; everything that can be
+            checked without reading them is checked now all the same.
+        progress: called with the bytes done and the bytes in all while parameters are read.
+
+    Returns:
+        A model ready to answer, on the default device.
+
+    Raises:
+        FileNotFoundError: a file of the checkpoint is missing.
+        ConnectionError: the hub cannot be reached.
+        ValueError: a file is damaged, or `dtype` is unknown.
+        NotImplementedError: the checkpoint describes a model that is not implemented.
+    """
+    path = find_model(model)
+    config = LlavaConfig.from_file(path)
+    processor = Processor.from_pretrained(path, config, buckets)
+    stop_ids = read_stop_ids(path, config, processor)
+    kind = open_checkpoint(path, config).target_dtype(dtype)
+
+    def read_params() -> Params:
+        return load_params(path, config, kind, progress)
+
+    vlm = VLM(
+        config, read_params, processor, stop_ids=stop_ids, name=str(model), backend=backend
+    )
+    if not lazy:
+        vlm.params  # noqa: B018  reads them
+    return vlm
+
+
+def find_model(model: str | Path) -> Path:
+    """The directory of a model: "demo", an existing directory, or a hub id, downloaded if need be."""
+    if str(model) == "demo" and not Path(model).exists():
+        return vlcache_jax.demo.CHECKPOINT
+    return resolve(model)
+
+
+def read_stop_ids(path: Path, config: LlavaConfig, processor: Processor) -> tuple[int, ...]:
+    """Tokens that end an answer.
+
+    They are those of generation_config.json, else of the text config, else of the tokenizer.
+
+    Raises:
+        ValueError: generation_config.json is damaged.
+    """
+    file = path / "generation_config.json"
+    if file.is_file():
+        try:
+            ids = token_ids(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file} is not a JSON object ({error}): download it again") from None
+        if ids:
+            return ids
+    return config.text.eos_token_ids or token_ids(processor.eos_token_id)
+
+
+def describe(
+    model: str | Path, dtype: str | None = None, *, context: int, batch: int, new_tokens: int
+) -> dict[str, Any]:
+    """Facts about a model from its configuration alone, as plain values for JSON.
+
+    Args:
+        model: as in `load`.
+        dtype: as in `load`; the type named by config.json by default.
+        context: prompt tokens of one sequence.
+        batch: sequences.
+        new_tokens: tokens of an answer.
+
+    Raises:
+        ValueError: more tokens than the model has positions for; or as `load`.
+        FileNotFoundError: as `load`.
+        NotImplementedError: as `load`.
+    """
+    path = find_model(model)
+    config = LlavaConfig.from_file(path)
+    kind = parse_dtype(dtype or _stored_dtype(path))
+    limit = config.text.max_positions
+    if context + new_tokens - 1 > limit:
+        raise ValueError(f"{context=} and {new_tokens=} exceed the model's {limit} positions")
+    buckets = default_buckets(config)
+    rows = bucket_for(context, buckets.prompt)
+    need = memory_need(config, kind, rows=rows, batch=batch, new_tokens=new_tokens)
+    return {
+        "model": str(model),
+        "family": config.family,
+        "dtype": kind.name,
+        "parameters": count_parameters(config),
+        "kv_bytes_per_token": token_bytes(config.text, kind),
+        "max_positions": limit,
+        "tile_tokens": config.vision.num_patches,
+        "buckets": {
+            field.name: [
+                {"size": size, "padding": share}
+                for size, share in zip(sizes, padding_shares(sizes), strict=True)
+            ]
+            for field in dataclasses.fields(buckets)
+            for sizes in [getattr(buckets, field.name)]
+        },
+        "memory": {
+            "context": context,
+            "bucket": rows,
+            "batch": batch,
+            "new_tokens": new_tokens,
+            **dataclasses.asdict(need),
+        },
+    }
+
+
+def _stored_dtype(path: Path) -> str:
+    """The type that config.json says the checkpoint is stored in."""
+    data = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return data.get("dtype") or data.get("torch_dtype") or "float32"

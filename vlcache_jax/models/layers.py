@@ -1,0 +1,74 @@
+"""What the networks share: parameters, products and norms.
+
+A kernel keeps the axes that have a meaning (`[D, K, G + 2, H]`, not `[D, 6144]`), so that heads
+can be split over devices by naming an axis; XLA turns each product into one plain GEMM.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+DType = jnp.dtype | type
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DType, std: float = 0.02) -> nnx.Param:
+    """A parameter drawn from N(0, std^2)."""
+    return nnx.Param((std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype))
+
+
+def product(equation: str, x: jax.Array, kernel: nnx.Param, out: DType | None = None) -> jax.Array:
+    """Einsum of activations with a kernel, in their type; float32 really is float32.
+
+    Args:
+        equation: an einsum equation of two operands.
+        x: activations.
+        kernel: the parameter, of the same type as `x`.
+        out: type of the result; that of `x` by default.
+    """
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(
+        equation, x, kernel[...], precision=precision, preferred_element_type=out or x.dtype
+    )
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` over the last axis of x; kernel [in, out], bias [out]."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool = True, dtype: DType, rngs: nnx.Rngs
+    ):
+        self.kernel = normal(rngs, (inputs, outputs), dtype)
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = product("...i,io->...o", x, self.kernel)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float, *, dtype: DType):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float, *, dtype: DType):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)

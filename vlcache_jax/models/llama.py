@@ -1,0 +1,117 @@
+"""Llama-family decoder layers (Llama, Vicuna, Mistral, Yi): RMSNorm, RoPE, GQA, gated MLP.
+
+A layer does not know what a cache is. Its caller passes `attend`, which receives the rotated
+q [B, T, N, H] and the new k, v [B, T, K, H] and returns the mixed heads [B, T, N, H] with
+whatever it wants to keep. Prefill and decode differ in that function alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vlcache_jax.config import RopeConfig, TextConfig
+from vlcache_jax.models.layers import DType, RMSNorm, normal, product
+
+Kept = TypeVar("Kept")
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Kept]]
+
+
+def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
+    """Angular frequency of each rotated pair, float32 [H / 2] (RoFormer, section 3.2.2).
+
+    "llama3" is the rule published with Llama 3.1: wavelengths above
+    original_max_positions / low_freq_factor are stretched by `factor`, those below
+    original_max_positions / high_freq_factor are kept, with a linear ramp between.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (np.float32(1.0) / np.float32(config.theta) ** exponent).astype(np.float32)
+    if config.kind == "linear":
+        return (frequencies / np.float32(config.factor)).astype(np.float32)
+    if config.kind == "llama3":
+        turns = config.original_max_positions * frequencies / (2 * math.pi)
+        ramp = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        keep = np.clip(ramp, 0.0, 1.0)
+        return (keep * frequencies + (1 - keep) * frequencies / config.factor).astype(np.float32)
+    return frequencies
+
+
+def rope_table(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every position's angles: [..., T] int32 -> two float32 [..., T, H / 2]."""
+    frequencies = rope_frequencies(config.rope, config.head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate the pairs (i, i + H / 2) of x [B, T, heads, H] by the angles of `rope_table`."""
+    cos, sin = (part[..., None, :] for part in table)  # [..., T, 1, H / 2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm decoder layer with fused q, k, v and gate, up products.
+
+    Attributes:
+        qkv: [D, K, G + 2, H]: for each kv head its G query heads, then its key and its value.
+        out: [K, G, H, D].
+        gate_up: [D, 2, F].
+        down: [F, D].
+    """
+
+    def __init__(self, config: TextConfig, *, dtype: DType, rngs: nnx.Rngs):
+        width, kv_heads, group = config.hidden_size, config.num_kv_heads, config.group_size
+        self.attention_norm = RMSNorm(width, config.rms_norm_eps, dtype=dtype)
+        self.qkv = normal(rngs, (width, kv_heads, group + 2, config.head_dim), dtype)
+        self.out = normal(rngs, (kv_heads, group, config.head_dim, width), dtype)
+        self.mlp_norm = RMSNorm(width, config.rms_norm_eps, dtype=dtype)
+        self.gate_up = normal(rngs, (width, 2, config.intermediate_size), dtype)
+        self.down = normal(rngs, (config.intermediate_size, width), dtype)
+
+    def __call__(
+        self, x: jax.Array, table: tuple[jax.Array, jax.Array], attend: Attend[Kept]
+    ) -> tuple[jax.Array, Kept]:
+        """x [B, T, D] -> (x [B, T, D], what `attend` kept)."""
+        batch, length, _ = x.shape
+        qkv = product("btd,dkch->btkch", self.attention_norm(x), self.qkv)
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        q = q.reshape(batch, length, -1, q.shape[-1])  # [B, T, N, H]
+        mixed, kept = attend(rotate(q, table), rotate(k, table), v)
+        mixed = mixed.reshape(batch, length, *self.out.shape[:3])  # [B, T, K, G, H]
+        x = x + product("btkgh,kghd->btd", mixed, self.out)
+        gate_up = product("btd,dcf->btcf", self.mlp_norm(x), self.gate_up)
+        hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        return x + product("btf,fd->btd", hidden, self.down), kept
+
+
+class Embedding(nnx.Module):
+    """Token embedding [V, D]."""
+
+    def __init__(self, config: TextConfig, *, dtype: DType, rngs: nnx.Rngs):
+        self.embedding = normal(rngs, (config.vocab_size, config.hidden_size), dtype)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[B, T] int32 -> [B, T, D]; ids outside the vocabulary are clamped, never read wild."""
+        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+
+
+class Head(nnx.Module):
+    """Final norm and output projection [D, V]; a tied model has no projection of its own."""
+
+    def __init__(self, config: TextConfig, *, dtype: DType, rngs: nnx.Rngs):
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        shape = (config.hidden_size, config.vocab_size)
+        self.kernel = None if config.tie_embeddings else normal(rngs, shape, dtype)
+
+    def __call__(self, x: jax.Array, embedding: Embedding) -> jax.Array:
+        """[..., D] -> logits [..., V] in float32."""
+        x = self.norm(x)
+        if self.kernel is None:
+            return product("...d,vd->...v", x, embedding.embedding, out=jnp.float32)
+        return product("...d,dv->...v", x, self.kernel, out=jnp.float32)

@@ -1,0 +1,103 @@
+"""LLaVA-1.5 and LLaVA-NeXT (1.6): vision tower, projector, packed visual tokens, decoder.
+
+The module tree is the parameter tree: `vision`, `projector`, `embed`, `layers`, `head`. Outside
+of its definition a model is a pure function of a plain dict of arrays: `bind(config)(params)`
+gives the module back inside a traced function.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlcache_jax.config import LlavaConfig
+from vlcache_jax.models.clip import VisionTower
+from vlcache_jax.models.layers import DType, Linear, normal
+from vlcache_jax.models.llama import DecoderLayer, Embedding, Head
+from vlcache_jax.processing import ModelInputs
+
+Params = dict[str, Any]
+
+
+class Projector(nnx.Module):
+    """Two linear layers with exact GELU from the tower's width to the decoder's.
+
+    LLaVA-NeXT adds `newline` [D], the token that ends each row of an anyres grid.
+    """
+
+    def __init__(self, config: LlavaConfig, *, dtype: DType, rngs: nnx.Rngs):
+        vision, width, bias = config.vision.hidden_size, config.text.hidden_size, config.projector_bias
+        self.linear_1 = Linear(vision, width, bias=bias, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(width, width, bias=bias, dtype=dtype, rngs=rngs)
+        newline = config.family == "llava_next"
+        self.newline = normal(rngs, (width,), dtype) if newline else None
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Features [S, P, D_vision] -> the table of visual rows [S * P (+ 1), D]."""
+        hidden = jax.nn.gelu(self.linear_1(features), approximate=False)
+        rows = self.linear_2(hidden)
+        rows = rows.reshape(-1, rows.shape[-1])
+        if self.newline is None:
+            return rows
+        return jnp.concatenate([rows, self.newline[...][None]])
+
+
+class Llava(nnx.Module):
+    """A LLaVA-style model; see the module docstring."""
+
+    def __init__(self, config: LlavaConfig, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
+        self.projector = Projector(config, dtype=dtype, rngs=rngs)
+        self.embed = Embedding(config.text, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [DecoderLayer(config.text, dtype=dtype, rngs=rngs) for _ in range(config.text.num_layers)]
+        )
+        self.head = Head(config.text, dtype=dtype, rngs=rngs)
+
+    def visual_rows(self, tiles: jax.Array, *, backend: str | None = None) -> jax.Array:
+        """Pixel tiles [S, 3, size, size] -> the table of visual rows [S * P (+ 1), D]."""
+        return self.projector(self.vision(tiles, self.config.vision_layers, backend=backend))
+
+    def embed_prompt(self, inputs: ModelInputs, *, backend: str | None = None) -> jax.Array:
+        """The decoder's input [B, T, D]: token embeddings with the visual rows in their places."""
+        text = self.embed(inputs.tokens)
+        if inputs.tiles.shape[0] == 0:
+            return text
+        table = self.visual_rows(inputs.tiles, backend=backend)
+        visual = jnp.take(table, jnp.maximum(inputs.visual_index, 0), axis=0)
+        return jnp.where((inputs.visual_index >= 0)[..., None], visual, text)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Final hidden states [..., D] -> logits [..., V] in float32."""
+        return self.head(x, self.embed)
+
+
+def init_params(config: LlavaConfig, seed: int = 0, dtype: DType = jnp.float32) -> Params:
+    """Random parameters, as a plain nested dict of arrays."""
+    model = Llava(config, dtype=dtype, rngs=nnx.Rngs(seed))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def abstract_params(config: LlavaConfig, dtype: DType = jnp.float32) -> Params:
+    """The tree of `init_params` as shapes and types; nothing is allocated."""
+    return nnx.to_pure_dict(_abstract(config, jnp.dtype(dtype))[1])
+
+
+@lru_cache(maxsize=32)
+def _abstract(config: LlavaConfig, dtype: jnp.dtype) -> tuple[Any, Any]:
+    model = nnx.eval_shape(lambda: Llava(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.split(model)
+
+
+def bind(config: LlavaConfig) -> Callable[[Params], Llava]:
+    """The function that turns parameters into a model, to be called inside a traced function.
+
+    Made once and closed over, it costs nothing per call: the graph definition is built here, the
+    merge happens while tracing (an `nnx.jit` would split and merge on every call instead).
+    """
+    graphdef, _ = _abstract(config, jnp.dtype(jnp.float32))
+    return lambda params: nnx.merge(graphdef, params)

@@ -1,0 +1,464 @@
+"""Prompts and images to `ModelInputs`: everything that happens on the host before the model runs.
+
+The Hugging Face processor of the checkpoint does the tokenising and the resizing (its PIL and numpy
+backend: neither torch nor torchvision is needed), one prompt at a time; this module checks its
+result, adds the index table of the visual tokens, and pads to the buckets. numpy only: no array is
+put on a device here.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import jax
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vlcache_jax.anyres import NEWLINE, num_tiles, visual_rows
+from vlcache_jax.buckets import Buckets, bucket_for, default_buckets
+from vlcache_jax.config import LlavaConfig
+
+ImageLike: TypeAlias = str | Path | Image.Image | np.ndarray
+"""A picture: a local file, a PIL image, or a uint8 array `[height, width, 3]`."""
+
+Images: TypeAlias = ImageLike | Sequence[ImageLike] | None
+"""The pictures of one prompt."""
+
+Array: TypeAlias = np.ndarray | jax.Array
+
+_TEXT = -1  # marks text and padding in the table of visual tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ModelInputs:
+    """A batch of prompts, padded to buckets; a pytree that any jitted function accepts.
+
+    B prompts, T = prompt bucket, S = tile bucket of the whole batch, P = patches of a tile.
+
+    Attributes:
+        tokens: int32 `[B, T]`: prompt ids, the image token once per visual token; 0 after the end.
+        length: int32 `[B]`: m, the true length of each prompt.
+        visual_index: int32 `[B, T]`: -1 for text and padding, else the row of the table of visual
+            features: tile * P + patch, or S * P for LLaVA-NeXT's newline.
+        tiles: float32 `[S, 3, image_size, image_size]`: normalised pixels, zeros after the last
+            tile; S = 0 where there is no image.
+        window: int32 `[B]`: tau, the rows of the scoring window (`scoring_window`).
+        window_rows: static: the bucket of the largest window, at most T.
+    """
+
+    tokens: Array
+    length: Array
+    visual_index: Array
+    tiles: Array
+    window: Array
+    window_rows: int = field(metadata={"static": True})
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One prompt before padding: ids `[m]`, its table of visual tokens `[m]` and its tiles.
+
+    In the table, tiles are counted from the prompt's first; -1 is text, `NEWLINE` the newline.
+    """
+
+    tokens: np.ndarray
+    visual: np.ndarray
+    tiles: np.ndarray
+
+
+class Processor:
+    """Makes `ModelInputs` of texts and images, and text of answers. Holds no state.
+
+    Args:
+        config: the model.
+        processor: the checkpoint's `transformers` processor (`LlavaProcessor` or
+            `LlavaNextProcessor`) with a PIL image processor. It is not changed.
+        buckets: the sizes to pad to; None for `default_buckets(config)`.
+        fallback_window: rows of the scoring window where no text follows the last image.
+        max_window: the most rows of the scoring window.
+
+    Raises:
+        ValueError: the processor does not belong to the model.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        processor: Any,
+        buckets: Buckets | None = None,
+        *,
+        fallback_window: int = 32,
+        max_window: int = 512,
+    ):
+        if fallback_window < 1 or max_window < 1:
+            raise ValueError(f"{fallback_window=} and {max_window=} must be at least 1")
+        self.config = config
+        self.buckets = buckets or default_buckets(config)
+        self._fallback_window = fallback_window
+        self._max_window = max_window
+        self._processor = copy.copy(processor)
+        # Processors saved by old versions of transformers lack these three; the model knows them.
+        self._processor.patch_size = config.vision.patch_size
+        self._processor.vision_feature_select_strategy = "default"
+        self._processor.num_additional_image_tokens = 1
+        self._mark = str(processor.image_token)
+        token_id = self.tokenizer.convert_tokens_to_ids(self._mark)
+        if token_id != config.image_token_id:
+            raise ValueError(
+                f"the tokenizer's id of {self._mark} is {token_id}, but the model's image_token_id "
+                f"is {config.image_token_id}: correct image_token_index in config.json or use the "
+                "tokenizer files of the same checkpoint"
+            )
+        if config.family == "llava_next":
+            pinpoints = tuple((h, w) for h, w in processor.image_processor.image_grid_pinpoints)
+            if pinpoints != config.grid_pinpoints:
+                raise ValueError(
+                    f"the processor's image_grid_pinpoints {pinpoints} differ from the model's "
+                    f"{config.grid_pinpoints}: use the processor files of the same checkpoint"
+                )
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, config: LlavaConfig, buckets: Buckets | None = None
+    ) -> "Processor":
+        """Read the processor and tokenizer files of a local model directory.
+
+        Raises:
+            FileNotFoundError: there is no such directory, or the files are not in it.
+            ValueError: the files cannot be read, ask for remote code, or belong to another model.
+        """
+        # Imported here: it takes a second or more, which `vlcache --help` need not wait for.
+        from transformers import LlavaNextProcessor, LlavaProcessor
+
+        path = Path(path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"no model directory at {path}: download the checkpoint first")
+        _require_files(path)
+        kind = LlavaNextProcessor if config.family == "llava_next" else LlavaProcessor
+        try:
+            processor = kind.from_pretrained(
+                path, backend="pil", local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the readers below raise anything, even plain Exception
+            raise ValueError(f"the processor files in {path} cannot be read: {error}") from error
+        return cls(config, processor, buckets)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's `transformers` tokenizer."""
+        return self._processor.tokenizer
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's end-of-sequence id, if it has one."""
+        return self.tokenizer.eos_token_id
+
+    def decode(self, token_ids: Sequence[int] | Array) -> str:
+        """Text of token ids `[n]`, special tokens left out."""
+        ids = [int(i) for i in np.asarray(token_ids).reshape(-1)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def __call__(
+        self,
+        images: Images | Sequence[Images],
+        text: str | Sequence[str],
+        *,
+        raw_prompt: bool = False,
+    ) -> ModelInputs:
+        """Make the inputs of one prompt or of a batch of prompts.
+
+        Args:
+            images: for one text: None, an image or a list of images; for a list of texts: None,
+                or a list that holds one of these for each text.
+            text: one prompt or a list of them. `<image>` marks say where the images go. Without a
+                mark they come first. The checkpoint's chat template makes a conversation of it and
+                may move the images (the one of LLaVA-1.5 puts them first).
+            raw_prompt: take the text as it is, with a mark for each image and no chat template.
+
+        Returns:
+            The inputs, padded to `buckets`; a text alone is a batch of one.
+
+        Raises:
+            FileNotFoundError: an image file does not exist.
+            ValueError: an image cannot be read, marks and images differ in number, a prompt is
+                empty or longer than the model's positions, or there is no chat template.
+        """
+        batch = _pair(images, text)
+        return self._pad([self._row(*row, raw_prompt=raw_prompt) for row in batch])
+
+    def _row(self, images: list[ImageLike], text: str, *, raw_prompt: bool) -> _Row:
+        prompt = self._render(text, len(images), raw_prompt)  # cheap errors before slow images
+        pictures = [load_image(image) for image in images]
+        for source, picture in zip(images, pictures, strict=True):
+            self._refuse_thin(picture, _name(source))
+        bos = self.tokenizer.bos_token
+        encoded = self._processor(
+            images=pictures or None,
+            text=prompt,
+            add_special_tokens=not (bos and prompt.startswith(bos)),
+            return_tensors="np",
+        )
+        tokens = np.asarray(encoded["input_ids"][0], dtype=np.int32)
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        return _Row(
+            tokens=tokens,
+            visual=self._visual_table(tokens, sizes),
+            tiles=self._tiles(encoded.get("pixel_values"), sizes),
+        )
+
+    def _render(self, text: str, num_images: int, raw_prompt: bool) -> str:
+        """The prompt with one mark per image, chat template applied."""
+        mark = self._mark
+        marks = text.count(mark)
+        if not text and not num_images:
+            raise ValueError("the prompt is empty: give a text, an image or both")
+        if marks != num_images and (raw_prompt or marks):
+            hint = "" if raw_prompt else ", or leave the marks out and the images come first"
+            raise ValueError(
+                f"{marks} {mark} marks in the text but {num_images} images: "
+                f"give one mark for each image{hint}"
+            )
+        if raw_prompt:
+            return text
+        if not self._processor.chat_template:
+            raise ValueError(
+                "this checkpoint has no chat template: write the whole prompt yourself, with its "
+                f"{mark} marks, and pass raw_prompt=True (--raw-prompt)"
+            )
+        content = [] if marks else [{"type": "image"}] * num_images
+        for i, part in enumerate(text.split(mark)):
+            if i > 0:
+                content.append({"type": "image"})
+            if part:
+                content.append({"type": "text", "text": part})
+        rendered = self._processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        if rendered.count(mark) != num_images:
+            raise ValueError(
+                f"the chat template wrote {rendered.count(mark)} {mark} marks for {num_images} "
+                "images: write the whole prompt yourself and pass raw_prompt=True (--raw-prompt)"
+            )
+        return rendered
+
+    def _refuse_thin(self, picture: Image.Image, name: str) -> None:
+        """Keep Pillow's limit where LLaVA-1.5's processor enlarges an image before cropping it."""
+        limit = Image.MAX_IMAGE_PIXELS
+        if self.config.family != "llava" or limit is None:
+            return
+        short, long = sorted(picture.size)
+        pixels = long * long if self._processor.image_processor.do_pad else 0
+        pixels = max(pixels, self.config.vision.image_size**2 * long // short)
+        if pixels > limit:
+            raise ValueError(
+                f"{name} of {picture.width} x {picture.height} pixels is too thin: resizing it "
+                f"would take {pixels} pixels, more than Pillow's limit of {limit}; crop it"
+            )
+
+    def _visual_table(self, tokens: np.ndarray, sizes: list[tuple[int, int]]) -> np.ndarray:
+        """Visual row of each token `[m]`, once the processor's token count is seen to agree."""
+        config = self.config
+        limit = config.text.max_positions
+        is_image = tokens == config.image_token_id
+        rows = [np.zeros(0, np.int32)]
+        first = 0
+        for size in sizes:
+            table = visual_rows(size, config)
+            rows.append(np.where(table == NEWLINE, NEWLINE, table + first))
+            first += num_tiles(size, config) * config.vision.num_patches
+        order = np.concatenate(rows)
+        if order.size != np.count_nonzero(is_image):
+            raise ValueError(
+                f"the processor made {np.count_nonzero(is_image)} image tokens of images of "
+                f"(height, width) {sizes}, but the model has {order.size}: use the processor "
+                "files of the same checkpoint"
+            )
+        if not tokens.size:
+            raise ValueError("the prompt has no tokens: give a longer text")
+        if tokens.size > limit:
+            raise ValueError(
+                f"the prompt has {tokens.size} tokens ({order.size} of them visual), more than the "
+                f"model's {limit} positions: shorten the text or give fewer images"
+            )
+        highest = int(tokens[~is_image].max(initial=0))
+        if highest >= config.text.vocab_size:
+            raise ValueError(
+                f"the tokenizer gave id {highest}, but the model's vocabulary has "
+                f"{config.text.vocab_size} entries: use the tokenizer files of the same checkpoint"
+            )
+        visual = np.full(tokens.shape, _TEXT, np.int32)
+        visual[is_image] = order
+        return visual
+
+    def _tiles(self, pixels: np.ndarray | None, sizes: list[tuple[int, int]]) -> np.ndarray:
+        """Tiles of one prompt's images, one after the other, without the processor's padding."""
+        side = self.config.vision.image_size
+        if pixels is None:
+            return np.zeros((0, 3, side, side), np.float32)
+        if self.config.family == "llava":
+            pixels = pixels[:, None]  # [images, 1, 3, side, side], as of LLaVA-NeXT
+        if pixels.shape[2:] != (3, side, side):
+            raise ValueError(
+                f"the processor made tiles of shape {pixels.shape[2:]}, but the model's image_size "
+                f"is {side}: use the processor files of the same checkpoint"
+            )
+        counts = [num_tiles(size, self.config) for size in sizes]
+        parts = [pixels[i, :count] for i, count in enumerate(counts)]
+        return np.concatenate(parts, dtype=np.float32)
+
+    def _pad(self, rows: list[_Row]) -> ModelInputs:
+        side, patches = self.config.vision.image_size, self.config.vision.num_patches
+        length = np.array([row.tokens.size for row in rows], np.int32)
+        window = np.array(
+            [scoring_window(row.visual, self._fallback_window, self._max_window) for row in rows],
+            np.int32,
+        )
+        t = bucket_for(int(length.max()), self.buckets.prompt)
+        s = bucket_for(sum(len(row.tiles) for row in rows), self.buckets.tiles)
+        tokens = np.zeros((len(rows), t), np.int32)
+        visual_index = np.full((len(rows), t), _TEXT, np.int32)
+        tiles = np.zeros((s, 3, side, side), np.float32)
+        first = 0
+        for b, row in enumerate(rows):
+            n, end = row.tokens.size, first + len(row.tiles)
+            tokens[b, :n] = row.tokens
+            visual_index[b, :n] = np.where(row.visual < 0, row.visual, row.visual + first * patches)
+            tiles[first:end] = row.tiles
+            first = end
+        visual_index[visual_index == NEWLINE] = s * patches
+        return ModelInputs(
+            tokens=tokens,
+            length=length,
+            visual_index=visual_index,
+            tiles=tiles,
+            window=window,
+            window_rows=min(bucket_for(int(window.max()), self.buckets.window), t),
+        )
+
+
+def scoring_window(visual: np.ndarray, fallback: int = 32, maximum: int = 512) -> int:
+    """tau: how many of the last prompt rows VL-Cache scores by.
+
+    From the paper (section 4.1, post-vision attention): the rows after the visual tokens. Choices
+    of this library: with several images, the rows after the last visual token of the prompt; where
+    no text follows the image or there is none, the last `fallback` rows; of a long question the
+    last `maximum` rows; never more than there are.
+
+    Args:
+        visual: int32 `[m]`: -1 for text, anything else for a visual token.
+        fallback: rows where no text follows the last visual token.
+        maximum: the most rows.
+    """
+    where = np.flatnonzero(visual != _TEXT)
+    after = visual.size - 1 - int(where[-1]) if where.size else 0
+    return min(after or fallback, maximum, visual.size)
+
+
+def load_image(source: ImageLike) -> Image.Image:
+    """Open an image as 8-bit RGB, upright.
+
+    As `transformers.image_utils.load_image`: the EXIF orientation is applied, then Pillow converts
+    to RGB (transparency is dropped, 16-bit values are clipped). The same for every kind of source.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an image, is damaged or empty, or is larger than Pillow's limit
+            against decompression bombs.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            raise ValueError(
+                f"an image array must be uint8 of shape (height, width, 3), not {source.dtype} "
+                f"of shape {source.shape}"
+            )
+        return Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, _name(source))
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"{source!r} is not an image: give a path, a PIL image or an array (height, width, 3)"
+        )
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"no image file at {source}: images are read from local files")
+    with Path(source).open("rb") as file:
+        return _decode(file, _name(source))
+
+
+def _decode(source: BinaryIO | Image.Image, name: str) -> Image.Image:
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        pixels = image.width * image.height
+        if not pixels:
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
+        # Up to twice its limit Pillow only warns. Checked here, not by turning the warning into an
+        # error, because warning filters belong to the whole process.
+        if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # the same colours, without Pillow's warning
+        return image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{name} is larger than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}): "
+            "scale it down"
+        ) from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not an image that Pillow can read") from None
+    except Exception as error:  # decoders raise anything on damaged data
+        raise ValueError(f"{name} is a damaged or truncated image: {error}") from error
+
+
+def _name(source: ImageLike) -> str:
+    """How error messages call an image."""
+    if isinstance(source, str | Path):
+        return f"image file {source}"
+    return "the image" if isinstance(source, np.ndarray) else f"the image {source!r}"
+
+
+def _pair(
+    images: Images | Sequence[Images], text: str | Sequence[str]
+) -> list[tuple[list[ImageLike], str]]:
+    """One (images, text) per prompt of the batch."""
+    if isinstance(text, str):
+        return [(_as_list(images), text)]
+    is_list = isinstance(text, list | tuple)
+    if not is_list or not text or not all(isinstance(prompt, str) for prompt in text):
+        raise ValueError(f"text must be a string or a non-empty list of strings, not {text!r}")
+    per_row = [None] * len(text) if images is None else _as_list(images)
+    if len(per_row) != len(text):
+        raise ValueError(
+            f"{len(text)} texts but {len(per_row)} entries in images: give a list with one entry "
+            "for each text (None, an image or a list of images)"
+        )
+    return [(_as_list(entry), prompt) for entry, prompt in zip(per_row, text, strict=True)]
+
+
+def _as_list(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _require_files(path: Path) -> None:
+    """Refuse a directory without processor files, or with files that ask for remote code."""
+    needed = (
+        ("tokenizer.json", "tokenizer.model"),
+        ("processor_config.json", "preprocessor_config.json"),
+    )
+    for names in needed:
+        if not any((path / name).is_file() for name in names):
+            raise FileNotFoundError(
+                f"no {' or '.join(names)} in {path}: copy the processor files of the checkpoint "
+                "there"
+            )
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        file = path / name
+        if file.is_file() and b'"auto_map"' in file.read_bytes():
+            raise ValueError(
+                f"{file} asks for remote code (auto_map), which is never run: use a checkpoint of "
+                "the plain architecture"
+            )

@@ -1,0 +1,332 @@
+"""The friendly object: a model, its parameters and its processor, with compiled programs behind it."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlcache_jax.cache.methods import FullCache
+from vlcache_jax.config import LlavaConfig
+from vlcache_jax.generate import CHUNK, Generate
+from vlcache_jax.models.llava import Params
+from vlcache_jax.processing import Images, ModelInputs, Processor
+from vlcache_jax.report import CacheReport, cache_report
+from vlcache_jax.sampling import Sampling
+
+STREAM_CHUNK = 16
+"""Decode steps between two pieces of a stream: about a tenth of a second of a 7B model's time."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall time in seconds, compilation apart.
+
+    Attributes:
+        compile_s: compiling the programs that this call was the first to need; 0 when none.
+        prefill_s: from the prompt to its first token: vision, prefill, cache build. None where the
+            call is one program, whose parts cannot be told apart.
+        decode_s: all further tokens. None likewise.
+        total_s: everything but compilation and processing.
+        decode_tokens_per_s: decode steps per second of one sequence; None where none were run.
+    """
+
+    compile_s: float
+    prefill_s: float | None
+    decode_s: float | None
+    total_s: float
+    decode_tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one prompt.
+
+    Attributes:
+        text: the decoded answer.
+        tokens: its token ids, without the stop token.
+        prompt_tokens: true length of the prompt, visual tokens included.
+        visual_tokens: visual tokens among them.
+        cache: bytes of this sequence's cache.
+        timings: of the whole call; a batch shares them.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    visual_tokens: int
+    cache: CacheReport
+    timings: Timings
+
+
+class Program:
+    """A function compiled once per set of argument shapes, compile time kept apart."""
+
+    def __init__(self, function: Callable[..., Any], donate: tuple[int, ...] = ()):
+        self._jitted = jax.jit(function, donate_argnums=donate)
+        self._compiled: dict[Any, Any] = {}
+
+    def prepare(self, *args: Any) -> float:
+        """Compile for these arguments unless that was done before; seconds it took."""
+        key = self._key(args)
+        if key in self._compiled:
+            return 0.0
+        began = time.perf_counter()
+        self._compiled[key] = self._jitted.lower(*args).compile()
+        return time.perf_counter() - began
+
+    def __call__(self, *args: Any) -> Any:
+        """Run, and wait for the result."""
+        self.prepare(*args)
+        return jax.block_until_ready(self._compiled[self._key(args)](*args))
+
+    @staticmethod
+    def _key(args: tuple[Any, ...]) -> Any:
+        leaves, tree = jax.tree.flatten(args)
+        return tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+class VLM:
+    """A vision-language model ready to answer; made by `vlcache_jax.load`.
+
+    Attributes:
+        config: the model's configuration.
+        params: its parameters, a nested dict of arrays, read when they are first needed.
+        processor: prompts and images to model inputs.
+        stop_ids: tokens that end an answer.
+        name: what was loaded.
+        backend: attention backend, None for the best that supports the case.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        read_params: Callable[[], Params],
+        processor: Processor,
+        *,
+        stop_ids: Sequence[int],
+        name: str = "",
+        backend: str | None = None,
+    ):
+        self.config = config
+        self._read_params = read_params
+        self.processor = processor
+        self.stop_ids = tuple(stop_ids)
+        self.name = name
+        self.backend = backend
+        self._programs: dict[tuple[Generate, str], Program] = {}
+
+    @cached_property
+    def params(self) -> Params:
+        return self._read_params()
+
+    def generate(
+        self,
+        images: Images | Sequence[Images] = None,
+        text: str | Sequence[str] = "",
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        raw_prompt: bool = False,
+        cache: FullCache | None = None,
+    ) -> Answer | list[Answer]:
+        """Answer one prompt, or a batch of them given as lists.
+
+        The whole generation is one compiled program per bucket of prompt length and tile count.
+
+        Args:
+            images: for one prompt: None, an image or a list of images; for a batch: a list with
+                one such entry per prompt. An image is a path, a PIL image or uint8 [H, W, 3].
+            text: the prompt, or a list of prompts. `<image>` marks say where the images go;
+                without marks they come first.
+            max_new_tokens: most tokens of an answer.
+            temperature: 0 is greedy.
+            top_k: draw among the k most likely tokens.
+            top_p: draw among the most likely tokens that reach this probability together.
+            seed: of the draws.
+            raw_prompt: take the text as it is, without the chat template.
+            cache: what is kept of the prompt's keys and values; everything by default.
+
+        Returns:
+            An `Answer` for a string, a list of them for a list.
+
+        Raises:
+            ValueError: bad images or prompts, or more tokens than the model has positions for.
+            FileNotFoundError: an image file does not exist.
+        """
+        generate = self._plan(
+            max_new_tokens, Sampling(temperature, top_k, top_p), cache or FullCache(), CHUNK
+        )
+        inputs = self._inputs(images, text, raw_prompt, generate)
+        program = self._program(generate, "__call__")
+        args = (self.params, jax.device_put(inputs), jax.random.key(seed))
+        compile_s = program.prepare(*args)
+        began = time.perf_counter()
+        output = program(*args)
+        timings = Timings(compile_s, None, None, time.perf_counter() - began)
+        output = jax.device_get(output)
+        answers = [
+            self._answer(generate, inputs, row, tokens[:length], kept, timings)
+            for row, (tokens, length, kept) in enumerate(
+                zip(output.tokens, output.lengths, output.kept, strict=True)
+            )
+        ]
+        return answers[0] if isinstance(text, str) else answers
+
+    def stream(
+        self,
+        images: Images = None,
+        text: str = "",
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        raw_prompt: bool = False,
+        cache: FullCache | None = None,
+    ) -> "Stream":
+        """Answer one prompt piece by piece: the arguments of `generate`, a single prompt.
+
+        Input is checked before this returns; the work is done while the stream is read.
+
+        Returns:
+            An iterator over pieces of text; its `answer` is there once it is exhausted.
+
+        Raises:
+            ValueError: as `generate`, or `text` is not one string.
+            FileNotFoundError: an image file does not exist.
+        """
+        if not isinstance(text, str):
+            raise ValueError("stream answers one prompt: use generate for a list of them")
+        generate = self._plan(
+            max_new_tokens, Sampling(temperature, top_k, top_p), cache or FullCache(), STREAM_CHUNK
+        )
+        inputs = self._inputs(images, text, raw_prompt, generate)
+        return Stream(self, generate, inputs, seed)
+
+    def _plan(
+        self, max_new_tokens: int, sampling: Sampling, cache: FullCache, chunk: int
+    ) -> Generate:
+        return Generate(
+            self.config, cache, max_new_tokens, sampling, self.stop_ids, chunk, self.backend
+        )
+
+    def _inputs(
+        self,
+        images: Images | Sequence[Images],
+        text: str | Sequence[str],
+        raw_prompt: bool,
+        generate: Generate,
+    ) -> ModelInputs:
+        inputs = self.processor(images, text, raw_prompt=raw_prompt)
+        longest, limit = int(inputs.length.max()), self.config.text.max_positions
+        if longest + generate.max_new_tokens - 1 > limit:
+            raise ValueError(
+                f"{longest} prompt tokens and {generate.max_new_tokens} new ones exceed the "
+                f"model's {limit} positions: at most {limit + 1 - longest} new tokens fit"
+            )
+        if not generate.cache.scores_window:
+            # Windows of other sizes are no reason to compile another program.
+            inputs = replace(inputs, window_rows=0)
+        return inputs
+
+    def _program(self, generate: Generate, stage: str, donate: tuple[int, ...] = ()) -> Program:
+        key = (generate, stage)
+        if key not in self._programs:
+            self._programs[key] = Program(getattr(generate, stage), donate)
+        return self._programs[key]
+
+    def _answer(
+        self,
+        generate: Generate,
+        inputs: ModelInputs,
+        row: int,
+        tokens: Sequence[int] | np.ndarray,
+        kept: np.ndarray,
+        timings: Timings,
+    ) -> Answer:
+        """The answer of one row of a batch; `kept` holds its layers' lengths [L]."""
+        length = int(inputs.length[row])
+        report = cache_report(
+            self.config.text,
+            generate.cache,
+            self.params["embed"]["embedding"].dtype,
+            prompt_tokens=length,
+            kept_rows=int(kept.sum()),
+            prompt_rows=inputs.tokens.shape[1],
+            tail_rows=generate.tail_rows,
+        )
+        ids = [int(token) for token in tokens]
+        return Answer(
+            text=self.processor.decode(ids),
+            tokens=ids,
+            prompt_tokens=length,
+            visual_tokens=int((inputs.visual_index[row] >= 0).sum()),
+            cache=report,
+            timings=timings,
+        )
+
+
+class Stream(Iterator[str]):
+    """An answer in pieces of text; see `VLM.stream`."""
+
+    def __init__(self, vlm: VLM, generate: Generate, inputs: ModelInputs, seed: int):
+        self._vlm, self._generate, self._inputs = vlm, generate, inputs
+        self._answer: Answer | None = None
+        self._pieces = self._run(seed)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer.
+
+        Raises:
+            ValueError: the stream was not read to its end yet.
+        """
+        if self._answer is None:
+            raise ValueError("the answer is there once the stream was read to its end")
+        return self._answer
+
+    def _run(self, seed: int) -> Iterator[str]:
+        generate, vlm = self._generate, self._vlm
+        begin = vlm._program(generate, "begin")
+        decode = vlm._program(generate, "decode_chunk", donate=(2,))
+        args = (vlm.params, jax.device_put(self._inputs), jax.random.key(seed))
+        compile_s = begin.prepare(*args)
+        began = time.perf_counter()
+        pool, state = begin(*args)
+        prefill_s = time.perf_counter() - began
+        tokens = [int(state.token[0])][: int(state.count[0])]
+        shown = ""
+        decode_s, steps = 0.0, 0
+        for index in range(generate.num_chunks + 1):
+            text = vlm.processor.decode(tokens)
+            # An unfinished character decodes to U+FFFD: hold it back until the rest is there.
+            if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+            if index == generate.num_chunks or bool(state.done[0]):
+                break
+            compile_s += decode.prepare(vlm.params, pool, state)
+            began = time.perf_counter()
+            state, drawn = decode(vlm.params, pool, state)
+            decode_s += time.perf_counter() - began
+            steps += generate.chunk_steps
+            tokens.extend(int(token) for token in np.asarray(drawn[0]))
+            tokens = tokens[: min(int(state.count[0]), generate.max_new_tokens)]
+        timings = Timings(
+            compile_s, prefill_s, decode_s, prefill_s + decode_s, steps / decode_s if steps else None
+        )
+        kept = np.asarray(pool.length[0])
+        self._answer = vlm._answer(generate, self._inputs, 0, tokens, kept, timings)
+        if self._answer.text != shown:
+            yield self._answer.text[len(shown) :]
