@@ -18,7 +18,7 @@ demo: $(VENV)/.demo  ## set up, and ask the shipped model about the shipped pict
 	$(VENV)/bin/vlcache generate demo --image demo --prompt "What is in the picture?"
 
 test: $(VENV)/.test  ## set up, and run all tests
-	$(VENV)/bin/python -m pytest -n 2 $(PYTEST)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadscope $(PYTEST)
 
 test-next:  ## run the tests under the next release of jax (needs Python 3.12)
 	@mkdir -p .venv-next

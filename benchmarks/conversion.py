@@ -36,7 +36,8 @@ CONVERT_LIMIT = 4e9
 LOAD_LIMIT = 2e9
 """Most anonymous memory of a loading process beside the parameters, in bytes."""
 
-RESULT = Path(__file__).parent / "results" / "cpu" / "conversion.json"
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "cpu" / "conversion.json"
 
 _SAMPLE_S = 0.01
 
@@ -47,7 +48,7 @@ def model_config(tiny: bool) -> dict[str, Any]:
     text = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     if tiny:
         vision = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
-        text = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
+        text = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
     heads = text["hidden_size"] // 128
     return {
         "model_type": "llava",
@@ -61,7 +62,7 @@ def model_config(tiny: bool) -> dict[str, Any]:
         },
         "text_config": {
             "model_type": "llama",
-            "vocab_size": 32064,
+            "vocab_size": 2048 if tiny else 32064,
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "max_position_embeddings": 4096,
@@ -88,8 +89,8 @@ def make_checkpoint(
         for name, shape in shapes.items():
             bits = np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16)
             array = ((bits & 0x81FF) | 0x3C00).view(dtype).reshape(shape)  # 2^-7 to 2^-4
-            yield name, array
             progress(array.nbytes)
+            yield name, array
 
     write_tensors(directory, shapes, dtype, tensors(), shard_bytes)
 
@@ -127,7 +128,7 @@ def watch(command: list[str], progress: Callable[[int], None]) -> tuple[dict[str
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         began = time.perf_counter()
-        child = subprocess.Popen(command, stdout=output, stderr=errors, text=True)
+        child = subprocess.Popen(command, stdout=output, stderr=errors, text=True, cwd=ROOT)
         highest: list[int] = []
         count = 0
         try:
@@ -137,7 +138,7 @@ def watch(command: list[str], progress: Callable[[int], None]) -> tuple[dict[str
                 highest += [0] * (second + 1 - len(highest))
                 highest[second] = max(highest[second], now)
                 count += 1
-                progress(now)
+                progress(max(highest))
                 time.sleep(_SAMPLE_S)
         finally:
             child.kill()
@@ -203,7 +204,7 @@ def measure(folder: Path, tiny: bool, bar: Progress) -> dict[str, Any]:
     sums = {}
     for name, arguments in commands.items():
         _forget(folder)
-        task = bar.add_task(f"{name}: anonymous memory", total=total)
+        task = bar.add_task(f"{name}: peak memory", total=total)
         step, output = watch(
             [sys.executable, *arguments], lambda now, task=task: bar.update(task, completed=now)
         )
@@ -244,7 +245,7 @@ def main(
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with (
-        tempfile.TemporaryDirectory(dir=workdir, prefix="conversion-") as folder,
+        tempfile.TemporaryDirectory(dir=workdir.resolve(), prefix="conversion-") as folder,
         Progress(*columns, console=console) as bar,
     ):
         result = environment() | measure(Path(folder), tiny, bar)

@@ -24,9 +24,7 @@ KINDS = {
 """Family, decoder and its shape of the models that parity is shown for."""
 
 
-def hf_model(
-    family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0, tied: bool = False
-) -> Any:
+def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0) -> Any:
     """A random model in evaluation mode; norms and biases are random too."""
     text_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[decoder]
     text = {
@@ -37,7 +35,6 @@ def hf_model(
         "num_attention_heads": 4,
         "max_position_embeddings": 4096,
         "initializer_range": 0.4,
-        "tie_word_embeddings": tied,
         **({"sliding_window": None} if decoder == "mistral" else {}),
         **shape,
     }
@@ -54,7 +51,7 @@ def hf_model(
         "vision_config": vision,
         "text_config": text_class(**text),
         "image_token_index": IMAGE_TOKEN_ID,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": shape.get("tie_word_embeddings", False),
     }
     torch.manual_seed(seed)
     if family == "llava":

@@ -36,7 +36,9 @@ def inputs():
 
 def run(params, inputs, **settings):
     output = jax.jit(Generate(CONFIG, **settings))(params, inputs, KEY)
-    return [row[:n].tolist() for row, n in zip(np.asarray(output.tokens), output.lengths, strict=True)]
+    return [
+        row[:n].tolist() for row, n in zip(np.asarray(output.tokens), output.lengths, strict=True)
+    ]
 
 
 def recompute(params, inputs, row, count):
@@ -103,7 +105,9 @@ def test_a_stop_token_ends_its_row_alone_and_is_left_out(params, inputs):
 
 
 def test_padding_is_never_read(params, inputs):
-    garbage = np.where(np.arange(inputs.tokens.shape[1]) < inputs.length[:, None], inputs.tokens, 99)
+    garbage = np.where(
+        np.arange(inputs.tokens.shape[1]) < inputs.length[:, None], inputs.tokens, 99
+    )
     dirty = replace(inputs, tokens=garbage.astype(np.int32))
     assert run(params, dirty, max_new_tokens=6) == run(params, inputs, max_new_tokens=6)
 
@@ -133,16 +137,16 @@ def test_seeds_repeat_and_differ(params, inputs):
 
 
 def test_decoding_copies_no_cache(params, inputs):
-    """The pool is read in place and the tail written in place: no temporary is as large as either."""
+    """The pool is read in place, and the tail that goes in is the memory that comes out."""
     generate = Generate(CONFIG, max_new_tokens=33)
     pool, state = jax.jit(generate.begin)(params, inputs, KEY)
-    pool_bytes = pool.k.nbytes + pool.v.nbytes
     program = jax.jit(generate.decode_chunk, donate_argnums=2).lower(params, pool, state).compile()
-    text = program.as_text()
-    shape = f"{{{','.join(map(str, pool.k.shape))}}}".strip("{}")
-    copies = [line for line in text.splitlines() if " copy(" in line and f"f32[{shape}]" in line]
-    assert copies == []
-    assert pool_bytes > 0
+    shape = f"f32[{','.join(map(str, pool.k.shape))}]"
+    lines = [line for line in program.as_text().splitlines() if shape in line]
+    assert lines
+    assert [line for line in lines if " copy(" in line] == []
+    tail_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.tail))
+    assert program.memory_analysis().alias_size_in_bytes >= tail_bytes
 
 
 @given(tokens=st.integers(1, 3000), chunk=st.integers(1, 64))

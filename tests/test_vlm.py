@@ -85,7 +85,12 @@ def test_kinds_of_images(vlm, tmp_path):
     image.save(tmp_path / "image.png")
     answers = [
         vlm.generate(source, "what?", max_new_tokens=4).tokens
-        for source in (image, np.asarray(image), tmp_path / "image.png", str(tmp_path / "image.png"))
+        for source in (
+            image,
+            np.asarray(image),
+            tmp_path / "image.png",
+            str(tmp_path / "image.png"),
+        )
     ]
     assert all(tokens == answers[0] for tokens in answers)
 

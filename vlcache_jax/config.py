@@ -7,7 +7,7 @@ the Hugging Face class. A value that would change the mathematics and is not imp
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class TextConfig:
     head_dim: int = 128
     rms_norm_eps: float = 1e-6
     max_positions: int = 2048
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = field(default_factory=RopeConfig)
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
 

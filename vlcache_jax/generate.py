@@ -9,7 +9,7 @@ are methods of their own, for streaming and benchmarks:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -101,9 +101,9 @@ class Generate:
     """
 
     config: LlavaConfig
-    cache: FullCache = FullCache()
+    cache: FullCache = field(default_factory=FullCache)
     max_new_tokens: int = 128
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
     chunk: int = CHUNK
     backend: str | None = None

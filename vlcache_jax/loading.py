@@ -56,16 +56,14 @@ def load(
     def read_params() -> Params:
         return load_params(path, config, kind, progress)
 
-    vlm = VLM(
-        config, read_params, processor, stop_ids=stop_ids, name=str(model), backend=backend
-    )
+    vlm = VLM(config, read_params, processor, stop_ids=stop_ids, name=str(model), backend=backend)
     if not lazy:
         vlm.params  # noqa: B018  reads them
     return vlm
 
 
 def find_model(model: str | Path) -> Path:
-    """The directory of a model: "demo", an existing directory, or a hub id, downloaded if need be."""
+    """The directory of "demo", of a local model, or of a hub id, downloaded if need be."""
     if str(model) == "demo" and not Path(model).exists():
         return vlcache_jax.demo.CHECKPOINT
     return resolve(model)

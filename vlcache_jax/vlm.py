@@ -1,4 +1,4 @@
-"""The friendly object: a model, its parameters and its processor, with compiled programs behind it."""
+"""The friendly object: a model with its parameters, its processor and its compiled programs."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -121,6 +121,7 @@ class VLM:
 
     @cached_property
     def params(self) -> Params:
+        """The parameters, read at the first use."""
         return self._read_params()
 
     def generate(
@@ -324,7 +325,11 @@ class Stream(Iterator[str]):
             tokens.extend(int(token) for token in np.asarray(drawn[0]))
             tokens = tokens[: min(int(state.count[0]), generate.max_new_tokens)]
         timings = Timings(
-            compile_s, prefill_s, decode_s, prefill_s + decode_s, steps / decode_s if steps else None
+            compile_s,
+            prefill_s,
+            decode_s,
+            prefill_s + decode_s,
+            steps / decode_s if steps else None,
         )
         kept = np.asarray(pool.length[0])
         self._answer = vlm._answer(generate, self._inputs, 0, tokens, kept, timings)

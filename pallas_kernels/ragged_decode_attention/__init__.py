@@ -21,7 +21,7 @@ def ragged_decode_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> jax.Array:
-    """softmax over the keys of one layer: its segment of the pool, then its tail.
+    """Attention of one token over one layer: its segment of the pool, then its tail.
 
         pool [B, K, capacity, H]   . . . |<- length[b] ->| . . . .      rows of other layers
                                      offset[b]

@@ -38,7 +38,8 @@ def test_json_is_one_object_and_nothing_else(model_dir, image):
     }  # fmt: skip
     assert set(answer["timings"]) == {"compile_s", "prefill_s", "decode_s", "decode_tokens_per_s"}
     assert set(answer["kv"]) == {
-        "method", "budget", "full_bytes", "kept_bytes", "kept_share", "allocated_bytes", "tail_bytes"
+        "method", "budget", "full_bytes", "kept_bytes", "kept_share", "allocated_bytes",
+        "tail_bytes",
     }  # fmt: skip
     assert len(answer["tokens"]) == 20
     assert answer["visual_tokens"] < answer["prompt_tokens"]

@@ -1,20 +1,24 @@
 """Against transformers' own classes: what they save is read, what is written they load."""
 
+import json
+
 import numpy as np
 import pytest
 
+torch = pytest.importorskip("torch")
+
+import vlcache_jax
 from convert.program import convert
-from tests.checkpoints import read_tensors, same_bits, transformers_model
+from tests import hf
+from tests.checkpoints import SPELLINGS, read_tensors, respell, same_bits, write_model
+from tests.tiny import picture, tiny_processor
 from vlcache_jax.checkpoint import load_params
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.weights import hub_name, parameter_shapes, tensors_of
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
 MODELS = [
     ("llava", "llama", {"num_key_value_heads": 4}),
-    ("llava_next", "mistral", {}),
+    ("llava_next", "mistral", {"num_key_value_heads": 2}),
     (
         "llava_next",
         "llama",
@@ -36,7 +40,7 @@ def _state(model):
 
 @pytest.mark.parametrize(("family", "kind", "text"), MODELS, ids=IDS)
 def test_saved_by_transformers_and_loaded_by_it_again(family, kind, text, tmp_path):
-    model = transformers_model(family, kind, torch.bfloat16, **text)
+    model = hf.hf_model(family, kind, text).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "hf", max_shard_size="60KB")
     stored = read_tensors(tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
@@ -62,7 +66,7 @@ def test_saved_by_transformers_and_loaded_by_it_again(family, kind, text, tmp_pa
 
 def test_the_model_itself_reads_what_transformers_saved(tmp_path):
     """One number of each fused kernel, found through the module that transformers made."""
-    model = transformers_model("llava_next", "llama", torch.float32)
+    model = hf.hf_model("llava_next", "llama", {"num_key_value_heads": 2})
     model.save_pretrained(tmp_path)
     params = load_params(tmp_path)
     decoder = model.model.language_model.layers[1]
@@ -77,3 +81,30 @@ def test_the_model_itself_reads_what_transformers_saved(tmp_path):
     key = tower.self_attn.k_proj
     assert params["vision"]["layers"][0]["qkv"][7, 1, 1, 2] == np.float32(key.weight[18, 7].item())
     assert params["vision"]["layers"][0]["qkv_bias"][1, 1, 2] == np.float32(key.bias[18].item())
+
+
+def test_every_spelling_and_the_conversion_generate_the_same_tokens(tmp_path):
+    model = hf.hf_model("llava_next", "mistral", {"num_key_value_heads": 2})
+    image, prompt = picture(90, 40), "<image> what?"
+    theirs = hf.hf_inputs("llava_next", [image], prompt)
+    with torch.no_grad():
+        out = model.generate(**theirs, max_new_tokens=32, do_sample=False, pad_token_id=3)
+    expected = out[0, theirs["input_ids"].shape[1] :].tolist()
+
+    saved = hf.save(model, tmp_path / "saved", "llava_next", max_shard_size="60KB")
+    assert len(list(saved.glob("*.safetensors"))) > 2
+    stored = {hub_name(name): array for name, array in read_tensors(saved).items()}
+    config = json.loads((saved / "config.json").read_text())
+    directories = [saved, convert(saved, tmp_path / "converted")]
+    for number, spelling in enumerate(SPELLINGS):
+        named = {respell(name, spelling): array for name, array in stored.items()}
+        path = write_model(tmp_path / str(number), config, named, shards=3)
+        (path / "tokenizer.model").unlink()
+        tiny_processor("llava_next").save_pretrained(path)
+        directories += [path, convert(path, tmp_path / f"{number} converted")]
+
+    for path in directories:
+        vlm = vlcache_jax.load(path)
+        vlm.stop_ids = ()
+        answer = vlm.generate(image, prompt, max_new_tokens=32, raw_prompt=True)
+        assert answer.tokens == expected, path

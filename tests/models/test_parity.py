@@ -65,12 +65,16 @@ def test_visual_features_and_packed_tokens(pair, name):
     assert ours.shape == packed.reshape(-1, packed.shape[-1]).shape
     assert hf.relative_error(ours, packed.reshape(ours.shape)) < BOUND
 
-    tower = np.asarray(jax.jit(lambda t: model.vision(t, pair.ours.config.vision_layers))(inputs.tiles))
+    tower = np.asarray(
+        jax.jit(lambda t: model.vision(t, pair.ours.config.vision_layers))(inputs.tiles)
+    )
     pixels = theirs["pixel_values"].reshape(-1, *inputs.tiles.shape[1:])
     with torch.no_grad():
         features = pair.theirs.model.vision_tower(pixels, output_hidden_states=True)
     theirs_tower = features.hidden_states[-2][:, 1:].numpy()
-    real = np.abs(pixels.numpy()).reshape(len(pixels), -1).max(-1) > 0  # not the processor's padding
+    real = (
+        np.abs(pixels.numpy()).reshape(len(pixels), -1).max(-1) > 0
+    )  # not the processor's padding
     assert hf.relative_error(tower[: real.sum()], theirs_tower[real]) < BOUND
 
 
@@ -156,7 +160,7 @@ def test_rope_scaling(rope, tmp_path):
 
 
 def test_tied_embeddings(tmp_path):
-    model = hf.hf_model("llava", "llama", {"num_key_value_heads": 4}, tied=True)
+    model = hf.hf_model("llava", "llama", {"num_key_value_heads": 4, "tie_word_embeddings": True})
     ours = vlcache_jax.load(hf.save(model, tmp_path / "model", "llava"))
     assert "kernel" not in ours.params["head"]
     theirs = hf.hf_inputs("llava", [], "only words")

@@ -1,6 +1,6 @@
 """The key/value cache: a layer-ragged pool for the prompt and a dense tail for new tokens.
 
-    pool   [B, K, capacity, H]    layer 0     | layer 1 | layer 2        | ...    one for K, one for V
+    pool   [B, K, capacity, H]    layer 0     | layer 1 | layer 2        | ...   for K and for V
                                   offset[b,0]   ^ offset[b,1]
                                   <-length[b,0]->
     tail   L x [B, K, R, H]       new tokens, rows 0..fill[b]

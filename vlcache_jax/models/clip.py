@@ -1,4 +1,4 @@
-"""CLIP vision transformer (Radford et al. 2021), as LLaVA uses it: patch features of a middle layer."""
+"""CLIP vision transformer (Radford et al. 2021): patch features of a middle layer, as in LLaVA."""
 
 import jax
 import jax.numpy as jnp

@@ -42,6 +42,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out]."""
         y = product("...i,io->...o", x, self.kernel)
         return y if self.bias is None else y + self.bias[...]
 
@@ -55,6 +56,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((size,), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., size] -> [..., size], in the type of x."""
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
@@ -69,6 +71,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((size,), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., size] -> [..., size], in the type of x."""
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)

@@ -77,7 +77,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, table: tuple[jax.Array, jax.Array], attend: Attend[Kept]
     ) -> tuple[jax.Array, Kept]:
-        """x [B, T, D] -> (x [B, T, D], what `attend` kept)."""
+        """[B, T, D] -> ([B, T, D], what `attend` kept)."""
         batch, length, _ = x.shape
         qkv = product("btd,dkch->btkch", self.attention_norm(x), self.qkv)
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]

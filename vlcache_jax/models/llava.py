@@ -29,7 +29,11 @@ class Projector(nnx.Module):
     """
 
     def __init__(self, config: LlavaConfig, *, dtype: DType, rngs: nnx.Rngs):
-        vision, width, bias = config.vision.hidden_size, config.text.hidden_size, config.projector_bias
+        vision, width, bias = (
+            config.vision.hidden_size,
+            config.text.hidden_size,
+            config.projector_bias,
+        )
         self.linear_1 = Linear(vision, width, bias=bias, dtype=dtype, rngs=rngs)
         self.linear_2 = Linear(width, width, bias=bias, dtype=dtype, rngs=rngs)
         newline = config.family == "llava_next"
@@ -54,7 +58,10 @@ class Llava(nnx.Module):
         self.projector = Projector(config, dtype=dtype, rngs=rngs)
         self.embed = Embedding(config.text, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            [DecoderLayer(config.text, dtype=dtype, rngs=rngs) for _ in range(config.text.num_layers)]
+            [
+                DecoderLayer(config.text, dtype=dtype, rngs=rngs)
+                for _ in range(config.text.num_layers)
+            ]
         )
         self.head = Head(config.text, dtype=dtype, rngs=rngs)
 
