@@ -2,6 +2,7 @@
 # passed over.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
 	$(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
+PYTHON312 ?= python3.12
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
@@ -12,7 +13,7 @@ export TRANSFORMERS_NO_ADVISORY_WARNINGS = 1
 .PHONY: help demo test test-next lint format clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 demo: $(VENV)/.demo  ## set up, and ask the shipped model about the shipped picture
 	$(VENV)/bin/vlcache generate demo --image demo --prompt "What is in the picture?"
@@ -20,10 +21,8 @@ demo: $(VENV)/.demo  ## set up, and ask the shipped model about the shipped pict
 test: $(VENV)/.test  ## set up, and run all tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadscope $(PYTEST)
 
-test-next:  ## run the tests under the next release of jax (needs Python 3.12)
-	@mkdir -p .venv-next
-	@grep -vE '^(jax|jaxlib)==' constraints.txt | cat - constraints-next.txt > .venv-next/constraints.txt
-	$(MAKE) test VENV=.venv-next CONSTRAINTS=.venv-next/constraints.txt PYTHON=python3.12
+test-next: .venv-next/constraints.txt  ## run the tests under the next release of jax (PYTHON312=...)
+	$(MAKE) test VENV=.venv-next CONSTRAINTS=$< PYTHON="$(PYTHON312)"
 
 lint: $(VENV)/.lint  ## check format, style and types
 	$(VENV)/bin/ruff format --check .
@@ -37,16 +36,21 @@ format: $(VENV)/.lint  ## rewrite the code in the project's format
 clean:  ## remove the environments and caches
 	rm -rf .venv .venv-next .venv312 .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/bin/python:
+.venv-next/constraints.txt: constraints.txt constraints-next.txt
+	@mkdir -p $(@D)
+	@grep -vE '^(jax|jaxlib)==' constraints.txt | cat - constraints-next.txt > $@
+
+# pip is the last thing a new environment gets: without it the environment is half made.
+$(VENV)/bin/pip:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
 
-$(VENV)/.demo: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
+$(VENV)/.demo: $(VENV)/bin/pip pyproject.toml $(CONSTRAINTS)
 	$(PIP) install -c $(CONSTRAINTS) -e .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
+$(VENV)/.test: $(VENV)/bin/pip pyproject.toml $(CONSTRAINTS)
 	$(PIP) install -c $(CONSTRAINTS) -e '.[test,bench]'
 	@touch $@
 

@@ -57,7 +57,8 @@ def convert_command(
     except KeyboardInterrupt:
         _fail(console, "interrupted", 1)
     else:
-        console.print(f"wrote {target} in {time.monotonic() - began:.0f} s", markup=False)
+        seconds = time.monotonic() - began
+        console.print(f"wrote {target} in {seconds:.0f} s", markup=False, soft_wrap=True)
 
 
 def _fail(console: Console, error: object, code: int) -> None:

@@ -18,7 +18,7 @@ def allowed(logits, top_k, top_p):
     chances /= chances.sum()
     kept, reached = [], 0.0
     for token, chance in zip(ranked, chances, strict=True):
-        if reached >= top_p:
+        if top_p < 1 and reached >= top_p:
             break
         kept.append(token)
         reached += chance

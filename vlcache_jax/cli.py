@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,10 +55,12 @@ def _options(
         bool, typer.Option(help="Keep compiled programs in the user's cache folder.")
     ] = True,
 ) -> None:
-    if compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    import jax
+
+    if compilation_cache and not jax.config.jax_compilation_cache_dir:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "vlcache-jax" / "programs")
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        jax.config.update("jax_compilation_cache_dir", str(folder / "vlcache-jax" / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @app.command()
@@ -116,7 +119,10 @@ def generate(
 @app.command()
 def info(
     model: Model,
-    context: Annotated[int, typer.Option(min=1, help="Prompt tokens of one sequence.")] = 4096,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompt tokens of a sequence; 4096, or what fits, by default."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     dtype: Dtype = None,
@@ -195,7 +201,10 @@ def _open(model: str, dtype: str | None) -> tuple["VLM", Progress]:
 
 
 def _drain(stream: "Stream", echo: bool) -> "Answer":
-    for piece in stream:
+    """Read the stream to its end; until its first piece a spinner says what takes so long."""
+    with _errors.status("compiling, and reading the prompt ..."):
+        first = next(stream, "")
+    for piece in chain([first], stream):
         if echo:
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -261,25 +270,23 @@ def _print_info(facts: dict[str, Any]) -> None:
         "visual tokens of a tile": f"{facts['tile_tokens']:,}",
     }
     console.print(_two_columns(rows))
-    title = (
-        f"memory for {need['context']} prompt tokens (bucket {need['bucket']}), batch "
-        f"{need['batch']}, {need['new_tokens']} new tokens, full cache"
+    console.print(
+        f"\nMemory for {need['context']} prompt tokens (bucket {need['bucket']}), batch "
+        f"{need['batch']}, {need['new_tokens']} new tokens, with the full cache:"
     )
     names = ("parameters", "pool", "tail", "activations", "total")
-    console.print(_two_columns({n: human_bytes(need[n]) for n in names}, title))
-    for name, note in (
-        ("prompt", "prompt tokens, T"),
-        ("tiles", "image tiles of a batch, S"),
-        ("window", "scoring rows, W"),
-    ):
-        table = Table("size", "mean padding", title=f"buckets: {note}", title_justify="left")
-        for bucket in facts["buckets"][name]:
-            table.add_row(str(bucket["size"]), f"{bucket['padding']:.0%}")
-        console.print(table)
+    console.print(_two_columns({name: human_bytes(need[name]) for name in names}))
+    console.print("\nBuckets that shapes are padded to, with the mean share of padding of each:")
+    notes = {"prompt": "prompt tokens", "tiles": "image tiles", "window": "scoring rows"}
+    sizes = {
+        note: ", ".join(f"{b['size']} ({b['padding']:.0%})" for b in facts["buckets"][name])
+        for name, note in notes.items()
+    }
+    console.print(_two_columns(sizes))
 
 
-def _two_columns(rows: dict[str, str], title: str | None = None) -> Table:
-    table = Table(show_header=False, title=title, title_justify="left")
+def _two_columns(rows: dict[str, str]) -> Table:
+    table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table

@@ -89,14 +89,19 @@ def read_stop_ids(path: Path, config: LlavaConfig, processor: Processor) -> tupl
 
 
 def describe(
-    model: str | Path, dtype: str | None = None, *, context: int, batch: int, new_tokens: int
+    model: str | Path,
+    dtype: str | None = None,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    new_tokens: int = 128,
 ) -> dict[str, Any]:
     """Facts about a model from its configuration alone, as plain values for JSON.
 
     Args:
         model: as in `load`.
         dtype: as in `load`; the type named by config.json by default.
-        context: prompt tokens of one sequence.
+        context: prompt tokens of one sequence; 4096 or what the model can hold by default.
         batch: sequences.
         new_tokens: tokens of an answer.
 
@@ -109,6 +114,8 @@ def describe(
     config = LlavaConfig.from_file(path)
     kind = parse_dtype(dtype or _stored_dtype(path))
     limit = config.text.max_positions
+    if context is None:
+        context = max(1, min(4096, limit + 1 - new_tokens))
     if context + new_tokens - 1 > limit:
         raise ValueError(f"{context=} and {new_tokens=} exceed the model's {limit} positions")
     buckets = default_buckets(config)

@@ -1,7 +1,10 @@
 """The command line, run in this process."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,11 +15,6 @@ from tests.tiny import picture
 from vlcache_jax.cli import app
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-
-
 @pytest.fixture
 def image(tmp_path):
     path = tmp_path / "image.png"
@@ -25,7 +23,7 @@ def image(tmp_path):
 
 
 def run(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args])
+    return CliRunner().invoke(app, ["--no-compilation-cache", *(str(arg) for arg in args)])
 
 
 def test_json_is_one_object_and_nothing_else(model_dir, image):
@@ -181,7 +179,7 @@ def test_info(model_dir):
     assert facts["buckets"]["prompt"][0] == {"size": 64, "padding": pytest.approx(63 / 128)}
     shown = run("info", model_dir, "--context", 500)
     assert "cache per token" in shown.stdout
-    assert "mean padding" in shown.stdout
+    assert "share of padding" in shown.stdout
 
 
 def parameters(path):
@@ -207,3 +205,23 @@ def test_the_shipped_demo_answers():
     answer = json.loads(result.stdout)
     assert len(answer["tokens"]) == 4
     assert answer["visual_tokens"] > 200
+
+
+def test_compiled_programs_are_kept_between_runs(model_dir, tmp_path):
+    def compile_s(*options):
+        command = [sys.executable, "-m", "vlcache_jax.cli", *options, "generate", str(model_dir)]
+        child = subprocess.run(
+            [*command, "--prompt", "hello", "--max-new-tokens", "2", "--json"],
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(child.stdout)["timings"]["compile_s"]
+
+    first = compile_s()
+    kept = list((tmp_path / "vlcache-jax" / "programs").iterdir())
+    assert kept
+    assert compile_s() < first / 2
+    assert compile_s("--no-compilation-cache") > first / 2
+    assert sorted((tmp_path / "vlcache-jax" / "programs").iterdir()) == sorted(kept)
