@@ -136,7 +136,8 @@ def make_model(seed: int) -> Any:
         image_seq_length=(TILE // 14) ** 2,
     )
     torch.manual_seed(seed)
-    return LlavaNextForConditionalGeneration(config).to(torch.bfloat16).eval()
+    model: Any = LlavaNextForConditionalGeneration(config)
+    return model.to(torch.bfloat16).eval()
 
 
 def main(

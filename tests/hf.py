@@ -54,6 +54,7 @@ def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0)
         "tie_word_embeddings": shape.get("tie_word_embeddings", False),
     }
     torch.manual_seed(seed)
+    model: Any
     if family == "llava":
         model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**common))
     else:
@@ -65,8 +66,8 @@ def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0)
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
     # No stop token: answers run to their full length.
-    model.generation_config.eos_token_id = None
-    model.config.text_config.eos_token_id = None
+    for holder in (model.generation_config, model.config.text_config):
+        holder.eos_token_id = None
     return model.eval()
 
 

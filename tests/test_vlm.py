@@ -22,9 +22,9 @@ def compilations():
     """Counts the programs that XLA compiles, as JAX itself reports them."""
     seen = []
 
-    def listen(event, duration, **_):
+    def listen(event, duration_secs, **_):
         if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration)
+            seen.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield seen

@@ -26,7 +26,8 @@ ImageLike: TypeAlias = str | Path | Image.Image | np.ndarray
 Images: TypeAlias = ImageLike | Sequence[ImageLike] | None
 """The pictures of one prompt."""
 
-Array: TypeAlias = np.ndarray | jax.Array
+Array: TypeAlias = Any
+"""numpy as the processor makes it, `jax.Array` on a device and inside a traced function."""
 
 _TEXT = -1  # marks text and padding in the table of visual tokens
 

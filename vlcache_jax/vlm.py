@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import numpy as np
@@ -60,6 +60,28 @@ class Answer:
     visual_tokens: int
     cache: CacheReport
     timings: Timings
+
+
+class Options(TypedDict, total=False):
+    """Options of `VLM.generate` and `VLM.stream`; all may be left out.
+
+    Attributes:
+        max_new_tokens: most tokens of an answer, 128 by default.
+        temperature: 0, the default, is greedy.
+        top_k: draw among the k most likely tokens; all by default.
+        top_p: draw among the most likely tokens that reach this probability together; 1 by default.
+        seed: of the draws, 0 by default.
+        raw_prompt: take the text as it is, without the chat template.
+        cache: what is kept of the prompt's keys and values; everything by default.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    seed: int
+    raw_prompt: bool
+    cache: FullCache | None
 
 
 class Program:
@@ -124,18 +146,24 @@ class VLM:
         """The parameters, read at the first use."""
         return self._read_params()
 
+    @overload
+    def generate(
+        self, images: Images = None, text: str = "", **options: Unpack[Options]
+    ) -> Answer: ...
+
+    @overload
+    def generate(
+        self, images: Sequence[Images] | None, text: list[str], **options: Unpack[Options]
+    ) -> list[Answer]: ...
+
+    @overload
+    def generate(self, *, text: list[str], **options: Unpack[Options]) -> list[Answer]: ...
+
     def generate(
         self,
         images: Images | Sequence[Images] = None,
-        text: str | Sequence[str] = "",
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
-        raw_prompt: bool = False,
-        cache: FullCache | None = None,
+        text: str | list[str] = "",
+        **options: Unpack[Options],
     ) -> Answer | list[Answer]:
         """Answer one prompt, or a batch of them given as lists.
 
@@ -146,13 +174,7 @@ class VLM:
                 one such entry per prompt. An image is a path, a PIL image or uint8 [H, W, 3].
             text: the prompt, or a list of prompts. `<image>` marks say where the images go;
                 without marks they come first.
-            max_new_tokens: most tokens of an answer.
-            temperature: 0 is greedy.
-            top_k: draw among the k most likely tokens.
-            top_p: draw among the most likely tokens that reach this probability together.
-            seed: of the draws.
-            raw_prompt: take the text as it is, without the chat template.
-            cache: what is kept of the prompt's keys and values; everything by default.
+            **options: see `Options`.
 
         Returns:
             An `Answer` for a string, a list of them for a list.
@@ -161,12 +183,9 @@ class VLM:
             ValueError: bad images or prompts, or more tokens than the model has positions for.
             FileNotFoundError: an image file does not exist.
         """
-        generate = self._plan(
-            max_new_tokens, Sampling(temperature, top_k, top_p), cache or FullCache(), CHUNK
-        )
-        inputs = self._inputs(images, text, raw_prompt, generate)
+        generate, inputs, key = self._request(images, text, CHUNK, **options)
         program = self._program(generate, "__call__")
-        args = (self.params, jax.device_put(inputs), jax.random.key(seed))
+        args = (self.params, jax.device_put(inputs), key)
         compile_s = program.prepare(*args)
         began = time.perf_counter()
         output = program(*args)
@@ -180,19 +199,7 @@ class VLM:
         ]
         return answers[0] if isinstance(text, str) else answers
 
-    def stream(
-        self,
-        images: Images = None,
-        text: str = "",
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
-        raw_prompt: bool = False,
-        cache: FullCache | None = None,
-    ) -> "Stream":
+    def stream(self, images: Images = None, text: str = "", **options: Unpack[Options]) -> "Stream":
         """Answer one prompt piece by piece: the arguments of `generate`, a single prompt.
 
         Input is checked before this returns; the work is done while the stream is read.
@@ -206,37 +213,43 @@ class VLM:
         """
         if not isinstance(text, str):
             raise ValueError("stream answers one prompt: use generate for a list of them")
-        generate = self._plan(
-            max_new_tokens, Sampling(temperature, top_k, top_p), cache or FullCache(), STREAM_CHUNK
-        )
-        inputs = self._inputs(images, text, raw_prompt, generate)
-        return Stream(self, generate, inputs, seed)
+        return Stream(self, *self._request(images, text, STREAM_CHUNK, **options))
 
-    def _plan(
-        self, max_new_tokens: int, sampling: Sampling, cache: FullCache, chunk: int
-    ) -> Generate:
-        return Generate(
-            self.config, cache, max_new_tokens, sampling, self.stop_ids, chunk, self.backend
-        )
-
-    def _inputs(
+    def _request(
         self,
         images: Images | Sequence[Images],
-        text: str | Sequence[str],
-        raw_prompt: bool,
-        generate: Generate,
-    ) -> ModelInputs:
+        text: str | list[str],
+        chunk: int,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        raw_prompt: bool = False,
+        cache: FullCache | None = None,
+    ) -> tuple[Generate, ModelInputs, jax.Array]:
+        """Check a request: the way to generate, the padded inputs, and the random key."""
+        generate = Generate(
+            self.config,
+            cache or FullCache(),
+            max_new_tokens,
+            Sampling(temperature, top_k, top_p),
+            self.stop_ids,
+            chunk,
+            self.backend,
+        )
         inputs = self.processor(images, text, raw_prompt=raw_prompt)
         longest, limit = int(inputs.length.max()), self.config.text.max_positions
-        if longest + generate.max_new_tokens - 1 > limit:
+        if longest + max_new_tokens - 1 > limit:
             raise ValueError(
-                f"{longest} prompt tokens and {generate.max_new_tokens} new ones exceed the "
-                f"model's {limit} positions: at most {limit + 1 - longest} new tokens fit"
+                f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's "
+                f"{limit} positions: at most {limit + 1 - longest} new tokens fit"
             )
         if not generate.cache.scores_window:
             # Windows of other sizes are no reason to compile another program.
             inputs = replace(inputs, window_rows=0)
-        return inputs
+        return generate, inputs, jax.random.key(seed)
 
     def _program(self, generate: Generate, stage: str, donate: tuple[int, ...] = ()) -> Program:
         key = (generate, stage)
@@ -278,10 +291,10 @@ class VLM:
 class Stream(Iterator[str]):
     """An answer in pieces of text; see `VLM.stream`."""
 
-    def __init__(self, vlm: VLM, generate: Generate, inputs: ModelInputs, seed: int):
+    def __init__(self, vlm: VLM, generate: Generate, inputs: ModelInputs, key: jax.Array):
         self._vlm, self._generate, self._inputs = vlm, generate, inputs
         self._answer: Answer | None = None
-        self._pieces = self._run(seed)
+        self._pieces = self._run(key)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -297,11 +310,11 @@ class Stream(Iterator[str]):
             raise ValueError("the answer is there once the stream was read to its end")
         return self._answer
 
-    def _run(self, seed: int) -> Iterator[str]:
+    def _run(self, key: jax.Array) -> Iterator[str]:
         generate, vlm = self._generate, self._vlm
         begin = vlm._program(generate, "begin")
         decode = vlm._program(generate, "decode_chunk", donate=(2,))
-        args = (vlm.params, jax.device_put(self._inputs), jax.random.key(seed))
+        args = (vlm.params, jax.device_put(self._inputs), key)
         compile_s = begin.prepare(*args)
         began = time.perf_counter()
         pool, state = begin(*args)

@@ -1,5 +1,7 @@
 """Attention of whole sequences with grouped heads, never a T x T matrix."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -50,5 +52,5 @@ def prefill_attention(
     if lengths.shape != (batch,):
         raise ValueError(f"{lengths.shape=} must be {(batch,)}")
     choose_backend(backend, BACKENDS)
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
     return xla.prefill_attention(q, k, v, lengths, causal=causal, scale=scale)

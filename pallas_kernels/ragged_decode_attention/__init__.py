@@ -1,5 +1,7 @@
 """Attention of one new token over a layer-ragged pool and a dense tail."""
 
+import math
+
 import jax
 
 from pallas_kernels.backends import choose_backend
@@ -58,7 +60,7 @@ def ragged_decode_attention(
     if not offset.shape == length.shape == fill.shape == (batch,):
         raise ValueError(f"{offset.shape=}, {length.shape=}, {fill.shape=} must be {(batch,)}")
     choose_backend(backend, BACKENDS)
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
     return xla.ragged_decode_attention(
         q, pool_k, pool_v, offset, length, tail_k, tail_v, fill, scale=scale
     )
