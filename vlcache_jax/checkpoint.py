@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from vlcache_jax import demo
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llava import Params, abstract_params
 from vlcache_jax.weights import (
@@ -67,6 +68,8 @@ Progress = Callable[[str, int, int], None]
 def resolve(model: str | Path) -> Path:
     """The directory of a model: a local one, or a download of a Hugging Face hub id.
 
+    "demo" is the checkpoint in this package, where there is no directory of that name.
+
     Only weights in safetensors, configuration and tokenizer files are fetched; nothing that is
     fetched is ever run.
 
@@ -84,6 +87,8 @@ def resolve(model: str | Path) -> Path:
     if path.exists():
         raise ValueError(f"{path} is a file: give the model's directory")
     name = str(model)
+    if name == "demo":
+        return demo.CHECKPOINT
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(
             f"no directory {name}: give a model's directory or a hub id such as "
@@ -245,16 +250,12 @@ def open_checkpoint(path: str | Path, config: LlavaConfig | None = None) -> Chec
 
 
 def load_params(
-    path: str | Path,
-    config: LlavaConfig | None = None,
-    dtype: Any = None,
-    progress: Progress | None = None,
+    source: str | Path | Checkpoint, dtype: Any = None, progress: Progress | None = None
 ) -> Params:
     """The parameters of a model directory of either kind, on the default device.
 
     Args:
-        path: the directory.
-        config: the model; read from the directory's config.json by default.
+        source: the directory, or what `open_checkpoint` made of it.
         dtype: float32, bfloat16 or float16; as stored by default.
         progress: called after each parameter with its piece, the bytes done and the bytes in all.
 
@@ -266,7 +267,7 @@ def load_params(
         ValueError: the weights do not fit the configuration, are damaged, are pickles, or have
             several number types and no `dtype` is given.
     """
-    checkpoint = open_checkpoint(path, config)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     dtype = checkpoint.target_dtype(dtype)
     total = checkpoint.num_bytes(dtype)
     done = 0

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import vlcache_jax.demo
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets, padding_shares
 from vlcache_jax.checkpoint import Progress, load_params, open_checkpoint, resolve
 from vlcache_jax.config import LlavaConfig, token_ids
@@ -47,26 +46,20 @@ def load(
         ValueError: a file is damaged, or `dtype` is unknown.
         NotImplementedError: the checkpoint describes a model that is not implemented.
     """
-    path = find_model(model)
+    path = resolve(model)
     config = LlavaConfig.from_file(path)
     processor = Processor.from_pretrained(path, config, buckets)
     stop_ids = read_stop_ids(path, config, processor)
-    kind = open_checkpoint(path, config).target_dtype(dtype)
+    checkpoint = open_checkpoint(path, config)
+    kind = checkpoint.target_dtype(dtype)
 
     def read_params() -> Params:
-        return load_params(path, config, kind, progress)
+        return load_params(checkpoint, kind, progress)
 
     vlm = VLM(config, read_params, processor, stop_ids=stop_ids, name=str(model), backend=backend)
     if not lazy:
         vlm.params  # noqa: B018  reads them
     return vlm
-
-
-def find_model(model: str | Path) -> Path:
-    """The directory of "demo", of a local model, or of a hub id, downloaded if need be."""
-    if str(model) == "demo" and not Path(model).exists():
-        return vlcache_jax.demo.CHECKPOINT
-    return resolve(model)
 
 
 def read_stop_ids(path: Path, config: LlavaConfig, processor: Processor) -> tuple[int, ...]:
@@ -110,7 +103,7 @@ def describe(
         FileNotFoundError: as `load`.
         NotImplementedError: as `load`.
     """
-    path = find_model(model)
+    path = resolve(model)
     config = LlavaConfig.from_file(path)
     kind = parse_dtype(dtype or _stored_dtype(path))
     limit = config.text.max_positions

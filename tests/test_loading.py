@@ -1,0 +1,75 @@
+"""`load` and `describe`: stop tokens, the shipped demo, what is checked before weights are read."""
+
+import json
+import shutil
+
+import pytest
+
+import vlcache_jax
+from vlcache_jax.loading import describe
+
+
+@pytest.fixture
+def copy(model_dir, tmp_path):
+    return shutil.copytree(model_dir, tmp_path / "model")
+
+
+def stop_ids(path):
+    return vlcache_jax.load(path, lazy=True).stop_ids
+
+
+def set_text_eos(path, value):
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = value
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_stop_ids_of_generation_config_come_first(copy):
+    set_text_eos(copy, 9)
+    for written, expected in ((7, (7,)), ([7, 8], (7, 8)), (None, (9,))):
+        (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": written}))
+        assert stop_ids(copy) == expected
+
+
+def test_then_the_text_configs_then_the_tokenizers(copy):
+    assert stop_ids(copy) == (2,)  # the tokenizer's </s>
+    set_text_eos(copy, [5, 6])
+    assert stop_ids(copy) == (5, 6)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_a_damaged_generation_config_is_named(copy, content):
+    (copy / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        stop_ids(copy)
+
+
+def test_lazy_loading_checks_the_weights_and_does_not_read_them(copy):
+    vlm = vlcache_jax.load(copy, lazy=True)
+    assert "params" not in vars(vlm)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="truncated"):
+        vlcache_jax.load(copy, lazy=True)
+
+
+def test_buckets_can_be_chosen(copy):
+    buckets = vlcache_jax.Buckets(prompt=(100, 200), tiles=(0, 7), window=(50,))
+    vlm = vlcache_jax.load(copy, buckets=buckets, lazy=True)
+    assert vlm.processor(None, "hello").tokens.shape == (1, 100)
+
+
+def test_progress_reaches_the_end(copy):
+    steps = []
+    vlcache_jax.load(copy, progress=lambda *step: steps.append(step))
+    assert steps[0][0] == "vision"
+    assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
+    assert steps[-1][1] == steps[-1][2]
+
+
+def test_describe_takes_what_fits_by_default(model_dir):
+    facts = describe(model_dir)
+    assert facts["memory"]["context"] == 1024 + 1 - 128
+    assert describe("demo")["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="float8"):
+        describe(model_dir, "float8")
