@@ -65,7 +65,7 @@ Progress = Callable[[str, int, int], None]
 """Called after each parameter with its piece, the bytes done and the bytes in all."""
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, *, weights: bool = True) -> Path:
     """The directory of a model: a local one, or a download of a Hugging Face hub id.
 
     "demo" is the checkpoint in this package, where there is no directory of that name.
@@ -75,6 +75,7 @@ def resolve(model: str | Path) -> Path:
 
     Args:
         model: a directory, or `owner/name` where no such directory exists.
+        weights: whether a download includes the weights.
 
     Raises:
         ValueError: it is a file.
@@ -94,12 +95,9 @@ def resolve(model: str | Path) -> Path:
             f"no directory {name}: give a model's directory or a hub id such as "
             "llava-hf/llava-1.5-7b-hf"
         )
+    patterns = [*CONFIG_PATTERNS, "*.safetensors"] if weights else [*CONFIG_PATTERNS]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=[*CONFIG_PATTERNS, "*.safetensors"]
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except RepositoryNotFoundError:
         raise FileNotFoundError(
             f"no directory {name}, and no model of that name on the Hugging Face hub: check the "

@@ -103,7 +103,7 @@ def describe(
         FileNotFoundError: as `load`.
         NotImplementedError: as `load`.
     """
-    path = resolve(model)
+    path = resolve(model, weights=False)
     config = LlavaConfig.from_file(path)
     kind = parse_dtype(dtype or _stored_dtype(path))
     limit = config.text.max_positions

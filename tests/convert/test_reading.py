@@ -268,6 +268,8 @@ def test_resolve_downloads_safetensors_and_text_only(tmp_path, monkeypatch):
     assert resolve("llava-hf/llava-1.5-7b-hf") == tmp_path
     patterns = asked["llava-hf/llava-1.5-7b-hf"]
     assert sorted(patterns) == ["*.jinja", "*.json", "*.safetensors", "tokenizer.model"]
+    resolve("llava-hf/without", weights=False)
+    assert sorted(asked["llava-hf/without"]) == ["*.jinja", "*.json", "tokenizer.model"]
 
 
 class _NotFound(RepositoryNotFoundError):

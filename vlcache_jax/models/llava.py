@@ -85,8 +85,13 @@ class Llava(nnx.Module):
 
 def init_params(config: LlavaConfig, seed: int = 0, dtype: DType = jnp.float32) -> Params:
     """Random parameters, as a plain nested dict of arrays."""
-    model = Llava(config, dtype=dtype, rngs=nnx.Rngs(seed))
-    return nnx.to_pure_dict(nnx.state(model))
+
+    @jax.jit  # one program instead of a small one for every shape
+    def init() -> Params:
+        model = Llava(config, dtype=dtype, rngs=nnx.Rngs(seed))
+        return nnx.to_pure_dict(nnx.state(model))
+
+    return init()
 
 
 def abstract_params(config: LlavaConfig, dtype: DType = jnp.float32) -> Params:
