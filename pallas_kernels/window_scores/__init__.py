@@ -1,0 +1,91 @@
+"""How much the last rows of a prompt attend to each key, and how sparsely."""
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels.backends import choose_backend
+from pallas_kernels.window_scores import xla
+
+BACKENDS = ("xla",)
+
+
+class WindowScores(NamedTuple):
+    """Statistics of the attention of a window of rows.
+
+    Attributes:
+        scores: sum of a key's attention probabilities over the window's rows and over the query
+            heads of its group, float32 [B, K, T]; 0 for keys that no row sees.
+        zeroed: entries below `threshold` times the largest of their own row, int32 [B, N].
+        visible: entries that the causal mask and the lengths leave, int32 [B, N].
+    """
+
+    scores: jax.Array
+    zeroed: jax.Array
+    visible: jax.Array
+
+
+def window_scores(
+    q: jax.Array,
+    k: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+    *,
+    threshold: float = 0.01,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> WindowScores:
+    """Column sums and sparsity of softmax(q k^T * scale) for a window of rows per sequence.
+
+        keys     0 . . . . . . . . . start . . . lengths . . T
+        window                       row 0 . . . |    rows beyond the length are not there
+
+    The window's row i stands at position start[b] + i and sees the keys 0..start[b] + i. The matrix
+    is made block by block, so that all rows of a long prompt can be the window (start 0, W = T).
+    What stands beyond the lengths is never read into a result. (VL-Cache, section 4.1 and 4.3:
+    post-vision attention, its sparsity, and the accumulated score.)
+
+    Args:
+        q: queries of the window's rows [B, W, N, H].
+        k: keys of the whole prompt [B, T, K, H], N a multiple of K.
+        start: position of the window's first row, int32 [B].
+        lengths: true length of each prompt, int32 [B].
+        threshold: p, the share of its row's maximum below which an entry counts as zeroed.
+        scale: factor of the logits; 1 / sqrt(H) by default.
+        backend: "xla", or None for the best that supports the case.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+        NotImplementedError: there is no such backend, or W * T is beyond what the counts can hold.
+    """
+    batch, rows, heads, head_dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"{q.shape=}, {k.shape=}: expected [B, W, N, H] and [B, T, K, H]")
+    if heads % k.shape[2]:
+        raise ValueError(f"{heads} query heads must be a multiple of {k.shape[2]} kv heads")
+    if not start.shape == lengths.shape == (batch,):
+        raise ValueError(f"{start.shape=}, {lengths.shape=} must be {(batch,)}")
+    if rows * k.shape[1] >= 2**31:
+        raise NotImplementedError(
+            f"{rows} window rows of {k.shape[1]} keys: the counts are 32-bit, use fewer rows"
+        )
+    choose_backend(backend, BACKENDS)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    return WindowScores(*xla.window_scores(q, k, start, lengths, threshold=threshold, scale=scale))
+
+
+def average_pool(scores: jax.Array, last: jax.Array, kernel: int = 5) -> jax.Array:
+    """SnapKV's smoothing: the mean over `kernel` neighbours, zeros counted at both ends.
+
+    Args:
+        scores: float32 [B, K, T].
+        last: keys that take part, the first `last[b]` of each row, int32 [B]; the others become 0.
+        kernel: odd number of neighbours.
+
+    Raises:
+        ValueError: `kernel` is even or below 1.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{kernel=} must be odd and at least 1")
+    return xla.average_pool(scores, last, kernel)

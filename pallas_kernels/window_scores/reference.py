@@ -1,0 +1,31 @@
+"""Dense version in float64, for tests only."""
+
+import numpy as np
+
+
+def window_scores(
+    q: np.ndarray,
+    k: np.ndarray,
+    start: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    threshold: float,
+    scale: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row by row and head by head, with whole rows of the attention matrix."""
+    batch, rows, heads, _ = q.shape
+    keys, kv_heads = k.shape[1:3]
+    scores = np.zeros((batch, kv_heads, keys))
+    zeroed = np.zeros((batch, heads), int)
+    visible = np.zeros((batch, heads), int)
+    for b in range(batch):
+        for n in range(heads):
+            group = n // (heads // kv_heads)
+            for i in range(min(rows, int(lengths[b]) - int(start[b]))):
+                seen = int(start[b]) + i + 1
+                logits = k[b, :seen, group].astype(np.float64) @ q[b, i, n].astype(np.float64)
+                weights = np.exp(scale * (logits - logits.max()))
+                scores[b, group, :seen] += weights / weights.sum()
+                zeroed[b, n] += (weights < threshold).sum()
+                visible[b, n] += seen
+    return scores, zeroed, visible

@@ -1,0 +1,104 @@
+"""Blocks of window rows; for each, one pass over the keys for the softmax's maximum and sum, and
+one that adds up the columns. Both trip counts come from the true lengths.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ROW_BLOCK = 128
+KEY_BLOCK = 512
+
+Sums = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def window_scores(
+    q: jax.Array,
+    k: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+    *,
+    threshold: float,
+    scale: float,
+) -> Sums:
+    """See the package's public function."""
+    batch, window, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    rows, columns = min(ROW_BLOCK, window), min(KEY_BLOCK, keys)
+    q = q.reshape(batch, window, kv_heads, group, head_dim)
+    k = k.swapaxes(1, 2)  # [B, K, T, H]
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    def row_block(index: jax.Array, sums: Sums) -> Sums:
+        first_row = index * rows
+        # A block that would reach past the end starts earlier and skips what was already done.
+        row_at = jnp.minimum(first_row, window - rows)
+        block = lax.dynamic_slice_in_dim(q, row_at, rows, axis=1)
+        row = row_at + jnp.arange(rows)
+        position = start[:, None] + row  # [B, rows]
+        real = (row >= first_row) & (position < lengths[:, None])
+        stop = jnp.max(jnp.where(real, position, -1)) + 1
+        trips = (stop + columns - 1) // columns
+
+        def logits_of(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            """Logits and visibility [B, K, G, rows, S] of a block of keys, and where it begins."""
+            at = jnp.minimum(index * columns, keys - columns)
+            key = at + jnp.arange(columns)
+            logits = jnp.einsum(
+                "brkgh,bksh->bkgrs",
+                block,
+                lax.dynamic_slice_in_dim(k, at, columns, axis=2),
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+            seen = real[:, :, None] & (key <= position[:, :, None]) & (key >= index * columns)
+            seen = jnp.broadcast_to(seen[:, None, None], logits.shape)
+            return jnp.where(seen, logits * scale, -jnp.inf), seen, at
+
+        def softmax_pass(
+            index: jax.Array, carry: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            highest, total = carry
+            logits, _, _ = logits_of(index)
+            new = jnp.maximum(highest, jnp.max(logits, axis=-1))
+            shift = jnp.where(new == -jnp.inf, 0.0, new)
+            added = jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1)
+            return new, total * jnp.exp(highest - shift) + added
+
+        shape = (batch, kv_heads, group, rows)
+        nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
+        highest, total = lax.fori_loop(0, trips, softmax_pass, nothing)
+        highest = jnp.where(highest == -jnp.inf, 0.0, highest)[..., None]
+        total = jnp.where(total == 0.0, 1.0, total)[..., None]
+
+        def column_pass(index: jax.Array, sums: Sums) -> Sums:
+            scores, zeroed, visible = sums
+            logits, seen, at = logits_of(index)
+            weights = jnp.exp(logits - highest)  # 1 at the row's maximum
+            old = lax.dynamic_slice_in_dim(scores, at, columns, axis=2)
+            new = old + jnp.sum(weights / total, axis=(2, 3))
+            scores = lax.dynamic_update_slice_in_dim(scores, new, at, axis=2)
+            small = seen & (weights < threshold)
+            zeroed = zeroed + jnp.sum(small, axis=(3, 4), dtype=jnp.int32)
+            return scores, zeroed, visible + jnp.sum(seen, axis=(3, 4), dtype=jnp.int32)
+
+        return lax.fori_loop(0, trips, column_pass, sums)
+
+    counts = jnp.zeros((batch, kv_heads, group), jnp.int32)
+    sums = jnp.zeros((batch, kv_heads, keys), jnp.float32), counts, counts
+    true_rows = jnp.max(jnp.minimum(lengths - start, window))
+    trips = (true_rows + rows - 1) // rows
+    scores, zeroed, visible = lax.fori_loop(0, trips, row_block, sums)
+    return scores, zeroed.reshape(batch, heads), visible.reshape(batch, heads)
+
+
+def average_pool(scores: jax.Array, last: jax.Array, kernel: int) -> jax.Array:
+    """See the package's public function."""
+    inside = jnp.arange(scores.shape[-1]) < last[:, None, None]
+    scores = jnp.where(inside, scores, 0.0)
+    side = kernel // 2
+    total = lax.reduce_window(
+        scores, 0.0, lax.add, (1, 1, kernel), (1, 1, 1), ((0, 0), (0, 0), (side, side))
+    )
+    return jnp.where(inside, total / kernel, 0.0)

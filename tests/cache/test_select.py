@@ -1,0 +1,119 @@
+"""Ranking and compaction against plain numpy loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlcache_jax.cache.compact import compact
+from vlcache_jax.cache.select import kept_rows, rank_rows, recent_rows
+
+B, L, K, T, H = 3, 4, 2, 24, 5
+
+
+def draw(seed, ties=False):
+    rng = np.random.default_rng(seed)
+    scores = rng.random((B, L, K, T)).astype(np.float32)
+    if ties:
+        scores = np.round(scores * 3)
+    m = rng.integers(1, T + 1, B).astype(np.int32)
+    budgets = rng.integers(1, m[:, None] + 1, (B, L)).astype(np.int32)
+    return scores, m, budgets
+
+
+def numpy_kept(scores, m, budget, recent):
+    """The kept positions of one head: the last ones, then the best, the lower of equal ones."""
+    last = list(range(m - recent, m))
+    others = sorted(range(m - recent), key=lambda j: (-scores[j], j))
+    return set(last + others[: budget - recent])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    ties=st.booleans(),
+    ratio=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    shared=st.booleans(),
+)
+def test_kept_sets(seed, ties, ratio, shared):
+    scores, m, budgets = draw(seed, ties)
+    poisoned = np.where(np.arange(T) < m[:, None, None, None], scores, np.nan)
+    recent = recent_rows(jnp.asarray(budgets), ratio)
+    assert recent.tolist() == np.floor(ratio * budgets + 1e-6).astype(int).tolist()
+    order = rank_rows(jnp.asarray(poisoned), recent, jnp.asarray(m), shared_heads=shared)
+    assert (np.sort(order, axis=-1) == np.arange(T)).all()
+    kept = np.asarray(kept_rows(order, jnp.asarray(budgets)))
+    for b in range(B):
+        for layer in range(L):
+            for head in range(K):
+                own = scores[b, layer].sum(0) if shared else scores[b, layer, head]
+                expected = numpy_kept(own, m[b], budgets[b, layer], int(recent[b, layer]))
+                assert set(np.flatnonzero(kept[b, layer, head])) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), spare=st.sampled_from([0, 9]))
+def test_compaction_gathers_the_kept_rows(seed, spare):
+    check_compaction(seed, L * T + spare)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_compaction_into_a_pool_without_a_spare_row(seed):
+    check_compaction(seed, int(draw(seed)[2].sum(-1).max()))
+
+
+def check_compaction(seed, capacity):
+    scores, m, budgets = draw(seed)
+    rng = np.random.default_rng(seed)
+    k, v = (rng.random((B, K, L * T + 7, H)).astype(np.float32) for _ in range(2))
+    order = rank_rows(jnp.asarray(scores), jnp.zeros((B, L), jnp.int32), jnp.asarray(m))
+    pool = compact(jnp.asarray(k), jnp.asarray(v), order, jnp.asarray(budgets), capacity)
+    assert pool.k.shape == pool.v.shape == (B, K, capacity, H)
+    assert pool.length.tolist() == budgets.tolist()
+    for b in range(B):
+        at = 0
+        for layer in range(L):
+            assert int(pool.offset[b, layer]) == at
+            n = budgets[b, layer]
+            for head in range(K):
+                rows = layer * T + np.asarray(order)[b, layer, head, :n]
+                np.testing.assert_array_equal(pool.k[b, head, at : at + n], k[b, head, rows])
+                np.testing.assert_array_equal(pool.v[b, head, at : at + n], v[b, head, rows])
+            at += n
+
+
+def test_kept_sets_grow_with_the_budget():
+    scores, m, _ = draw(3, ties=True)
+    order = rank_rows(jnp.asarray(scores), jnp.zeros((B, L), jnp.int32), jnp.asarray(m))
+    before = np.zeros((B, L, K, T), bool)
+    for budget in range(1, int(m.min()) + 1):
+        kept = np.asarray(kept_rows(order, jnp.full((B, L), budget)))
+        assert (kept >= before).all()
+        assert (kept.sum(-1) == budget).all()
+        before = kept
+
+
+def test_heads_are_ranked_alone():
+    scores, m, _ = draw(4)
+    recent = jnp.ones((B, L), jnp.int32)
+    order = np.asarray(rank_rows(jnp.asarray(scores), recent, jnp.asarray(m)))
+    swapped = np.asarray(rank_rows(jnp.asarray(scores[:, :, ::-1]), recent, jnp.asarray(m)))
+    np.testing.assert_array_equal(order[:, :, ::-1], swapped)
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (1, 2)])
+def test_one_program_serves_every_budget_vector(pair):
+    traces = []
+
+    @jax.jit
+    def run(k, scores, m, budgets):
+        traces.append(1)
+        order = rank_rows(scores, recent_rows(budgets, 0.1), m)
+        return compact(k, k, order, budgets, L * T)
+
+    for seed in pair:
+        scores, m, budgets = draw(seed)
+        run(jnp.ones((B, K, L * T, H)), jnp.asarray(scores), jnp.asarray(m), jnp.asarray(budgets))
+    assert len(traces) == 1

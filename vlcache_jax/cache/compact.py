@@ -1,0 +1,44 @@
+"""Gather the kept rows of all layers into the pool: one gather of a fixed shape.
+
+    slot of the pool   0 . . . . . | . . . | . . . . . . . . | . .
+    layer              0           | 1     | 2               |   free
+    rank in the layer  0 1 2 3 4 5 | 0 1 2 | 0 1 2 ...
+
+A slot's layer and rank follow from the budgets alone, so the gather's shape is the pool's.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.cache.state import Pool
+
+
+def compact(
+    k: jax.Array, v: jax.Array, order: jax.Array, budgets: jax.Array, capacity: int
+) -> Pool:
+    """Make the pool of the kept rows.
+
+    Args:
+        k: keys of all layers, [B, K, >= L * T, H], layer l at rows l * T.
+        v: values, likewise.
+        order: positions by worth, int32 [B, L, K, T].
+        budgets: kept rows of each layer, int32 [B, L]; a row's sum is at most `capacity`.
+        capacity: rows of the pool.
+
+    Returns:
+        The pool; a layer's rows stand in the order of their worth. Slots behind the last layer hold
+        copies of some row and are never read.
+    """
+    layers, _, rows = order.shape[1:]
+    end = jnp.cumsum(budgets, axis=-1)  # [B, L]
+    offset = end - budgets
+    slot = jnp.arange(capacity)
+    layer = jnp.sum(slot[:, None] >= end[:, None, :], axis=-1)  # [B, capacity]
+    layer = jnp.minimum(layer, layers - 1)
+    rank = jnp.minimum(slot - jnp.take_along_axis(offset, layer, axis=-1), rows - 1)
+    flat = order.swapaxes(1, 2).reshape(*order.shape[:1], order.shape[2], layers * rows)
+    source = (layer * rows + rank)[:, None, :]  # [B, 1, capacity]: where `order` is read
+    position = jnp.take_along_axis(flat, source, axis=-1)  # [B, K, capacity]
+    row = (layer * rows)[:, None, :] + position
+    gathered = [jnp.take_along_axis(x, row[..., None], axis=2) for x in (k, v)]
+    return Pool(*gathered, offset=offset.astype(jnp.int32), length=budgets)

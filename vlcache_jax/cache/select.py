@@ -1,0 +1,61 @@
+"""Which prompt tokens each kv head of a layer keeps: one stable sort for all layers and heads.
+
+    scores [B, L, K, T] ─► order [B, L, K, T]    positions, the most important first
+                           the first k[b, l] of them are kept
+
+Nothing here depends on the budgets' values in its shapes: `order` ranks all T rows, and the budget
+only says how far down the ranking is read.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def recent_rows(budgets: jax.Array, recent_ratio: float) -> jax.Array:
+    """How many of a layer's kept tokens are the last ones of the prompt.
+
+    VL-Cache keeps a tenth of each layer's budget for them (paper, section 5.1: said of all methods
+    that are compared). That they are taken from inside the budget is a choice of this library.
+
+    Args:
+        budgets: k, int32 [B, L].
+        recent_ratio: their share of the budget, 0 to 1.
+
+    Returns:
+        floor(recent_ratio * k), int32 [B, L].
+    """
+    # The product may fall just below the whole number that it stands for (0.29 * 100).
+    return jnp.floor(recent_ratio * budgets.astype(jnp.float32) + 1e-4).astype(jnp.int32)
+
+
+def rank_rows(
+    scores: jax.Array, recent: jax.Array, m: jax.Array, *, shared_heads: bool = False
+) -> jax.Array:
+    """Rank the prompt's rows for every layer and kv head.
+
+    The `recent` last rows of the prompt come first, then the others by score; rows beyond the
+    prompt's end come last. Ties go to the lower position.
+
+    Args:
+        scores: float32 [B, L, K, T]; what stands beyond a prompt's end is ignored.
+        recent: rows at the prompt's end that are kept whatever their score, int32 [B, L].
+        m: true prompt lengths, int32 [B].
+        shared_heads: one ranking per layer, by the sum of its heads' scores.
+
+    Returns:
+        Positions in the order of their worth, int32 [B, L, K, T].
+    """
+    position = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    end = m[:, None, None, None]
+    if shared_heads:
+        scores = jnp.broadcast_to(jnp.sum(scores, axis=2, keepdims=True), scores.shape)
+    always = position >= end - recent[:, :, None, None]
+    worth = jnp.where(always, jnp.inf, scores)
+    worth = jnp.where(position < end, worth, -jnp.inf)
+    return jnp.argsort(worth, axis=-1, stable=True, descending=True).astype(jnp.int32)
+
+
+def kept_rows(order: jax.Array, budgets: jax.Array) -> jax.Array:
+    """Which rows are kept, bool [B, L, K, T]: for reports and traces."""
+    rank = jnp.argsort(order, axis=-1)  # the inverse permutation
+    return rank < budgets[:, :, None, None]
