@@ -56,11 +56,10 @@ def test_no_image_costs_no_padding():
         ("prompt", (128, 64)),
         ("tiles", (0,)),
         ("tiles", (-1, 5)),
-        ("window", (0, 128)),
     ],
 )
 def test_impossible_buckets_are_refused(name, sizes):
-    lists = {"prompt": (64,), "tiles": (0, 1), "window": (32,)} | {name: sizes}
+    lists = {"prompt": (64,), "tiles": (0, 1)} | {name: sizes}
     with pytest.raises(ValueError, match=f"buckets for {name} must be increasing"):
         Buckets(**lists)
 
@@ -69,7 +68,6 @@ def test_default_buckets():
     next_buckets = default_buckets(tiny_config("llava_next", 336, 14, 1000, USUAL))
     assert next_buckets.prompt == (64, 96, 128, 192, 256, 384, 512, 768, 1000)
     assert next_buckets.tiles == (0, 5, 10, 20, 40)
-    assert next_buckets.window == (128, 512)
     assert default_buckets(tiny_config("llava")).tiles == (0, 1, 2, 4, 8)
     assert default_buckets(tiny_config("llava", max_positions=96)).prompt == (64, 96)
     assert default_buckets(tiny_config("llava", max_positions=40)).prompt == (40,)
@@ -103,7 +101,7 @@ def test_a_hundred_pictures_touch_few_buckets(config, spread, seed):
         length = before + len(visual_rows((height, width), config)) + after
         prompt = bucket_for(length, buckets.prompt)
         tiles = bucket_for(num_tiles((height, width), config), buckets.tiles)
-        programs.add((prompt, tiles, bucket_for(after, buckets.window)))
+        programs.add((prompt, tiles))
         rows, needed = rows + prompt, needed + length
     assert len(programs) <= 8
     assert 1 - needed / rows <= 0.25

@@ -139,7 +139,7 @@ def test_seeds_repeat_and_differ(params, inputs):
 def test_decoding_copies_no_cache(params, inputs):
     """The pool is read in place, and the tail that goes in is the memory that comes out."""
     generate = Generate(CONFIG, max_new_tokens=33)
-    pool, state = jax.jit(generate.begin)(params, inputs, KEY)
+    pool, state, _ = jax.jit(generate.begin)(params, inputs, KEY)
     program = jax.jit(generate.decode_chunk, donate_argnums=2).lower(params, pool, state).compile()
     shape = f"f32[{','.join(map(str, pool.k.shape))}]"
     lines = [line for line in str(program.as_text()).splitlines() if shape in line]

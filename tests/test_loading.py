@@ -54,7 +54,7 @@ def test_lazy_loading_checks_the_weights_and_does_not_read_them(copy):
 
 
 def test_buckets_can_be_chosen(copy):
-    buckets = vlcache_jax.Buckets(prompt=(100, 200), tiles=(0, 7), window=(50,))
+    buckets = vlcache_jax.Buckets(prompt=(100, 200), tiles=(0, 7))
     vlm = vlcache_jax.load(copy, buckets=buckets, lazy=True)
     assert vlm.processor(None, "hello").tokens.shape == (1, 100)
 

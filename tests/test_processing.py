@@ -20,7 +20,7 @@ from tests.tiny import (
 )
 from vlcache_jax.anyres import NEWLINE, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets
-from vlcache_jax.processing import Processor, scoring_window
+from vlcache_jax.processing import Processor
 
 FAMILIES = ("llava", "llava_next")
 PATCHES = 16
@@ -69,7 +69,7 @@ def test_arrays_have_the_documented_types_and_padding(family):
     inputs = make(family)([picture(80, 40), None, picture(30, 90)], ["a", "bc", "def"])
     assert inputs.tokens.shape == inputs.visual_index.shape
     assert inputs.tokens.shape[0] == 3
-    for name in ("tokens", "length", "visual_index", "window"):
+    for name in ("tokens", "length", "visual_index"):
         assert getattr(inputs, name).dtype == np.int32
     assert inputs.tiles.dtype == np.float32
     assert inputs.tiles.shape == ({"llava": 2, "llava_next": 10}[family], 3, 56, 56)
@@ -109,7 +109,6 @@ def test_rows_of_a_batch_are_the_prompts_alone(family):
     for row, (image, text) in enumerate(zip(images, texts, strict=True)):
         alone = process(image, text)
         np.testing.assert_array_equal(prompt_of(batch, row), prompt_of(alone))
-        assert batch.window[row] == alone.window[0]
         used = 1 + alone.visual_index[alone.visual_index < len(alone.tiles) * PATCHES].max() // 16
         np.testing.assert_array_equal(batch.tiles[tile : tile + used], alone.tiles[:used])
         tile += used
@@ -136,16 +135,12 @@ def test_text_alone_has_no_tiles(family):
     assert prompt_of(inputs).tolist() == prompt_of(make(family)([], ["only text"][0])).tolist()
 
 
-def test_inputs_are_a_pytree_with_a_static_window():
+def test_inputs_are_a_pytree_of_host_arrays():
     inputs = make()(picture(80, 40), "what?")
-    leaves, structure = jax.tree.flatten(inputs)
-    assert len(leaves) == 5
+    leaves = jax.tree.leaves(inputs)
+    assert len(leaves) == 4
     assert all(type(leaf) is np.ndarray for leaf in leaves)
-    other = dataclasses.replace(inputs, window_rows=inputs.window_rows + 1)
-    assert jax.tree.structure(other) != structure
-    assert int(jax.jit(lambda x: x.window.sum() + x.window_rows)(inputs)) == (
-        inputs.window.sum() + inputs.window_rows
-    )
+    assert int(jax.jit(lambda x: x.tokens.sum())(inputs)) == inputs.tokens.sum()
 
 
 def test_calls_leave_no_trace():
@@ -176,17 +171,29 @@ def test_decode_leaves_special_tokens_out():
 
 
 def test_shapes_are_padded_to_the_given_buckets():
-    buckets = Buckets(prompt=(130, 300), tiles=(0, 3, 7), window=(4, 20))
+    buckets = Buckets(prompt=(130, 300), tiles=(0, 3, 7))
     inputs = make(buckets=buckets)([picture(80, 40)] * 2, "<image><image>12345678", raw_prompt=True)
     assert (inputs.tokens.shape[1], len(inputs.tiles)) == (130, 7)
-    assert (inputs.window.tolist(), inputs.window_rows) == ([8], 20)
-    assert make(buckets=buckets)(None, "a", raw_prompt=True).window_rows == 4
 
 
-def test_window_rows_never_exceed_the_prompt_bucket():
-    inputs = make()(None, "x" * 70, raw_prompt=True)
-    assert inputs.tokens.shape[1] == 96
-    assert inputs.window_rows == 96
+@pytest.mark.parametrize(("size", "groups"), [(None, 1), (1, 5), (2, 3), (3, 2), (9, 1)])
+def test_groups_hold_the_batch_in_order_and_in_equal_shapes(size, groups):
+    images = [picture(80, 40), None, [picture(30, 90), picture(9, 9)], None, picture(200, 200)]
+    texts = ["a", "bcd", "e" * 40, "f", "g"]
+    process = make()
+    made = process.groups(images, texts, size)
+    assert len(made) == groups
+    assert len({(g.tokens.shape, g.tiles.shape) for g in made}) == 1
+    found = [prompt_of(group, row) for group in made for row in range(len(group.length))]
+    for row, (image, text) in enumerate(zip(images, texts, strict=True)):
+        np.testing.assert_array_equal(found[row], prompt_of(process(image, text)))
+    for repeated in found[5:]:
+        np.testing.assert_array_equal(repeated, found[4])
+
+
+def test_empty_groups_are_refused():
+    with pytest.raises(ValueError, match="groups of 0"):
+        make().groups(None, ["a"], 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -196,41 +203,10 @@ def test_a_hundred_pictures_make_few_shapes(family):
     shapes, rows, needed = set(), 0, 0
     for side in np.exp(rng.uniform(np.log(32), np.log(2000), (100, 2))).astype(int).tolist():
         inputs = process(Image.new("RGB", side), "x" * int(rng.integers(4, 60)))
-        shapes.add((inputs.tokens.shape, inputs.tiles.shape, inputs.window_rows))
+        shapes.add((inputs.tokens.shape, inputs.tiles.shape))
         rows, needed = rows + inputs.tokens.size, needed + int(inputs.length[0])
     assert len(shapes) <= 8
     assert 1 - needed / rows <= 0.25
-
-
-# The scoring window
-
-
-@pytest.mark.parametrize(
-    ("visual", "window"),
-    [
-        ("ttVVVtttt", 4),
-        ("ttVVtVVtt", 2),  # several images: after the last one
-        ("ttVVV", 5),  # no text after the image: the fallback, here longer than the prompt
-        ("t" * 50 + "VV", 32),
-        ("t" * 50, 32),
-        ("t" * 7, 7),
-        ("V", 1),
-        ("V" + "t" * 700, 512),
-    ],
-)
-def test_scoring_window(visual, window):
-    assert scoring_window(np.array([-1 if mark == "t" else 3 for mark in visual])) == window
-
-
-def test_scoring_window_bounds_are_settings():
-    process = Processor(
-        tiny_config("llava_next"), tiny_processor("llava_next"), fallback_window=3, max_window=5
-    )
-    texts = ["no picture", "<image>", "<image>ab", "<image>abcdefgh"]
-    images = [None, picture(9, 9), picture(9, 9), picture(9, 9)]
-    assert process(images, texts, raw_prompt=True).window.tolist() == [3, 3, 2, 5]
-    with pytest.raises(ValueError, match="at least 1"):
-        Processor(tiny_config("llava"), tiny_processor("llava"), max_window=0)
 
 
 # Prompts

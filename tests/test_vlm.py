@@ -68,7 +68,11 @@ def test_the_report_counts_true_bytes(vlm):
     assert cache.allocated_bytes >= cache.full_bytes
     assert cache.allocated_bytes % (128 * row) == 0
     assert cache.tail_bytes == text.num_layers * 4 * row
-    assert (cache.method, cache.budget) == ("full", 1.0)
+    assert (cache.method, cache.budget_requested, cache.budget) == ("full", "1.0", 1.0)
+    assert cache.compression_ratio == 0
+    assert cache.layer_budgets == [answer.prompt_tokens] * text.num_layers
+    assert cache.kept_visual == answer.visual_tokens
+    assert cache.kept_text == answer.prompt_tokens - answer.visual_tokens
 
 
 def test_nothing_of_a_call_is_left_for_the_next(vlm):

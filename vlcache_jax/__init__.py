@@ -1,7 +1,20 @@
 """LLaVA-style vision-language models in JAX with a compressed key/value cache (VL-Cache)."""
 
 from vlcache_jax.buckets import Buckets
-from vlcache_jax.cache.methods import FullCache
+from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.methods import (
+    H2O,
+    CacheMethod,
+    Custom,
+    FullCache,
+    PyramidKV,
+    RandomKV,
+    SnapKV,
+    StreamingLLM,
+    VLCache,
+)
+from vlcache_jax.cache.score import Layer
+from vlcache_jax.cache.trace import Trace, attention_mass_recall, cache_hit_rate
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.generate import Generate, GenerateOutput
 from vlcache_jax.loading import load
@@ -11,18 +24,32 @@ from vlcache_jax.sampling import Sampling
 from vlcache_jax.vlm import VLM, Answer, Stream, Timings
 
 __all__ = [
+    "H2O",
     "VLM",
     "Answer",
     "Buckets",
+    "Budget",
+    "CacheMethod",
     "CacheReport",
+    "Custom",
     "FullCache",
     "Generate",
     "GenerateOutput",
+    "Layer",
     "LlavaConfig",
     "ModelInputs",
     "Processor",
+    "Prompt",
+    "PyramidKV",
+    "RandomKV",
     "Sampling",
+    "SnapKV",
     "Stream",
+    "StreamingLLM",
     "Timings",
+    "Trace",
+    "VLCache",
+    "attention_mass_recall",
+    "cache_hit_rate",
     "load",
 ]

@@ -1,7 +1,7 @@
 """Buckets: the few sizes that array shapes are padded up to.
 
-Every new shape compiles a new program, so prompt length, tile count and window rows are rounded up
-to one of a short, geometric list of sizes. The coarser the list, the fewer the programs and the
+Every new shape compiles a new program, so prompt length and tile count are rounded up to one of a
+short, geometric list of sizes. The coarser the list, the fewer the programs and the
 more the padding. The default prompt sizes, {1, 1.5} * 2^k, were chosen by drawing 100 pictures with
 sides uniform or log-uniform in 32..2000 pixels and 8 to 80 tokens of question, many times over
 (means; the padding is the share of all prompt rows):
@@ -32,12 +32,10 @@ class Buckets:
     Attributes:
         prompt: T, prompt tokens.
         tiles: S, image tiles of a whole batch; 0 first, so that text alone runs no vision tower.
-        window: W, rows of the scoring window.
     """
 
     prompt: tuple[int, ...]
     tiles: tuple[int, ...]
-    window: tuple[int, ...]
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -57,13 +55,11 @@ def default_buckets(config: LlavaConfig) -> Buckets:
     Prompts: 64, 96, 128, 192, ... below the model's positions, which are the last size.
     Tiles: none, then the most that one image becomes (5 for the usual NeXT, 1 for LLaVA-1.5),
     doubled and doubled again.
-    Window: 128 holds most questions, 512 is the longest window there is.
     """
     most = max_tiles(config)
     return Buckets(
         prompt=tuple(_prompt_sizes(config.text.max_positions)),
         tiles=(0, most, 2 * most, 4 * most, 8 * most),
-        window=(128, 512),
     )
 
 

@@ -46,6 +46,21 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default."),
 ]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="What the cache keeps of the prompt: vl-cache, h2o, snapkv, pyramidkv, "
+        "streaming-llm, random, or full."
+    ),
+]
+KvBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="How much of it: a share of the cache such as 0.1, or tokens per layer such as "
+        "256tok. 0.1 by default.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -82,7 +97,16 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     dtype: Dtype = None,
-    method: Annotated[str, typer.Option(help="What the cache keeps of the prompt.")] = "full",
+    method: Method = "vl-cache",
+    kv_budget: KvBudget = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="Write what was kept, and why, layer by layer, to this file.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the trace file.")] = False,
     raw_prompt: Annotated[
         bool,
         typer.Option("--raw-prompt", help="Take the prompt as given, without the chat template."),
@@ -91,9 +115,18 @@ def generate(
 ) -> None:
     """Answer a question about images, or a question alone.
 
-    Example: vlcache generate demo --image demo --prompt "What is in the picture?"
+    The prompt's key/value cache is cut down to a tenth by VL-Cache, for this question; --method
+    full keeps all of it.
+
+    Example: vlcache generate demo --image demo --prompt "What is in the picture?" --kv-budget 0.2
     """
+    from vlcache_jax.cache.methods import make_method
+    from vlcache_jax.cache.trace import check_target
+
     with _user_errors():
+        cache = make_method(method, kv_budget)
+        if trace is not None:
+            check_target(trace, force=force)
         images = [_image_path(name) for name in image or []]
         vlm, progress = _open(model, dtype)
         stream = vlm.stream(
@@ -105,11 +138,15 @@ def generate(
             top_p=top_p,
             seed=seed,
             raw_prompt=raw_prompt,
-            cache=_method(method),
+            cache=cache,
+            trace=trace is not None,
         )
         with progress:
             vlm.params  # noqa: B018  reads them, with the progress bar shown
     answer = _drain(stream, echo=not as_json)
+    if trace is not None and answer.trace is not None:
+        with _user_errors():
+            answer.trace.save(trace, force=force)
     if as_json:
         _print_json(_answer_json(answer, model))
     else:
@@ -126,16 +163,22 @@ def info(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     dtype: Dtype = None,
+    method: Method = "vl-cache",
+    kv_budget: KvBudget = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a model's size, its cache per token, its buckets, and the memory that it needs.
 
     Reads the configuration only, never the weights.
     """
+    from vlcache_jax.cache.methods import make_method
     from vlcache_jax.loading import describe
 
     with _user_errors():
-        facts = describe(model, dtype, context=context, batch=batch, new_tokens=new_tokens)
+        cache = make_method(method, kv_budget)
+        facts = describe(
+            model, dtype, context=context, batch=batch, new_tokens=new_tokens, cache=cache
+        )
     if as_json:
         _print_json(facts)
     else:
@@ -170,14 +213,6 @@ def _image_path(name: str) -> Path:
     from vlcache_jax.demo import IMAGE
 
     return IMAGE if name == "demo" and not Path(name).exists() else Path(name)
-
-
-def _method(name: str) -> Any:
-    from vlcache_jax.cache.methods import METHODS
-
-    if name not in METHODS:
-        raise ValueError(f"method {name!r} is not implemented: choose one of {', '.join(METHODS)}")
-    return METHODS[name]()
 
 
 def _open(model: str, dtype: str | None) -> tuple["VLM", Progress]:
@@ -247,9 +282,12 @@ def _answer_table(answer: "Answer") -> Table:
         f"(visual {visual}, text {answer.prompt_tokens - visual})",
         "time to first token": f"{timings.prefill_s:.3f} s",
         "decode": "-" if speed is None else f"{speed:.1f} tokens/s",
+        "method": f"{cache.method}, budget {cache.budget_requested}",
         "cache": f"{human_bytes(cache.kept_bytes)} of {human_bytes(cache.full_bytes)} "
-        f"({cache.kept_share:.0%}), allocated {human_bytes(cache.allocated_bytes)}, "
+        f"({cache.kept_share:.1%}), allocated {human_bytes(cache.allocated_bytes)}, "
         f"new tokens {human_bytes(cache.tail_bytes)}",
+        "kept per layer": f"{min(cache.layer_budgets)} to {max(cache.layer_budgets)} tokens, "
+        f"mean {cache.kept_visual:.1f} visual, {cache.kept_text:.1f} text",
         "compilation, apart": f"{timings.compile_s:.1f} s",
     }
     return _two_columns(rows)
@@ -272,12 +310,13 @@ def _print_info(facts: dict[str, Any]) -> None:
     console.print(_two_columns(rows))
     console.print(
         f"\nMemory for {need['context']} prompt tokens (bucket {need['bucket']}), batch "
-        f"{need['batch']}, {need['new_tokens']} new tokens, with the full cache:"
+        f"{need['batch']}, {need['new_tokens']} new tokens, method {need['method']}, budget "
+        f"{need['budget_requested']}:"
     )
-    names = ("parameters", "pool", "tail", "activations", "total")
+    names = ("parameters", "pool", "prefill", "tail", "activations", "total")
     console.print(_two_columns({name: human_bytes(need[name]) for name in names}))
     console.print("\nBuckets that shapes are padded to, with the mean share of padding of each:")
-    notes = {"prompt": "prompt tokens", "tiles": "image tiles", "window": "scoring rows"}
+    notes = {"prompt": "prompt tokens", "tiles": "image tiles"}
     sizes = {
         note: ", ".join(f"{b['size']} ({b['padding']:.0%})" for b in facts["buckets"][name])
         for name, note in notes.items()

@@ -5,7 +5,11 @@
 are methods of their own, for streaming and benchmarks:
 
     prefill ─► build_cache ─► start ─► decode_chunk ─► decode_chunk ─► ...
-    K, V, logits   Pool       first token   `chunk_steps` scanned steps, end test between chunks
+    K, V, what  Pool          first    `chunk_steps` scanned steps, end test between chunks
+    was seen                  token
+
+`begin` is all that comes before the decoding, as one program: the full K and V live no longer than
+it takes to compact them. `prefill_into` does the same for a few sequences of a larger batch.
 """
 
 from collections.abc import Callable
@@ -17,10 +21,13 @@ from jax import lax
 
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.ragged_decode_attention import ragged_decode_attention
-from vlcache_jax.cache.methods import FullCache
+from vlcache_jax.cache.budget import Prompt
+from vlcache_jax.cache.methods import CacheMethod, FullCache, Observation, Plan
+from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.state import Pool, Tail, append, empty_tail
+from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
 from vlcache_jax.config import LlavaConfig
-from vlcache_jax.models.llama import rope_table
+from vlcache_jax.models.llama import Attend, Kept, rope_table
 from vlcache_jax.models.llava import Llava, Params, bind
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.sampling import Sampling, sample
@@ -38,11 +45,13 @@ class Prefill:
         k: keys of all layers after RoPE, [B, K, >= L * T, H]; layer l at rows l * T.
         v: values, likewise.
         hidden: final hidden state of the last prompt token, [B, D].
+        seen: what the cache method saw of the layers.
     """
 
     k: jax.Array
     v: jax.Array
     hidden: jax.Array
+    seen: Observation
 
 
 @jax.tree_util.register_dataclass
@@ -76,11 +85,15 @@ class GenerateOutput:
         tokens: int32 [B, max_new_tokens]; what stands at or beyond `lengths` has no meaning.
         lengths: tokens of each answer, the stop token left out, int32 [B].
         kept: prompt tokens kept by each layer, int32 [B, L].
+        kept_visual: visual tokens among them, the mean over the kv heads, float32 [B, L].
+        trace: with `trace=True`, what was kept and why.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     kept: jax.Array
+    kept_visual: jax.Array
+    trace: BatchTrace | None
 
 
 @dataclass(frozen=True)
@@ -95,18 +108,20 @@ class Generate:
         stop_ids: tokens that end an answer.
         chunk: most decode steps between two tests for the end.
         backend: attention backend, None for the best that supports the case.
+        trace: also tell what was kept and why, at the cost of one decode step on the full cache.
 
     Raises:
         ValueError: `max_new_tokens` or `chunk` is below 1.
     """
 
     config: LlavaConfig
-    cache: FullCache = field(default_factory=FullCache)
+    cache: CacheMethod = field(default_factory=FullCache)
     max_new_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
     chunk: int = CHUNK
     backend: str | None = None
+    trace: bool = False
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -137,7 +152,7 @@ class Generate:
             inputs: prompts padded to their buckets.
             rng: a `jax.random.key`; not used when greedy.
         """
-        pool, state = self.begin(params, inputs, rng)
+        pool, state, trace = self.begin(params, inputs, rng)
         first = state.token[:, None]
         steps = self.chunk_steps
         drawn = jnp.zeros((first.shape[0], self.num_chunks * steps), jnp.int32)
@@ -158,15 +173,16 @@ class Generate:
             _, state, drawn = lax.while_loop(unfinished, next_chunk, (jnp.int32(0), state, drawn))
         tokens = jnp.concatenate([first, drawn], axis=1)[:, : self.max_new_tokens]
         lengths = jnp.minimum(state.count, self.max_new_tokens)
-        return GenerateOutput(tokens, lengths, kept=pool.length)
+        return GenerateOutput(tokens, lengths, pool.length, pool.visual, trace)
 
     def begin(
         self, params: Params, inputs: ModelInputs, rng: jax.Array
-    ) -> tuple[Pool, DecodeState]:
+    ) -> tuple[Pool, DecodeState, BatchTrace | None]:
         """Prefill, cache build and the first token: the stages up to the decode loop."""
         prefilled = self.prefill(params, inputs)
-        pool = self.build_cache(prefilled, inputs)
-        return pool, self.start(params, prefilled, inputs, rng)
+        state = self.start(params, prefilled, inputs, rng)
+        trace = self.traced(params, prefilled, inputs, state) if self.trace else None
+        return self.build_cache(prefilled, inputs), state, trace
 
     def prefill(self, params: Params, inputs: ModelInputs) -> Prefill:
         """Run the prompt through the model, keeping every layer's K and V in one buffer."""
@@ -176,45 +192,89 @@ class Generate:
         model = bind(self.config)(params)
         dtype = model.embed.embedding.dtype
         buffers = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        prompt = self._prompt(inputs)
+        seen = []
 
-        def keep(index: int, *new: jax.Array) -> None:
+        def keep(index: int, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
             nonlocal buffers
             at = (0, 0, index * rows, 0)
             buffers = tuple(
                 lax.dynamic_update_slice(buffer, part.swapaxes(1, 2), at)
-                for buffer, part in zip(buffers, new, strict=True)
+                for buffer, part in zip(buffers, (k, v), strict=True)
             )
+            seen.append(self.cache.observe(Layer(index, q, k, v, prompt, self.backend)))
 
         x = self._run_prompt(model, inputs, keep)
         last = jnp.take_along_axis(x, (inputs.length - 1)[:, None, None], axis=1)
-        return Prefill(*buffers, last[:, 0])
+        return Prefill(*buffers, last[:, 0], Observation.stack(seen))
 
     def prompt_logits(self, params: Params, inputs: ModelInputs) -> jax.Array:
         """Logits of every prompt position, float32 [B, T, V]: for tests and scoring of texts."""
         model = bind(self.config)(params)
-        return model.logits(self._run_prompt(model, inputs, lambda index, k, v: None))
+        return model.logits(self._run_prompt(model, inputs, lambda index, q, k, v: None))
 
     def _run_prompt(
-        self, model: Llava, inputs: ModelInputs, keep: Callable[[int, jax.Array, jax.Array], None]
+        self,
+        model: Llava,
+        inputs: ModelInputs,
+        keep: Callable[[int, jax.Array, jax.Array, jax.Array], None],
     ) -> jax.Array:
-        """Final hidden states [B, T, D]; `keep(layer, k, v)` is handed k, v [B, T, K, H]."""
+        """Final hidden states [B, T, D]; `keep(layer, q, k, v)` is handed each layer's arrays."""
 
         def attend(
             q: jax.Array, k: jax.Array, v: jax.Array
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            return prefill_attention(q, k, v, inputs.length, backend=self.backend), (k, v)
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+            return prefill_attention(q, k, v, inputs.length, backend=self.backend), (q, k, v)
 
         x = model.embed_prompt(inputs, backend=self.backend)
         table = rope_table(jnp.arange(x.shape[1]), self.config.text)
         for index, layer in enumerate(model.layers):
-            x, (k, v) = layer(x, table, attend)
-            keep(index, k, v)
+            x, kept = layer(x, table, attend)
+            keep(index, *kept)
         return x
+
+    def _prompt(self, inputs: ModelInputs) -> Prompt:
+        """The prompts as the cache method sees them."""
+        visual = jnp.asarray(inputs.visual_index) >= 0
+        return Prompt(
+            jnp.asarray(inputs.length), visual, self.config.text.num_layers, self.cache.limit
+        )
+
+    def plan(self, prefilled: Prefill, inputs: ModelInputs) -> Plan:
+        """What the method keeps of the prompts."""
+        return self.cache.plan(prefilled.seen, self._prompt(inputs))
 
     def build_cache(self, prefilled: Prefill, inputs: ModelInputs) -> Pool:
         """Give the prompt's keys and values to the method, which makes the pool of them."""
-        layers, rows = self.config.text.num_layers, inputs.tokens.shape[1]
-        return self.cache.build(prefilled.k, prefilled.v, inputs.length, layers, rows)
+        plan = self.plan(prefilled, inputs)
+        return self.cache.build(prefilled.k, prefilled.v, plan, self._prompt(inputs))
+
+    def traced(
+        self, params: Params, prefilled: Prefill, inputs: ModelInputs, state: DecodeState
+    ) -> BatchTrace:
+        """What the method keeps, and the attention of the first decoded token to it.
+
+        Runs one decode step on the full cache; `state` is not changed by it.
+        """
+        prompt, everything = self._prompt(inputs), FullCache()
+        full = everything.build(
+            prefilled.k, prefilled.v, everything.plan(Observation(), prompt), prompt
+        )
+        rows, one = prompt.rows, jnp.ones_like(state.position)
+
+        def attend_layer(index: int) -> Attend[jax.Array]:
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+                keys = full.k[:, :, index * rows : (index + 1) * rows]
+                weights = prompt_attention(q[:, 0], keys, prompt.length)
+                own = k.swapaxes(1, 2), v.swapaxes(1, 2)  # the token's own row, [B, K, 1, H]
+                return self._attend_cache(q, full, index, *own, one), weights
+
+            return attend
+
+        model = bind(self.config)(params)
+        _, weights = self._run_token(model, state.token, state.position, attend_layer)
+        plan = self.plan(prefilled, inputs)
+        return trace_batch(self.cache, prefilled.seen, plan, prompt, jnp.stack(weights, axis=1))
 
     def start(
         self, params: Params, prefilled: Prefill, inputs: ModelInputs, rng: jax.Array
@@ -234,6 +294,85 @@ class Generate:
             rng=rng,
         )
 
+    def empty(self, batch: int, prompt_rows: int, dtype: jnp.dtype) -> tuple[Pool, DecodeState]:
+        """A cache and a state for `prefill_into` to fill.
+
+        Args:
+            batch: sequences in all, B.
+            prompt_rows: the bucket T that all of their prompts are padded to.
+            dtype: type of the cache: that of the parameters.
+        """
+        text = self.config.text
+        capacity = self.cache.capacity(text.num_layers, prompt_rows)
+        shape = (batch, text.num_kv_heads, capacity, text.head_dim)
+        each = (batch, text.num_layers)
+        # Every field is an array of its own: one that stands twice cannot be donated.
+        pool = Pool(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            offset=jnp.zeros(each, jnp.int32),
+            length=jnp.zeros(each, jnp.int32),
+            visual=jnp.zeros(each, jnp.float32),
+        )
+        state = DecodeState(
+            tail=empty_tail(text, batch, self.tail_rows, dtype),
+            token=jnp.zeros((batch,), jnp.int32),
+            position=jnp.zeros((batch,), jnp.int32),
+            count=jnp.zeros((batch,), jnp.int32),
+            done=jnp.zeros((batch,), bool),
+            rng=jax.random.key(0),
+        )
+        return pool, state
+
+    def prefill_into(
+        self,
+        params: Params,
+        pool: Pool,
+        state: DecodeState,
+        rows: jax.Array,
+        inputs: ModelInputs,
+        rng: jax.Array,
+    ) -> tuple[Pool, DecodeState, BatchTrace | None]:
+        """Begin a few sequences of a larger batch, and write them into its cache.
+
+        So the full K and V of a few sequences, not of the whole batch, bound the memory of prefill.
+        Donate `pool` and `state` when this is compiled: they are then written in place. Decode once
+        every sequence has begun.
+
+        Args:
+            params: as in a call.
+            pool: the cache of the whole batch, first that of `empty`.
+            state: the decode state of the whole batch, likewise.
+            rows: which sequences of the batch these are, int32 [b].
+            inputs: their b prompts, padded to the bucket that the pool was made for.
+            rng: key of their first draws; the whole batch goes on with the one given last.
+
+        Returns:
+            The pool and state of the whole batch, and the trace of these sequences.
+        """
+        new_pool, new_state, trace = self.begin(params, inputs, rng)
+        if new_pool.k.shape[1:] != pool.k.shape[1:]:
+            raise ValueError(
+                f"prompts padded to {inputs.tokens.shape[1]} rows make a pool of shape "
+                f"{new_pool.k.shape}, which does not fit {pool.k.shape}: pad all to one bucket"
+            )
+
+        def write(whole: jax.Array, part: jax.Array) -> jax.Array:
+            for index in range(part.shape[0]):  # one update in place each; a scatter might copy
+                start = (rows[index], *[0] * (whole.ndim - 1))
+                whole = lax.dynamic_update_slice(whole, part[index : index + 1], start)
+            return whole
+
+        begun = DecodeState(
+            tail=state.tail,  # the new one is as empty: it is not moved
+            token=write(state.token, new_state.token),
+            position=write(state.position, new_state.position),
+            count=write(state.count, new_state.count),
+            done=write(state.done, new_state.done),
+            rng=new_state.rng,
+        )
+        return jax.tree.map(write, pool, new_pool), begun, trace
+
     def decode_chunk(
         self, params: Params, pool: Pool, state: DecodeState
     ) -> tuple[DecodeState, jax.Array]:
@@ -241,49 +380,78 @@ class Generate:
 
         Donate `state` when this is compiled alone: its tail is then written in place.
         """
-        model = bind(self.config)(params)
 
         def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
-            state = self._decode_step(model, pool, state)
+            state, _ = self.decode_step(params, pool, state)
             return state, state.token
 
         state, tokens = lax.scan(step, state, length=self.chunk_steps)
         return state, tokens.T
 
-    def _decode_step(self, model: Llava, pool: Pool, state: DecodeState) -> DecodeState:
+    def decode_step(
+        self, params: Params, pool: Pool, state: DecodeState
+    ) -> tuple[DecodeState, jax.Array]:
+        """Draw one token, and give the logits it was drawn from, float32 [B, V]."""
+        model = bind(self.config)(params)
         tail, fill = state.tail, state.tail.fill
-        tail_k, tail_v = [], []
-        x = model.embed(state.token[:, None])
-        table = rope_table(state.position[:, None], self.config.text)
-        for index, layer in enumerate(model.layers):
 
+        def attend_layer(index: int) -> Attend[tuple[jax.Array, jax.Array]]:
             def attend(
-                q: jax.Array, k: jax.Array, v: jax.Array, index: int = index
+                q: jax.Array, k: jax.Array, v: jax.Array
             ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
                 # All rows began together: their fills are equal, one update in place serves all.
                 new_k = append(tail.k[index], k[:, 0], fill[0])
                 new_v = append(tail.v[index], v[:, 0], fill[0])
-                offset, length = pool.offset[:, index], pool.length[:, index]
-                mixed = ragged_decode_attention(
-                    q[:, 0], pool.k, pool.v, offset, length, new_k, new_v, fill + 1,
-                    backend=self.backend,
-                )  # fmt: skip
-                return mixed[:, None], (new_k, new_v)
+                return self._attend_cache(q, pool, index, new_k, new_v, fill + 1), (new_k, new_v)
 
-            x, (new_k, new_v) = layer(x, table, attend)
-            tail_k.append(new_k)
-            tail_v.append(new_v)
+            return attend
+
+        x, kept = self._run_token(model, state.token, state.position, attend_layer)
+        tail_k, tail_v = zip(*kept, strict=True)
         rng, key = jax.random.split(state.rng)
-        token = sample(model.logits(x[:, 0]), key, self.sampling)
+        logits = model.logits(x)
+        token = sample(logits, key, self.sampling)
         done = state.done | self._stops(token)
-        return DecodeState(
-            tail=Tail(tuple(tail_k), tuple(tail_v), fill + 1),
+        state = DecodeState(
+            tail=Tail(tail_k, tail_v, fill + 1),
             token=token,
             position=state.position + 1,
             count=state.count + jnp.where(done, 0, 1),
             done=done,
             rng=rng,
         )
+        return state, logits
+
+    def _run_token(
+        self,
+        model: Llava,
+        token: jax.Array,
+        position: jax.Array,
+        attend_layer: Callable[[int], Attend[Kept]],
+    ) -> tuple[jax.Array, list[Kept]]:
+        """Run one token per sequence: its hidden states [B, D], and what each layer kept."""
+        x, kept = model.embed(token[:, None]), []
+        table = rope_table(position[:, None], self.config.text)
+        for index, layer in enumerate(model.layers):
+            x, own = layer(x, table, attend_layer(index))
+            kept.append(own)
+        return x[:, 0], kept
+
+    def _attend_cache(
+        self,
+        q: jax.Array,
+        pool: Pool,
+        index: int,
+        tail_k: jax.Array,
+        tail_v: jax.Array,
+        fill: jax.Array,
+    ) -> jax.Array:
+        """Attention of one token [B, 1, N, H] to a layer's part of the pool and to its tail."""
+        offset, length = pool.offset[:, index], pool.length[:, index]
+        mixed = ragged_decode_attention(
+            q[:, 0], pool.k, pool.v, offset, length, tail_k, tail_v, fill, backend=self.backend
+        )
+        return mixed[:, None]
 
     def _stops(self, token: jax.Array) -> jax.Array:
         done = jnp.zeros(token.shape, bool)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets, padding_shares
+from vlcache_jax.cache.methods import CacheMethod, FullCache
 from vlcache_jax.checkpoint import Progress, load_params, open_checkpoint, resolve
 from vlcache_jax.config import LlavaConfig, token_ids
 from vlcache_jax.models.llava import Params
@@ -88,6 +89,7 @@ def describe(
     context: int | None = None,
     batch: int = 1,
     new_tokens: int = 128,
+    cache: CacheMethod | None = None,
 ) -> dict[str, Any]:
     """Facts about a model from its configuration alone, as plain values for JSON.
 
@@ -97,6 +99,7 @@ def describe(
         context: prompt tokens of one sequence; 4096 or what the model can hold by default.
         batch: sequences.
         new_tokens: tokens of an answer.
+        cache: what is kept of a prompt; everything by default.
 
     Raises:
         ValueError: more tokens than the model has positions for; or as `load`.
@@ -113,7 +116,8 @@ def describe(
         raise ValueError(f"{context=} and {new_tokens=} exceed the model's {limit} positions")
     buckets = default_buckets(config)
     rows = bucket_for(context, buckets.prompt)
-    need = memory_need(config, kind, rows=rows, batch=batch, new_tokens=new_tokens)
+    cache = cache or FullCache()
+    need = memory_need(config, kind, cache, rows=rows, batch=batch, new_tokens=new_tokens)
     return {
         "model": str(model),
         "family": config.family,
@@ -135,6 +139,8 @@ def describe(
             "bucket": rows,
             "batch": batch,
             "new_tokens": new_tokens,
+            "method": cache.name,
+            "budget_requested": str(cache.limit),
             **dataclasses.asdict(need),
         },
     }

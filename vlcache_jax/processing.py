@@ -8,7 +8,7 @@ put on a device here.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -46,16 +46,12 @@ class ModelInputs:
             features: tile * P + patch, or S * P for LLaVA-NeXT's newline.
         tiles: float32 `[S, 3, image_size, image_size]`: normalised pixels, zeros after the last
             tile; S = 0 where there is no image.
-        window: int32 `[B]`: tau, the rows of the scoring window (`scoring_window`).
-        window_rows: static: the bucket of the largest window, at most T.
     """
 
     tokens: Array
     length: Array
     visual_index: Array
     tiles: Array
-    window: Array
-    window_rows: int = field(metadata={"static": True})
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,6 @@ class Processor:
         processor: the checkpoint's `transformers` processor (`LlavaProcessor` or
             `LlavaNextProcessor`) with a PIL image processor. It is not changed.
         buckets: the sizes to pad to; None for `default_buckets(config)`.
-        fallback_window: rows of the scoring window where no text follows the last image.
-        max_window: the most rows of the scoring window.
 
     Raises:
         ValueError: the processor does not belong to the model.
@@ -90,16 +84,9 @@ class Processor:
         config: LlavaConfig,
         processor: Any,
         buckets: Buckets | None = None,
-        *,
-        fallback_window: int = 32,
-        max_window: int = 512,
     ):
-        if fallback_window < 1 or max_window < 1:
-            raise ValueError(f"{fallback_window=} and {max_window=} must be at least 1")
         self.config = config
         self.buckets = buckets or default_buckets(config)
-        self._fallback_window = fallback_window
-        self._max_window = max_window
         self._processor = copy.copy(processor)
         # Processors saved by old versions of transformers lack these three; the model knows them.
         self._processor.patch_size = config.vision.patch_size
@@ -187,8 +174,40 @@ class Processor:
             ValueError: an image cannot be read, marks and images differ in number, a prompt is
                 empty or longer than the model's positions, or there is no chat template.
         """
-        batch = _pair(images, text)
-        return self._pad([self._row(*row, raw_prompt=raw_prompt) for row in batch])
+        return self.groups(images, text, raw_prompt=raw_prompt)[0]
+
+    def groups(
+        self,
+        images: Images | Sequence[Images],
+        text: str | Sequence[str],
+        size: int | None = None,
+        *,
+        raw_prompt: bool = False,
+    ) -> list[ModelInputs]:
+        """A batch of prompts as groups of equal shapes, so that one program serves them all.
+
+        Args:
+            images: as in a call.
+            text: as in a call.
+            size: prompts of a group, all of them by default. The last group is filled up by
+                repeating the last prompt.
+            raw_prompt: as in a call.
+
+        Raises:
+            FileNotFoundError: as a call.
+            ValueError: as a call, or `size` is below 1.
+        """
+        if size is not None and size < 1:
+            raise ValueError(f"groups of {size} prompts: at least 1")
+        rows = [self._row(*row, raw_prompt=raw_prompt) for row in _pair(images, text)]
+        size = min(size or len(rows), len(rows))
+        groups = [rows[at : at + size] for at in range(0, len(rows), size)]
+        groups[-1] += [rows[-1]] * (size - len(groups[-1]))
+        most_tokens = max(row.tokens.size for row in rows)
+        most_tiles = max(sum(len(row.tiles) for row in group) for group in groups)
+        t = bucket_for(most_tokens, self.buckets.prompt)
+        s = bucket_for(most_tiles, self.buckets.tiles)
+        return [self._pad(group, t, s) for group in groups]
 
     def _row(self, images: list[ImageLike], text: str, *, raw_prompt: bool) -> _Row:
         prompt = self._render(text, len(images), raw_prompt)  # cheap errors before slow images
@@ -310,15 +329,10 @@ class Processor:
         parts = [pixels[i, :count] for i, count in enumerate(counts)]
         return np.concatenate(parts, dtype=np.float32)
 
-    def _pad(self, rows: list[_Row]) -> ModelInputs:
+    def _pad(self, rows: list[_Row], t: int, s: int) -> ModelInputs:
+        """The rows as arrays of T prompt rows and S tiles."""
         side, patches = self.config.vision.image_size, self.config.vision.num_patches
         length = np.array([row.tokens.size for row in rows], np.int32)
-        window = np.array(
-            [scoring_window(row.visual, self._fallback_window, self._max_window) for row in rows],
-            np.int32,
-        )
-        t = bucket_for(int(length.max()), self.buckets.prompt)
-        s = bucket_for(sum(len(row.tiles) for row in rows), self.buckets.tiles)
         tokens = np.zeros((len(rows), t), np.int32)
         visual_index = np.full((len(rows), t), _TEXT, np.int32)
         tiles = np.zeros((s, 3, side, side), np.float32)
@@ -335,27 +349,7 @@ class Processor:
             length=length,
             visual_index=visual_index,
             tiles=tiles,
-            window=window,
-            window_rows=min(bucket_for(int(window.max()), self.buckets.window), t),
         )
-
-
-def scoring_window(visual: np.ndarray, fallback: int = 32, maximum: int = 512) -> int:
-    """tau: how many of the last prompt rows VL-Cache scores by.
-
-    From the paper (section 4.1, post-vision attention): the rows after the visual tokens. Choices
-    of this library: with several images, the rows after the last visual token of the prompt; where
-    no text follows the image or there is none, the last `fallback` rows; of a long question the
-    last `maximum` rows; never more than there are.
-
-    Args:
-        visual: int32 `[m]`: -1 for text, anything else for a visual token.
-        fallback: rows where no text follows the last visual token.
-        maximum: the most rows.
-    """
-    where = np.flatnonzero(visual != _TEXT)
-    after = visual.size - 1 - int(where[-1]) if where.size else 0
-    return min(after or fallback, maximum, visual.size)
 
 
 def load_image(source: ImageLike) -> Image.Image:

@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import numpy as np
 
-from vlcache_jax.cache.methods import FullCache
+from vlcache_jax.cache.methods import CacheMethod, FullCache
+from vlcache_jax.cache.trace import BatchTrace, Trace
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.generate import CHUNK, Generate
 from vlcache_jax.models.llava import Params
@@ -50,8 +51,9 @@ class Answer:
         tokens: its token ids, without the stop token.
         prompt_tokens: true length of the prompt, visual tokens included.
         visual_tokens: visual tokens among them.
-        cache: bytes of this sequence's cache.
+        cache: what is kept of this sequence's cache, in tokens and bytes.
         timings: of the whole call; a batch shares them.
+        trace: what was kept and why, where it was asked for.
     """
 
     text: str
@@ -60,6 +62,7 @@ class Answer:
     visual_tokens: int
     cache: CacheReport
     timings: Timings
+    trace: Trace | None = None
 
 
 class Options(TypedDict, total=False):
@@ -72,7 +75,11 @@ class Options(TypedDict, total=False):
         top_p: draw among the most likely tokens that reach this probability together; 1 by default.
         seed: of the draws, 0 by default.
         raw_prompt: take the text as it is, without the chat template.
-        cache: what is kept of the prompt's keys and values; everything by default.
+        cache: what is kept of the prompt's keys and values, `VLCache(budget=0.1)` for instance;
+            everything by default.
+        trace: also give each answer its `Trace`, at the cost of one more decode step.
+        prefill_batch: prompts of a batch that are prefilled at a time, all by default. The memory
+            of a prefill is that of these, not of the whole batch.
     """
 
     max_new_tokens: int
@@ -81,7 +88,9 @@ class Options(TypedDict, total=False):
     top_p: float
     seed: int
     raw_prompt: bool
-    cache: FullCache | None
+    cache: CacheMethod | None
+    trace: bool
+    prefill_batch: int | None
 
 
 class Program:
@@ -91,19 +100,18 @@ class Program:
         self._jitted = jax.jit(function, donate_argnums=donate)
         self._compiled: dict[Any, Any] = {}
 
-    def prepare(self, *args: Any) -> float:
-        """Compile for these arguments unless that was done before; seconds it took."""
-        key = self._key(args)
-        if key in self._compiled:
-            return 0.0
-        began = time.perf_counter()
-        self._compiled[key] = self._jitted.lower(*args).compile()
-        return time.perf_counter() - began
+    def ready(self, *args: Any) -> tuple[Callable[..., Any], float]:
+        """The program for arguments like these, and the seconds that compiling it took just now.
 
-    def __call__(self, *args: Any) -> Any:
-        """Run, and wait for the result."""
-        self.prepare(*args)
-        return jax.block_until_ready(self._compiled[self._key(args)](*args))
+        Calling it runs it and waits for the result.
+        """
+        key = self._key(args)
+        began, seconds = time.perf_counter(), 0.0
+        if key not in self._compiled:
+            self._compiled[key] = self._jitted.lower(*args).compile()
+            seconds = time.perf_counter() - began
+        compiled = self._compiled[key]
+        return lambda *args: jax.block_until_ready(compiled(*args)), seconds
 
     @staticmethod
     def _key(args: tuple[Any, ...]) -> Any:
@@ -183,21 +191,72 @@ class VLM:
             ValueError: bad images or prompts, or more tokens than the model has positions for.
             FileNotFoundError: an image file does not exist.
         """
-        generate, inputs, key = self._request(images, text, CHUNK, **options)
-        program = self._program(generate, "__call__")
+        generate, groups, key = self._request(images, text, CHUNK, **options)
+        if len(groups) == 1:
+            run = self._run_whole(generate, groups[0], key)
+        else:
+            run = self._run_in_groups(generate, groups, len(text), key)
+        answers = []
+        for row, length in enumerate(run.lengths):
+            group, place = divmod(row, len(groups[0].length))
+            kept = Kept(run.kept[row], run.kept_visual[row], run.traces[group])
+            tokens = run.tokens[row, :length]
+            answers.append(self._answer(generate, groups[group], place, tokens, kept, run.timings))
+        return answers[0] if isinstance(text, str) else answers
+
+    def _run_whole(self, generate: Generate, inputs: ModelInputs, key: jax.Array) -> "Run":
+        """Everything in one program."""
         args = (self.params, jax.device_put(inputs), key)
-        compile_s = program.prepare(*args)
+        program, compile_s = self._program(generate, "__call__").ready(*args)
         began = time.perf_counter()
         output = program(*args)
         timings = Timings(compile_s, None, None, time.perf_counter() - began)
         output = jax.device_get(output)
-        answers = [
-            self._answer(generate, inputs, row, tokens[:length], kept, timings)
-            for row, (tokens, length, kept) in enumerate(
-                zip(output.tokens, output.lengths, output.kept, strict=True)
-            )
-        ]
-        return answers[0] if isinstance(text, str) else answers
+        return Run(
+            output.tokens, output.lengths, output.kept, output.kept_visual, [output.trace], timings
+        )
+
+    def _run_in_groups(
+        self, generate: Generate, groups: list[ModelInputs], count: int, key: jax.Array
+    ) -> "Run":
+        """Prefill group after group into the cache of all `count` prompts, then decode at once."""
+        prefill = self._program(generate, "prefill_into", donate=(1, 2))
+        decode = self._program(generate, "decode_chunk", donate=(2,))
+        dtype = self.params["embed"]["embedding"].dtype
+        pool, state = generate.empty(count, groups[0].tokens.shape[1], dtype)
+        compile_s, prefill_s, decode_s, steps, traces = 0.0, 0.0, 0.0, 0, []
+        for index, group in enumerate(groups):
+            size = len(group.length)
+            # The repeated prompts that fill up the last group are written where the last one is.
+            rows = np.minimum(np.arange(size, dtype=np.int32) + index * size, count - 1)
+            own = jax.random.fold_in(key, index)
+            args = (self.params, pool, state, rows, jax.device_put(group), own)
+            program, seconds = prefill.ready(*args)
+            compile_s += seconds
+            began = time.perf_counter()
+            pool, state, trace = program(*args)
+            prefill_s += time.perf_counter() - began
+            traces.append(jax.device_get(trace))
+        columns = [np.asarray(state.token)[:, None]]
+        for _ in range(generate.num_chunks):
+            if np.all(state.done):
+                break
+            args = (self.params, pool, state)
+            program, seconds = decode.ready(*args)
+            compile_s += seconds
+            began = time.perf_counter()
+            state, drawn = program(*args)
+            decode_s += time.perf_counter() - began
+            steps += generate.chunk_steps
+            columns.append(np.asarray(drawn))
+        return Run(
+            np.concatenate(columns, axis=1),
+            np.minimum(np.asarray(state.count), generate.max_new_tokens),
+            np.asarray(pool.length),
+            np.asarray(pool.visual),
+            traces,
+            _timings(compile_s, prefill_s, decode_s, steps),
+        )
 
     def stream(self, images: Images = None, text: str = "", **options: Unpack[Options]) -> "Stream":
         """Answer one prompt piece by piece: the arguments of `generate`, a single prompt.
@@ -213,7 +272,8 @@ class VLM:
         """
         if not isinstance(text, str):
             raise ValueError("stream answers one prompt: use generate for a list of them")
-        return Stream(self, *self._request(images, text, STREAM_CHUNK, **options))
+        generate, [inputs], key = self._request(images, text, STREAM_CHUNK, **options)
+        return Stream(self, generate, inputs, key)
 
     def _request(
         self,
@@ -227,9 +287,11 @@ class VLM:
         top_p: float = 1.0,
         seed: int = 0,
         raw_prompt: bool = False,
-        cache: FullCache | None = None,
-    ) -> tuple[Generate, ModelInputs, jax.Array]:
-        """Check a request: the way to generate, the padded inputs, and the random key."""
+        cache: CacheMethod | None = None,
+        trace: bool = False,
+        prefill_batch: int | None = None,
+    ) -> tuple[Generate, list[ModelInputs], jax.Array]:
+        """Check a request: the way to generate, the padded inputs in groups, the random key."""
         generate = Generate(
             self.config,
             cache or FullCache(),
@@ -238,18 +300,17 @@ class VLM:
             self.stop_ids,
             chunk,
             self.backend,
+            trace,
         )
-        inputs = self.processor(images, text, raw_prompt=raw_prompt)
-        longest, limit = int(inputs.length.max()), self.config.text.max_positions
+        groups = self.processor.groups(images, text, prefill_batch, raw_prompt=raw_prompt)
+        longest = max(int(group.length.max()) for group in groups)
+        limit = self.config.text.max_positions
         if longest + max_new_tokens - 1 > limit:
             raise ValueError(
                 f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's "
                 f"{limit} positions: at most {limit + 1 - longest} new tokens fit"
             )
-        if not generate.cache.scores_window:
-            # Windows of other sizes are no reason to compile another program.
-            inputs = replace(inputs, window_rows=0)
-        return generate, inputs, jax.random.key(seed)
+        return generate, groups, jax.random.key(seed)
 
     def _program(self, generate: Generate, stage: str, donate: tuple[int, ...] = ()) -> Program:
         key = (generate, stage)
@@ -263,29 +324,57 @@ class VLM:
         inputs: ModelInputs,
         row: int,
         tokens: Sequence[int] | np.ndarray,
-        kept: np.ndarray,
+        kept: "Kept",
         timings: Timings,
     ) -> Answer:
-        """The answer of one row of a batch; `kept` holds its layers' lengths [L]."""
+        """The answer of one row of a batch."""
         length = int(inputs.length[row])
+        visual = inputs.visual_index[row, :length] >= 0
         report = cache_report(
             self.config.text,
             generate.cache,
             self.params["embed"]["embedding"].dtype,
             prompt_tokens=length,
-            kept_rows=int(kept.sum()),
+            kept=kept.tokens,
+            kept_visual=kept.visual,
             prompt_rows=inputs.tokens.shape[1],
             tail_rows=generate.tail_rows,
         )
         ids = [int(token) for token in tokens]
+        trace = kept.trace.row(row, generate.cache, visual) if kept.trace else None
         return Answer(
             text=self.processor.decode(ids),
             tokens=ids,
             prompt_tokens=length,
-            visual_tokens=int((inputs.visual_index[row] >= 0).sum()),
+            visual_tokens=int(visual.sum()),
             cache=report,
             timings=timings,
+            trace=trace,
         )
+
+
+class Run(NamedTuple):
+    """What came of a batch, on the host: a `GenerateOutput` with a trace for each group."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    kept: np.ndarray
+    kept_visual: np.ndarray
+    traces: list[BatchTrace | None]
+    timings: Timings
+
+
+class Kept(NamedTuple):
+    """What was kept of one prompt: tokens of each layer [L], visual ones among them, the trace."""
+
+    tokens: np.ndarray
+    visual: np.ndarray
+    trace: BatchTrace | None
+
+
+def _timings(compile_s: float, prefill_s: float, decode_s: float, steps: int) -> Timings:
+    speed = steps / decode_s if steps else None
+    return Timings(compile_s, prefill_s, decode_s, prefill_s + decode_s, speed)
 
 
 class Stream(Iterator[str]):
@@ -315,9 +404,9 @@ class Stream(Iterator[str]):
         begin = vlm._program(generate, "begin")
         decode = vlm._program(generate, "decode_chunk", donate=(2,))
         args = (vlm.params, jax.device_put(self._inputs), key)
-        compile_s = begin.prepare(*args)
+        run, compile_s = begin.ready(*args)
         began = time.perf_counter()
-        pool, state = begin(*args)
+        pool, state, trace = run(*args)
         prefill_s = time.perf_counter() - began
         tokens = [int(state.token[0])][: int(state.count[0])]
         shown = ""
@@ -330,21 +419,16 @@ class Stream(Iterator[str]):
                 shown = text
             if index == generate.num_chunks or bool(state.done[0]):
                 break
-            compile_s += decode.prepare(vlm.params, pool, state)
+            run, seconds = decode.ready(vlm.params, pool, state)
+            compile_s += seconds
             began = time.perf_counter()
-            state, drawn = decode(vlm.params, pool, state)
+            state, drawn = run(vlm.params, pool, state)
             decode_s += time.perf_counter() - began
             steps += generate.chunk_steps
             tokens.extend(int(token) for token in np.asarray(drawn[0]))
             tokens = tokens[: min(int(state.count[0]), generate.max_new_tokens)]
-        timings = Timings(
-            compile_s,
-            prefill_s,
-            decode_s,
-            prefill_s + decode_s,
-            steps / decode_s if steps else None,
-        )
-        kept = np.asarray(pool.length[0])
+        timings = _timings(compile_s, prefill_s, decode_s, steps)
+        kept = Kept(np.asarray(pool.length[0]), np.asarray(pool.visual[0]), trace)
         self._answer = vlm._answer(generate, self._inputs, 0, tokens, kept, timings)
         if self._answer.text != shown:
             yield self._answer.text[len(shown) :]

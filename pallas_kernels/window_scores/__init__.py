@@ -17,13 +17,14 @@ class WindowScores(NamedTuple):
     Attributes:
         scores: sum of a key's attention probabilities over the window's rows and over the query
             heads of its group, float32 [B, K, T]; 0 for keys that no row sees.
-        zeroed: entries below `threshold` times the largest of their own row, int32 [B, N].
-        visible: entries that the causal mask and the lengths leave, int32 [B, N].
+        zeroed: entries below `threshold` times the largest of their own row, int32 [B, N]; None
+            where no threshold was given.
+        visible: entries that the causal mask and the lengths leave, int32 [B, N]; None likewise.
     """
 
     scores: jax.Array
-    zeroed: jax.Array
-    visible: jax.Array
+    zeroed: jax.Array | None
+    visible: jax.Array | None
 
 
 def window_scores(
@@ -32,7 +33,7 @@ def window_scores(
     start: jax.Array,
     lengths: jax.Array,
     *,
-    threshold: float = 0.01,
+    threshold: float | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> WindowScores:
@@ -51,13 +52,14 @@ def window_scores(
         k: keys of the whole prompt [B, T, K, H], N a multiple of K.
         start: position of the window's first row, int32 [B].
         lengths: true length of each prompt, int32 [B].
-        threshold: p, the share of its row's maximum below which an entry counts as zeroed.
+        threshold: p, the share of its row's maximum below which an entry counts as zeroed; None
+            to count nothing.
         scale: factor of the logits; 1 / sqrt(H) by default.
         backend: "xla", or None for the best that supports the case.
 
     Raises:
         ValueError: the shapes do not fit each other.
-        NotImplementedError: there is no such backend, or W * T is beyond what the counts can hold.
+        NotImplementedError: there is no such backend, or W * T is beyond what the counts hold.
     """
     batch, rows, heads, head_dim = q.shape
     if k.shape[0] != batch or k.shape[3] != head_dim:
@@ -66,9 +68,10 @@ def window_scores(
         raise ValueError(f"{heads} query heads must be a multiple of {k.shape[2]} kv heads")
     if not start.shape == lengths.shape == (batch,):
         raise ValueError(f"{start.shape=}, {lengths.shape=} must be {(batch,)}")
-    if rows * k.shape[1] >= 2**31:
+    if threshold is not None and rows * k.shape[1] >= 2**31:
         raise NotImplementedError(
-            f"{rows} window rows of {k.shape[1]} keys: the counts are 32-bit, use fewer rows"
+            f"{rows} window rows of {k.shape[1]} keys cannot be counted in 32 bits: use fewer "
+            "rows, or no threshold"
         )
     choose_backend(backend, BACKENDS)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale

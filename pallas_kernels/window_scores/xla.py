@@ -9,7 +9,7 @@ from jax import lax
 ROW_BLOCK = 128
 KEY_BLOCK = 512
 
-Sums = tuple[jax.Array, jax.Array, jax.Array]
+Sums = tuple[jax.Array, jax.Array | None, jax.Array | None]
 
 
 def window_scores(
@@ -18,7 +18,7 @@ def window_scores(
     start: jax.Array,
     lengths: jax.Array,
     *,
-    threshold: float,
+    threshold: float | None,
     scale: float,
 ) -> Sums:
     """See the package's public function."""
@@ -79,17 +79,21 @@ def window_scores(
             old = lax.dynamic_slice_in_dim(scores, at, columns, axis=2)
             new = old + jnp.sum(weights / total, axis=(2, 3))
             scores = lax.dynamic_update_slice_in_dim(scores, new, at, axis=2)
+            if threshold is None or zeroed is None or visible is None:
+                return scores, None, None
             small = seen & (weights < threshold)
             zeroed = zeroed + jnp.sum(small, axis=(3, 4), dtype=jnp.int32)
             return scores, zeroed, visible + jnp.sum(seen, axis=(3, 4), dtype=jnp.int32)
 
         return lax.fori_loop(0, trips, column_pass, sums)
 
-    counts = jnp.zeros((batch, kv_heads, group), jnp.int32)
+    counts = None if threshold is None else jnp.zeros((batch, kv_heads, group), jnp.int32)
     sums = jnp.zeros((batch, kv_heads, keys), jnp.float32), counts, counts
     true_rows = jnp.max(jnp.minimum(lengths - start, window))
     trips = (true_rows + rows - 1) // rows
     scores, zeroed, visible = lax.fori_loop(0, trips, row_block, sums)
+    if zeroed is None or visible is None:
+        return scores, None, None
     return scores, zeroed.reshape(batch, heads), visible.reshape(batch, heads)
 
 

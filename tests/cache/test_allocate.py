@@ -9,18 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_jax.cache.allocate import (
-    Budget,
-    pyramid_sizes,
-    sparsity_sizes,
-    uniform_sizes,
-    whole_sizes,
-)
+from vlcache_jax.cache import allocate as rules
+from vlcache_jax.cache.allocate import pyramid_sizes, uniform_sizes
+from vlcache_jax.cache.budget import Budget
 
 F = np.float32
+allocate = jax.jit(rules.allocate, static_argnames="budget")
+sparsity_shares = jax.jit(rules.sparsity_shares, static_argnames=("budget", "renormalize"))
 BUDGETS = st.one_of(
     st.sampled_from([0.01, 0.05, 0.1, 0.37, 0.5, 0.99]).map(lambda share: Budget(share=share)),
-    st.integers(1, 600).map(lambda tokens: Budget(tokens=tokens)),
+    st.sampled_from([1, 2, 7, 40, 333, 600]).map(lambda tokens: Budget(tokens=tokens)),
 )
 
 
@@ -33,11 +31,22 @@ def least(budget, m):
     return lo if budget.tokens is None else min(lo, budget.tokens)
 
 
-def numpy_whole(x, budget, m, bucket):
+def most(budget, m):
+    room = math.ceil((budget.share + 0.01) * m if budget.share is not None else 0.01 * m)
+    return min(m, room + (budget.tokens or 0) + 1)
+
+
+def sizes_of(gamma, budget, m, **options):
+    return sparsity_shares(gamma, budget, m, **options) * m[:, None].astype(F)
+
+
+def numpy_whole(x, budget, m):
     """The integer rule, one token at a time."""
+    if share_of(budget, m) >= 1:
+        return [m] * len(x)
     layers, lo = len(x), least(budget, m)
     total = int(np.floor(F(sum_like_jax(x) + F(0.501))))
-    total = min(layers * m, max(layers * lo, total), layers * budget.layer_rows(bucket))
+    total = min(layers * m, max(layers * lo, total), layers * most(budget, m))
     k = [min(max(int(np.floor(v)), lo), m) for v in x]
     while sum(k) < total:
         rest = [F(v - F(n)) if n < m else -np.inf for v, n in zip(x, k, strict=True)]
@@ -70,61 +79,83 @@ def test_sparsity_budgets(budget, m, extra, seed, kind):
         "equal": np.full(layers, 0.9),
         "all sparse": np.ones(layers),
     }[kind].astype(F)
-    beta, sizes = sparsity_sizes(jnp.asarray(gamma)[None], budget, jnp.array([m]))
+    beta = sparsity_shares(jnp.asarray(gamma)[None], budget, jnp.array([m]))
+    sizes = beta * F(m)
     dense = F(1) - gamma
     part = dense / dense.sum() if dense.sum() > 0 else np.full(layers, F(1) / layers)
     expected = np.clip(part * share_of(budget, m) * layers, 0.01, 1)
     np.testing.assert_allclose(beta[0], expected, rtol=1e-5)
-    ours = np.asarray(whole_sizes(sizes, budget, jnp.array([m]), m + extra))[0]
-    assert ours.tolist() == numpy_whole(np.asarray(sizes)[0], budget, m, m + extra)
+    ours = np.asarray(allocate(sizes, budget, jnp.array([m])))[0]
+    assert ours.tolist() == numpy_whole(np.asarray(sizes)[0], budget, m)
     bounds(ours, budget, m, m + extra)
 
 
 def bounds(k, budget, m, bucket):
     assert (k >= 1).all()
     assert (k <= m).all()
-    assert k.sum() <= len(k) * budget.layer_rows(bucket)
+    assert k.sum() <= len(k) * most(budget, m)
+    assert k.sum() <= budget.capacity(len(k), bucket)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    budget=BUDGETS,
-    m=st.integers(1, 900),
-    extra=st.integers(0, 200),
-    layers=st.sampled_from([1, 2, 7, 40]),
-)
-def test_uniform_and_pyramid(budget, m, extra, layers):
-    lengths = jnp.array([m])
-    even = min(max(1, int(np.floor(share_of(budget, m) * F(m) + F(0.5)))), m)
-    k = np.asarray(whole_sizes(uniform_sizes(budget, lengths, layers), budget, lengths, m + extra))[
-        0
-    ]
-    assert k.tolist() == [max(even, least(budget, m))] * layers
+@pytest.mark.parametrize("layers", [1, 2, 7, 40])
+@pytest.mark.parametrize("text", ["0.01", "0.1", "0.37", "0.99", "1tok", "40tok", "600tok"])
+def test_uniform_and_pyramid(text, layers):
+    budget = Budget.parse(text)
+    lengths = np.concatenate([np.arange(1, 12), np.random.default_rng(layers).integers(12, 900, 9)])
+    m = jnp.asarray(lengths)
+    sizes = np.asarray(uniform_sizes(budget, m, layers))
+    uniform = np.asarray(allocate(sizes, budget, m))
+    falling = np.asarray(pyramid_sizes(budget, m, layers))
+    pyramid = np.asarray(allocate(falling, budget, m))
+    for row, length in enumerate(lengths.tolist()):
+        even = min(max(1, int(np.floor(share_of(budget, length) * F(length) + F(0.5)))), length)
+        assert uniform[row].tolist() == [max(even, least(budget, length))] * layers
 
-    w = min(32, max(1, even // 2))
-    rest = even - w
-    low = rest // 20
-    high = 2 * rest - low
-    if high > m - w:
-        high = m - w
-        low = 2 * rest - high
-    expected = [high - i * (high - low) / (layers - 1) + w for i in range(layers) if layers > 1]
-    sizes = np.asarray(pyramid_sizes(budget, lengths, layers))[0]
-    np.testing.assert_allclose(sizes, expected or [even], rtol=1e-5, atol=1e-3)
-    k = np.asarray(whole_sizes(jnp.asarray(sizes)[None], budget, lengths, m + extra))[0]
-    assert k.tolist() == numpy_whole(sizes, budget, m, m + extra)
-    assert (np.diff(k) <= 0).all()
-    bounds(k, budget, m, m + extra)
+        w = min(32, max(1, even // 2))
+        rest = even - w
+        low = rest // 20
+        high = 2 * rest - low
+        if high > length - w:
+            high = length - w
+            low = 2 * rest - high
+        expected = [high - i * (high - low) / (layers - 1) + w for i in range(layers) if layers > 1]
+        np.testing.assert_allclose(falling[row], expected or [even], rtol=1e-5, atol=1e-3)
+        assert pyramid[row].tolist() == numpy_whole(falling[row], budget, length)
+        assert (np.diff(pyramid[row]) <= 0).all()
+        bounds(pyramid[row], budget, length, 900)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), m=st.integers(1, 60), layers=st.sampled_from([1, 2, 6]))
+def test_any_sizes_become_whole_ones(data, m, layers):
+    """Sizes of a user's own: below the floor, above the prompt, all alike."""
+    size = st.one_of(st.floats(0, 2 * m, width=32), st.integers(0, m).map(float))
+    sizes = np.array(data.draw(st.lists(size, min_size=layers, max_size=layers)), F)
+    budget = data.draw(BUDGETS)
+    k = np.asarray(allocate(jnp.asarray(sizes)[None], budget, jnp.array([m])))[0]
+    assert k.tolist() == numpy_whole(sizes, budget, m)
+    bounds(k, budget, m, m)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.05, 0.1, 1 / 3, 0.5, 0.98, 0.99, 0.9999])
+def test_no_length_of_a_bucket_is_given_more_than_its_pool_holds(share):
+    budgets = [Budget(share=share), Budget(tokens=max(1, int(1000 * share)))]
+    m = np.arange(1, 131073)
+    for budget in budgets:
+        rows = np.asarray(budget.most(jnp.asarray(m)))
+        assert (rows >= 1).all()
+        assert (np.diff(rows) >= 0).all()
+        assert (rows <= [budget.layer_rows(int(n)) for n in m]).all()
 
 
 def test_rows_of_a_batch_are_allocated_alone():
     m = jnp.array([40, 700, 1])
     gamma = jnp.asarray(np.random.default_rng(0).uniform(0.2, 0.99, (3, 5)), jnp.float32)
     budget = Budget(share=0.1)
-    together = whole_sizes(sparsity_sizes(gamma, budget, m)[1], budget, m, 700)
+    together = allocate(sizes_of(gamma, budget, m), budget, m)
     for row in range(3):
         own = slice(row, row + 1)
-        alone = whole_sizes(sparsity_sizes(gamma[own], budget, m[own])[1], budget, m[own], 700)
+        alone = allocate(sizes_of(gamma[own], budget, m[own]), budget, m[own])
         assert alone.tolist() == together[own].tolist()
 
 
@@ -135,7 +166,7 @@ def test_one_program_serves_every_sparsity_and_length():
     def run(gamma, m):
         traces.append(1)
         budget = Budget(share=0.1)
-        return whole_sizes(sparsity_sizes(gamma, budget, m)[1], budget, m, 512)
+        return allocate(sizes_of(gamma, budget, m), budget, m)
 
     rng = np.random.default_rng(1)
     for _ in range(5):
@@ -148,8 +179,8 @@ def test_one_program_serves_every_sparsity_and_length():
 def test_renormalised_betas_add_up_to_the_budget(share):
     gamma = jnp.array([[0.1, 0.2, 0.999, 0.9999, 0.95, 0.9]], jnp.float32)
     budget, m = Budget(share=share), jnp.array([1000])
-    plain, _ = sparsity_sizes(gamma, budget, m)
-    beta, _ = sparsity_sizes(gamma, budget, m, renormalize=True)
+    plain = sparsity_shares(gamma, budget, m)
+    beta = sparsity_shares(gamma, budget, m, renormalize=True)
     assert float(beta.sum()) == pytest.approx(share * 6, rel=1e-4)
     assert float(beta.min()) >= 0.01 - 1e-6
     assert float(beta.max()) <= 1
@@ -158,7 +189,7 @@ def test_renormalised_betas_add_up_to_the_budget(share):
 
 def test_the_floor_and_the_ceiling_bind():
     gamma = jnp.array([[0.0, 0.99999, 0.99999, 0.99999]], jnp.float32)
-    beta, _ = sparsity_sizes(gamma, Budget(share=0.5), jnp.array([1000]))
+    beta = sparsity_shares(gamma, Budget(share=0.5), jnp.array([1000]))
     np.testing.assert_allclose(beta[0], [1, 0.01, 0.01, 0.01], rtol=1e-6)
 
 
@@ -168,6 +199,11 @@ def test_the_floor_and_the_ceiling_bind():
 )
 def test_budgets_are_read(text, budget):
     assert Budget.parse(text) == budget
+
+
+@pytest.mark.parametrize("budget", [Budget(share=0.1), Budget(tokens=7), Budget(share=1 / 3)])
+def test_budgets_are_written_as_they_are_read(budget):
+    assert Budget.parse(str(budget)) == budget
 
 
 @pytest.mark.parametrize("text", ["", "tok", "0", "-1", "0tok", "nan", "10%", "1.5tok", "inf"])

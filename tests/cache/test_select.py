@@ -11,6 +11,7 @@ from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.select import kept_rows, rank_rows, recent_rows
 
 B, L, K, T, H = 3, 4, 2, 24, 5
+NONE = np.zeros((B, L), np.int32)
 
 
 def draw(seed, ties=False):
@@ -42,8 +43,11 @@ def test_kept_sets(seed, ties, ratio, shared):
     poisoned = np.where(np.arange(T) < m[:, None, None, None], scores, np.nan)
     recent = recent_rows(jnp.asarray(budgets), ratio)
     assert recent.tolist() == np.floor(ratio * budgets + 1e-6).astype(int).tolist()
-    order = rank_rows(jnp.asarray(poisoned), recent, jnp.asarray(m), shared_heads=shared)
+    if shared:
+        poisoned = poisoned.sum(2, keepdims=True)
+    order = rank_rows(jnp.asarray(poisoned), 0 * recent, recent, jnp.asarray(m))
     assert (np.sort(order, axis=-1) == np.arange(T)).all()
+    order = jnp.broadcast_to(order, (B, L, K, T))
     kept = np.asarray(kept_rows(order, jnp.asarray(budgets)))
     for b in range(B):
         for layer in range(L):
@@ -51,6 +55,21 @@ def test_kept_sets(seed, ties, ratio, shared):
                 own = scores[b, layer].sum(0) if shared else scores[b, layer, head]
                 expected = numpy_kept(own, m[b], budgets[b, layer], int(recent[b, layer]))
                 assert set(np.flatnonzero(kept[b, layer, head])) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), sinks=st.integers(0, 5), ends=st.integers(0, 5))
+def test_first_and_last_rows_are_kept_whatever_their_score(seed, sinks, ends):
+    scores, m, budgets = draw(seed)
+    first = np.minimum(sinks, budgets // 2)
+    last = np.minimum(ends, budgets - first)
+    order = rank_rows(jnp.asarray(scores), jnp.asarray(first), jnp.asarray(last), jnp.asarray(m))
+    kept = np.asarray(kept_rows(order, jnp.asarray(budgets)))
+    for b, layer, head in np.ndindex(B, L, K):
+        own = kept[b, layer, head]
+        assert own[: first[b, layer]].all()
+        assert own[m[b] - last[b, layer] : m[b]].all()
+        assert own.sum() == budgets[b, layer]
 
 
 @settings(max_examples=30, deadline=None)
@@ -68,8 +87,9 @@ def check_compaction(seed, capacity):
     scores, m, budgets = draw(seed)
     rng = np.random.default_rng(seed)
     k, v = (rng.random((B, K, L * T + 7, H)).astype(np.float32) for _ in range(2))
-    order = rank_rows(jnp.asarray(scores), jnp.zeros((B, L), jnp.int32), jnp.asarray(m))
-    pool = compact(jnp.asarray(k), jnp.asarray(v), order, jnp.asarray(budgets), capacity)
+    order = rank_rows(jnp.asarray(scores), NONE, NONE, jnp.asarray(m))
+    visual = jnp.ones((B, L))
+    pool = compact(jnp.asarray(k), jnp.asarray(v), order, jnp.asarray(budgets), visual, capacity)
     assert pool.k.shape == pool.v.shape == (B, K, capacity, H)
     assert pool.length.tolist() == budgets.tolist()
     for b in range(B):
@@ -86,7 +106,7 @@ def check_compaction(seed, capacity):
 
 def test_kept_sets_grow_with_the_budget():
     scores, m, _ = draw(3, ties=True)
-    order = rank_rows(jnp.asarray(scores), jnp.zeros((B, L), jnp.int32), jnp.asarray(m))
+    order = rank_rows(jnp.asarray(scores), NONE, NONE, jnp.asarray(m))
     before = np.zeros((B, L, K, T), bool)
     for budget in range(1, int(m.min()) + 1):
         kept = np.asarray(kept_rows(order, jnp.full((B, L), budget)))
@@ -98,8 +118,8 @@ def test_kept_sets_grow_with_the_budget():
 def test_heads_are_ranked_alone():
     scores, m, _ = draw(4)
     recent = jnp.ones((B, L), jnp.int32)
-    order = np.asarray(rank_rows(jnp.asarray(scores), recent, jnp.asarray(m)))
-    swapped = np.asarray(rank_rows(jnp.asarray(scores[:, :, ::-1]), recent, jnp.asarray(m)))
+    order = np.asarray(rank_rows(jnp.asarray(scores), NONE, recent, jnp.asarray(m)))
+    swapped = np.asarray(rank_rows(jnp.asarray(scores[:, :, ::-1]), NONE, recent, jnp.asarray(m)))
     np.testing.assert_array_equal(order[:, :, ::-1], swapped)
 
 
@@ -110,8 +130,8 @@ def test_one_program_serves_every_budget_vector(pair):
     @jax.jit
     def run(k, scores, m, budgets):
         traces.append(1)
-        order = rank_rows(scores, recent_rows(budgets, 0.1), m)
-        return compact(k, k, order, budgets, L * T)
+        order = rank_rows(scores, NONE, recent_rows(budgets, 0.1), m)
+        return compact(k, k, order, budgets, jnp.ones((B, L)), L * T)
 
     for seed in pair:
         scores, m, budgets = draw(seed)

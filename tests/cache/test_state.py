@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlcache_jax.cache.methods import FullCache
+from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.methods import FullCache, Observation
 from vlcache_jax.cache.state import BLOCK, append, round_up
 
 
@@ -39,9 +40,12 @@ def test_the_full_pool_has_room_for_every_layer(layers, rows):
     capacity = FullCache().capacity(layers, rows)
     assert capacity >= layers * rows
     assert capacity - layers * rows < BLOCK
-    lengths = jnp.array([rows, 1])
+    visual = jnp.zeros((2, rows), bool).at[:, 0].set(True)
+    prompt = Prompt(jnp.array([rows, 1]), visual, layers, Budget(share=1.0))
     buffer = jnp.zeros((2, 1, capacity, 1))
-    pool = FullCache().build(buffer, buffer, lengths, layers, rows)
+    method = FullCache()
+    pool = method.build(buffer, buffer, method.plan(Observation(), prompt), prompt)
     assert pool.k is buffer
     assert pool.offset.tolist() == [[layer * rows for layer in range(layers)]] * 2
     assert pool.length.tolist() == [[rows] * layers, [1] * layers]
+    assert pool.visual.tolist() == [[1.0] * layers] * 2

@@ -36,7 +36,8 @@ def test_json_is_one_object_and_nothing_else(model_dir, image):
     }  # fmt: skip
     assert set(answer["timings"]) == {"compile_s", "prefill_s", "decode_s", "decode_tokens_per_s"}
     assert set(answer["kv"]) == {
-        "method", "budget", "full_bytes", "kept_bytes", "kept_share", "allocated_bytes",
+        "method", "budget_requested", "budget", "full_bytes", "kept_bytes", "kept_share",
+        "compression_ratio", "layer_budgets", "kept_visual", "kept_text", "allocated_bytes",
         "tail_bytes",
     }  # fmt: skip
     assert len(answer["tokens"]) == 20
@@ -146,6 +147,12 @@ def test_bad_models(model_dir, image, tmp_path, damage, message):
         (("--prompt", "x", "--max-new-tokens", "-4"), "max_new_tokens=-4"),
         (("--prompt", "x", "--dtype", "int8"), "int8"),
         (("--prompt", "x", "--method", "h2o-typo"), "h2o-typo"),
+        (("--prompt", "x", "--method", "fastv"), "fastv"),
+        (("--prompt", "x", "--method", "full", "--kv-budget", "0.5"), "keeps everything"),
+        (("--prompt", "x", "--kv-budget", "0"), "above 0"),
+        (("--prompt", "x", "--kv-budget", "12tokens"), "12tokens"),
+        (("--prompt", "x", "--trace", "trace.txt"), ".npz"),
+        (("--prompt", "x", "--trace", "nowhere/trace.npz"), "no directory"),
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
         (("--prompt", "x", "--top-p", "0"), "top_p"),
     ],

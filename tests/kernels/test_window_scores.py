@@ -1,5 +1,6 @@
 """Window statistics against dense rows of the attention matrix."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ def test_scores_and_counts(length, window, heads, kv_heads, starts, lengths):
     for b, n in enumerate(true):  # what is not there must not matter
         k[b, n:] = np.nan
         q[b, max(0, n - start[b]) :] = np.nan
-    run = jax.jit(window_scores)
+    run = jax.jit(partial(window_scores, threshold=0.01))
     ours, again = run(q, k, start, true), run(q, k, start, true)
     np.testing.assert_allclose(ours.scores, expected[0], atol=2e-5 * window)
     assert ours.zeroed.tolist() == expected[1].tolist()
@@ -47,14 +48,14 @@ def test_scores_and_counts(length, window, heads, kv_heads, starts, lengths):
 
 def test_equal_logits_are_all_visible_and_none_is_zeroed():
     q, k, start, true = case(40, 8, 4, 2, [32], [40])
-    ours = window_scores(0 * q, k, start, true)
+    ours = window_scores(0 * q, k, start, true, threshold=0.01)
     assert (np.asarray(ours.zeroed) == 0).all()
     assert (np.asarray(ours.visible) == sum(range(33, 41))).all()
 
 
 def test_sharp_attention_is_sparse():
     q, k, start, true = case(300, 16, 2, 2, [284], [300], sharpness=50.0)
-    ours = window_scores(q, k, start, true)
+    ours = window_scores(q, k, start, true, threshold=0.01)
     assert (np.asarray(ours.zeroed) > 0.9 * np.asarray(ours.visible)).all()
 
 
@@ -75,6 +76,23 @@ def test_bfloat16_input_gives_float32_sums():
     expected = reference.window_scores(q, k, start, true, threshold=0.01, scale=0.25)
     assert ours.scores.dtype == jnp.float32
     np.testing.assert_allclose(ours.scores, expected[0], atol=1e-4)
+
+
+def test_without_a_threshold_nothing_is_counted():
+    q, k, start, true = case(40, 8, 4, 2, [32], [40])
+    counted = window_scores(q, k, start, true, threshold=0.01)
+    ours = window_scores(q, k, start, true)
+    assert ours.zeroed is ours.visible is None
+    np.testing.assert_allclose(ours.scores, counted.scores, rtol=1e-5)
+
+
+def test_counts_beyond_32_bits_are_refused_and_sums_are_not():
+    length = 131072
+    q, k = (jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for _ in range(2))
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    with pytest.raises(NotImplementedError, match="32 bits"):
+        jax.eval_shape(partial(window_scores, threshold=0.01), q, k, one, one)
+    assert jax.eval_shape(window_scores, q, k, one, one).scores.shape == (1, 1, length)
 
 
 @pytest.mark.parametrize("kernel", [1, 5, 7])

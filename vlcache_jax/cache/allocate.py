@@ -1,100 +1,157 @@
 """How many prompt tokens each layer keeps.
 
-An allocation is two steps. A rule gives every layer a real-valued size x[l] (`sparsity_sizes` for
-VL-Cache, `uniform_sizes`, `pyramid_sizes`); `whole_sizes` turns them into whole numbers k[l] whose
-sum never exceeds what the pool was made for. All of it is float32 and int32 data: the same program
-serves every prompt.
+An allocation is two steps. A rule gives every layer a real-valued size x[l]: `Sparsity` for
+VL-Cache, `Uniform`, `Pyramid`, or a function of the user's own. `allocate` turns the sizes into
+whole numbers k[l] whose sum never exceeds what the pool was made for. All of it is float32 and
+int32 data: the same program serves every prompt.
 
-Shapes: sizes [B, L]; m, the true prompt lengths, int32 [B].
+Shapes: sizes and budgets [B, L]; m, the true prompt lengths, int32 [B].
 """
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-FLOOR = 0.01
-"""Least share of the prompt that a layer keeps (VL-Cache, section 4.2), and the room that the sum
-of the budgets is given for it."""
+from vlcache_jax.cache.budget import FLOOR, Budget, Prompt
+from vlcache_jax.cache.score import Layer, PostVisionRows
 
-_SLACK = 1e-4  # keeps a float32 product just above a whole number from counting as the next one
 _ROUNDING = 0.5 + 1e-3
+_MOST = 2**23  # sizes beyond any prompt's length; whole numbers up to here are exact in float32
+
+
+class Allocation:
+    """A rule that gives every layer a size. Subclass it, or give `Custom` a function.
+
+    Subclasses are frozen dataclasses, so that equal settings are equal programs.
+    """
+
+    def measure(self, layer: Layer) -> jax.Array | None:
+        """What `sizes` needs to know of each layer, float32 [B], called while the prompt runs."""
+        return None
+
+    def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
+        """The layers' sizes in tokens, float32 [B, L]; `measured` stacks the layers' measures."""
+        raise NotImplementedError(f"{type(self).__name__} does not say sizes")
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What may be kept of the whole model's cache: a share of it, or tokens per layer.
+class Sparsity(Allocation):
+    """VL-Cache's rule: a layer whose post-vision attention is denser is given more (section 4.2).
 
     Attributes:
-        share: alpha, above 0; at 1 or more everything is kept. None if `tokens` is given.
-        tokens: tokens per layer on average, at least 1. None if `share` is given.
+        renormalize: hand out again what the clip cut off, so that the shares add up to alpha * L
+            (not in the paper).
+        window: the rows whose attention is measured.
+        threshold: p, the share of its row's maximum below which an entry counts as zeroed.
 
     Raises:
-        ValueError: not exactly one of the two is given, or it is out of range.
+        ValueError: the threshold is out of range.
     """
 
-    share: float | None = None
-    tokens: int | None = None
+    renormalize: bool = False
+    window: PostVisionRows = field(default_factory=PostVisionRows)
+    threshold: float = 0.01
 
     def __post_init__(self):
-        if (self.share is None) == (self.tokens is None):
-            raise ValueError("a budget is either a share of the cache or tokens per layer")
-        if self.share is not None and not 0 < self.share < math.inf:
-            raise ValueError(f"budget share={self.share} must be above 0 (0.1 keeps 10 %)")
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"budget tokens={self.tokens} must be at least 1")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold={self.threshold} must be between 0 and 1")
 
-    @classmethod
-    def parse(cls, text: str | float) -> "Budget":
-        """Read "0.1" or 0.1 (a share) or "256tok" (tokens per layer).
+    def measure(self, layer: Layer) -> jax.Array:
+        """gamma': the share of zeroed entries among the visible ones, mean over the query heads."""
+        seen = layer.watch(self.window, self.threshold)
+        assert seen.zeroed is not None  # a threshold was given
+        assert seen.visible is not None
+        return jnp.mean(seen.zeroed / jnp.maximum(seen.visible, 1), axis=-1, dtype=jnp.float32)
 
-        Raises:
-            ValueError: it is neither.
-        """
-        try:
-            if isinstance(text, str) and text.endswith("tok"):
-                return cls(tokens=int(text.removesuffix("tok")))
-            return cls(share=float(text))
-        except ValueError as error:
+    def beta(self, prompt: Prompt, measured: jax.Array) -> jax.Array:
+        """Each layer's share of the prompt, float32 [B, L]; see `sparsity_shares`."""
+        return sparsity_shares(measured, prompt.budget, prompt.length, renormalize=self.renormalize)
+
+    def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
+        """The shares times m."""
+        assert measured is not None  # `measure` gives it
+        return self.beta(prompt, measured) * prompt.length[:, None].astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same size for every layer."""
+
+    def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
+        """C everywhere."""
+        return uniform_sizes(prompt.budget, prompt.length, prompt.layers)
+
+
+@dataclass(frozen=True)
+class Pyramid(Allocation):
+    """PyramidKV's rule: sizes that fall linearly from the first layer to the last.
+
+    Attributes:
+        window: w, rows that are always kept, on top of the pyramid.
+        slope: PyramidKV's beta: the last layer's size is the mean divided by it.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
+
+    window: int = 32
+    slope: int = 20
+
+    def __post_init__(self):
+        if self.window < 1 or self.slope < 1:
+            raise ValueError(f"window={self.window} and slope={self.slope} must be at least 1")
+
+    def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
+        """See `pyramid_sizes`."""
+        return pyramid_sizes(
+            prompt.budget, prompt.length, prompt.layers, window=self.window, slope=self.slope
+        )
+
+
+@dataclass(frozen=True)
+class AllocationFunction(Allocation):
+    """A user's function of (prompt, sparsity [B, L]) that returns sizes [B, L].
+
+    Attributes:
+        function: the rule; the sizes are whole-numbered, bounded and fitted to the budget's pool
+            by `allocate`.
+        sparsity: how the sparsity that it is given is measured.
+    """
+
+    function: Callable[[Prompt, jax.Array], jax.Array]
+    sparsity: Sparsity = field(default_factory=Sparsity)
+
+    def measure(self, layer: Layer) -> jax.Array:
+        """As VL-Cache does."""
+        return self.sparsity.measure(layer)
+
+    def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
+        """What the function says."""
+        assert measured is not None
+        sizes = self.function(prompt, measured)
+        expected = (*prompt.length.shape, prompt.layers)
+        if sizes.shape != expected:
             raise ValueError(
-                f"budget {text!r} must be a share such as 0.1 or tokens such as 256tok ({error})"
-            ) from None
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether this is the full cache."""
-        return self.share is not None and self.share >= 1
-
-    def layer_rows(self, prompt_rows: int) -> int:
-        """Most rows per layer, on average, for a bucket of T prompt rows.
-
-        The floor of 1 % can lift the sum of the budgets above the share asked for, by at most 1 %.
-        """
-        if self.share is not None:
-            return min(prompt_rows, math.ceil((self.share + FLOOR) * prompt_rows) + 1)
-        assert self.tokens is not None  # one of the two is given
-        return min(prompt_rows, self.tokens + math.ceil(FLOOR * prompt_rows) + 1)
-
-    def shares(self, m: jax.Array) -> jax.Array:
-        """The share of each sequence, alpha, float32 [B]."""
-        if self.share is not None:
-            return jnp.full(m.shape, min(self.share, 1.0), jnp.float32)
-        assert self.tokens is not None
-        return jnp.minimum(1.0, jnp.float32(self.tokens) / m.astype(jnp.float32))
-
-    def least(self, m: jax.Array) -> jax.Array:
-        """Fewest rows of a layer, int32 [B]: 1 % of the prompt, at least one token."""
-        rows = jnp.ceil(jnp.float32(FLOOR) * m.astype(jnp.float32) - jnp.float32(_SLACK))
-        rows = jnp.maximum(rows.astype(jnp.int32), 1)
-        return rows if self.tokens is None else jnp.minimum(rows, self.tokens)
+                f"the allocation gave sizes of shape {sizes.shape}, expected [B, L] = {expected}"
+            )
+        return sizes
 
 
-def sparsity_sizes(
+ALLOCATIONS: dict[str, Allocation] = {
+    "sparsity": Sparsity(),
+    "uniform": Uniform(),
+    "pyramid": Pyramid(),
+}
+"""The rules by the name that `Custom` takes."""
+
+
+def sparsity_shares(
     sparsity: jax.Array, budget: Budget, m: jax.Array, *, renormalize: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """VL-Cache's sizes: a layer with denser attention is given more (paper, section 4.2).
+) -> jax.Array:
+    """VL-Cache's shares (paper, section 4.2).
 
     beta[l] = clip((1 - gamma'[l]) / sum_k (1 - gamma'[k]) * alpha * L, 0.01, 1). The paper does not
     say what happens when all layers are wholly sparse; here each is then given the same.
@@ -103,11 +160,11 @@ def sparsity_sizes(
         sparsity: gamma', float32 [B, L], 0 to 1.
         budget: what may be kept.
         m: true prompt lengths, int32 [B].
-        renormalize: hand out again what the clip cut off, so that the betas add up to alpha * L
+        renormalize: hand out again what the clip cut off, so that the shares add up to alpha * L
             (not in the paper).
 
     Returns:
-        beta and the sizes beta * m, both float32 [B, L].
+        beta, float32 [B, L].
     """
     layers = sparsity.shape[-1]
     dense = 1.0 - sparsity.astype(jnp.float32)
@@ -115,10 +172,9 @@ def sparsity_sizes(
     fair = jnp.full_like(dense, 1.0 / layers)
     part = jnp.where(total > 0, dense / jnp.where(total > 0, total, 1.0), fair)
     wanted = budget.shares(m)[:, None] * layers
-    beta = jnp.clip(part * wanted, FLOOR, 1.0)
     if renormalize:
-        beta = _renormalized(part, wanted)
-    return beta, beta * m[:, None].astype(jnp.float32)
+        return _renormalized(part, wanted)
+    return jnp.clip(part * wanted, FLOOR, 1.0)
 
 
 def _renormalized(part: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -137,15 +193,9 @@ def _renormalized(part: jax.Array, wanted: jax.Array) -> jax.Array:
     return jnp.clip(part * scale, FLOOR, 1.0)
 
 
-def even_size(budget: Budget, m: jax.Array) -> jax.Array:
-    """C: a layer's rows when all layers are given the same, int32 [B]."""
-    rows = jnp.floor(budget.shares(m) * m.astype(jnp.float32) + 0.5).astype(jnp.int32)
-    return jnp.clip(rows, 1, m)
-
-
 def uniform_sizes(budget: Budget, m: jax.Array, layers: int) -> jax.Array:
     """The same size for every layer, float32 [B, L]."""
-    size = even_size(budget, m).astype(jnp.float32)
+    size = budget.even_rows(m).astype(jnp.float32)
     return jnp.broadcast_to(size[:, None], (*m.shape, layers))
 
 
@@ -154,9 +204,9 @@ def pyramid_sizes(
 ) -> jax.Array:
     """PyramidKV's sizes: falling linearly from the first layer to the last, plus the window.
 
-    With B = C - w: min = B // slope, max = 2 B - min. Small budgets (a choice of this library):
-    w = min(window, max(1, C // 2)); a max beyond the m - w rows that there are is cut, and min
-    raised so that the mean stays B; a single layer is given C.
+    With B = C - w: min = B // slope, max = 2 B - min. Choices of this library: w shrinks with the
+    budget (`Budget.window`); a max beyond the m - w rows that there are is cut, and min raised so
+    that the mean stays B; a single layer is given C.
 
     Args:
         budget: what may be kept.
@@ -168,10 +218,10 @@ def pyramid_sizes(
     Returns:
         float32 [B, L]; the mean over the layers is C.
     """
-    size = even_size(budget, m)
+    size = budget.even_rows(m)
     if layers == 1:
         return size[:, None].astype(jnp.float32)
-    kept = jnp.minimum(window, jnp.maximum(1, size // 2))
+    kept = budget.window(m, window)
     rest = size - kept
     most = jnp.minimum(2 * rest - rest // slope, m - kept)
     least = 2 * rest - most
@@ -180,38 +230,65 @@ def pyramid_sizes(
     return most.astype(jnp.float32)[:, None] - fall + kept.astype(jnp.float32)[:, None]
 
 
-def whole_sizes(sizes: jax.Array, budget: Budget, m: jax.Array, prompt_rows: int) -> jax.Array:
+def allocate(sizes: jax.Array, budget: Budget, m: jax.Array) -> jax.Array:
     """Whole-number budgets that add up to the sizes' rounded sum and fit the pool.
 
     k[l] = clip(floor(x[l]), lo, m); then, one at a time, the layer with the largest x - k below m
     gains a token, or the one with the smallest x - k above lo loses one, until the sum is right.
-    Ties go to the lower layer. (The paper leaves the rounding open.)
+    Ties go to the lower layer. (The paper leaves the rounding open.) A sequence whose share is 1
+    keeps everything.
 
     Args:
         sizes: x, float32 [B, L].
-        budget: what may be kept; gives lo.
+        budget: what may be kept; gives lo and the most rows.
         m: true prompt lengths, int32 [B].
-        prompt_rows: the prompt's bucket T, for which the pool has `budget.layer_rows(T)` rows per
-            layer.
 
     Returns:
-        k, int32 [B, L]; 1 <= k <= m, and a row's sum is at most L * `budget.layer_rows(T)`.
+        k, int32 [B, L]; 1 <= k <= m, and a row's sum is at most L * `budget.most(m)`.
     """
     layers = sizes.shape[-1]
-    rows = layers * budget.layer_rows(prompt_rows)
+    x = jnp.clip(jnp.nan_to_num(sizes.astype(jnp.float32)), 0, _MOST)
+    lo, m = budget.least(m)[:, None], m[:, None]
+    total = jnp.floor(jnp.sum(x, axis=-1, keepdims=True) + jnp.float32(_ROUNDING))
+    total = jnp.maximum(layers * lo, total.astype(jnp.int32))
+    total = jnp.minimum(total, layers * budget.most(m))
+    k = jnp.clip(jnp.floor(x).astype(jnp.int32), lo, m)
+    missing = total - jnp.sum(k, axis=-1, keepdims=True)
+    k = _hand_out(x, k, m, missing)
+    # Taking from the smallest x - k down to lo is giving to the largest (-x) - (-k) up to -lo.
+    k = -_hand_out(-x, -k, -lo, -missing)
+    return jnp.where(budget.shares(m) >= 1, m, k)
 
-    def one(x: jax.Array, m: jax.Array, lo: jax.Array) -> jax.Array:
-        total = jnp.floor(jnp.sum(x) + jnp.float32(_ROUNDING)).astype(jnp.int32)
-        total = jnp.minimum(jnp.minimum(layers * m, jnp.maximum(layers * lo, total)), rows)
-        k = jnp.clip(jnp.floor(x).astype(jnp.int32), lo, m)
 
-        def step(k: jax.Array) -> jax.Array:
-            rest = x - k.astype(jnp.float32)
-            gain = jnp.argmax(jnp.where(k < m, rest, -jnp.inf))
-            lose = jnp.argmin(jnp.where(k > lo, rest, jnp.inf))
-            up = jnp.sum(k) < total
-            return k.at[jnp.where(up, gain, lose)].add(jnp.where(up, 1, -1))
+def _hand_out(x: jax.Array, k: jax.Array, limit: jax.Array, count: jax.Array) -> jax.Array:
+    """Give `count` tokens, one at a time, to the largest x - k with k < limit; ties: lower layer.
 
-        return lax.while_loop(lambda k: jnp.sum(k) != total, step, k)
+    Without a loop over tokens: layer l would receive its tokens at the values x - k, x - k - 1, ...
+    Every value interval (s - 1, s] holds one token of each layer. So all tokens above the right
+    whole number s are given at once, and the rest, at most one per layer, by one sort.
 
-    return jax.vmap(one)(sizes.astype(jnp.float32), m, budget.least(m))
+    Args:
+        x: float32 [B, L].
+        k: int32 [B, L].
+        limit: largest k, int32 [B, 1].
+        count: tokens to give, int32 [B, 1]; none where it is 0 or less.
+    """
+    above = jnp.ceil(x).astype(jnp.int32)
+
+    def given(s: jax.Array) -> jax.Array:
+        """Tokens that each layer receives at values above s."""
+        return jnp.clip(above - s - k, 0, limit - k)
+
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # too many tokens above `low`, not too many above `high`
+        middle = (low + high) // 2
+        fits = jnp.sum(given(middle), axis=-1, keepdims=True) <= count
+        return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
+
+    bounds = jnp.full_like(count, -2 * _MOST), jnp.full_like(count, 2 * _MOST)
+    _, s = lax.fori_loop(0, 26, halve, bounds)
+    left = count - jnp.sum(given(s), axis=-1, keepdims=True)
+    more = given(s - 1) > given(s)
+    order = jnp.argsort(jnp.where(more, above.astype(jnp.float32) - x, jnp.inf), axis=-1)
+    rank = jnp.argsort(order, axis=-1)
+    return k + given(s) + (more & (rank < left))

@@ -14,7 +14,12 @@ from vlcache_jax.cache.state import Pool
 
 
 def compact(
-    k: jax.Array, v: jax.Array, order: jax.Array, budgets: jax.Array, capacity: int
+    k: jax.Array,
+    v: jax.Array,
+    order: jax.Array,
+    budgets: jax.Array,
+    visual: jax.Array,
+    capacity: int,
 ) -> Pool:
     """Make the pool of the kept rows.
 
@@ -23,6 +28,7 @@ def compact(
         v: values, likewise.
         order: positions by worth, int32 [B, L, K, T].
         budgets: kept rows of each layer, int32 [B, L]; a row's sum is at most `capacity`.
+        visual: as in `Pool`.
         capacity: rows of the pool.
 
     Returns:
@@ -41,4 +47,4 @@ def compact(
     position = jnp.take_along_axis(flat, source, axis=-1)  # [B, K, capacity]
     row = (layer * rows)[:, None, :] + position
     gathered = [jnp.take_along_axis(x, row[..., None], axis=2) for x in (k, v)]
-    return Pool(*gathered, offset=offset.astype(jnp.int32), length=budgets)
+    return Pool(*gathered, offset=offset.astype(jnp.int32), length=budgets, visual=visual)

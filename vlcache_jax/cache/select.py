@@ -28,34 +28,32 @@ def recent_rows(budgets: jax.Array, recent_ratio: float) -> jax.Array:
     return jnp.floor(recent_ratio * budgets.astype(jnp.float32) + 1e-4).astype(jnp.int32)
 
 
-def rank_rows(
-    scores: jax.Array, recent: jax.Array, m: jax.Array, *, shared_heads: bool = False
-) -> jax.Array:
+def rank_rows(scores: jax.Array, first: jax.Array, last: jax.Array, m: jax.Array) -> jax.Array:
     """Rank the prompt's rows for every layer and kv head.
 
-    The `recent` last rows of the prompt come first, then the others by score; rows beyond the
+    The prompt's `first` and `last` rows come first, then the others by score; rows beyond the
     prompt's end come last. Ties go to the lower position.
 
     Args:
-        scores: float32 [B, L, K, T]; what stands beyond a prompt's end is ignored.
-        recent: rows at the prompt's end that are kept whatever their score, int32 [B, L].
+        scores: float32 [B, L, K, T], or [B, L, 1, T] for one ranking per layer; what stands beyond
+            a prompt's end is ignored.
+        first: rows at the prompt's beginning that are kept whatever their score, int32 [B, L].
+        last: the same of its end, int32 [B, L].
         m: true prompt lengths, int32 [B].
-        shared_heads: one ranking per layer, by the sum of its heads' scores.
 
     Returns:
-        Positions in the order of their worth, int32 [B, L, K, T].
+        Positions in the order of their worth, int32, in the shape of the scores.
     """
     position = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     end = m[:, None, None, None]
-    if shared_heads:
-        scores = jnp.broadcast_to(jnp.sum(scores, axis=2, keepdims=True), scores.shape)
-    always = position >= end - recent[:, :, None, None]
+    always = position >= end - last[:, :, None, None]
+    always = always | (position < first[:, :, None, None])
     worth = jnp.where(always, jnp.inf, scores)
     worth = jnp.where(position < end, worth, -jnp.inf)
     return jnp.argsort(worth, axis=-1, stable=True, descending=True).astype(jnp.int32)
 
 
 def kept_rows(order: jax.Array, budgets: jax.Array) -> jax.Array:
-    """Which rows are kept, bool [B, L, K, T]: for reports and traces."""
+    """Which rows are kept, bool in the shape of the order: for reports and traces."""
     rank = jnp.argsort(order, axis=-1)  # the inverse permutation
     return rank < budgets[:, :, None, None]

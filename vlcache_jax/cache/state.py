@@ -31,12 +31,14 @@ class Pool:
         v: values, likewise.
         offset: first row of each layer, int32 [B, L].
         length: rows of each layer, int32 [B, L].
+        visual: visual tokens among them, the mean over the kv heads, float32 [B, L]: for reports.
     """
 
     k: jax.Array
     v: jax.Array
     offset: jax.Array
     length: jax.Array
+    visual: jax.Array
 
 
 @jax.tree_util.register_dataclass

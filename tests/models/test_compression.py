@@ -1,0 +1,87 @@
+"""Decoding from a compressed cache is what transformers does with its own cache, pruned alike."""
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import vlcache_jax
+from tests import hf
+from tests.tiny import picture
+from vlcache_jax import Buckets, Generate, VLCache
+
+BOUND = 1e-4
+STEPS = 32
+KINDS = ("llava-1.5 Llama MHA", "NeXT Mistral GQA")
+PROMPT = "<image>\nwhat is this? and what is that?"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def models(request, tmp_path_factory):
+    """A Hugging Face model, ours made of its files, and the family."""
+    family, decoder, shape = hf.KINDS[request.param]
+    model = hf.hf_model(family, decoder, shape, seed=3)
+    path = hf.save(model, tmp_path_factory.mktemp("model") / "hf", family)
+    buckets = Buckets(prompt=(160,), tiles=(0, 5))
+    return model, vlcache_jax.load(path, buckets=buckets), family
+
+
+def prune(cache, kept):
+    """Keep of each layer and kv head the rows of the trace: [L, K, max], padded with -1."""
+    for layer, positions in zip(cache.layers, kept, strict=True):
+        rows = torch.as_tensor(positions[:, positions[0] >= 0], dtype=torch.int64)  # [K, k]
+        index = rows[None, :, :, None].expand(1, -1, -1, layer.keys.shape[-1])
+        layer.keys = layer.keys.gather(2, index)
+        layer.values = layer.values.gather(2, index)
+
+
+def pruned_decoding(model, inputs, kept, steps):
+    """Greedy tokens and the logits after the prompt's, from the pruned cache of the prompt."""
+    with torch.no_grad():
+        output = model(**inputs, use_cache=True)
+        m = output.logits.shape[1]
+        prune(output.past_key_values, kept)
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        tokens, logits = [int(token)], []
+        for step in range(steps):
+            # A single query and no mask: it sees every key that is there, at its true position.
+            step_output = model(
+                input_ids=token,
+                past_key_values=output.past_key_values,
+                position_ids=torch.tensor([[m + step]]),
+                use_cache=True,
+            )
+            logits.append(step_output.logits[0, -1].numpy())
+            token = step_output.logits[:, -1].argmax(-1, keepdim=True)
+            tokens.append(int(token))
+    return tokens, np.stack(logits)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.5])
+def test_decoding_equals_a_pruned_cache_of_transformers(models, budget):
+    model, ours, family = models
+    images = [picture(90, 60)]
+    inputs = ours.processor(images, PROMPT, raw_prompt=True)
+    generate = Generate(ours.config, VLCache(budget=budget), STEPS + 1, trace=True)
+    pool, state, trace = jax.jit(generate.begin)(ours.params, inputs, jax.random.key(0))
+    assert trace is not None
+    length = int(inputs.length[0])
+    kept = trace.row(0, generate.cache, inputs.visual_index[0, :length] >= 0).kept
+    assert (kept >= 0).sum() < 1.2 * budget * length * kept.shape[0] * kept.shape[1]
+    theirs = hf.hf_inputs(family, images, PROMPT)
+    expected_tokens, expected = pruned_decoding(model, theirs, kept, STEPS)
+    step = jax.jit(generate.decode_step, donate_argnums=2)
+    tokens, logits = [int(state.token[0])], []
+    for _ in range(STEPS):
+        state, own = step(ours.params, pool, state)
+        tokens.append(int(state.token[0]))
+        logits.append(own[0])
+    assert tokens == expected_tokens
+    assert len(set(tokens)) > 4
+    assert hf.relative_error(np.stack(logits), expected) < BOUND
+    assert int(state.position[0]) == length + STEPS
+    # The comparison is sharp: it notices other tokens in the places of the kept ones.
+    others = np.where(kept >= 0, (kept + 1) % length, -1)
+    _, wrong = pruned_decoding(model, theirs, others, 1)
+    assert hf.relative_error(wrong, expected[:1]) > 10 * BOUND

@@ -1,0 +1,140 @@
+"""What is asked of a method: the budget, and the prompts that it is for."""
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.cache.state import round_up
+
+FLOOR = 0.01
+"""Least share of the prompt that a layer keeps (VL-Cache, section 4.2), and the room that the sum
+of the budgets is given for it."""
+
+_SLACK = 1e-4  # keeps a float32 product just above a whole number from counting as the next one
+_RELATIVE_SLACK = 4e-7  # the same for products of any size: a few float32 roundings
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be kept of the whole model's cache: a share of it, or tokens per layer.
+
+    Attributes:
+        share: alpha, above 0; at 1 or more everything is kept. None if `tokens` is given.
+        tokens: tokens per layer on average, at least 1. None if `share` is given.
+
+    Raises:
+        ValueError: not exactly one of the two is given, or it is out of range.
+    """
+
+    share: float | None = None
+    tokens: int | None = None
+
+    def __post_init__(self):
+        if (self.share is None) == (self.tokens is None):
+            raise ValueError("a budget is either a share of the cache or tokens per layer")
+        if self.share is not None and not 0 < self.share < math.inf:
+            raise ValueError(f"budget share={self.share} must be above 0 (0.1 keeps 10 %)")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"budget tokens={self.tokens} must be at least 1")
+
+    @classmethod
+    def parse(cls, text: "str | float | Budget") -> "Budget":
+        """Read "0.1" or 0.1 (a share) or "256tok" (tokens per layer).
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if isinstance(text, Budget):
+            return text
+        try:
+            if isinstance(text, str) and text.endswith("tok"):
+                return cls(tokens=int(text.removesuffix("tok")))
+            return cls(share=float(text))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"budget {text!r} must be a share such as 0.1 or tokens such as 256tok ({error})"
+            ) from None
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        return str(self.share) if self.share is not None else f"{self.tokens}tok"
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether this is the full cache."""
+        return self.share is not None and self.share >= 1
+
+    def layer_rows(self, prompt_rows: int) -> int:
+        """Most rows per layer, on average, for a bucket of T prompt rows.
+
+        The floor of 1 % can lift the sum of the budgets above the share asked for, by at most 1 %.
+        """
+        if self.share is not None:
+            return min(prompt_rows, math.ceil((self.share + FLOOR) * prompt_rows) + 1)
+        assert self.tokens is not None  # one of the two is given
+        return min(prompt_rows, self.tokens + math.ceil(FLOOR * prompt_rows) + 1)
+
+    def capacity(self, layers: int, prompt_rows: int) -> int:
+        """Rows of the pool for L layers and a bucket of T prompt rows, in whole blocks."""
+        return round_up(layers * self.layer_rows(prompt_rows))
+
+    def most(self, m: jax.Array) -> jax.Array:
+        """`layer_rows` of each sequence's own length, int32 [B]; never above that of its bucket."""
+        exact = m.astype(jnp.float32)
+        if self.share is not None:
+            rows = jnp.ceil(jnp.float32(self.share + FLOOR) * exact * (1 - _RELATIVE_SLACK)) + 1
+        else:
+            assert self.tokens is not None
+            rows = self.tokens + jnp.ceil(jnp.float32(FLOOR) * exact * (1 - _RELATIVE_SLACK)) + 1
+        return jnp.minimum(rows.astype(jnp.int32), m)
+
+    def shares(self, m: jax.Array) -> jax.Array:
+        """The share of each sequence, alpha, at most 1, float32 [B]."""
+        if self.share is not None:
+            return jnp.full(m.shape, min(self.share, 1.0), jnp.float32)
+        assert self.tokens is not None
+        return jnp.minimum(1.0, jnp.float32(self.tokens) / m.astype(jnp.float32))
+
+    def least(self, m: jax.Array) -> jax.Array:
+        """Fewest rows of a layer, int32 [B]: 1 % of the prompt, at least one token."""
+        rows = jnp.ceil(jnp.float32(FLOOR) * m.astype(jnp.float32) - jnp.float32(_SLACK))
+        rows = jnp.maximum(rows.astype(jnp.int32), 1)
+        return rows if self.tokens is None else jnp.minimum(rows, self.tokens)
+
+    def even_rows(self, m: jax.Array) -> jax.Array:
+        """C: a layer's rows when all layers are given the same, int32 [B]."""
+        rows = jnp.floor(self.shares(m) * m.astype(jnp.float32) + 0.5).astype(jnp.int32)
+        return jnp.clip(rows, 1, m)
+
+    def window(self, m: jax.Array, most: int) -> jax.Array:
+        """w: the rows that SnapKV and PyramidKV watch by and always keep, int32 [B].
+
+        min(most, max(1, C // 2)): a small budget is not spent on the window alone, which is a
+        choice of this library.
+        """
+        return jnp.minimum(most, jnp.maximum(1, self.even_rows(m) // 2))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of prompts as scores and allocations see it.
+
+    Attributes:
+        length: m, the true length of each prompt, int32 [B].
+        visual: which tokens are visual, bool [B, T]; false beyond a prompt's end.
+        layers: static: L, the decoder's layers.
+        budget: static: what may be kept.
+    """
+
+    length: jax.Array
+    visual: jax.Array
+    layers: int = field(metadata={"static": True})
+    budget: Budget = field(metadata={"static": True})
+
+    @property
+    def rows(self) -> int:
+        """T, the prompt rows of the bucket."""
+        return self.visual.shape[1]

@@ -1,0 +1,341 @@
+"""What each prompt token is worth, by the attention that the prompt itself pays to it.
+
+A score is called once for every layer while the prompt runs, with a `Layer`: its queries, keys and
+values. Most scores watch a window of rows: `layer.watch(window)` sums the attention that those rows
+pay to each key, block by block, never as a T x T matrix.
+
+    keys     0 . . . . . . . . . . . . . m      a window is the last rows of a prompt:
+    window                  [ - - - - - ]       how many is data, the most there may be is static
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.window_scores import WindowScores, average_pool, window_scores
+from vlcache_jax.cache.budget import Prompt
+from vlcache_jax.cache.select import recent_rows
+
+
+class Window:
+    """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses."""
+
+    def most(self, prompt: Prompt) -> int:
+        """The most rows that a prompt of this bucket can have in the window: static."""
+        raise NotImplementedError
+
+    def rows(self, prompt: Prompt) -> jax.Array:
+        """How many rows each prompt has in the window, int32 [B], from 1 to m."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PostVisionRows(Window):
+    """tau: the rows after the visual tokens (VL-Cache, section 4.1).
+
+    Choices of this library: with several images, the rows after the last visual token of the
+    prompt; where no text follows the image or there is none, the last `fallback` rows; of a long
+    question the last `maximum` rows; never more than there are.
+
+    Attributes:
+        fallback: rows where no text follows the last visual token.
+        maximum: the most rows.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
+
+    fallback: int = 32
+    maximum: int = 512
+
+    def __post_init__(self):
+        if self.fallback < 1 or self.maximum < 1:
+            raise ValueError(
+                f"fallback window {self.fallback} and longest window {self.maximum} "
+                "must be at least 1"
+            )
+
+    def most(self, prompt: Prompt) -> int:
+        """`maximum`, or the bucket where it is shorter."""
+        return min(self.maximum, prompt.rows)
+
+    def rows(self, prompt: Prompt) -> jax.Array:
+        """See the class."""
+        position = jnp.arange(prompt.rows, dtype=jnp.int32)
+        last = jnp.max(jnp.where(prompt.visual, position, -1), axis=-1)
+        after = jnp.where(last < 0, 0, prompt.length - 1 - last)
+        rows = jnp.where(after > 0, after, self.fallback)
+        return jnp.minimum(jnp.minimum(rows, self.maximum), prompt.length)
+
+
+@dataclass(frozen=True)
+class LastRows(Window):
+    """SnapKV's window: the last `count` rows, fewer where the budget is small (`Budget.window`)."""
+
+    count: int = 32
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"window={self.count} must be at least 1")
+
+    def most(self, prompt: Prompt) -> int:
+        """`count`, or the bucket where it is shorter."""
+        return min(self.count, prompt.rows)
+
+    def rows(self, prompt: Prompt) -> jax.Array:
+        """See the class."""
+        return prompt.budget.window(prompt.length, self.count)
+
+
+@dataclass(frozen=True)
+class AllRows(Window):
+    """Every row of the prompt."""
+
+    def most(self, prompt: Prompt) -> int:
+        """T."""
+        return prompt.rows
+
+    def rows(self, prompt: Prompt) -> jax.Array:
+        """The whole length, m."""
+        return prompt.length
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer of the running prompt, after RoPE.
+
+    Attributes:
+        index: which layer it is.
+        q: queries [B, T, N, H].
+        k: keys [B, T, K, H]; query head n reads kv head n // (N // K).
+        v: values [B, T, K, H].
+        prompt: the prompts; what stands beyond their lengths has no meaning.
+        backend: backend of the window scores.
+    """
+
+    index: int
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    prompt: Prompt
+    backend: str | None = None
+    _watched: dict[Window, tuple[float | None, WindowScores]] = field(
+        default_factory=dict, repr=False
+    )
+
+    def watch(self, window: Window, threshold: float | None = None) -> WindowScores:
+        """The attention that the window's rows pay; computed once for each window of a layer.
+
+        Args:
+            window: the rows.
+            threshold: also count the entries below that share of their row's maximum.
+        """
+        done, found = self._watched.get(window, (None, None))
+        if found is None or threshold not in (None, done):
+            found = self._watch(window, threshold)
+            self._watched[window] = threshold, found
+        return found
+
+    def _watch(self, window: Window, threshold: float | None) -> WindowScores:
+        prompt, most = self.prompt, window.most(self.prompt)
+        start = prompt.length - window.rows(prompt)
+        q = self.q
+        if not isinstance(window, AllRows):
+            row = jnp.minimum(start[:, None] + jnp.arange(most), prompt.rows - 1)
+            q = jnp.take_along_axis(q, row[:, :, None, None], axis=1)  # [B, W, N, H]
+        return window_scores(
+            q, self.k, start, prompt.length, threshold=threshold, backend=self.backend
+        )
+
+
+Always = tuple[jax.Array, jax.Array]
+"""Tokens kept whatever their score: the first ones and the last ones, int32 [B, L] each."""
+
+
+class Score:
+    """A rule of what each token is worth. Subclass it, or give `Custom` a function.
+
+    Subclasses are frozen dataclasses, so that equal settings are equal programs.
+    """
+
+    @property
+    def window(self) -> Window | None:
+        """The rows that the score watches; None where it watches none."""
+        return None
+
+    def __call__(self, layer: Layer) -> jax.Array | None:
+        """The score of each token, float32 [B, K, T]; None where position alone decides."""
+        raise NotImplementedError(f"{type(self).__name__} does not score")
+
+    def always(self, rows: jax.Array, prompt: Prompt) -> Always:
+        """How many of a layer's `rows` [B, L] kept tokens are the prompt's first and last ones."""
+        return jnp.zeros_like(rows), jnp.zeros_like(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecentScore(Score):
+    """A score beside which a share of each layer's budget goes to the prompt's last tokens.
+
+    Attributes:
+        recent_ratio: that share, 0 to 1.
+
+    Raises:
+        ValueError: it is not from 0 to 1.
+    """
+
+    recent_ratio: float = 0.1
+
+    def __post_init__(self):
+        if not 0 <= self.recent_ratio <= 1:
+            raise ValueError(f"recent_ratio={self.recent_ratio} must be from 0 to 1")
+
+    def always(self, rows: jax.Array, prompt: Prompt) -> Always:
+        """The last tokens."""
+        return jnp.zeros_like(rows), recent_rows(rows, self.recent_ratio)
+
+
+@dataclass(frozen=True)
+class ColumnSum(RecentScore):
+    """The attention that a window of rows pays to each token, summed.
+
+    With `PostVisionRows` it is VL-Cache's accumulated score (section 4.3), with `AllRows` that of
+    H2O at the end of a prefill. The score of a kv head is the sum over its query heads (a choice of
+    this library); image and text tokens compete in one ranking.
+
+    Attributes:
+        watches: the rows.
+    """
+
+    watches: Window = field(default_factory=PostVisionRows)
+
+    @property
+    def window(self) -> Window:
+        """The rows whose attention is summed."""
+        return self.watches
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
+        return layer.watch(self.watches).scores
+
+
+@dataclass(frozen=True)
+class PooledWindow(Score):
+    """SnapKV's score: the attention of the last rows, averaged over neighbouring tokens.
+
+    The columns before the window are summed over the window's rows and the heads of a group, then
+    averaged; the window's own tokens are always kept.
+
+    Attributes:
+        rows: rows of the window.
+        kernel: neighbours of the average, an odd number.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    rows: int = 32
+    kernel: int = 5
+
+    def __post_init__(self):
+        LastRows(self.rows)
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel={self.kernel} must be odd and at least 1")
+
+    @property
+    def window(self) -> Window:
+        """The last rows."""
+        return LastRows(self.rows)
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
+        before = layer.prompt.length - self.window.rows(layer.prompt)
+        return average_pool(layer.watch(self.window).scores, before, self.kernel)
+
+    def always(self, rows: jax.Array, prompt: Prompt) -> Always:
+        """The window."""
+        return jnp.zeros_like(rows), jnp.minimum(rows, self.window.rows(prompt)[:, None])
+
+
+@dataclass(frozen=True)
+class Ends(Score):
+    """StreamingLLM: the first tokens and the last ones, whatever the attention.
+
+    Attributes:
+        sinks: first tokens; half of the budget where that is less.
+
+    Raises:
+        ValueError: it is negative.
+    """
+
+    sinks: int = 4
+
+    def __post_init__(self):
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks} must not be negative")
+
+    def __call__(self, layer: Layer) -> None:
+        """Position alone decides."""
+
+    def always(self, rows: jax.Array, prompt: Prompt) -> Always:
+        """The sinks, and the rest of the budget at the end."""
+        first = jnp.minimum(self.sinks, rows // 2)
+        return first, rows - first
+
+
+@dataclass(frozen=True)
+class Noise(RecentScore):
+    """Random scores: the control of every comparison.
+
+    The draw depends on the layer, the head and the position alone, so that a prompt keeps the same
+    tokens in any batch and any bucket.
+
+    Attributes:
+        seed: of the draws.
+    """
+
+    seed: int = 0
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """Uniform in [0, 1)."""
+        batch, rows, heads, _ = layer.k.shape
+        key = jax.random.fold_in(jax.random.key(self.seed), layer.index)
+        keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(jnp.arange(rows))
+        draws = jax.vmap(lambda key: jax.random.uniform(key, (heads,)))(keys)  # [T, K]
+        return jnp.broadcast_to(draws.T, (batch, heads, rows))
+
+
+@dataclass(frozen=True)
+class ScoreFunction(RecentScore):
+    """A user's function of a `Layer` that returns scores [B, K, T].
+
+    Attributes:
+        function: the score; the higher, the better.
+    """
+
+    function: Callable[[Layer], jax.Array]
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """What the function says.
+
+        Raises:
+            ValueError: the result is not [B, K, T].
+        """
+        batch, rows, heads, _ = layer.k.shape
+        scores = self.function(layer)
+        if scores.shape != (batch, heads, rows):
+            raise ValueError(
+                f"the score has shape {scores.shape}, expected [B, K, T] = {(batch, heads, rows)}"
+            )
+        return scores.astype(jnp.float32)
+
+
+SCORES: dict[str, Score] = {
+    "post-vision": ColumnSum(PostVisionRows()),
+    "h2o": ColumnSum(AllRows(), recent_ratio=0.5),
+    "snapkv": PooledWindow(),
+    "streaming-llm": Ends(),
+    "random": Noise(),
+}
+"""The scores by the name that `Custom` takes."""
