@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import vlcache_jax
 from benchmarks.readme import README, fill
 
 ROOT = Path(__file__).parent.parent
@@ -22,8 +23,20 @@ def test_the_ten_lines_of_python_run(capsys):
     assert len(namespace["answers"]) == 2
 
 
+def test_the_code_in_the_guide_to_the_methods_runs(capsys, model_dir, monkeypatch):
+    vlm = vlcache_jax.load(model_dir)  # smaller than the demo, which the README's lines run on
+    monkeypatch.setattr(vlcache_jax, "load", lambda name: vlm if name == "demo" else None)
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    for code in blocks:
+        exec(code, {})
+    kept, full = map(int, capsys.readouterr().out.split()[:2])
+    assert 0.08 < kept / full < 0.12
+
+
 def test_links_lead_somewhere():
-    for name in ("README.md", "docs/architecture.md"):
+    for name in ("README.md", "docs/architecture.md", "docs/methods.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)|src=\"([^\"]+)\"", text):
             assert (ROOT / name).parent.joinpath("".join(target)).exists(), target

@@ -53,7 +53,14 @@ def test_a_terminal_sees_the_text_and_a_table(model_dir, image):
     text = json.loads(run(*args, "--json").stdout)["text"]
     assert shown.exit_code == 0
     assert shown.stdout.startswith(text + "\n")
-    for word in ("prompt tokens", "visual", "time to first token", "cache", "compilation"):
+    for word in (
+        "vl-cache",
+        "prompt tokens",
+        "visual",
+        "time to first token",
+        "cache",
+        "compilation",
+    ):
         assert word in shown.stdout
 
 
@@ -68,6 +75,50 @@ def test_raw_prompt_and_seeds(model_dir, image):
     hot = ("--prompt", "what?", "--temperature", 3, "--top-p", 0.99, "--top-k", 200)
     one, same, other = (tokens(*hot, "--seed", seed) for seed in (1, 1, 2))
     assert one == same != other
+
+
+def test_a_trace_holds_what_was_kept(model_dir, image, tmp_path):
+    file = tmp_path / "trace.npz"
+    args = ("generate", model_dir, "--image", image, "--prompt", "what?", "--max-new-tokens", 2,
+            "--json", "--kv-budget", "40tok", "--trace", file)  # fmt: skip
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    kv, m = answer["kv"], answer["prompt_tokens"]
+    assert (kv["method"], kv["budget_requested"]) == ("vl-cache", "40tok")
+    assert kv["budget"] == pytest.approx(40 / m)
+    with np.load(file) as trace:
+        assert set(trace) == {
+            "sparsity", "beta", "budget", "kept", "scores", "prompt_is_visual", "window_start",
+            "m", "tau", "method", "budget_requested", "hit_rate", "mass_recall",
+        }  # fmt: skip
+        assert trace["budget"].tolist() == kv["layer_budgets"]
+        assert (trace["budget"].dtype, trace["kept"].dtype) == (np.int32, np.int32)
+        assert trace["scores"].shape == (2, 2, m)
+        assert trace["prompt_is_visual"].sum() == answer["visual_tokens"]
+        assert (int(trace["m"]), int(trace["window_start"])) == (m, m - int(trace["tau"]))
+        assert (str(trace["method"]), str(trace["budget_requested"])) == ("vl-cache", "40tok")
+        assert trace["hit_rate"].shape == trace["mass_recall"].shape == (2, 2)
+        for layer, head in np.ndindex(2, 2):
+            kept = trace["kept"][layer, head]
+            count = trace["budget"][layer]
+            assert (np.diff(kept[:count]) > 0).all()
+            assert (kept[count:] == -1).all()
+    assert [path.name for path in tmp_path.iterdir() if "trace" in path.name] == ["trace.npz"]
+    before = file.read_bytes()
+    refused("--force", *args)
+    assert file.read_bytes() == before
+    assert run(*args, "--force").exit_code == 0
+
+
+def test_the_default_keeps_a_tenth(model_dir, image):
+    args = ("generate", model_dir, "--image", image, "--prompt", "what?", "--max-new-tokens", 2)
+    default = json.loads(run(*args, "--json").stdout)["kv"]
+    assert (default["method"], default["budget_requested"]) == ("vl-cache", "0.1")
+    assert 0.08 < default["kept_share"] < 0.12
+    shown = run(*args, "--method", "streaming-llm", "--kv-budget", "0.2").stdout
+    assert "streaming-llm, budget 0.2" in shown
+    assert "kept per layer" in shown
 
 
 def truncate(path):
@@ -172,14 +223,20 @@ def refused(message, *args):
 
 
 def test_info(model_dir):
-    result = run("info", model_dir, "--context", 500, "--batch", 3, "--json")
+    result = run("info", model_dir, "--context", 500, "--batch", 3, "--method", "full", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
     need = facts["memory"]
     assert need["bucket"] == 512
     assert need["pool"] == 3 * 2 * 512 * 2 * 2 * 8 * 4
+    assert need["prefill"] == 0
     assert need["total"] == sum(need[n] for n in ("parameters", "pool", "tail", "activations"))
+    default = json.loads(run("info", model_dir, "--context", 500, "--batch", 3, "--json").stdout)
+    # 2 layers of ceil(0.11 * 512) + 1 rows are one block; the whole K and V live in prefill.
+    assert default["memory"]["pool"] == 3 * 128 * 2 * 2 * 8 * 4
+    assert default["memory"]["prefill"] == need["pool"]
+    assert default["memory"]["total"] == need["total"] + default["memory"]["pool"]
     sizes = [np.prod(a.shape) for a in parameters(model_dir)]
     assert facts["parameters"]["total"] == sum(sizes)
     assert need["parameters"] == 4 * sum(sizes)

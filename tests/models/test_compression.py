@@ -36,6 +36,23 @@ def prune(cache, kept):
         layer.values = layer.values.gather(2, index)
 
 
+def first_token_attention(model, inputs):
+    """What the first decoded token pays to the prompt: [L, N, m], its own key left out."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        prompt = model(**inputs, use_cache=True)
+        m = prompt.logits.shape[1]
+        output = model(
+            input_ids=prompt.logits[:, -1].argmax(-1, keepdim=True),
+            past_key_values=prompt.past_key_values,
+            position_ids=torch.tensor([[m]]),
+            output_attentions=True,
+        )
+    model.set_attn_implementation("sdpa")
+    weights = np.stack([layer[0, :, 0, :m].numpy() for layer in output.attentions])
+    return weights / weights.sum(-1, keepdims=True)
+
+
 def pruned_decoding(model, inputs, kept, steps):
     """Greedy tokens and the logits after the prompt's, from the pruned cache of the prompt."""
     with torch.no_grad():
@@ -67,7 +84,8 @@ def test_decoding_equals_a_pruned_cache_of_transformers(models, budget):
     pool, state, trace = jax.jit(generate.begin)(ours.params, inputs, jax.random.key(0))
     assert trace is not None
     length = int(inputs.length[0])
-    kept = trace.row(0, generate.cache, inputs.visual_index[0, :length] >= 0).kept
+    row = trace.row(0, generate.cache, inputs.visual_index[0, :length] >= 0)
+    kept = row.kept
     assert (kept >= 0).sum() < 1.2 * budget * length * kept.shape[0] * kept.shape[1]
     theirs = hf.hf_inputs(family, images, PROMPT)
     expected_tokens, expected = pruned_decoding(model, theirs, kept, STEPS)
@@ -81,6 +99,15 @@ def test_decoding_equals_a_pruned_cache_of_transformers(models, budget):
     assert len(set(tokens)) > 4
     assert hf.relative_error(np.stack(logits), expected) < BOUND
     assert int(state.position[0]) == length + STEPS
+    # CacheHitRate and mass recall, from the attention of the first decoded token.
+    weights = first_token_attention(model, theirs)
+    weights = weights.reshape(*kept.shape[:2], -1, length).mean(2)  # [L, K, m]
+    for layer, head in np.ndindex(*kept.shape[:2]):
+        k, own = row.budget[layer], weights[layer, head]
+        held = set(kept[layer, head, :k].tolist())
+        best = sorted(range(length), key=lambda j, own=own: (-own[j], j))[:k]
+        assert row.hit_rate[layer, head] == pytest.approx(len(held & set(best)) / k, abs=1e-6)
+        assert row.mass_recall[layer, head] == pytest.approx(own[list(held)].sum(), rel=1e-4)
     # The comparison is sharp: it notices other tokens in the places of the kept ones.
     others = np.where(kept >= 0, (kept + 1) % length, -1)
     _, wrong = pruned_decoding(model, theirs, others, 1)
