@@ -5,6 +5,8 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
 PYTHON312 ?= python3.12
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+# With cuda added (5 GB) the programs of the true model shapes are compiled for GPUs too.
+EXTRAS ?= test,bench
 PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 # Without torch transformers advises to install it; nothing here needs it to.
 export TRANSFORMERS_NO_ADVISORY_WARNINGS = 1
@@ -51,7 +53,7 @@ $(VENV)/.demo: $(VENV)/bin/pip pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/bin/pip pyproject.toml $(CONSTRAINTS)
-	$(PIP) install -c $(CONSTRAINTS) -e '.[test,bench]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -115,8 +115,9 @@ def generate(
 ) -> None:
     """Answer a question about images, or a question alone.
 
-    The prompt's key/value cache is cut down to a tenth by VL-Cache, for this question; --method
-    full keeps all of it.
+    VL-Cache keeps a tenth of the prompt's cache, chosen for this question.
+
+    Another method or budget: --method, --kv-budget. The whole cache: --method full.
 
     Example: vlcache generate demo --image demo --prompt "What is in the picture?" --kv-budget 0.2
     """
