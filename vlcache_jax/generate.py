@@ -195,14 +195,18 @@ class Generate:
         prompt = self._prompt(inputs)
         seen = []
 
-        def keep(index: int, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+        def keep(index: int, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             nonlocal buffers
             at = (0, 0, index * rows, 0)
             buffers = tuple(
                 lax.dynamic_update_slice(buffer, part.swapaxes(1, 2), at)
                 for buffer, part in zip(buffers, (k, v), strict=True)
             )
-            seen.append(self.cache.observe(Layer(index, q, k, v, prompt, self.backend)))
+            new = self.cache.observe(Layer(index, q, k, v, prompt, self.backend))
+            # Else XLA does all of this after the last layer: every layer's q, k, v live until then.
+            x, buffers, new = lax.optimization_barrier((x, buffers, new))
+            seen.append(new)
+            return x
 
         x = self._run_prompt(model, inputs, keep)
         last = jnp.take_along_axis(x, (inputs.length - 1)[:, None, None], axis=1)
@@ -211,15 +215,19 @@ class Generate:
     def prompt_logits(self, params: Params, inputs: ModelInputs) -> jax.Array:
         """Logits of every prompt position, float32 [B, T, V]: for tests and scoring of texts."""
         model = bind(self.config)(params)
-        return model.logits(self._run_prompt(model, inputs, lambda index, q, k, v: None))
+        return model.logits(self._run_prompt(model, inputs, lambda index, x, q, k, v: x))
 
     def _run_prompt(
         self,
         model: Llava,
         inputs: ModelInputs,
-        keep: Callable[[int, jax.Array, jax.Array, jax.Array], None],
+        keep: Callable[[int, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
-        """Final hidden states [B, T, D]; `keep(layer, q, k, v)` is handed each layer's arrays."""
+        """Final hidden states [B, T, D].
+
+        `keep(layer, x, q, k, v)` is handed each layer's output x and what its attention was made
+        of; it gives x back.
+        """
 
         def attend(
             q: jax.Array, k: jax.Array, v: jax.Array
@@ -230,7 +238,7 @@ class Generate:
         table = rope_table(jnp.arange(x.shape[1]), self.config.text)
         for index, layer in enumerate(model.layers):
             x, kept = layer(x, table, attend)
-            keep(index, *kept)
+            x = keep(index, x, *kept)
         return x
 
     def _prompt(self, inputs: ModelInputs) -> Prompt:

@@ -25,6 +25,8 @@ def prefill_attention(
     rows, columns = min(QUERY_BLOCK, length), min(KEY_BLOCK, length)
     longest = jnp.max(lengths)
     q = q.reshape(batch, length, kv_heads, group, head_dim)
+    # Tied to q: else XLA makes the zeros of all layers of a model at once, before the first one.
+    q, zero = lax.optimization_barrier((q, jnp.zeros((), q.dtype)))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
 
     def query_block(index: jax.Array, out: jax.Array) -> jax.Array:
@@ -60,5 +62,5 @@ def prefill_attention(
         mixed = mixed.reshape(batch, kv_heads, group, rows, head_dim).transpose(0, 3, 1, 2, 4)
         return lax.dynamic_update_slice_in_dim(out, mixed, start, axis=1)
 
-    out = lax.fori_loop(0, (longest + rows - 1) // rows, query_block, jnp.zeros_like(q))
+    out = lax.fori_loop(0, (longest + rows - 1) // rows, query_block, jnp.full_like(q, zero))
     return out.reshape(batch, length, heads, head_dim)

@@ -1,5 +1,7 @@
 """The vision tower in groups of tiles."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -28,9 +30,13 @@ def params():
     return init()
 
 
+@partial(jax.jit, static_argnums=(2, 3))
+def encode(params, tiles, num_layers, group):
+    return nnx.merge(GRAPHDEF, params)(tiles, num_layers, group=group)
+
+
 def run(params, tiles, num_layers, group=20):
-    encode = jax.jit(lambda p, t: nnx.merge(GRAPHDEF, p)(t, num_layers, group=group))
-    return np.asarray(encode(params, tiles))
+    return np.asarray(encode(params, tiles, num_layers, group))
 
 
 @pytest.mark.parametrize("count", [1, 7, 12])

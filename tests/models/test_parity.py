@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 import vlcache_jax
 from tests import hf
 from tests.tiny import picture
+from vlcache_jax import Buckets
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import bind
 
@@ -28,16 +29,29 @@ PROMPTS = {
     "none": ([], "no picture at all, only words"),
 }
 
+BUCKETS = {
+    "llava": Buckets(prompt=(64,), tiles=(0, 2)),
+    "llava_next": Buckets(prompt=(192,), tiles=(0, 6, 20)),
+}
+"""Few, so that one program serves all prompts with pictures; "two" fills its bucket of tiles."""
+
 
 class Pair:
-    """The same model twice: Hugging Face's and ours, loaded from its files."""
+    """The same model twice: Hugging Face's and ours, loaded from its files; compiled once."""
 
     def __init__(self, kind, folder):
         self.family, decoder, shape = hf.KINDS[kind]
         self.theirs = hf.hf_model(self.family, decoder, shape)
         self.path = hf.save(self.theirs, folder / "model", self.family)
-        self.ours = vlcache_jax.load(self.path)
+        self.ours = vlcache_jax.load(self.path, buckets=BUCKETS[self.family])
         self.ours.stop_ids = ()  # as Hugging Face's model: the tokenizer's own would be taken
+        self.logits = jax.jit(Generate(self.ours.config).prompt_logits)
+        self.vision = jax.jit(self._vision)
+
+    def _vision(self, params, tiles):
+        """Rows of the visual table, and features of the tower."""
+        model = bind(self.ours.config)(params)
+        return model.visual_rows(tiles), model.vision(tiles, self.ours.config.vision_layers)
 
     def inputs(self, name):
         sizes, prompt = PROMPTS[name]
@@ -59,15 +73,11 @@ def test_visual_features_and_packed_tokens(pair, name):
         out = pair.theirs.model.get_image_features(theirs["pixel_values"], **sizes)
     packed = np.concatenate([np.asarray(x) for x in out.pooler_output])
 
-    model = bind(pair.ours.config)(pair.ours.params)
-    rows = jax.jit(model.visual_rows)(inputs.tiles)
-    ours = np.asarray(rows)[inputs.visual_index[inputs.visual_index >= 0]]
+    rows, tower = map(np.asarray, pair.vision(pair.ours.params, inputs.tiles))
+    ours = rows[inputs.visual_index[inputs.visual_index >= 0]]
     assert ours.shape == packed.reshape(-1, packed.shape[-1]).shape
     assert hf.relative_error(ours, packed.reshape(ours.shape)) < BOUND
 
-    tower = np.asarray(
-        jax.jit(lambda t: model.vision(t, pair.ours.config.vision_layers))(inputs.tiles)
-    )
     pixels = theirs["pixel_values"].reshape(-1, *inputs.tiles.shape[1:])
     with torch.no_grad():
         features = pair.theirs.model.vision_tower(pixels, output_hidden_states=True)
@@ -83,7 +93,7 @@ def test_logits_of_every_position(pair, name):
     inputs, theirs = pair.inputs(name)
     with torch.no_grad():
         expected = pair.theirs(**theirs).logits[0].numpy()
-    logits = jax.jit(Generate(pair.ours.config).prompt_logits)(pair.ours.params, inputs)
+    logits = np.asarray(pair.logits(pair.ours.params, inputs))
     length = int(inputs.length[0])
     assert length == len(expected)
     assert hf.relative_error(logits[0, :length], expected) < BOUND
@@ -124,7 +134,7 @@ def test_bfloat16_is_no_further_from_float32_than_hugging_face_is(pair):
         expected = pair.theirs(**theirs).logits[0].numpy()
         half = copy.deepcopy(pair.theirs).to(torch.bfloat16)
         hf_logits = half(**rounded).logits[0].float().numpy()
-    logits = jax.jit(Generate(ours.config).prompt_logits)(ours.params, inputs)
+    logits = pair.logits(ours.params, inputs)
     assert logits.dtype == np.float32
     error = hf.relative_error(logits[0, : len(expected)], expected)
     assert error < BF16_FACTOR * hf.relative_error(hf_logits, expected)

@@ -1,0 +1,485 @@
+"""Whole programs compiled for GPUs that are not here: their bytes, and copies inside their loops.
+
+Shapes are real ones: what a 7B model needs is counted, not estimated. Nothing of it is allocated.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.experimental.pallas import triton as plgpu
+
+from benchmarks import ahead_of_time
+from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies, plugin_version
+from vlcache_jax.anyres import max_tiles
+from vlcache_jax.cache.methods import VLCache
+from vlcache_jax.config import LlavaConfig, RopeConfig, TextConfig, VisionConfig
+from vlcache_jax.generate import Generate
+from vlcache_jax.models.llava import abstract_params
+from vlcache_jax.processing import ModelInputs
+
+needs_plugin = pytest.mark.skipif(
+    plugin_version() is None,
+    reason="the CUDA plugin is not installed: pip install 'vlcache-jax[cuda]'",
+)
+
+POOL = jax.ShapeDtypeStruct((2, 4, 512, 16), jnp.bfloat16)
+ROW = jax.ShapeDtypeStruct((2, 4, 1, 16), jnp.bfloat16)
+POOL_BYTES = 2 * math.prod(POOL.shape)
+STEPS = 100
+
+
+def _put(pool: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice(pool, row, (0, 0, index, 0))
+
+
+def _scan(step, carry):
+    return lax.scan(step, carry, jnp.arange(STEPS))
+
+
+def only_read(pool, row):
+    def step(row, _):
+        weights = jnp.einsum("bkth,bkqh->bkqt", pool, row)
+        return jnp.einsum("bkqt,bkth->bkqh", weights, pool), None
+
+    return _scan(step, row)[0]
+
+
+def one_row_written(pool, row):
+    return _scan(lambda pool, index: (_put(pool, row, index), None), pool)[0]
+
+
+def written_after_it_was_read(pool, row):
+    def step(pool, index):
+        return _put(pool, row, index), jnp.sum(pool.astype(jnp.float32))
+
+    return _scan(step, pool)
+
+
+def written_in_a_branch(pool, row):
+    def step(pool, index):
+        return lax.cond(index % 3 == 0, lambda p: p, lambda p: _put(p, row, index), pool), None
+
+    return _scan(step, pool)[0]
+
+
+def copied_before_the_loop(pool, row):
+    return _scan(lambda pool, index: (_put(pool, row, index), None), 2 * pool)[0], pool
+
+
+def old_one_kept(pool, row):
+    def step(carry, index):
+        pool, _ = carry
+        return (_put(pool, row, index), pool), None
+
+    return _scan(step, (pool, pool))[0]
+
+
+def two_swapped(pool, row):
+    def step(carry, index):
+        one, other = carry
+        return (_put(other, row, index), one), None
+
+    return _scan(step, (pool, pool + 1))[0]
+
+
+def selected(pool, row):
+    return _scan(lambda pool, index: (jnp.where(index % 3 == 0, pool, 2 * pool), None), pool)[0]
+
+
+def transposed_in_an_inner_loop(pool, row):
+    def turn(_, pool):
+        return pool.swapaxes(0, 1).reshape(pool.shape)
+
+    return _scan(lambda pool, index: (lax.fori_loop(0, index, turn, pool), None), pool)[0]
+
+
+@needs_plugin
+class TestSmallPrograms:
+    @pytest.mark.parametrize(
+        "program",
+        [
+            only_read,
+            one_row_written,
+            written_after_it_was_read,
+            written_in_a_branch,
+            copied_before_the_loop,
+        ],
+    )
+    def test_no_copy_is_found_where_there_is_none(self, program):
+        compiled = compile_for("h200", program, POOL, ROW)
+        assert loop_copies(compiled.as_text() or "", POOL.shape) == []
+
+    @pytest.mark.parametrize("program", [old_one_kept, two_swapped, transposed_in_an_inner_loop])
+    def test_a_copy_is_found_where_there_is_one(self, program):
+        compiled = compile_for("h200", program, POOL, ROW)
+        found = loop_copies(compiled.as_text() or "", POOL.shape)
+        assert any(" copy(" in line for line in found), found
+
+    def test_an_array_that_is_computed_anew_is_found(self):
+        compiled = compile_for("h200", selected, POOL, ROW)
+        (line,) = loop_copies(compiled.as_text() or "", POOL.shape)
+        assert "fusion(" in line
+        assert "metadata" not in line
+
+    def test_arrays_of_other_sizes_are_not_reported(self):
+        text = compile_for("h200", two_swapped, POOL, ROW).as_text() or ""
+        assert loop_copies(text, (2, 4, 511, 16)) == []
+
+    def test_memory_of_a_program_that_writes_in_place(self):
+        compiled = compile_for("h200", one_row_written, POOL, ROW, donate_argnums=(0,))
+        memory = Memory.of(compiled)
+        assert memory.arguments == POOL_BYTES + POOL_BYTES // 512
+        assert memory.outputs == memory.aliased == POOL_BYTES
+        assert memory.temporaries < 0.1 * POOL_BYTES
+        assert memory.peak < 1.1 * POOL_BYTES
+
+    def test_memory_of_a_program_that_does_not(self):
+        memory = Memory.of(compile_for("h200", two_swapped, POOL, ROW))
+        assert memory.aliased == 0
+        assert memory.temporaries >= POOL_BYTES
+        assert memory.peak >= memory.arguments + memory.temporaries
+
+    @pytest.mark.parametrize("gpu", GPUS)
+    def test_each_gpu_is_known_to_xla_and_to_pallas(self, gpu):
+        def double(x_ref, y_ref):
+            y_ref[...] = 2 * x_ref[...]
+
+        def program(x):
+            return pl.pallas_call(
+                double,
+                out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+                compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+            )(x)
+
+        compiled = compile_for(gpu, program, jax.ShapeDtypeStruct((64, 64), jnp.float32))
+        assert "__gpu$xla.gpu.triton" in (compiled.as_text() or "")
+        (device,) = compiled.output_shardings.device_set
+        assert device.device_kind == GPUS[gpu].name
+        assert Memory.of(compiled).arguments == 64 * 64 * 4
+
+
+MODULE = """HloModule example, is_scheduled=true
+
+%update (p.0: f32[8,4], p.1: f32[1,4], p.2: s32[]) -> f32[8,4] {{
+  %p.0 = f32[8,4]{{1,0}} parameter(0)
+  %p.1 = f32[1,4]{{1,0}} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %zero.0 = s32[] constant(0)
+  ROOT %new.0 = f32[8,4]{{1,0}} dynamic-update-slice(%p.0, %p.1, %p.2, %zero.0)
+}}
+
+%add_update (q.0: f32[8,4], q.1: f32[1,4], q.2: s32[]) -> f32[8,4] {{
+  %q.0 = f32[8,4]{{1,0}} parameter(0)
+  %q.1 = f32[1,4]{{1,0}} parameter(1)
+  %q.2 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  %old.1 = f32[1,4]{{1,0}} dynamic-slice(%q.0, %q.2, %zero.1), dynamic_slice_sizes={{1,4}}
+  %sum.1 = f32[1,4]{{1,0}} add(%old.1, %q.1)
+  ROOT %new.1 = f32[8,4]{{1,0}} dynamic-update-slice(%q.0, %sum.1, %q.2, %zero.1)
+}}
+
+%shift_update (r.0: f32[8,4], r.2: s32[]) -> f32[8,4] {{
+  %r.0 = f32[8,4]{{1,0}} parameter(0)
+  %r.2 = s32[] parameter(1)
+  %zero.2 = s32[] constant(0)
+  %old.2 = f32[1,4]{{1,0}} dynamic-slice(%r.0, %zero.2, %zero.2), dynamic_slice_sizes={{1,4}}
+  ROOT %new.2 = f32[8,4]{{1,0}} dynamic-update-slice(%r.0, %old.2, %r.2, %zero.2)
+}}
+
+%double_update (s.0: f32[8,4], s.1: f32[1,4], s.2: s32[]) -> f32[8,4] {{
+  %s.0 = f32[8,4]{{1,0}} parameter(0)
+  %s.1 = f32[1,4]{{1,0}} parameter(1)
+  %s.2 = s32[] parameter(2)
+  %zero.3 = s32[] constant(0)
+  %twice = f32[8,4]{{1,0}} add(%s.0, %s.0)
+  ROOT %new.3 = f32[8,4]{{1,0}} dynamic-update-slice(%twice, %s.1, %s.2, %zero.3)
+}}
+
+%two_updates (u.0: f32[8,4], u.1: f32[1,4], u.2: s32[]) -> (s32[], f32[4,8]) {{
+  %u.0 = f32[8,4]{{1,0}} parameter(0)
+  %u.1 = f32[1,4]{{1,0}} parameter(1)
+  %u.2 = s32[] parameter(2)
+  %zero.4 = s32[] constant(0)
+  %new.4 = f32[8,4]{{1,0}} dynamic-update-slice(%u.0, %u.1, %u.2, %zero.4)
+  %seen.4 = f32[4,8]{{1,0}} bitcast(%new.4)
+  ROOT %both.4 = (s32[], f32[4,8]{{1,0}}) tuple(%zero.4, %seen.4)
+}}
+
+%scalar (b.0: f32[], b.1: f32[]) -> f32[] {{
+  %b.0 = f32[] parameter(0)
+  ROOT %b.1 = f32[] parameter(1)
+}}
+
+%called (c.0: f32[8,4]) -> f32[8,4] {{
+  %c.0 = f32[8,4]{{1,0}} parameter(0)
+  ROOT %c.1 = f32[8,4]{{1,0}} negate(%c.0)
+}}
+
+%body (arg: (s32[], f32[8,4], f32[1,4])) -> (s32[], f32[8,4], f32[1,4]) {{
+  %arg = (s32[], f32[8,4]{{1,0}}, /*index=2*/f32[1,4]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %old = f32[8,4]{{1,0}} get-tuple-element(%arg), index=1
+  %row = f32[1,4]{{1,0}} get-tuple-element(%arg), index=2
+{lines}
+  ROOT %out = (s32[], f32[8,4]{{1,0}}, f32[1,4]{{1,0}}) tuple(%i, %{result}, /*index=2*/%row)
+}}
+
+%condition (arg.1: (s32[], f32[8,4], f32[1,4])) -> pred[] {{
+  %arg.1 = (s32[], f32[8,4]{{1,0}}, f32[1,4]{{1,0}}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%arg.1), index=0
+  %limit = s32[] constant(9)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}}
+
+ENTRY %main (x: (s32[], f32[8,4], f32[1,4])) -> (s32[], f32[8,4], f32[1,4]) {{
+  %x = (s32[], f32[8,4]{{1,0}}, f32[1,4]{{1,0}}) parameter(0)
+  %part = f32[8,4]{{1,0}} get-tuple-element(%x), index=1
+  %outside = f32[8,4]{{1,0}} copy(%part)
+  ROOT %loop = (s32[], f32[8,4]{{1,0}}, f32[1,4]{{1,0}}) while(%x), condition=%condition, body=%body
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Instructions of the loop's body, which of them carries the array on, and which copies."""
+
+    name: str
+    lines: tuple[str, ...]
+    copies: str = ""
+    result: str = "new"
+
+
+ARRAY = "%new = f32[8,4]{1,0}"
+CASES = [
+    Case("nothing", (), result="old"),
+    Case(
+        "a bitcast",
+        ("%flat = f32[32]{0} bitcast(%old)", f"{ARRAY} bitcast(%flat)"),
+    ),
+    Case("a copy", (f'{ARRAY} copy(%old), metadata={{op_name="copy"}}',), copies="new"),
+    Case(
+        "an asynchronous copy",
+        (
+            "%start = (f32[8,4]{1,0}, f32[8,4]{1,0:S(5)}, u32[]) copy-start(%old)",
+            f"{ARRAY} copy-done(%start)",
+        ),
+        copies="start",
+    ),
+    Case("a transpose", ("%t = f32[4,8]{1,0} transpose(%old), dimensions={1,0}",), "t", "old"),
+    Case("another size", ("%half = f32[4,4]{1,0} slice(%old), slice={[0:4], [0:4]}",), "", "old"),
+    Case("an update", (f"{ARRAY} dynamic-update-slice(%old, %row, %i, %i)",)),
+    Case(
+        "an update of what is needed later",
+        (
+            f"{ARRAY} dynamic-update-slice(%old, %row, %i, %i)",
+            "%seen = f32[32]{0} bitcast(%old)",
+            "%last = f32[1]{0} slice(%seen), slice={[31:32]}",
+        ),
+        copies="new",
+    ),
+    Case(
+        "an update of what is handed on",
+        ("%other = f32[8,4]{1,0} dynamic-update-slice(%old, %row, %i, %i)",),
+        copies="other",
+        result="old",
+    ),
+    Case(
+        "an update of what was read before",
+        (
+            "%last = f32[1,4]{1,0} slice(%old), slice={[7:8], [0:4]}",
+            f"{ARRAY} dynamic-update-slice(%old, %last, %i, %i)",
+        ),
+    ),
+    Case("a fused update", (f"{ARRAY} fusion(%old, %row, %i), kind=kLoop, calls=%update",)),
+    Case(
+        "a fused update of what is needed later",
+        (
+            f"{ARRAY} fusion(%old, %row, %i), kind=kLoop, calls=%update",
+            "%last = f32[1,4]{1,0} slice(%old), slice={[7:8], [0:4]}",
+        ),
+        copies="new",
+    ),
+    Case(
+        "a fused update from the same place",
+        (f"{ARRAY} fusion(%old, %row, %i), kind=kLoop, calls=%add_update",),
+    ),
+    Case(
+        "a fused update from another place",
+        (f"{ARRAY} fusion(%old, %i), kind=kLoop, calls=%shift_update",),
+        copies="new",
+    ),
+    Case(
+        "a fused update of something computed",
+        (f"{ARRAY} fusion(%old, %row, %i), kind=kLoop, calls=%double_update",),
+        copies="new",
+    ),
+    Case(
+        "a fused update beside another result",
+        (
+            "%pair = (s32[], f32[4,8]{1,0}) fusion(%old, %row, %i), kind=kLoop, calls=%two_updates",
+            "%turned = f32[4,8]{1,0} get-tuple-element(%pair), index=1",
+            f"{ARRAY} bitcast(%turned)",
+        ),
+    ),
+    Case("a scatter", (f"{ARRAY} scatter(%old, %i, %row), to_apply=%scalar",)),
+    Case(
+        "a scatter into what is handed on",
+        ("%other = f32[8,4]{1,0} scatter(%old, %i, %row), to_apply=%scalar",),
+        copies="other",
+        result="old",
+    ),
+    Case(
+        "a kernel",
+        (f'{ARRAY} custom-call(%old), custom_call_target="kernel"',),
+        copies="new",
+    ),
+    Case(
+        "a kernel in place",
+        (
+            f'{ARRAY} custom-call(%old), custom_call_target="kernel", '
+            "output_to_operand_aliasing={{}: (0, {})}",
+        ),
+    ),
+    Case("a call", (f"{ARRAY} call(%old), to_apply=%called",), copies="c.1"),
+    Case(
+        "a branch",
+        (f"{ARRAY} conditional(%i, %old, %old), branch_computations={{%called, %called}}",),
+        copies="c.1",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_loop_copies_of_one_instruction(case):
+    lines = "\n".join(f"  {line}" for line in case.lines)
+    found = loop_copies(MODULE.format(lines=lines, result=case.result), (2, 4, 4))
+    assert [line.split(" = ")[0] for line in found] == ([f"%{case.copies}"] if case.copies else [])
+    assert not any("metadata" in line for line in found)
+
+
+def test_text_that_is_no_hlo_is_refused():
+    with pytest.raises(ValueError, match="is this HLO text"):
+        loop_copies("%body (x: f32[2]) -> f32[2] {\n  %y = (f32[2] copy", (2,))
+
+
+def test_an_unknown_gpu_is_refused():
+    with pytest.raises(ValueError, match="gpu='b9000' is not known: use one of h200, h100, a100"):
+        compile_for("b9000", only_read, POOL, ROW)
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [(None, r"pip install 'vlcache-jax\[cuda\]'"), ("0.10.2", "0.10.2 .* JAX_PLATFORMS=cpu")],
+)
+def test_a_missing_plugin_is_named_with_its_remedy(monkeypatch, version, remedy):
+    def missing(*args, **kwargs):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(ahead_of_time, "plugin_version", lambda: version)
+    with pytest.raises(RuntimeError, match=remedy):
+        compile_for("h200", only_read, POOL, ROW)
+
+
+TOWER = VisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_layers=24,
+    num_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+LLAVA_15_7B = LlavaConfig(
+    family="llava",
+    vision=TOWER,
+    text=TextConfig(vocab_size=32064, rms_norm_eps=1e-5, max_positions=4096),
+)
+LLAVA_16_MISTRAL_7B = LlavaConfig(
+    family="llava_next",
+    vision=TOWER,
+    text=TextConfig(
+        vocab_size=32064,
+        intermediate_size=14336,
+        num_kv_heads=8,
+        rms_norm_eps=1e-5,
+        max_positions=32768,
+        rope=RopeConfig(theta=1e6),
+    ),
+    grid_pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A model's whole generate, compiled for an H200."""
+
+    generate: Generate
+    batch: int
+    rows: int
+    memory: Memory
+    text: str
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """Of an array that holds this many rows of keys of each head."""
+        text = self.generate.config.text
+        return self.batch, text.num_kv_heads, rows, text.head_dim
+
+    @property
+    def full_rows(self) -> int:
+        """Rows of the full cache: those of all layers."""
+        return self.generate.config.text.num_layers * self.rows
+
+    @property
+    def pool_rows(self) -> int:
+        """Rows of the compressed cache."""
+        return self.generate.cache.capacity(self.generate.config.text.num_layers, self.rows)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(LLAVA_15_7B, 1), (LLAVA_16_MISTRAL_7B, 4)],
+    ids=["llava-1.5-7b", "llava-v1.6-mistral-7b, batch 4"],
+)
+def compiled(request):
+    config, batch = request.param
+    rows, side = 3072, config.vision.image_size
+    generate = Generate(config, cache=VLCache(budget=0.1), max_new_tokens=9)
+    ids = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
+    inputs = ModelInputs(
+        tokens=ids,
+        length=jax.ShapeDtypeStruct((batch,), jnp.int32),
+        visual_index=ids,
+        tiles=jax.ShapeDtypeStruct((batch * max_tiles(config), 3, side, side), jnp.float32),
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = compile_for("h200", generate, abstract_params(config, jnp.bfloat16), inputs, key)
+    return Compiled(generate, batch, rows, Memory.of(program), program.as_text() or "")
+
+
+@needs_plugin
+class TestGenerate:
+    def test_temporaries_are_the_prefills_keys_and_values_and_little_more(self, compiled):
+        full = 2 * 2 * math.prod(compiled.shape(compiled.full_rows))  # K and V, 2 bytes a number
+        assert compiled.memory.temporaries <= full + 3e9
+
+    def test_it_fits_with_the_weights(self, compiled):
+        memory = compiled.memory
+        assert 13.5e9 < memory.arguments < 16e9  # the weights really are there
+        assert memory.arguments < memory.peak < GPUS["h200"].memory
+
+    def test_the_pool_is_never_copied_in_a_loop(self, compiled):
+        pool = compiled.shape(compiled.pool_rows)
+        written = f"bf16[{','.join(str(side) for side in pool)}]"
+        loops = [line for line in compiled.text.splitlines() if " while(" in line]
+        assert any(written in line for line in loops)  # the decode loop does carry it
+        assert loop_copies(compiled.text, pool) == []
+
+    def test_the_prefills_keys_and_values_are_never_copied_in_a_loop(self, compiled):
+        assert loop_copies(compiled.text, compiled.shape(compiled.full_rows)) == []
