@@ -1,0 +1,249 @@
+"""Every cache method in plain numpy, by the formulas alone: what the library is compared with.
+
+All of it is about one prompt without padding, whose whole attention matrices are at hand. L layers,
+N query heads, K kv heads, m prompt tokens; float32 like the library, since sizes are rounded.
+"""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+F = np.float32
+
+METHODS = {
+    "vl-cache": ("post-vision", "sparsity"),
+    "h2o": ("h2o", "uniform"),
+    "snapkv": ("snapkv", "uniform"),
+    "pyramidkv": ("snapkv", "pyramid"),
+    "streaming-llm": ("streaming-llm", "uniform"),
+    "random": ("random", "uniform"),
+}
+"""Each method's score and allocation."""
+
+RECENT = {"post-vision": 0.1, "h2o": 0.5, "random": 0.1}
+"""Share of a layer's budget that each of these scores leaves to the last tokens."""
+
+Allocate = Callable[[int, np.ndarray], np.ndarray]
+"""An allocation of one's own: (m, sparsity [L]) -> sizes [L]."""
+
+
+class Expected(NamedTuple):
+    """What a method does with a prompt; None stands for what it does not have.
+
+    `kept[layer][head]` are positions in ascending order. `gap` is how far any decision is from a
+    rounding tie: the smallest relative distance of two scores on either side of a cut, or of an
+    attention weight from the threshold below which it counts as zero. Exact ties are none.
+    """
+
+    tau: int | None
+    sparsity: np.ndarray | None
+    beta: np.ndarray | None
+    budget: list[int]
+    kept: list[list[list[int]]]
+    scores: np.ndarray | None
+    gap: float
+
+
+class Limits(NamedTuple):
+    """A budget for a prompt of m tokens."""
+
+    alpha: np.float32  # share of the cache
+    least: int  # lo: fewest tokens of a layer
+    most: int  # most tokens of a layer, on average
+    even: int  # C: tokens of each layer where all have as many
+
+
+def limits(budget: float | str, m: int) -> Limits:
+    """A share such as 0.1, or tokens per layer such as "40tok"."""
+    hundredth = -(-m // 100)  # 0.01 m, rounded up
+    if isinstance(budget, str):
+        tokens = int(budget.removesuffix("tok"))
+        alpha = min(F(1), F(tokens) / F(m))
+        least, most = min(hundredth, tokens), tokens + hundredth + 1
+    else:
+        alpha = min(F(1), F(budget))
+        least = hundredth
+        most = math.ceil((Fraction(str(budget)) + Fraction("0.01")) * m) + 1
+    even = math.floor(alpha * F(m) + F(0.5))
+    return Limits(alpha, least, min(m, most), min(max(even, 1), m))
+
+
+def run(
+    attention: np.ndarray,
+    visual: np.ndarray,
+    kv_heads: int,
+    budget: float | str,
+    score: str,
+    allocation: str | Allocate,
+    *,
+    noise: np.ndarray | None = None,
+    shared_heads: bool = False,
+    recent_ratio: float | None = None,
+    renormalize: bool = False,
+    fallback_window: int = 32,
+    max_window: int = 512,
+    threshold: float = 0.01,
+    window: int = 32,
+    kernel: int = 5,
+    slope: int = 20,
+    sinks: int = 4,
+) -> Expected:
+    """Run a pair of a score and an allocation.
+
+    Args:
+        attention: softmax weights, causal, float32 [L, N, m, m].
+        visual: which tokens are visual, bool [m].
+        kv_heads: K.
+        budget: as in `limits`.
+        score: one of "post-vision", "h2o", "snapkv", "streaming-llm", "random".
+        allocation: "sparsity", "uniform", "pyramid", or a function.
+        noise: the scores of "random", [L, K, m].
+        shared_heads: the heads of a layer keep the same tokens, by the sum of their scores.
+        recent_ratio: in place of `RECENT`.
+        renormalize: of "sparsity": hand out again what the clip cut off.
+        fallback_window: rows of the post-vision window where no text follows an image.
+        max_window: most rows of the post-vision window.
+        threshold: p, the share of its row's maximum below which a weight counts as zero.
+        window: rows of SnapKV's window.
+        kernel: neighbours that SnapKV averages.
+        slope: of the pyramid.
+        sinks: first tokens that StreamingLLM keeps.
+    """
+    layers, _, m, _ = attention.shape
+    if not isinstance(budget, str) and budget >= 1:  # the full cache: nothing is scored
+        everything = [[list(range(m))] * kv_heads] * layers
+        return Expected(None, None, None, [m] * layers, everything, None, math.inf)
+    limit = limits(budget, m)
+    after = post_vision_rows(visual, fallback_window, max_window)
+    watched = min(window, max(1, limit.even // 2))
+
+    sparsity, beta, gap = None, None, math.inf
+    if allocation == "uniform":
+        sizes = np.full(layers, limit.even, F)
+    elif allocation == "pyramid":
+        sizes = pyramid(layers, m, limit.even, watched, slope)
+    else:
+        sparsity, gap = sparsities(attention[:, :, m - after :], threshold)
+        if callable(allocation):
+            sizes = allocation(m, sparsity).astype(F)
+        else:
+            beta = sparsity_shares(sparsity, limit.alpha, renormalize)
+            sizes = beta * F(m)
+    k = [m] * layers if limit.alpha >= 1 else whole(sizes, m, limit)
+
+    tau, scores = None, noise if score == "random" else None
+    if score in ("post-vision", "h2o", "snapkv"):
+        tau = {"post-vision": after, "h2o": m, "snapkv": watched}[score]
+        scores = column_sums(attention[:, :, m - tau :], kv_heads)
+        if score == "snapkv":
+            scores = pooled(scores, m - watched, kernel)
+
+    kept = []
+    for layer in range(layers):
+        if scores is None:  # StreamingLLM: position alone decides
+            first = min(sinks, k[layer] // 2)
+            positions = [*range(first), *range(m - (k[layer] - first), m)]
+            kept.append([positions] * kv_heads)
+            continue
+        if score == "snapkv":
+            last = min(watched, k[layer])
+        else:
+            ratio = RECENT[score] if recent_ratio is None else recent_ratio
+            last = math.floor(Fraction(str(ratio)) * k[layer])
+        heads = scores[layer].sum(0, keepdims=True) if shared_heads else scores[layer]
+        chosen = [top(head, m - last, k[layer] - last) for head in heads]
+        gap = min([gap] + [distance for _, distance in chosen])
+        own = [[*positions, *range(m - last, m)] for positions, _ in chosen]
+        kept.append(own * kv_heads if shared_heads else own)
+    return Expected(tau, sparsity, beta, k, kept, scores, gap)
+
+
+def post_vision_rows(visual: np.ndarray, fallback: int, most: int) -> int:
+    """tau: the tokens behind the last visual one; the last ones where there are none."""
+    m, last = len(visual), np.flatnonzero(visual)
+    rows = m - 1 - last[-1] if last.size else 0
+    return int(min(rows if rows else fallback, most, m))
+
+
+def sparsities(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
+    """Sparsity gamma' [L] of the last rows [L, N, tau, m], and the distance to the threshold."""
+    tau, m = rows.shape[2:]
+    visible = np.tri(m, dtype=bool)[m - tau :]
+    limit = F(threshold) * rows.max(-1, keepdims=True)
+    zeroed = (rows < limit)[:, :, visible].sum(-1)  # [L, N]
+    per_head = zeroed.astype(F) / F(visible.sum())
+    gap = np.abs(rows / limit - 1)[:, :, visible].min()
+    return per_head.mean(-1, dtype=F), float(gap)
+
+
+def sparsity_shares(sparsity: np.ndarray, alpha: np.float32, renormalize: bool) -> np.ndarray:
+    """VL-Cache's shares, beta [L]."""
+    layers = len(sparsity)
+    dense = F(1) - sparsity
+    part = dense / dense.sum(dtype=F)
+    if not renormalize:
+        return np.clip(part * alpha * F(layers), F(0.01), F(1))
+    # The sum of clip(part * scale) is piecewise linear in the scale, with its corners where a layer
+    # meets a bound: the scale that gives the wanted sum lies between two of them.
+    corners = np.sort(np.concatenate([0.01 / part, 1 / part]).astype(float))
+    sums = [np.clip(part * corner, 0.01, 1).sum() for corner in corners]
+    scale = np.interp(float(alpha) * layers, sums, corners)
+    return np.clip(part * scale, 0.01, 1).astype(F)
+
+
+def pyramid(layers: int, m: int, even: int, window: int, slope: int) -> np.ndarray:
+    """Sizes [L] that fall linearly, the window included."""
+    rest = even - window
+    least = rest // slope
+    most = 2 * rest - least
+    if most > m - window:
+        most = m - window
+        least = 2 * rest - most
+    if layers == 1:
+        return np.array([even], F)
+    return np.array([most - i * (most - least) / (layers - 1) + window for i in range(layers)], F)
+
+
+def whole(sizes: np.ndarray, m: int, limit: Limits) -> list[int]:
+    """Whole numbers, one token at a time."""
+    layers = len(sizes)
+    total = math.floor(sizes.sum(dtype=F) + F(0.5) + F(1e-3))
+    total = min(layers * m, max(layers * limit.least, total), layers * limit.most)
+    k = [min(max(math.floor(x), limit.least), m) for x in sizes]
+    while sum(k) < total:
+        room = [x - F(n) if n < m else -math.inf for x, n in zip(sizes, k, strict=True)]
+        k[room.index(max(room))] += 1
+    while sum(k) > total:
+        room = [x - F(n) if n > limit.least else math.inf for x, n in zip(sizes, k, strict=True)]
+        k[room.index(min(room))] -= 1
+    return k
+
+
+def column_sums(rows: np.ndarray, kv_heads: int) -> np.ndarray:
+    """[L, N, tau, m] -> [L, K, m]: the sum over the rows, then over the query heads of a group."""
+    layers, heads, _, m = rows.shape
+    return rows.sum(2, dtype=F).reshape(layers, kv_heads, heads // kv_heads, m).sum(2, dtype=F)
+
+
+def pooled(scores: np.ndarray, before: int, kernel: int) -> np.ndarray:
+    """The mean over neighbours of the first `before` columns, zeros around them; the others 0."""
+    side = kernel // 2
+    padded = np.pad(scores[..., :before], ((0, 0), (0, 0), (side, side)))
+    out = np.zeros_like(scores)
+    for j in range(before):
+        out[..., j] = padded[..., j : j + kernel].sum(-1, dtype=F) / F(kernel)
+    return out
+
+
+def top(scores: np.ndarray, among: int, count: int) -> tuple[list[int], float]:
+    """The best `count` of the first `among` positions, the lower of equal ones; and the gap."""
+    order = sorted(range(among), key=lambda j: (-scores[j], j))
+    gap = math.inf
+    if 0 < count < among:
+        worst, next_best = scores[order[count - 1]], scores[order[count]]
+        if worst != next_best:
+            gap = float((worst - next_best) / worst)
+    return sorted(order[:count]), gap
