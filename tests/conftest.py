@@ -41,3 +41,17 @@ def model_dir(tmp_path_factory):
     (path / "generation_config.json").unlink()
     tiny_processor("llava_next").save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def compilations():
+    """Counts the programs that XLA compiles, as JAX itself reports them."""
+    seen = []
+
+    def listen(event, duration_secs, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)

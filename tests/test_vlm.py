@@ -17,20 +17,6 @@ def vlm(model_dir):
     return vlcache_jax.load(model_dir)
 
 
-@pytest.fixture
-def compilations():
-    """Counts the programs that XLA compiles, as JAX itself reports them."""
-    seen = []
-
-    def listen(event, duration_secs, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_a_stream_says_what_generate_says(vlm):
     ask = {"images": picture(70, 40), "text": "what?", "max_new_tokens": 40}
     whole = vlm.generate(**ask)

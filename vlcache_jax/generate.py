@@ -390,7 +390,7 @@ class Generate:
         """
 
         def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
-            state, _ = self.decode_step(params, pool, state)
+            state = self.decode_step(params, pool, state)[0]
             return state, state.token
 
         state, tokens = lax.scan(step, state, length=self.chunk_steps)

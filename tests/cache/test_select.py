@@ -11,7 +11,7 @@ from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.select import kept_rows, rank_rows, recent_rows
 
 B, L, K, T, H = 3, 4, 2, 24, 5
-NONE = np.zeros((B, L), np.int32)
+NONE = jnp.zeros((B, L), jnp.int32)
 
 
 def draw(seed, ties=False):
