@@ -22,8 +22,11 @@ def run_demo() -> dict[str, Any]:
     from benchmarks.environment import environment
     from vlcache_jax.demo import IMAGE
 
-    cache = vlcache_jax.VLCache()  # the command line's default, which `make demo` runs
-    answer = vlcache_jax.load("demo").generate(IMAGE, QUESTION, cache=cache)
+    cache = vlcache_jax.VLCache()  # as `make demo` does: the command line's default, as a stream
+    stream = vlcache_jax.load("demo").stream(IMAGE, QUESTION, cache=cache)
+    for _ in stream:
+        pass
+    answer = stream.answer
     return {
         **environment(),
         "question": QUESTION,
