@@ -1,20 +1,150 @@
-"""The choice of a backend, the same for every operation."""
+"""The choice of a backend, the same for every operation.
 
-from collections.abc import Sequence
+Each operation has its backends in the order of preference. The first one that supports the case is
+taken: a backend says that it does not by raising NotImplementedError. On a GPU it is also compiled
+alone before it is chosen; where that fails, the operation warns once and goes on with the next one.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+
+BACKENDS = ("triton", "cudnn", "xla")
+"""All backends; not every operation has every one."""
+
+VARIABLE = "VLCACHE_BACKEND"
+"""Environment variable with the name of the backend to use where none is asked for."""
+
+Result = TypeVar("Result")
 
 
-def choose_backend(requested: str | None, implemented: Sequence[str]) -> str:
-    """The backend to run: `requested`, or the best one implemented.
+@dataclass(frozen=True)
+class Device:
+    """What a program is traced for.
 
-    Args:
-        requested: a backend's name, or None for the best that supports the case.
-        implemented: names in order of preference.
+    Attributes:
+        platform: "gpu", "cpu".
+        kind: the device's name, as in "NVIDIA H200".
+        capability: CUDA compute capability in tenths (90 for 9.0), None where there is none.
+        present: the device is here, so that a kernel can be compiled for it to see whether it can.
+    """
+
+    platform: str
+    kind: str
+    capability: int | None
+    present: bool
+
+
+_CAPABILITIES = {"A100": 80, "A30": 80, "H100": 90, "H200": 90, "GH200": 90, "H20": 90}
+"""Of GPUs that programs are compiled for without having one."""
+
+
+def current_device() -> Device:
+    """The device of the program being traced: of the mesh, if it names one, else the default."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        words = abstract.device_kind.replace("-", " ").split()
+        capability = next((_CAPABILITIES[word] for word in words if word in _CAPABILITIES), None)
+        return Device(abstract.platform or "gpu", abstract.device_kind, capability, present=False)
+    default: Any = jax.config.values["jax_default_device"]
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    device: Any = default or jax.devices()[0]
+    capability = None
+    if device.platform == "gpu" and "NVIDIA" in device.device_kind:
+        capability = int(device.compute_capability.replace(".", ""))
+    return Device(device.platform, device.device_kind, capability, present=True)
+
+
+def check_backend(name: str | None) -> str | None:
+    """A backend's name, or that of the environment where it is None.
 
     Raises:
-        NotImplementedError: the operation has no such backend.
+        ValueError: there is no backend of that name.
     """
-    if requested is None:
-        return implemented[0]
-    if requested not in implemented:
-        raise NotImplementedError(f"backend={requested!r} is not implemented: use {implemented}")
-    return requested
+    source = "backend"
+    if name is None:
+        name, source = os.environ.get(VARIABLE) or None, VARIABLE
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source}={name!r} is no backend: use one of {', '.join(BACKENDS)}")
+    return name
+
+
+def choose(
+    operation: str,
+    requested: str | None,
+    backends: Mapping[str, Callable[..., Result]],
+    *arrays: jax.Array,
+    **static: Hashable,
+) -> Result:
+    """Run an operation on the backend that is asked for, or the first that supports the case.
+
+    Args:
+        operation: its name, for messages.
+        requested: a backend's name, or None for the first one that does it.
+        backends: name to implementation, in the order of preference.
+        arrays: arguments of the implementations.
+        static: their compile-time arguments.
+
+    Raises:
+        NotImplementedError: the operation has no such backend, or the backend asked for does not
+            support the case.
+    """
+    if requested is not None:
+        if requested not in backends:
+            known = ", ".join(backends)
+            raise NotImplementedError(
+                f"{operation} has no backend {requested!r}: use one of {known}, or None"
+            )
+        return backends[requested](*arrays, **static)
+    device = current_device()
+    *preferred, last = backends
+    # What an interpreted kernel gives, the last backend gives faster.
+    for name in preferred if device.platform == "gpu" else ():
+        try:
+            if device.present:
+                shapes = tuple((array.shape, array.dtype) for array in arrays)
+                case = name, device, shapes, tuple(static.items())
+                if _failure(operation, backends[name], *case) is not None:
+                    continue
+            return backends[name](*arrays, **static)
+        except NotImplementedError:
+            continue
+    return backends[last](*arrays, **static)
+
+
+@functools.lru_cache(maxsize=1024)
+def _failure(
+    operation: str,
+    function: Callable[..., Any],
+    name: str,
+    device: Device,
+    shapes: tuple[tuple[tuple[int, ...], Any], ...],
+    static: tuple[tuple[str, Hashable], ...],
+) -> str | None:
+    """Why a backend's program does not compile on the device, after one warning; None if it does.
+
+    Compiled alone, once per case, so that a kernel that the GPU cannot run (too much shared memory,
+    an old architecture) costs a warning and not the whole program.
+    """
+    leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    try:
+        jax.jit(functools.partial(function, **dict(static))).lower(*leaves).compile()
+    except NotImplementedError:
+        raise
+    except Exception as error:  # whatever the compiler and the driver may raise
+        cause = (str(error).strip() or repr(error)).splitlines()[0]
+        sizes = ", ".join(f"{jax.numpy.dtype(dtype)}{list(shape)}" for shape, dtype in shapes)
+        warnings.warn(
+            f"{operation}: the {name} backend does not compile for {sizes} on {device.kind} "
+            f"({cause}); going on with the next one",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return cause
+    return None

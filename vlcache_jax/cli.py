@@ -61,6 +61,15 @@ KvBudget = Annotated[
         show_default=False,
     ),
 ]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        envvar="VLCACHE_BACKEND",
+        help="Attention kernels: triton, cudnn (the prefill only) or xla; by default the best for "
+        "the device. On a CPU triton is interpreted, for tests, and slow.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -99,6 +108,7 @@ def generate(
     dtype: Dtype = None,
     method: Method = "vl-cache",
     kv_budget: KvBudget = None,
+    backend: Backend = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -129,7 +139,7 @@ def generate(
         if trace is not None:
             check_target(trace, force=force)
         images = [_image_path(name) for name in image or []]
-        vlm, progress = _open(model, dtype)
+        vlm, progress = _open(model, dtype, backend)
         stream = vlm.stream(
             images,
             prompt,
@@ -216,7 +226,7 @@ def _image_path(name: str) -> Path:
     return IMAGE if name == "demo" and not Path(name).exists() else Path(name)
 
 
-def _open(model: str, dtype: str | None) -> tuple["VLM", Progress]:
+def _open(model: str, dtype: str | None, backend: str | None) -> tuple["VLM", Progress]:
     """The model with its parameters unread, and the bar that their reading moves."""
     from vlcache_jax.loading import load
 
@@ -233,7 +243,7 @@ def _open(model: str, dtype: str | None) -> tuple["VLM", Progress]:
     def show(piece: str, done: int, total: int) -> None:
         progress.update(task, description=piece, completed=done, total=total)
 
-    return load(model, dtype, lazy=True, progress=show), progress
+    return load(model, dtype, backend=backend, lazy=True, progress=show), progress
 
 
 def _drain(stream: "Stream", echo: bool) -> "Answer":

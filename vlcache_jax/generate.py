@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.backends import check_backend
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.ragged_decode_attention import ragged_decode_attention
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.methods import CacheMethod, FullCache, Observation, Plan
 from vlcache_jax.cache.score import Layer
-from vlcache_jax.cache.state import Pool, Tail, append, empty_tail
+from vlcache_jax.cache.state import Pool, Segment, Tail, append, empty_tail
 from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llama import Attend, Kept, rope_table
@@ -107,11 +108,12 @@ class Generate:
         sampling: how a token is drawn.
         stop_ids: tokens that end an answer.
         chunk: most decode steps between two tests for the end.
-        backend: attention backend, None for the best that supports the case.
+        backend: "triton", "cudnn", "xla", or None for the best that supports the case. "cudnn" is
+            for the attention of the prefill; elsewhere it means None.
         trace: also tell what was kept and why, at the cost of one decode step on the full cache.
 
     Raises:
-        ValueError: `max_new_tokens` or `chunk` is below 1.
+        ValueError: `max_new_tokens` or `chunk` is below 1, or there is no such backend.
     """
 
     config: LlavaConfig
@@ -128,6 +130,12 @@ class Generate:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} must be at least 1")
+        check_backend(self.backend)
+
+    @property
+    def cache_backend(self) -> str | None:
+        """Backend of the operations on the cache, which cuDNN does not have."""
+        return None if self.backend == "cudnn" else self.backend
 
     @property
     def num_chunks(self) -> int:
@@ -202,7 +210,7 @@ class Generate:
                 lax.dynamic_update_slice(buffer, part.swapaxes(1, 2), at)
                 for buffer, part in zip(buffers, (k, v), strict=True)
             )
-            new = self.cache.observe(Layer(index, q, k, v, prompt, self.backend))
+            new = self.cache.observe(Layer(index, q, k, v, prompt, self.cache_backend))
             # Else XLA does all of this after the last layer: every layer's q, k, v live until then.
             x, buffers, new = lax.optimization_barrier((x, buffers, new))
             seen.append(new)
@@ -269,13 +277,14 @@ class Generate:
             prefilled.k, prefilled.v, everything.plan(Observation(), prompt), prompt
         )
         rows, one = prompt.rows, jnp.ones_like(state.position)
+        segments = full.segments()
 
         def attend_layer(index: int) -> Attend[jax.Array]:
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
                 keys = full.k[:, :, index * rows : (index + 1) * rows]
                 weights = prompt_attention(q[:, 0], keys, prompt.length)
                 own = k.swapaxes(1, 2), v.swapaxes(1, 2)  # the token's own row, [B, K, 1, H]
-                return self._attend_cache(q, full, index, *own, one), weights
+                return self._attend_cache(q, full, segments[index], *own, one), weights
 
             return attend
 
@@ -388,18 +397,27 @@ class Generate:
 
         Donate `state` when this is compiled alone: its tail is then written in place.
         """
+        segments = pool.segments()  # here, not at every step
 
         def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
-            state = self.decode_step(params, pool, state)[0]
+            state = self.decode_step(params, pool, state, segments)[0]
             return state, state.token
 
         state, tokens = lax.scan(step, state, length=self.chunk_steps)
         return state, tokens.T
 
     def decode_step(
-        self, params: Params, pool: Pool, state: DecodeState
+        self,
+        params: Params,
+        pool: Pool,
+        state: DecodeState,
+        segments: tuple[Segment, ...] | None = None,
     ) -> tuple[DecodeState, jax.Array]:
-        """Draw one token, and give the logits it was drawn from, float32 [B, V]."""
+        """Draw one token, and give the logits it was drawn from, float32 [B, V].
+
+        `segments` are the pool's, for a loop that takes them once before its steps.
+        """
+        segments = segments or pool.segments()
         model = bind(self.config)(params)
         tail, fill = state.tail, state.tail.fill
 
@@ -410,7 +428,8 @@ class Generate:
                 # All rows began together: their fills are equal, one update in place serves all.
                 new_k = append(tail.k[index], k[:, 0], fill[0])
                 new_v = append(tail.v[index], v[:, 0], fill[0])
-                return self._attend_cache(q, pool, index, new_k, new_v, fill + 1), (new_k, new_v)
+                mixed = self._attend_cache(q, pool, segments[index], new_k, new_v, fill + 1)
+                return mixed, (new_k, new_v)
 
             return attend
 
@@ -449,15 +468,23 @@ class Generate:
         self,
         q: jax.Array,
         pool: Pool,
-        index: int,
+        segment: Segment,
         tail_k: jax.Array,
         tail_v: jax.Array,
         fill: jax.Array,
     ) -> jax.Array:
         """Attention of one token [B, 1, N, H] to a layer's part of the pool and to its tail."""
-        offset, length = pool.offset[:, index], pool.length[:, index]
         mixed = ragged_decode_attention(
-            q[:, 0], pool.k, pool.v, offset, length, tail_k, tail_v, fill, backend=self.backend
+            q[:, 0],
+            pool.k,
+            pool.v,
+            segment.offset,
+            segment.length,
+            tail_k,
+            tail_v,
+            fill,
+            mean_rows=pool.k.shape[2] // self.config.text.num_layers,
+            backend=self.cache_backend,
         )
         return mixed[:, None]
 

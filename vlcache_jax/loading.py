@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.backends import check_backend
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets, padding_shares
 from vlcache_jax.cache.methods import CacheMethod, FullCache
 from vlcache_jax.checkpoint import Progress, load_params, open_checkpoint, resolve
@@ -33,7 +34,8 @@ def load(
         dtype: "float32", "bfloat16" or "float16" for parameters, activations and cache; the type
             that the checkpoint is stored in by default.
         buckets: sizes that prompts and tiles are padded to.
-        backend: attention backend; None for the best that supports the case.
+        backend: "triton", "cudnn" (prefill's attention only) or "xla"; by default what the
+            environment variable VLCACHE_BACKEND names, else the best that supports the case.
         lazy: read the parameters when they are first needed, not now; everything that can be
             checked without reading them is checked now all the same.
         progress: called with the bytes done and the bytes in all while parameters are read.
@@ -44,9 +46,10 @@ def load(
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
         ConnectionError: the hub cannot be reached.
-        ValueError: a file is damaged, or `dtype` is unknown.
+        ValueError: a file is damaged, or `dtype` or `backend` is unknown.
         NotImplementedError: the checkpoint describes a model that is not implemented.
     """
+    backend = check_backend(backend)
     path = resolve(model)
     config = LlavaConfig.from_file(path)
     processor = Processor.from_pretrained(path, config, buckets)

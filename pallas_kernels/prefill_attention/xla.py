@@ -10,15 +10,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import online_softmax
+from pallas_kernels.online_softmax import RowStats
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
 
 
 def prefill_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, causal: bool, scale: float
-) -> jax.Array:
-    """See the package's public function; [B, T, N, H] -> [B, T, N, H]."""
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    *,
+    causal: bool,
+    scale: float,
+    stats: bool,
+) -> tuple[jax.Array, RowStats | None]:
+    """See the package's public function."""
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
@@ -29,7 +37,10 @@ def prefill_attention(
     q, zero = lax.optimization_barrier((q, jnp.zeros((), q.dtype)))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
 
-    def query_block(index: jax.Array, out: jax.Array) -> jax.Array:
+    def query_block(
+        index: jax.Array, done: tuple[jax.Array, RowStats | None]
+    ) -> tuple[jax.Array, RowStats | None]:
+        out, of_rows = done
         start = jnp.minimum(index * rows, length - rows)
         block = lax.dynamic_slice_in_dim(q, start, rows, axis=1)
         block = block.transpose(0, 2, 3, 1, 4)  # [B, K, G, rows, H]
@@ -60,7 +71,18 @@ def prefill_attention(
         partial = lax.fori_loop(0, trips, key_block, online_softmax.empty(block))
         mixed = online_softmax.finish(partial).astype(q.dtype)
         mixed = mixed.reshape(batch, kv_heads, group, rows, head_dim).transpose(0, 3, 1, 2, 4)
-        return lax.dynamic_update_slice_in_dim(out, mixed, start, axis=1)
+        out = lax.dynamic_update_slice_in_dim(out, mixed, start, axis=1)
+        if of_rows is not None:
+            found = (x.reshape(batch, heads, rows) for x in online_softmax.row_stats(partial))
+            of_rows = RowStats(
+                *(
+                    lax.dynamic_update_slice_in_dim(whole, part, start, axis=2)
+                    for whole, part in zip(of_rows, found, strict=True)
+                )
+            )
+        return out, of_rows
 
-    out = lax.fori_loop(0, (longest + rows - 1) // rows, query_block, jnp.full_like(q, zero))
-    return out.reshape(batch, length, heads, head_dim)
+    nothing = jnp.full((batch, heads, length), -jnp.inf, jnp.float32)
+    done = jnp.full_like(q, zero), RowStats(nothing, nothing) if stats else None
+    out, of_rows = lax.fori_loop(0, (longest + rows - 1) // rows, query_block, done)
+    return out.reshape(batch, length, heads, head_dim), of_rows

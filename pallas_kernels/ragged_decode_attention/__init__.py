@@ -4,10 +4,11 @@ import math
 
 import jax
 
-from pallas_kernels.backends import choose_backend
-from pallas_kernels.ragged_decode_attention import xla
+from pallas_kernels.backends import choose
+from pallas_kernels.ragged_decode_attention import triton, xla
 
-BACKENDS = ("xla",)
+BACKENDS = {"triton": triton.ragged_decode_attention, "xla": xla.ragged_decode_attention}
+"""In the order of preference."""
 
 
 def ragged_decode_attention(
@@ -21,6 +22,7 @@ def ragged_decode_attention(
     fill: jax.Array,
     *,
     scale: float | None = None,
+    mean_rows: int | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Attention of one token over one layer: its segment of the pool, then its tail.
@@ -42,7 +44,9 @@ def ragged_decode_attention(
         tail_v: values, likewise.
         fill: rows of the tail in use, int32 [B]; may be 0.
         scale: factor of the logits; 1 / sqrt(H) by default.
-        backend: "xla", or None for the best that supports the case.
+        mean_rows: rows that a layer has on average, by which the work is split; the whole pool by
+            default. Any length is served, whatever it is.
+        backend: "triton", "xla", or None for the best that supports the case on the device.
 
     Returns:
         [B, N, H] in q's type; softmax and sums are float32. Zero where there is no key at all.
@@ -59,8 +63,9 @@ def ragged_decode_attention(
             raise ValueError(f"{heads} query heads must be a multiple of {k.shape[1]} kv heads")
     if not offset.shape == length.shape == fill.shape == (batch,):
         raise ValueError(f"{offset.shape=}, {length.shape=}, {fill.shape=} must be {(batch,)}")
-    choose_backend(backend, BACKENDS)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    return xla.ragged_decode_attention(
-        q, pool_k, pool_v, offset, length, tail_k, tail_v, fill, scale=scale
+    mean_rows = pool_k.shape[2] if mean_rows is None else mean_rows
+    arrays = (q, pool_k, pool_v, offset, length, tail_k, tail_v, fill)
+    return choose(
+        "ragged_decode_attention", backend, BACKENDS, *arrays, scale=scale, mean_rows=mean_rows
     )

@@ -20,8 +20,10 @@ def ragged_decode_attention(
     fill: jax.Array,
     *,
     scale: float,
+    mean_rows: int,
 ) -> jax.Array:
     """See the package's public function; [B, N, H] -> [B, N, H]."""
+    del mean_rows  # the blocks are those of the longest row
     batch, heads, head_dim = q.shape
     kv_heads, capacity = pool_k.shape[1:3]
     columns = min(KEY_BLOCK, capacity)

@@ -17,11 +17,11 @@ def window_scores(
     k: jax.Array,
     start: jax.Array,
     lengths: jax.Array,
-    *,
+    *stats: jax.Array,
     threshold: float | None,
     scale: float,
 ) -> Sums:
-    """See the package's public function."""
+    """See the package's public function; `stats` are the fields of a `RowStats`, or left out."""
     batch, window, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
@@ -67,8 +67,15 @@ def window_scores(
             return new, total * jnp.exp(highest - shift) + added
 
         shape = (batch, kv_heads, group, rows)
-        nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
-        highest, total = lax.fori_loop(0, trips, softmax_pass, nothing)
+        if stats:
+            highest, lse = (
+                lax.dynamic_slice_in_dim(part, row_at, rows, axis=2).reshape(shape)
+                for part in stats
+            )
+            total = jnp.exp(lse - highest)
+        else:
+            nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
+            highest, total = lax.fori_loop(0, trips, softmax_pass, nothing)
         highest = jnp.where(highest == -jnp.inf, 0.0, highest)[..., None]
         total = jnp.where(total == 0.0, 1.0, total)[..., None]
 

@@ -10,6 +10,7 @@ program serves every allocation. The pool is read-only while decoding.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,13 @@ from vlcache_jax.config import TextConfig
 
 BLOCK = 128
 """Rows that the capacity of a pool is rounded up to."""
+
+
+class Segment(NamedTuple):
+    """One layer's part of the pool: its first row and how many there are, int32 [B] each."""
+
+    offset: jax.Array
+    length: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +47,11 @@ class Pool:
     offset: jax.Array
     length: jax.Array
     visual: jax.Array
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Where each layer's rows lie."""
+        layers = range(self.offset.shape[1])
+        return tuple(Segment(self.offset[:, i], self.length[:, i]) for i in layers)
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,9 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DType, std: float = 0.
     return nnx.Param((std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype))
 
 
-def product(equation: str, x: jax.Array, kernel: nnx.Param, out: DType | None = None) -> jax.Array:
+def product(
+    equation: str, x: jax.Array, kernel: nnx.Param | jax.Array, out: DType | None = None
+) -> jax.Array:
     """Einsum of activations with a kernel, in their type; float32 really is float32.
 
     Args:

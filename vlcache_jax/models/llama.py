@@ -83,8 +83,10 @@ class DecoderLayer(nnx.Module):
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
         q = q.reshape(batch, length, -1, q.shape[-1])  # [B, T, N, H]
         mixed, kept = attend(rotate(q, table), rotate(k, table), v)
-        mixed = mixed.reshape(batch, length, *self.out.shape[:3])  # [B, T, K, G, H]
-        x = x + product("btkgh,kghd->btd", mixed, self.out)
+        # As two matrices: a product over several axes at once makes XLA transpose the kernel.
+        mixed = mixed.reshape(batch, length, -1)  # [B, T, K * G * H]
+        out = self.out[...].reshape(mixed.shape[-1], -1)
+        x = x + product("bti,id->btd", mixed, out)
         gate_up = product("btd,dcf->btcf", self.mlp_norm(x), self.gate_up)
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
         return x + product("btf,fd->btd", hidden, self.down), kept

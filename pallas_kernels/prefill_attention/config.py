@@ -1,0 +1,47 @@
+"""Block sizes of the prefill kernel, as data."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from pallas_kernels.tuning import measured
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is cut and launched.
+
+    Attributes:
+        block_q: query rows of one program.
+        block_k: keys of one trip of its loop.
+        num_warps: warps of one program.
+        num_stages: how many trips are loaded ahead.
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def candidates(capability: int, dtype: jnp.dtype, head_dim: int) -> tuple[Config, ...]:
+    """What may be the best for a kind of GPU, the default first; all compile without a spill.
+
+    Args:
+        capability: compute capability in tenths, 80 or 90.
+        dtype: of q, k and v.
+        head_dim: padded to a power of two.
+    """
+    if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: registers are the limit
+        return (Config(32, 64, 8, 2), Config(16, 64, 4, 2))
+    if head_dim >= 128:
+        if capability >= 90:
+            return (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(64, 64, 4, 3))
+        return (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 4, 3))
+    return (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 4, 3))
+
+
+def choose(device: str, capability: int, dtype: jnp.dtype, head_dim: int) -> Config:
+    """The measured best for a device, else the first candidate; arguments as in `candidates`."""
+    found = measured("prefill_attention", device, dtype, head_dim)
+    return Config(**found) if found else candidates(capability, dtype, head_dim)[0]

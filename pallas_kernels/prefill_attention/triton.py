@@ -1,0 +1,141 @@
+"""FlashAttention-2 forward (Dao 2023) in Pallas for the Triton backend.
+
+One program makes a block of query rows of one head. Keys and values are read at kv-head size, block
+by block, with a running maximum and sum. Two loops: the first over the blocks that every row sees
+whole, without a mask; the second over the rest, the causal diagonal and the last block.
+
+    keys      0 . . . . . . . . . . . . . length
+    rows      |  whole blocks  | diagonal |
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import tiles
+from pallas_kernels.backends import current_device
+from pallas_kernels.online_softmax import RowStats
+from pallas_kernels.prefill_attention.config import Config, choose
+
+
+def _kernel(
+    lengths_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    out_ref: Any,
+    *stats_refs: Any,
+    causal: bool,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    blocks: int,
+) -> None:
+    """References of one head: q, out [T, H]; k, v [T, H]; stats [T]; lengths [B]."""
+    # The last rows have the most keys to read: they start first.
+    first = (blocks - 1 - pl.program_id(0)) * block_q
+    length = lengths_ref[pl.program_id(2)]
+    rows = first + jnp.arange(block_q)
+    q = tiles.load(q_ref, rows, rows < length)  # [block_q, Hp]
+    columns = jnp.arange(block_k)
+
+    def attend(index: jax.Array, carry: Any, whole: bool) -> Any:
+        maximum, total, mixed = carry
+        keys = index * block_k + columns
+        valid = None if whole else keys < length
+        logits = tiles.dot(q, tiles.load(k_ref, keys, valid), trans_b=True)
+        logits = logits * (scale * tiles.LOG2_E)
+        if valid is not None:
+            visible = valid[None, :]
+            if causal:
+                visible = visible & (keys[None, :] <= rows[:, None])
+            logits = jnp.where(visible, logits, -jnp.inf)
+        new = jnp.maximum(maximum, jnp.max(logits, axis=1))
+        shift = jnp.where(new == -jnp.inf, 0.0, new)
+        weights = jnp.exp2(logits - shift[:, None])
+        decay = jnp.exp2(maximum - shift)
+        v = tiles.load(v_ref, keys, valid)
+        mixed = mixed * decay[:, None] + tiles.dot(weights.astype(v.dtype), v)
+        return new, total * decay + jnp.sum(weights, axis=1), mixed
+
+    # Rows beyond the length see nothing at all.
+    stop = jnp.where(first < length, jnp.minimum(first + block_q, length) if causal else length, 0)
+    whole = jnp.minimum(first, stop) // block_k if causal else stop // block_k
+    carry = (
+        jnp.full((block_q,), -jnp.inf, jnp.float32),
+        jnp.zeros((block_q,), jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+    )
+    carry = lax.fori_loop(0, whole, lambda i, c: attend(i, c, True), carry)
+    trips = (stop + block_k - 1) // block_k
+    maximum, total, mixed = lax.fori_loop(whole, trips, lambda i, c: attend(i, c, False), carry)
+    inside = rows < out_ref.shape[0]
+    divisor = jnp.where(total == 0.0, 1.0, total)
+    tiles.store(out_ref, rows, inside, mixed / divisor[:, None])
+    if stats_refs:
+        maximum_ref, lse_ref = stats_refs
+        ln2 = 1 / tiles.LOG2_E
+        tiles.store_vector(maximum_ref, rows, inside, maximum * ln2)
+        tiles.store_vector(lse_ref, rows, inside, maximum * ln2 + jnp.log(divisor))
+
+
+def prefill_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    *,
+    causal: bool,
+    scale: float,
+    stats: bool,
+    config: Config | None = None,
+) -> tuple[jax.Array, RowStats | None]:
+    """See the package's public function.
+
+    Args:
+        q: as there.
+        k: as there.
+        v: as there.
+        lengths: as there.
+        causal: as there.
+        scale: as there.
+        stats: also give the row statistics.
+        config: block sizes; those of the device by default.
+    """
+    batch, length, heads, head_dim = q.shape
+    group = heads // k.shape[2]
+    if config is None:
+        device = current_device()
+        config = choose(device.kind, device.capability or 90, q.dtype, tiles.padded(head_dim))
+    block_q = min(config.block_q, tiles.padded(length))
+    block_k = min(config.block_k, tiles.padded(length))
+    blocks = pl.cdiv(length, block_q)
+    of_head = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n, 0))
+    of_kv_head = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
+    of_row = pl.BlockSpec((None, None, length), lambda i, n, b: (b, n, 0))
+    row_shape = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    pairs = batch * heads * length * length // (2 if causal else 1)
+    out, *of_rows = tiles.call(
+        _kernel,
+        "prefill_attention",
+        grid=(blocks, heads, batch),
+        in_specs=[pl.BlockSpec((batch,), lambda i, n, b: (0,)), of_head, of_kv_head, of_kv_head],
+        out_specs=[of_head, *[of_row] * (2 * stats)],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *[row_shape] * (2 * stats)],
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        cost=pl.CostEstimate(
+            flops=4 * pairs * head_dim,
+            transcendentals=pairs,
+            bytes_accessed=2 * (q.size + k.size) * q.dtype.itemsize,
+        ),
+        causal=causal,
+        scale=scale,
+        block_q=block_q,
+        block_k=block_k,
+        blocks=blocks,
+    )(lengths, q, k, v)
+    return out, RowStats(*of_rows) if stats else None

@@ -1,0 +1,142 @@
+"""What the Triton kernels share: tiles of rows, products, launch parameters.
+
+A tile is [rows, padded(H)]: Triton's arrays have sizes of powers of two, so head dims of 80 or 96
+are loaded with zeros behind them, and any number of rows by a mask.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.backends import current_device
+
+SMALLEST = 16
+"""Least side of a matrix product on tensor cores."""
+
+LOG2_E = 1.4426950408889634
+"""Softmax is computed in powers of two, for which there is an instruction."""
+
+
+def padded(size: int) -> int:
+    """The next power of two, at least `SMALLEST`."""
+    return max(SMALLEST, 1 << (size - 1).bit_length())
+
+
+Scalars = tuple[jax.Array | int, ...]
+
+
+def load(
+    ref: Any,
+    rows: jax.Array,
+    valid: jax.Array | None,
+    *,
+    lead: Scalars = (),
+    middle: Scalars = (),
+) -> jax.Array:
+    """Rows [R] of a reference as a tile [R, padded(H)]; zeros where not valid.
+
+    Args:
+        ref: [*lead, rows, *middle, H].
+        rows: which rows, int32 [R]; those that are not valid are never read.
+        valid: bool [R], or None where all of them are.
+        lead: where to read along the axes before the rows.
+        middle: the same of those after them.
+    """
+    columns, mask = _tile(ref, valid)
+    index = ref.at[(*lead, rows[:, None], *middle, columns[None, :])]
+    if mask is None:
+        return plgpu.load(index)
+    return plgpu.load(index, mask=jnp.broadcast_to(mask, (*rows.shape, *columns.shape)), other=0)
+
+
+def store(
+    ref: Any, rows: jax.Array, valid: jax.Array, tile: jax.Array, *, lead: Scalars = ()
+) -> None:
+    """Write a tile's valid rows to a reference [*lead, rows, H], in its type."""
+    columns, mask = _tile(ref, valid)
+    assert mask is not None
+    plgpu.store(
+        ref.at[(*lead, rows[:, None], columns[None, :])],
+        tile.astype(ref.dtype),
+        mask=jnp.broadcast_to(mask, tile.shape),
+    )
+
+
+def _tile(ref: Any, valid: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Columns of a tile, and which of its entries are there: None where all are."""
+    head_dim = ref.shape[-1]
+    columns = jnp.arange(padded(head_dim))
+    mask = None if valid is None else valid[:, None]
+    if head_dim != columns.size:
+        inside = columns[None, :] < head_dim
+        mask = inside if mask is None else mask & inside
+    return columns, mask
+
+
+def load_vector(ref: Any, rows: jax.Array, valid: jax.Array, *, lead: Scalars = ()) -> jax.Array:
+    """Entries [R] of a reference [*lead, rows]; zeros where not valid."""
+    return plgpu.load(ref.at[(*lead, rows)], mask=valid, other=0)
+
+
+def store_vector(
+    ref: Any, rows: jax.Array, valid: jax.Array, values: jax.Array, *, lead: Scalars = ()
+) -> None:
+    """Write the valid entries of a vector [R] to a reference [*lead, rows]."""
+    plgpu.store(ref.at[(*lead, rows)], values.astype(ref.dtype), mask=valid)
+
+
+def dot(a: jax.Array, b: jax.Array, *, trans_b: bool = False) -> jax.Array:
+    """Product of two tiles, summed in float32; of float32 tiles, really float32 (no TF32)."""
+    exact = a.dtype == jnp.float32
+    precision = lax.Precision.HIGHEST if exact else None
+    return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
+
+
+def call(
+    kernel: Callable[..., None],
+    name: str,
+    *,
+    grid: tuple[int, ...],
+    in_specs: Sequence[pl.BlockSpec],
+    out_specs: Any,
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int,
+    cost: pl.CostEstimate,
+    **static: Any,
+) -> Callable[..., Any]:
+    """`pl.pallas_call` for the Triton backend; where there is no GPU the kernel is interpreted.
+
+    Interpreted kernels are for tests: they compute the same numbers, slowly.
+
+    Args:
+        kernel: takes the references and `static`.
+        name: of the kernel, in programs and traces.
+        grid: number of programs along each axis, the first varying fastest.
+        in_specs: of the inputs.
+        out_specs: of the outputs.
+        out_shape: of the outputs.
+        num_warps: warps of one program.
+        num_stages: how many trips of a loop are loaded ahead.
+        cost: operations and bytes, for XLA's scheduler.
+        static: compile-time arguments of the kernel.
+    """
+    body = functools.partial(kernel, **static)
+    body.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]  the kernel's name in the code
+    return pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        cost_estimate=cost,
+        interpret=current_device().platform == "cpu",
+        name=name,
+    )

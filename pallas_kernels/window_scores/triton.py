@@ -1,0 +1,274 @@
+"""Window statistics in Pallas for the Triton backend: two kernels, no T x T matrix.
+
+rows      maximum and sum of each window row's softmax. The keys are split over programs, since
+          a window has few rows; the parts are merged afterwards, which is a small array.
+columns   one pass over the keys: each program has a block of keys and goes over the rows that
+          see it, so a column is summed in registers and written once. No atomics: every run
+          gives the same bits.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import tiles
+from pallas_kernels.backends import current_device
+from pallas_kernels.online_softmax import RowStats
+from pallas_kernels.window_scores import config as configs
+from pallas_kernels.window_scores.config import Config
+
+Sums = tuple[jax.Array, jax.Array | None, jax.Array | None]
+
+
+def _rows_kernel(
+    start_ref: Any,
+    lengths_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    maximum_ref: Any,
+    total_ref: Any,
+    *,
+    scale: float,
+    block_rows: int,
+    block_keys: int,
+    splits: int,
+) -> None:
+    """References of one query head: q [W, H]; k [T, H]; maximum, total [splits, W]."""
+    block, split, batch = pl.program_id(0), pl.program_id(1), pl.program_id(3)
+    start, length = start_ref[batch], lengths_ref[batch]
+    rows = block * block_rows + jnp.arange(block_rows)
+    inside = rows < q_ref.shape[0]
+    position = start + rows
+    real = inside & (position < length)
+    q = tiles.load(q_ref, rows, real)
+    columns = jnp.arange(block_keys)
+
+    def add(index: jax.Array, carry: Any) -> Any:
+        maximum, total = carry
+        keys = index * block_keys + columns
+        valid = keys < length
+        logits = tiles.dot(q, tiles.load(k_ref, keys, valid), trans_b=True) * scale
+        seen = real[:, None] & (keys[None, :] <= position[:, None])
+        logits = jnp.where(seen, logits, -jnp.inf)
+        new = jnp.maximum(maximum, jnp.max(logits, axis=1))
+        shift = jnp.where(new == -jnp.inf, 0.0, new)
+        weights = jnp.exp(logits - shift[:, None])
+        return new, total * jnp.exp(maximum - shift) + jnp.sum(weights, axis=1)
+
+    last = jnp.minimum(start + (block + 1) * block_rows, length)
+    last = jnp.where(start + block * block_rows < length, last, 0)
+    trips = (last + block_keys - 1) // block_keys
+    each = (trips + splits - 1) // splits
+    first = split * each
+    nothing = (
+        jnp.full((block_rows,), -jnp.inf, jnp.float32),
+        jnp.zeros((block_rows,), jnp.float32),
+    )
+    maximum, total = lax.fori_loop(first, jnp.minimum(first + each, trips), add, nothing)
+    tiles.store_vector(maximum_ref, rows, inside, maximum, lead=(split,))
+    tiles.store_vector(total_ref, rows, inside, total, lead=(split,))
+
+
+def _columns_kernel(
+    start_ref: Any,
+    lengths_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    maximum_ref: Any,
+    share_ref: Any,
+    scores_ref: Any,
+    *zeroed_refs: Any,
+    scale: float,
+    threshold: float | None,
+    block_rows: int,
+    block_keys: int,
+) -> None:
+    """References of one kv head: q [W, G, H]; k [T, H]; maximum, share [G, W]; scores [T].
+
+    `zeroed` is [G, key blocks]: what this block of keys adds to each query head's count.
+    """
+    block, batch = pl.program_id(0), pl.program_id(2)
+    start, length = start_ref[batch], lengths_ref[batch]
+    window, group, _ = q_ref.shape
+    keys = block * block_keys + jnp.arange(block_keys)
+    k = tiles.load(k_ref, keys, keys < length)
+    lines = jnp.arange(block_rows)
+    # Rows before the block's first key do not see it.
+    first_row = jnp.maximum(block * block_keys - start, 0)
+    stop_row = jnp.minimum(length - start, window)
+
+    def query_head(head: jax.Array, scores: jax.Array) -> jax.Array:
+        def add(index: jax.Array, carry: Any) -> Any:
+            scores, zeroed = carry
+            rows = index * block_rows + lines
+            real = rows < stop_row
+            q = tiles.load(q_ref, rows, real, middle=(head,))
+            logits = tiles.dot(q, k, trans_b=True) * scale
+            maximum = tiles.load_vector(maximum_ref, rows, real, lead=(head,))
+            share = tiles.load_vector(share_ref, rows, real, lead=(head,))
+            seen = real[:, None] & (keys[None, :] <= (start + rows)[:, None])
+            logits = jnp.where(seen, logits - maximum[:, None], -jnp.inf)
+            weights = jnp.exp(logits)  # 1 at the row's maximum
+            scores += jnp.sum(weights * share[:, None], axis=0)
+            if threshold is not None:
+                small = seen & (weights < threshold)
+                zeroed += jnp.sum(jnp.sum(small.astype(jnp.int32), axis=1), axis=0)
+            return scores, zeroed
+
+        bounds = first_row // block_rows, (stop_row + block_rows - 1) // block_rows
+        scores, zeroed = lax.fori_loop(*bounds, add, (scores, jnp.int32(0)))
+        for zeroed_ref in zeroed_refs:
+            zeroed_ref[head, block] = zeroed
+        return scores
+
+    scores = lax.fori_loop(0, group, query_head, jnp.zeros((block_keys,), jnp.float32))
+    tiles.store_vector(scores_ref, keys, keys < scores_ref.shape[0], scores)
+
+
+def window_scores(
+    q: jax.Array,
+    k: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+    *stats: jax.Array,
+    threshold: float | None,
+    scale: float,
+    config: Config | None = None,
+) -> Sums:
+    """See the package's public function; `stats` are the fields of a `RowStats`, or left out."""
+    if config is None:
+        device = current_device()
+        config = configs.choose(
+            device.kind, device.capability or 90, q.dtype, tiles.padded(q.shape[-1])
+        )
+    maximum, share = _row_sums(
+        q, k, start, lengths, RowStats(*stats) if stats else None, scale, config
+    )
+    return _column_sums(q, k, start, lengths, maximum, share, threshold, scale, config)
+
+
+def _row_sums(
+    q: jax.Array,
+    k: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+    stats: RowStats | None,
+    scale: float,
+    config: Config,
+) -> tuple[jax.Array, jax.Array]:
+    """Each row's maximum and 1 / sum, [B, N, W]: an entry is exp(logit - maximum) times that."""
+    if stats is not None:
+        return stats.maximum, jnp.exp(stats.maximum - stats.lse)
+    batch, window, heads, head_dim = q.shape
+    keys, group = k.shape[1], heads // k.shape[2]
+    block_rows = min(config.block_rows, tiles.padded(window))
+    block_keys = min(config.block_keys, tiles.padded(keys))
+    blocks = pl.cdiv(window, block_rows)
+    splits = configs.splits(blocks * heads * batch, keys, block_keys)
+    whole = pl.BlockSpec((batch,), lambda i, s, n, b: (0,))
+    part = pl.BlockSpec((None, None, splits, window), lambda i, s, n, b: (b, n, 0, 0))
+    part_shape = jax.ShapeDtypeStruct((batch, heads, splits, window), jnp.float32)
+    pairs = batch * heads * window * keys
+    maximum, total = tiles.call(
+        _rows_kernel,
+        "window_rows",
+        grid=(blocks, splits, heads, batch),
+        in_specs=[
+            whole,
+            whole,
+            pl.BlockSpec((None, window, None, head_dim), lambda i, s, n, b: (b, 0, n, 0)),
+            pl.BlockSpec((None, keys, None, head_dim), lambda i, s, n, b: (b, 0, n // group, 0)),
+        ],
+        out_specs=[part, part],
+        out_shape=[part_shape, part_shape],
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        cost=pl.CostEstimate(
+            flops=2 * pairs * head_dim,
+            transcendentals=pairs,
+            bytes_accessed=(q.size + k.size) * q.dtype.itemsize,
+        ),
+        scale=scale,
+        block_rows=block_rows,
+        block_keys=block_keys,
+        splits=splits,
+    )(start, lengths, q, k)
+    highest = jnp.max(maximum, axis=2)
+    highest = jnp.where(highest == -jnp.inf, 0.0, highest)
+    total = jnp.sum(total * jnp.exp(maximum - highest[:, :, None]), axis=2)
+    return highest, 1.0 / jnp.where(total == 0.0, 1.0, total)
+
+
+def _column_sums(
+    q: jax.Array,
+    k: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+    maximum: jax.Array,
+    share: jax.Array,
+    threshold: float | None,
+    scale: float,
+    config: Config,
+) -> Sums:
+    """Column sums of exp(logit - maximum) * share, and the counts."""
+    batch, window, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    block_rows = min(config.block_rows, tiles.padded(window))
+    block_keys = min(config.block_keys, tiles.padded(keys))
+    blocks = pl.cdiv(keys, block_keys)
+    counted = threshold is not None
+    whole = pl.BlockSpec((batch,), lambda j, h, b: (0,))
+    of_row = pl.BlockSpec((None, None, group, window), lambda j, h, b: (b, h, 0, 0))
+    counts = pl.BlockSpec((None, None, group, blocks), lambda j, h, b: (b, h, 0, 0))
+    counts_shape = jax.ShapeDtypeStruct((batch, kv_heads, group, blocks), jnp.int32)
+    pairs = batch * heads * window * keys
+    scores, *zeroed = tiles.call(
+        _columns_kernel,
+        "window_columns",
+        grid=(blocks, kv_heads, batch),
+        in_specs=[
+            whole,
+            whole,
+            pl.BlockSpec((None, window, None, group, head_dim), lambda j, h, b: (b, 0, h, 0, 0)),
+            pl.BlockSpec((None, keys, None, head_dim), lambda j, h, b: (b, 0, h, 0)),
+            of_row,
+            of_row,
+        ],
+        out_specs=[
+            pl.BlockSpec((None, None, keys), lambda j, h, b: (b, h, 0)),
+            *[counts] * counted,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, kv_heads, keys), jnp.float32),
+            *[counts_shape] * counted,
+        ],
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        cost=pl.CostEstimate(
+            flops=2 * pairs * head_dim,
+            transcendentals=pairs,
+            bytes_accessed=(q.size + k.size) * q.dtype.itemsize,
+        ),
+        scale=scale,
+        threshold=threshold,
+        block_rows=block_rows,
+        block_keys=block_keys,
+    )(
+        start,
+        lengths,
+        q.reshape(batch, window, kv_heads, group, head_dim),
+        k,
+        maximum.reshape(batch, kv_heads, group, window),
+        share.reshape(batch, kv_heads, group, window),
+    )
+    if not counted:
+        return scores, None, None
+    # Row i sees start + i + 1 keys.
+    rows = jnp.clip(lengths - start, 0, window)
+    visible = rows * start + rows * (rows + 1) // 2
+    visible = jnp.broadcast_to(visible[:, None], (batch, heads))
+    return scores, jnp.sum(zeroed[0], axis=-1).reshape(batch, heads), visible
