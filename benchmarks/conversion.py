@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_result
 from convert.safetensors_writer import SHARD_BYTES, write_tensors
 from vlcache_jax.checkpoint import load_params
 from vlcache_jax.config import LlavaConfig
@@ -249,8 +249,7 @@ def main(
         Progress(*columns, console=console) as bar,
     ):
         result = environment() | measure(Path(folder), tiny, bar)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(out, result)
     for check, passed in result["checks"].items():
         console.print(f"{'yes' if passed else 'NO '} {check}")
     if not all(result["checks"].values()):

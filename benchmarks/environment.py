@@ -1,5 +1,6 @@
 """What a result needs beside its numbers, so that others can repeat it."""
 
+import json
 import os
 import platform
 import subprocess
@@ -9,7 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safetensors", "numpy")
+_PACKAGES = (
+    "jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safetensors", "numpy", "triton",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
@@ -30,6 +33,14 @@ def environment() -> dict[str, Any]:
                if item.name in _PACKAGES},
         },
     }  # fmt: skip
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file, which appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _module() -> str:

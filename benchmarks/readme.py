@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.environment import environment, write_result
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results" / "cpu"
@@ -19,7 +21,6 @@ QUESTION = "What is in the picture?"
 def run_demo() -> dict[str, Any]:
     """The shipped model's answer about the shipped picture, with the versions that gave it."""
     import vlcache_jax
-    from benchmarks.environment import environment
     from vlcache_jax.demo import IMAGE
 
     cache = vlcache_jax.VLCache()  # as `make demo` does: the command line's default, as a stream
@@ -97,8 +98,7 @@ def main(
 ) -> None:
     """Write the README's generated parts."""
     if demo:
-        file = RESULTS / "demo.json"
-        file.write_text(json.dumps(run_demo(), indent=1) + "\n", encoding="utf-8")
+        write_result(RESULTS / "demo.json", run_demo())
     README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 

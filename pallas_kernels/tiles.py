@@ -55,6 +55,11 @@ def load(
     return plgpu.load(index, mask=jnp.broadcast_to(mask, (*rows.shape, *columns.shape)), other=0)
 
 
+def gather(ref: Any, index: tuple[jax.Array, ...], valid: jax.Array) -> jax.Array:
+    """Entries of a reference at index arrays that broadcast to `valid`; zeros where not valid."""
+    return plgpu.load(ref.at[index], mask=valid, other=0)
+
+
 def store(
     ref: Any, rows: jax.Array, valid: jax.Array, tile: jax.Array, *, lead: Scalars = ()
 ) -> None:
@@ -106,6 +111,7 @@ def call(
     in_specs: Sequence[pl.BlockSpec],
     out_specs: Any,
     out_shape: Any,
+    aliases: dict[int, int] | None = None,
     num_warps: int,
     num_stages: int,
     cost: pl.CostEstimate,
@@ -122,6 +128,7 @@ def call(
         in_specs: of the inputs.
         out_specs: of the outputs.
         out_shape: of the outputs.
+        aliases: input number to the number of the output that is the same memory.
         num_warps: warps of one program.
         num_stages: how many trips of a loop are loaded ahead.
         cost: operations and bytes, for XLA's scheduler.
@@ -135,6 +142,7 @@ def call(
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
+        input_output_aliases=aliases or {},
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         cost_estimate=cost,
         interpret=current_device().platform == "cpu",

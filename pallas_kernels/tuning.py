@@ -7,10 +7,16 @@ what is not in it runs with the first of the operation's candidates.
 
 import functools
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
+
+from pallas_kernels.backends import current_device
+
+Config = TypeVar("Config")
 
 FILE = Path(__file__).parent / "measured.json"
 
@@ -36,3 +42,19 @@ def measured(operation: str, device: str, dtype: Any, head_dim: int) -> dict[str
         head_dim: padded to a power of two.
     """
     return table().get(device, {}).get(operation, {}).get(key(dtype, head_dim))
+
+
+def best(
+    operation: str, candidates: Callable[[int, Any, int], tuple[Config, ...]], dtype: Any, size: int
+) -> Config:
+    """Block sizes for the device of the program being traced.
+
+    Args:
+        operation: name of the kernel.
+        candidates: of its config.py; a device that is not in the table gets the first.
+        dtype: of the keys and values.
+        size: head dim, padded to a power of two.
+    """
+    device = current_device()
+    default: Any = candidates(device.capability or 90, dtype, size)[0]
+    return replace(default, **(measured(operation, device.kind, dtype, size) or {}))

@@ -21,14 +21,14 @@ from jax import lax
 
 from pallas_kernels.backends import check_backend
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.ragged_decode_attention import append_and_attend
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.methods import CacheMethod, FullCache, Observation, Plan
 from vlcache_jax.cache.score import Layer
-from vlcache_jax.cache.state import Pool, Segment, Tail, append, empty_tail
+from vlcache_jax.cache.state import Pool, Segment, Tail, empty_tail
 from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
 from vlcache_jax.config import LlavaConfig
-from vlcache_jax.models.llama import Attend, Kept, rope_table
+from vlcache_jax.models.llama import Attend, Kept, Stream, rope_table, rotated
 from vlcache_jax.models.llava import Llava, Params, bind
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.sampling import Sampling, sample
@@ -203,7 +203,7 @@ class Generate:
         prompt = self._prompt(inputs)
         seen = []
 
-        def keep(index: int, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def keep(index: int, stream: Stream, q: jax.Array, k: jax.Array, v: jax.Array) -> Stream:
             nonlocal buffers
             at = (0, 0, index * rows, 0)
             buffers = tuple(
@@ -212,9 +212,9 @@ class Generate:
             )
             new = self.cache.observe(Layer(index, q, k, v, prompt, self.cache_backend))
             # Else XLA does all of this after the last layer: every layer's q, k, v live until then.
-            x, buffers, new = lax.optimization_barrier((x, buffers, new))
+            stream, buffers, new = lax.optimization_barrier((stream, buffers, new))
             seen.append(new)
-            return x
+            return stream
 
         x = self._run_prompt(model, inputs, keep)
         last = jnp.take_along_axis(x, (inputs.length - 1)[:, None, None], axis=1)
@@ -223,31 +223,32 @@ class Generate:
     def prompt_logits(self, params: Params, inputs: ModelInputs) -> jax.Array:
         """Logits of every prompt position, float32 [B, T, V]: for tests and scoring of texts."""
         model = bind(self.config)(params)
-        return model.logits(self._run_prompt(model, inputs, lambda index, x, q, k, v: x))
+        return model.logits(self._run_prompt(model, inputs, lambda index, stream, q, k, v: stream))
 
     def _run_prompt(
         self,
         model: Llava,
         inputs: ModelInputs,
-        keep: Callable[[int, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+        keep: Callable[[int, Stream, jax.Array, jax.Array, jax.Array], Stream],
     ) -> jax.Array:
         """Final hidden states [B, T, D].
 
-        `keep(layer, x, q, k, v)` is handed each layer's output x and what its attention was made
-        of; it gives x back.
+        `keep(layer, stream, q, k, v)` is handed the stream behind each layer and what its attention
+        was made of; it gives the stream back.
         """
 
         def attend(
-            q: jax.Array, k: jax.Array, v: jax.Array
+            qkv: jax.Array,
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+            q, k, v = rotated(qkv, table)
             return prefill_attention(q, k, v, inputs.length, backend=self.backend), (q, k, v)
 
-        x = model.embed_prompt(inputs, backend=self.backend)
-        table = rope_table(jnp.arange(x.shape[1]), self.config.text)
+        stream = Stream(model.embed_prompt(inputs, backend=self.backend))
+        table = rope_table(jnp.arange(stream.x.shape[1]), self.config.text)
         for index, layer in enumerate(model.layers):
-            x, kept = layer(x, table, attend)
-            x = keep(index, x, *kept)
-        return x
+            stream, kept = layer(stream, attend, backend=self.cache_backend)
+            stream = keep(index, stream, *kept)
+        return stream.total()
 
     def _prompt(self, inputs: ModelInputs) -> Prompt:
         """The prompts as the cache method sees them."""
@@ -276,20 +277,21 @@ class Generate:
         full = everything.build(
             prefilled.k, prefilled.v, everything.plan(Observation(), prompt), prompt
         )
-        rows, one = prompt.rows, jnp.ones_like(state.position)
-        segments = full.segments()
+        rows, none = prompt.rows, jnp.zeros_like(state.position)
+        segments, table = full.segments(), rope_table(state.position[:, None], self.config.text)
 
         def attend_layer(index: int) -> Attend[jax.Array]:
-            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def attend(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
                 keys = full.k[:, :, index * rows : (index + 1) * rows]
-                weights = prompt_attention(q[:, 0], keys, prompt.length)
-                own = k.swapaxes(1, 2), v.swapaxes(1, 2)  # the token's own row, [B, K, 1, H]
-                return self._attend_cache(q, full, segments[index], *own, one), weights
+                weights = prompt_attention(rotated(qkv, table)[0][:, 0], keys, prompt.length)
+                empty = jnp.zeros_like(full.k[:, :, :1])  # a tail for the token's own row
+                own = self._attend_cache(qkv, table, full, segments[index], empty, empty, none)
+                return own[0], weights
 
             return attend
 
         model = bind(self.config)(params)
-        _, weights = self._run_token(model, state.token, state.position, attend_layer)
+        _, weights = self._run_token(model, state.token, attend_layer)
         plan = self.plan(prefilled, inputs)
         return trace_batch(self.cache, prefilled.seen, plan, prompt, jnp.stack(weights, axis=1))
 
@@ -420,20 +422,17 @@ class Generate:
         segments = segments or pool.segments()
         model = bind(self.config)(params)
         tail, fill = state.tail, state.tail.fill
+        table = rope_table(state.position[:, None], self.config.text)
 
         def attend_layer(index: int) -> Attend[tuple[jax.Array, jax.Array]]:
-            def attend(
-                q: jax.Array, k: jax.Array, v: jax.Array
-            ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-                # All rows began together: their fills are equal, one update in place serves all.
-                new_k = append(tail.k[index], k[:, 0], fill[0])
-                new_v = append(tail.v[index], v[:, 0], fill[0])
-                mixed = self._attend_cache(q, pool, segments[index], new_k, new_v, fill + 1)
-                return mixed, (new_k, new_v)
+            def attend(qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+                own = tail.k[index], tail.v[index]
+                mixed, *own = self._attend_cache(qkv, table, pool, segments[index], *own, fill)
+                return mixed, (own[0], own[1])
 
             return attend
 
-        x, kept = self._run_token(model, state.token, state.position, attend_layer)
+        x, kept = self._run_token(model, state.token, attend_layer)
         tail_k, tail_v = zip(*kept, strict=True)
         rng, key = jax.random.split(state.rng)
         logits = model.logits(x)
@@ -453,29 +452,44 @@ class Generate:
         self,
         model: Llava,
         token: jax.Array,
-        position: jax.Array,
         attend_layer: Callable[[int], Attend[Kept]],
     ) -> tuple[jax.Array, list[Kept]]:
         """Run one token per sequence: its hidden states [B, D], and what each layer kept."""
-        x, kept = model.embed(token[:, None]), []
-        table = rope_table(position[:, None], self.config.text)
+        stream, kept = Stream(model.embed(token[:, None])), []
         for index, layer in enumerate(model.layers):
-            x, own = layer(x, table, attend_layer(index))
+            stream, own = layer(stream, attend_layer(index), backend=self.cache_backend)
             kept.append(own)
-        return x[:, 0], kept
+        return stream.total()[:, 0], kept
 
     def _attend_cache(
         self,
-        q: jax.Array,
+        qkv: jax.Array,
+        table: tuple[jax.Array, jax.Array],
         pool: Pool,
         segment: Segment,
         tail_k: jax.Array,
         tail_v: jax.Array,
         fill: jax.Array,
-    ) -> jax.Array:
-        """Attention of one token [B, 1, N, H] to a layer's part of the pool and to its tail."""
-        mixed = ragged_decode_attention(
-            q[:, 0],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Attention of one token to a layer's part of the pool, to its tail and to itself.
+
+        Args:
+            qkv: the layer's product [B, 1, K, G + 2, H].
+            table: `rope_table` of the token's position, [B, 1, H / 2] each.
+            pool: the prompt.
+            segment: the layer's part of it.
+            tail_k: keys of the tokens before, [B, K, R, H].
+            tail_v: values, likewise.
+            fill: how many these are, int32 [B].
+
+        Returns:
+            [B, 1, N, H], and the tails with the token.
+        """
+        cos, sin = table
+        mixed, tail_k, tail_v = append_and_attend(
+            qkv[:, 0],
+            cos[:, 0],
+            sin[:, 0],
             pool.k,
             pool.v,
             segment.offset,
@@ -484,9 +498,10 @@ class Generate:
             tail_v,
             fill,
             mean_rows=pool.k.shape[2] // self.config.text.num_layers,
+            together=True,  # all sequences of a batch begin to decode at once
             backend=self.cache_backend,
         )
-        return mixed[:, None]
+        return mixed[:, None], tail_k, tail_v
 
     def _stops(self, token: jax.Array) -> jax.Array:
         done = jnp.zeros(token.shape, bool)

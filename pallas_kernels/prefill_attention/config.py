@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from pallas_kernels.tuning import measured
+TENSOR_CORE_OPS = {"float32": 0}
+"""Types whose code has just so many tensor-core instructions; all others have some."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,3 @@ def candidates(capability: int, dtype: jnp.dtype, head_dim: int) -> tuple[Config
             return (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(64, 64, 4, 3))
         return (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 4, 3))
     return (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 4, 3))
-
-
-def choose(device: str, capability: int, dtype: jnp.dtype, head_dim: int) -> Config:
-    """The measured best for a device, else the first candidate; arguments as in `candidates`."""
-    found = measured("prefill_attention", device, dtype, head_dim)
-    return Config(**found) if found else candidates(capability, dtype, head_dim)[0]

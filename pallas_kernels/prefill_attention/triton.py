@@ -16,9 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tiles
-from pallas_kernels.backends import current_device
 from pallas_kernels.online_softmax import RowStats
-from pallas_kernels.prefill_attention.config import Config, choose
+from pallas_kernels.prefill_attention.config import Config, candidates
+from pallas_kernels.tuning import best
 
 
 def _kernel(
@@ -108,8 +108,7 @@ def prefill_attention(
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
     if config is None:
-        device = current_device()
-        config = choose(device.kind, device.capability or 90, q.dtype, tiles.padded(head_dim))
+        config = best("prefill_attention", candidates, q.dtype, tiles.padded(head_dim))
     block_q = min(config.block_q, tiles.padded(length))
     block_k = min(config.block_k, tiles.padded(length))
     blocks = pl.cdiv(length, block_q)

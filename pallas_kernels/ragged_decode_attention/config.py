@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from pallas_kernels.tuning import measured
+TENSOR_CORE_OPS = {"float32": 0, "merge_splits": 0}
+"""Types and kernels whose code has just so many tensor-core instructions; all others have some."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,8 @@ def candidates(capability: int, dtype: jnp.dtype, head_dim: int) -> tuple[Config
         head_dim: padded to a power of two.
     """
     if jnp.dtype(dtype).itemsize == 4:
-        return (Config(64, 4, 2), Config(64, 8, 2))
+        return (Config(32, 8, 2), Config(16, 4, 2))
     return (Config(64, 4, 4), Config(128, 4, 2), Config(128, 8, 3), Config(64, 2, 3))
-
-
-def choose(device: str, capability: int, dtype: jnp.dtype, head_dim: int) -> Config:
-    """The measured best for a device, else the first candidate; arguments as in `candidates`."""
-    found = measured("ragged_decode_attention", device, dtype, head_dim)
-    return Config(**found) if found else candidates(capability, dtype, head_dim)[0]
 
 
 SPLIT_PROGRAMS = 264

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import online_softmax
+from pallas_kernels.rope import rotate
 
 KEY_BLOCK = 512
 
@@ -56,3 +57,49 @@ def ragged_decode_attention(
     trips = (jnp.max(length) + columns - 1) // columns
     partial = lax.fori_loop(0, trips, key_block, partial)
     return online_softmax.finish(partial).astype(q.dtype).reshape(batch, heads, head_dim)
+
+
+def append_and_attend(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    pool_k: jax.Array,
+    pool_v: jax.Array,
+    offset: jax.Array,
+    length: jax.Array,
+    tail_k: jax.Array,
+    tail_v: jax.Array,
+    fill: jax.Array,
+    *,
+    scale: float,
+    mean_rows: int,
+    together: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See the package's public function."""
+    batch, kv_heads, rows, head_dim = qkv.shape
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    q = rotate(qkv[:, :, : rows - 2], cos, sin).reshape(batch, -1, head_dim)
+    at = fill[0] if together else fill
+    tail_k = append(tail_k, rotate(qkv[:, :, rows - 2 : rows - 1], cos, sin), at)
+    tail_v = append(tail_v, qkv[:, :, rows - 1 :], at)
+    tails = tail_k, tail_v, fill + 1
+    out = ragged_decode_attention(
+        q, pool_k, pool_v, offset, length, *tails, scale=scale, mean_rows=mean_rows
+    )
+    return out, tail_k, tail_v
+
+
+def append(rows: jax.Array, new: jax.Array, fill: jax.Array) -> jax.Array:
+    """Write the new token's row of one layer into its tail.
+
+    Args:
+        rows: [B, K, R, H].
+        new: [B, K, 1, H].
+        fill: where to write, int32 [] for the whole batch (one update in place) or [B].
+    """
+    new = new.astype(rows.dtype)
+    if fill.ndim == 0:
+        return lax.dynamic_update_slice_in_dim(rows, new, fill, axis=2)
+    return jax.vmap(lambda r, n, at: lax.dynamic_update_slice_in_dim(r, n, at, axis=1))(
+        rows, new, fill
+    )

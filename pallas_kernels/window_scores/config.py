@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from pallas_kernels.tuning import measured
+TENSOR_CORE_OPS = {"float32": 0}
+"""Types whose code has just so many tensor-core instructions; all others have some."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,6 @@ def candidates(capability: int, dtype: jnp.dtype, head_dim: int) -> tuple[Config
     if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: registers are the limit
         return (Config(32, 32, 4, 2), Config(16, 32, 4, 2))
     return (Config(64, 64, 4, 3), Config(64, 128, 4, 2), Config(32, 128, 4, 3))
-
-
-def choose(device: str, capability: int, dtype: jnp.dtype, head_dim: int) -> Config:
-    """The measured best for a device, else the first candidate; arguments as in `candidates`."""
-    found = measured("window_scores", device, dtype, head_dim)
-    return Config(**found) if found else candidates(capability, dtype, head_dim)[0]
 
 
 SPLIT_PROGRAMS = 528

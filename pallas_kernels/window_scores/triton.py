@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tiles
-from pallas_kernels.backends import current_device
 from pallas_kernels.online_softmax import RowStats
+from pallas_kernels.tuning import best
 from pallas_kernels.window_scores import config as configs
 from pallas_kernels.window_scores.config import Config
 
@@ -140,10 +140,8 @@ def window_scores(
 ) -> Sums:
     """See the package's public function; `stats` are the fields of a `RowStats`, or left out."""
     if config is None:
-        device = current_device()
-        config = configs.choose(
-            device.kind, device.capability or 90, q.dtype, tiles.padded(q.shape[-1])
-        )
+        size = tiles.padded(q.shape[-1])
+        config = best("window_scores", configs.candidates, q.dtype, size)
     maximum, share = _row_sums(
         q, k, start, lengths, RowStats(*stats) if stats else None, scale, config
     )

@@ -1,14 +1,13 @@
-"""The pool's arithmetic and the tail's appends."""
+"""The pool's arithmetic."""
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.methods import FullCache, Observation
-from vlcache_jax.cache.state import BLOCK, append, round_up
+from vlcache_jax.cache.state import BLOCK, round_up
 
 
 @given(st.integers(0, 10**7), st.integers(1, 1000))
@@ -16,23 +15,6 @@ def test_round_up(count, block):
     rounded = round_up(count, block)
     assert rounded % block == 0
     assert max(count, 1) <= rounded < count + block + (count == 0)
-
-
-@pytest.mark.parametrize("fill", [0, 3, 6])
-def test_append_writes_one_row(fill):
-    rows = jnp.arange(2 * 3 * 7 * 4, dtype=jnp.float32).reshape(2, 3, 7, 4)
-    new = -jnp.ones((2, 3, 4))
-    expected = np.array(rows)
-    expected[:, :, fill] = -1
-    assert (np.asarray(append(rows, new, jnp.int32(fill))) == expected).all()
-    assert (np.asarray(append(rows, new, jnp.array([fill, fill]))) == expected).all()
-
-
-def test_append_for_sequences_of_different_age():
-    rows, new = jnp.zeros((3, 1, 5, 2)), jnp.ones((3, 1, 2))
-    fills = [4, 0, 2]
-    out = np.asarray(append(rows, new, jnp.array(fills)))
-    assert [np.flatnonzero(out[b, 0, :, 0]).tolist() for b in range(3)] == [[f] for f in fills]
 
 
 @pytest.mark.parametrize(("layers", "rows"), [(1, 1), (2, 64), (32, 2048), (60, 3072)])

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from vlcache_jax.config import TextConfig
 
@@ -83,21 +82,4 @@ def empty_tail(config: TextConfig, batch: int, rows: int, dtype: jnp.dtype) -> T
         tuple(jnp.zeros(shape, dtype) for _ in layers),
         tuple(jnp.zeros(shape, dtype) for _ in layers),
         jnp.zeros((batch,), jnp.int32),
-    )
-
-
-def append(rows: jax.Array, new: jax.Array, fill: jax.Array) -> jax.Array:
-    """Write the new token's row of one layer into its tail.
-
-    Args:
-        rows: [B, K, R, H].
-        new: [B, K, H].
-        fill: where to write, int32 [] for the whole batch (one update in place) or [B] for
-            sequences of different age.
-    """
-    new = new[:, :, None, :].astype(rows.dtype)
-    if fill.ndim == 0:
-        return lax.dynamic_update_slice_in_dim(rows, new, fill, axis=2)
-    return jax.vmap(lambda r, n, at: lax.dynamic_update_slice_in_dim(r, n, at, axis=1))(
-        rows, new, fill
     )

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.add_rms_norm.xla import rms_norm
+
 DType = jnp.dtype | type
 
 
@@ -74,6 +77,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., size] -> [..., size], in the type of x."""
-        y = x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
+
+    def add(
+        self, x: jax.Array, delta: jax.Array | None, backend: str | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The residual stream x + delta, and its norm; `delta` None stands for 0."""
+        if delta is None:
+            return x, self(x)
+        return add_rms_norm(x, delta, self.scale[...], eps=self.eps, backend=backend)

@@ -1,24 +1,44 @@
 """Llama-family decoder layers (Llama, Vicuna, Mistral, Yi): RMSNorm, RoPE, GQA, gated MLP.
 
-A layer does not know what a cache is. Its caller passes `attend`, which receives the rotated
-q [B, T, N, H] and the new k, v [B, T, K, H] and returns the mixed heads [B, T, N, H] with
-whatever it wants to keep. Prefill and decode differ in that function alone.
+A layer does not know what a cache is, nor at which positions its tokens stand. Its caller passes
+`attend`, which receives the product qkv [B, T, K, G + 2, H] and returns the mixed heads [B, T, N, H]
+with whatever it wants to keep. Prefill and decode differ in that function alone; `rotated` is its
+first step.
 """
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.rope import rotate
 from vlcache_jax.config import RopeConfig, TextConfig
 from vlcache_jax.models.layers import DType, RMSNorm, normal, product
 
 Kept = TypeVar("Kept")
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Kept]]
+Attend = Callable[[jax.Array], tuple[jax.Array, Kept]]
+
+
+class Stream(NamedTuple):
+    """The residual stream between two layers, x + delta, not yet added up.
+
+    The sum is made where it is normalised, in one pass.
+
+    Attributes:
+        x: [B, T, D].
+        delta: the last layer's MLP, [B, T, D]; None in front of the first layer.
+    """
+
+    x: jax.Array
+    delta: jax.Array | None = None
+
+    def total(self) -> jax.Array:
+        """The hidden states [B, T, D]."""
+        return self.x if self.delta is None else self.x + self.delta
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
@@ -47,12 +67,22 @@ def rope_table(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the pairs (i, i + H / 2) of x [B, T, heads, H] by the angles of `rope_table`."""
+def rotated(
+    qkv: jax.Array, table: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A layer's product taken apart, query and key turned by RoPE.
+
+    Args:
+        qkv: [B, T, K, G + 2, H].
+        table: `rope_table` of the positions, [T, H / 2] or [B, T, H / 2].
+
+    Returns:
+        q [B, T, N, H], k and v [B, T, K, H].
+    """
     cos, sin = (part[..., None, :] for part in table)  # [..., T, 1, H / 2]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+    q = q.reshape(*qkv.shape[:2], -1, qkv.shape[-1])
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class DecoderLayer(nnx.Module):
@@ -75,21 +105,29 @@ class DecoderLayer(nnx.Module):
         self.down = normal(rngs, (config.intermediate_size, width), dtype)
 
     def __call__(
-        self, x: jax.Array, table: tuple[jax.Array, jax.Array], attend: Attend[Kept]
-    ) -> tuple[jax.Array, Kept]:
-        """[B, T, D] -> ([B, T, D], what `attend` kept)."""
+        self,
+        stream: Stream,
+        attend: Attend[Kept],
+        *,
+        backend: str | None = None,
+    ) -> tuple[Stream, Kept]:
+        """The residual stream behind the layer, and what `attend` kept.
+
+        Args:
+            stream: in front of it.
+            attend: see the module.
+            backend: of the norms, see `pallas_kernels.add_rms_norm`.
+        """
+        x, normed = self.attention_norm.add(*stream, backend)
         batch, length, _ = x.shape
-        qkv = product("btd,dkch->btkch", self.attention_norm(x), self.qkv)
-        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-        q = q.reshape(batch, length, -1, q.shape[-1])  # [B, T, N, H]
-        mixed, kept = attend(rotate(q, table), rotate(k, table), v)
+        mixed, kept = attend(product("btd,dkch->btkch", normed, self.qkv))
         # As two matrices: a product over several axes at once makes XLA transpose the kernel.
         mixed = mixed.reshape(batch, length, -1)  # [B, T, K * G * H]
         out = self.out[...].reshape(mixed.shape[-1], -1)
-        x = x + product("bti,id->btd", mixed, out)
-        gate_up = product("btd,dcf->btcf", self.mlp_norm(x), self.gate_up)
+        x, normed = self.mlp_norm.add(x, product("bti,id->btd", mixed, out), backend)
+        gate_up = product("btd,dcf->btcf", normed, self.gate_up)
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return x + product("btf,fd->btd", hidden, self.down), kept
+        return Stream(x, product("btf,fd->btd", hidden, self.down)), kept
 
 
 class Embedding(nnx.Module):

@@ -1,0 +1,267 @@
+"""What the Pallas kernels become as machine code: `python -m benchmarks.kernels --offline`.
+
+Every kernel is compiled for every type, head dim and configuration of its config.py, for an A100
+and an H200 (sm_80, sm_90), without a GPU: registers, spills, shared memory, tensor-core
+instructions. A row is ok where nothing spills, the shared memory is within what a block of that GPU
+may have, and tensor cores are used where they should be. Speed needs a GPU: benchmarks.gpu_suite.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.ahead_of_time import GPUS
+from benchmarks.environment import environment, write_result
+from benchmarks.triton_offline import KernelError, compile_kernels
+from pallas_kernels import prefill_attention, ragged_decode_attention, tiles, window_scores
+from pallas_kernels.prefill_attention import config as prefill_config
+from pallas_kernels.ragged_decode_attention import config as decode_config
+from pallas_kernels.window_scores import config as window_config
+
+ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200"}
+"""What is compiled for, and a GPU that is one."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+HEAD_DIMS = (32, 64, 80, 96, 128)
+BATCH, HEADS, KV_HEADS, LENGTH, WINDOW, TAIL = 2, 32, 8, 4096, 512, 128
+MEAN_ROWS = LENGTH // 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program with kernels.
+
+    Attributes:
+        operation: the package of the kernels.
+        variant: what is asked of the operation.
+        dtype: of the inputs.
+        head_dim: H.
+        config: block sizes.
+        arch: a name of `ARCHITECTURES`.
+        exact: `TENSOR_CORE_OPS` of the operation's config.py.
+        function: the program.
+        args: its arguments, as shapes.
+    """
+
+    operation: str
+    variant: str
+    dtype: str
+    head_dim: int
+    config: Any
+    arch: str
+    exact: dict[str, int]
+    function: Callable[..., Any]
+    args: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def cases() -> Iterator[Case]:
+    """Every case of the table."""
+    for arch in ARCHITECTURES:
+        for dtype in DTYPES:
+            for head_dim in HEAD_DIMS:
+                for make in (_prefill_cases, _window_cases, _decode_cases):
+                    yield from make(arch, dtype, head_dim)
+
+
+def representative(case: Case) -> bool:
+    """Whether a case is among the few that a test compiles: each operation's default, mostly."""
+    common = (case.dtype, case.head_dim) in {("bfloat16", 128), ("float32", 80)}
+    capability = _capability(case.arch)
+    size = tiles.padded(case.head_dim)
+    module = {
+        "prefill_attention": prefill_config,
+        "window_scores": window_config,
+        "ragged_decode_attention": decode_config,
+    }[case.operation]
+    first = module.candidates(capability, jnp.dtype(case.dtype), size)[0]
+    return common and case.config == first and case.variant != "bidirectional"
+
+
+def _capability(arch: str) -> int:
+    return int(arch.removeprefix("sm_"))
+
+
+def _arrays(dtype: str, *shapes: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes)
+
+
+def _prefill_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:
+    q, k = (BATCH, LENGTH, HEADS, head_dim), (BATCH, LENGTH, KV_HEADS, head_dim)
+    args = (*_arrays(dtype, q, k, k), *_arrays("int32", (BATCH,)))
+    size = tiles.padded(head_dim)
+    for config in prefill_config.candidates(_capability(arch), jnp.dtype(dtype), size):
+        for variant, causal in (("causal, with statistics", True), ("bidirectional", False)):
+            function = partial(
+                prefill_attention.triton.prefill_attention,
+                causal=causal,
+                scale=head_dim**-0.5,
+                stats=causal,
+                config=config,
+            )
+            exact = prefill_config.TENSOR_CORE_OPS
+            yield Case(
+                "prefill_attention", variant, dtype, head_dim, config, arch, exact, function, args
+            )
+
+
+def _window_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:
+    q, k = (BATCH, WINDOW, HEADS, head_dim), (BATCH, LENGTH, KV_HEADS, head_dim)
+    args = (*_arrays(dtype, q, k), *_arrays("int32", (BATCH,), (BATCH,)))
+    size = tiles.padded(head_dim)
+    for config in window_config.candidates(_capability(arch), jnp.dtype(dtype), size):
+        function = partial(
+            window_scores.triton.window_scores,
+            threshold=0.01,
+            scale=head_dim**-0.5,
+            config=config,
+        )
+        exact = window_config.TENSOR_CORE_OPS
+        yield Case("window_scores", "counted", dtype, head_dim, config, arch, exact, function, args)
+
+
+def _decode_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:
+    pool = (BATCH, KV_HEADS, 32 * MEAN_ROWS, head_dim)
+    tail = (BATCH, KV_HEADS, TAIL, head_dim)
+    q, k, v = _arrays(dtype, (BATCH, HEADS, head_dim), pool, pool)
+    each = _arrays("int32", (BATCH,))
+    args = (q, k, v, *each, *each, *_arrays(dtype, tail, tail), *each)
+    size = tiles.padded(head_dim)
+    for config in decode_config.candidates(_capability(arch), jnp.dtype(dtype), size):
+        for splits in (1, 8):
+            function = partial(
+                ragged_decode_attention.triton.ragged_decode_attention,
+                scale=head_dim**-0.5,
+                mean_rows=MEAN_ROWS,
+                config=config,
+                splits=splits,
+            )
+            variant, exact = f"splits {splits}", decode_config.TENSOR_CORE_OPS
+            yield Case(
+                "ragged_decode_attention",
+                variant,
+                dtype,
+                head_dim,
+                config,
+                arch,
+                exact,
+                function,
+                args,
+            )
+
+
+def compile_case(case: Case) -> list[dict[str, Any]]:
+    """The rows of a case, one for each kernel of its program."""
+    gpu = ARCHITECTURES[case.arch]
+    row = {
+        "operation": case.operation,
+        "variant": case.variant,
+        "dtype": case.dtype,
+        "head_dim": case.head_dim,
+        "config": dataclasses.asdict(case.config),
+        "arch": case.arch,
+    }
+    try:
+        kernels = compile_kernels(case.function, *case.args, gpu=gpu)
+    except KernelError as error:
+        return [{"kernel": error.kernel, **row, "ok": False, "error": error.message}]
+    rows = []
+    for kernel in kernels:
+        expected = case.exact.get(kernel.name, case.exact.get(case.dtype))
+        found = kernel.tensor_core_ops
+        cores_ok = found > 0 if expected is None else found == expected
+        fits = kernel.shared_bytes <= GPUS[gpu].block_shared_memory
+        rows.append(
+            {
+                "kernel": kernel.name,
+                **row,
+                "registers": kernel.registers,
+                "spill_bytes": kernel.spill_bytes,
+                "shared_bytes": kernel.shared_bytes,
+                "tensor_core_ops": found,
+                "ok": cores_ok and fits and kernel.spill_bytes == 0,
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    table = Table()
+    for name in ("kernel", "variant", "type", "H", "block sizes", "arch"):
+        table.add_column(name)
+    for name in ("registers", "spilt B", "shared B", "tensor cores", "ok"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        numbers = ("registers", "spill_bytes", "shared_bytes", "tensor_core_ops")
+        table.add_row(
+            row["kernel"],
+            row["variant"],
+            row["dtype"],
+            str(row["head_dim"]),
+            " ".join(str(value) for value in row["config"].values()),
+            row["arch"],
+            *(str(row.get(name, "-")) for name in numbers),
+            "yes" if row["ok"] else "[red]NO",
+        )
+    return table
+
+
+def main(
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Compile the kernels; no GPU is needed.")
+    ] = False,
+    some: Annotated[
+        bool, typer.Option("--representative", help="Only a few cases, under 40 s.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the JSON to this file.", dir_okay=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Compile every kernel in every configuration for sm_80 and sm_90; exit 1 if one is not ok.
+
+    The whole table takes about ten minutes on two cores.
+    """
+    if not offline:
+        raise typer.BadParameter("give --offline; on a GPU run: python -m benchmarks.gpu_suite")
+    if out is not None and out.exists() and not force:
+        raise typer.BadParameter(f"{out} exists: choose another name, or overwrite it with --force")
+    chosen = [case for case in cases() if not some or representative(case)]
+    errors = Console(stderr=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is done in other processes
+        done = pool.map(compile_case, chosen)
+        rows = [
+            row
+            for found in track(done, "compiling", total=len(chosen), console=errors, transient=True)
+            for row in found
+        ]
+    result = {**environment(), "rows": rows, "ok": all(row["ok"] for row in rows)}
+    if out is not None:
+        write_result(out, result)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console().print(show(rows))
+    for row in rows:
+        if "error" in row:
+            errors.print(f"{row['kernel']} ({row['arch']}): {row['error']}", style="red")
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
