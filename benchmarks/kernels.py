@@ -26,7 +26,14 @@ from rich.table import Table
 from benchmarks.ahead_of_time import GPUS
 from benchmarks.environment import environment, write_result
 from benchmarks.triton_offline import KernelError, compile_kernels
-from pallas_kernels import prefill_attention, ragged_decode_attention, tiles, window_scores
+from pallas_kernels import (
+    add_rms_norm,
+    prefill_attention,
+    ragged_decode_attention,
+    tiles,
+    window_scores,
+)
+from pallas_kernels.add_rms_norm import config as norm_config
 from pallas_kernels.prefill_attention import config as prefill_config
 from pallas_kernels.ragged_decode_attention import config as decode_config
 from pallas_kernels.window_scores import config as window_config
@@ -34,8 +41,18 @@ from pallas_kernels.window_scores import config as window_config
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200"}
 """What is compiled for, and a GPU that is one."""
 
+CONFIGS: dict[str, Any] = {
+    "prefill_attention": prefill_config,
+    "window_scores": window_config,
+    "ragged_decode_attention": decode_config,
+    "add_rms_norm": norm_config,
+}
+"""The config.py of each operation."""
+
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (32, 64, 80, 96, 128)
+WIDTHS = (1024, 4096, 7168)
+"""Of the residual stream; a row's `head_dim` for the norm, whose rows are not heads."""
 BATCH, HEADS, KV_HEADS, LENGTH, WINDOW, TAIL = 2, 32, 8, 4096, 512, 128
 MEAN_ROWS = LENGTH // 10
 
@@ -51,7 +68,6 @@ class Case:
         head_dim: H.
         config: block sizes.
         arch: a name of `ARCHITECTURES`.
-        exact: `TENSOR_CORE_OPS` of the operation's config.py.
         function: the program.
         args: its arguments, as shapes.
     """
@@ -62,7 +78,6 @@ class Case:
     head_dim: int
     config: Any
     arch: str
-    exact: dict[str, int]
     function: Callable[..., Any]
     args: tuple[jax.ShapeDtypeStruct, ...]
 
@@ -74,20 +89,16 @@ def cases() -> Iterator[Case]:
             for head_dim in HEAD_DIMS:
                 for make in (_prefill_cases, _window_cases, _decode_cases):
                     yield from make(arch, dtype, head_dim)
+            for width in WIDTHS:
+                yield from _norm_cases(arch, dtype, width)
 
 
 def representative(case: Case) -> bool:
-    """Whether a case is among the few that a test compiles: each operation's default, mostly."""
-    common = (case.dtype, case.head_dim) in {("bfloat16", 128), ("float32", 80)}
-    capability = _capability(case.arch)
+    """Whether a case is among the few that a test compiles: the operations' defaults."""
+    common = (case.dtype, case.head_dim) in {("bfloat16", 128), ("float32", 80), ("bfloat16", 4096)}
     size = tiles.padded(case.head_dim)
-    module = {
-        "prefill_attention": prefill_config,
-        "window_scores": window_config,
-        "ragged_decode_attention": decode_config,
-    }[case.operation]
-    first = module.candidates(capability, jnp.dtype(case.dtype), size)[0]
-    return common and case.config == first and case.variant != "bidirectional"
+    first = CONFIGS[case.operation].candidates(_capability(case.arch), jnp.dtype(case.dtype), size)
+    return common and case.config == first[0] and case.variant not in ("bidirectional", "splits 1")
 
 
 def _capability(arch: str) -> int:
@@ -98,11 +109,16 @@ def _arrays(dtype: str, *shapes: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct,
     return tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes)
 
 
+def _configs(operation: str, arch: str, dtype: str, size: int) -> tuple[Any, ...]:
+    padded = tiles.padded(size)
+    return CONFIGS[operation].candidates(_capability(arch), jnp.dtype(dtype), padded)
+
+
 def _prefill_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:
+    name = "prefill_attention"
     q, k = (BATCH, LENGTH, HEADS, head_dim), (BATCH, LENGTH, KV_HEADS, head_dim)
     args = (*_arrays(dtype, q, k, k), *_arrays("int32", (BATCH,)))
-    size = tiles.padded(head_dim)
-    for config in prefill_config.candidates(_capability(arch), jnp.dtype(dtype), size):
+    for config in _configs(name, arch, dtype, head_dim):
         for variant, causal in (("causal, with statistics", True), ("bidirectional", False)):
             function = partial(
                 prefill_attention.triton.prefill_attention,
@@ -111,55 +127,55 @@ def _prefill_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:
                 stats=causal,
                 config=config,
             )
-            exact = prefill_config.TENSOR_CORE_OPS
-            yield Case(
-                "prefill_attention", variant, dtype, head_dim, config, arch, exact, function, args
-            )
+            yield Case(name, variant, dtype, head_dim, config, arch, function, args)
 
 
 def _window_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:
+    name = "window_scores"
     q, k = (BATCH, WINDOW, HEADS, head_dim), (BATCH, LENGTH, KV_HEADS, head_dim)
     args = (*_arrays(dtype, q, k), *_arrays("int32", (BATCH,), (BATCH,)))
-    size = tiles.padded(head_dim)
-    for config in window_config.candidates(_capability(arch), jnp.dtype(dtype), size):
+    for config in _configs(name, arch, dtype, head_dim):
         function = partial(
             window_scores.triton.window_scores,
             threshold=0.01,
             scale=head_dim**-0.5,
             config=config,
         )
-        exact = window_config.TENSOR_CORE_OPS
-        yield Case("window_scores", "counted", dtype, head_dim, config, arch, exact, function, args)
+        yield Case(name, "counted", dtype, head_dim, config, arch, function, args)
 
 
 def _decode_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:
-    pool = (BATCH, KV_HEADS, 32 * MEAN_ROWS, head_dim)
-    tail = (BATCH, KV_HEADS, TAIL, head_dim)
-    q, k, v = _arrays(dtype, (BATCH, HEADS, head_dim), pool, pool)
-    each = _arrays("int32", (BATCH,))
-    args = (q, k, v, *each, *each, *_arrays(dtype, tail, tail), *each)
-    size = tiles.padded(head_dim)
-    for config in decode_config.candidates(_capability(arch), jnp.dtype(dtype), size):
+    name, kernels = "ragged_decode_attention", ragged_decode_attention.triton
+    pool = _arrays(dtype, *[(BATCH, KV_HEADS, 32 * MEAN_ROWS, head_dim)] * 2)
+    tail = _arrays(dtype, *[(BATCH, KV_HEADS, TAIL, head_dim)] * 2)
+    rows = _arrays("int32", (BATCH,))
+    cache = (*pool, *rows, *rows, *tail, *rows)
+    q = _arrays(dtype, (BATCH, HEADS, head_dim))
+    qkv = _arrays(dtype, (BATCH, KV_HEADS, HEADS // KV_HEADS + 2, head_dim))
+    angles = _arrays("float32", *[(BATCH, head_dim // 2)] * 2)
+    for config in _configs(name, arch, dtype, head_dim):
         for splits in (1, 8):
-            function = partial(
-                ragged_decode_attention.triton.ragged_decode_attention,
-                scale=head_dim**-0.5,
-                mean_rows=MEAN_ROWS,
-                config=config,
-                splits=splits,
-            )
-            variant, exact = f"splits {splits}", decode_config.TENSOR_CORE_OPS
-            yield Case(
-                "ragged_decode_attention",
-                variant,
-                dtype,
-                head_dim,
-                config,
-                arch,
-                exact,
-                function,
-                args,
-            )
+            shared = {
+                "scale": head_dim**-0.5,
+                "mean_rows": MEAN_ROWS,
+                "config": config,
+                "splits": splits,
+            }
+            plain = partial(kernels.ragged_decode_attention, **shared)
+            appends = partial(kernels.append_and_attend, **shared)
+            for variant, function, args in (
+                (f"splits {splits}", plain, (*q, *cache)),
+                (f"appends, splits {splits}", appends, (*qkv, *angles, *cache)),
+            ):
+                yield Case(name, variant, dtype, head_dim, config, arch, function, args)
+
+
+def _norm_cases(arch: str, dtype: str, width: int) -> Iterator[Case]:
+    name = "add_rms_norm"
+    args = _arrays(dtype, (BATCH, width), (BATCH, width), (width,))
+    for config in _configs(name, arch, dtype, width):
+        function = partial(add_rms_norm.triton.add_rms_norm, eps=1e-5, config=config)
+        yield Case(name, "rows", dtype, width, config, arch, function, args)
 
 
 def compile_case(case: Case) -> list[dict[str, Any]]:
@@ -177,9 +193,9 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
         kernels = compile_kernels(case.function, *case.args, gpu=gpu)
     except KernelError as error:
         return [{"kernel": error.kernel, **row, "ok": False, "error": error.message}]
-    rows = []
+    rows, exact = [], CONFIGS[case.operation].TENSOR_CORE_OPS
     for kernel in kernels:
-        expected = case.exact.get(kernel.name, case.exact.get(case.dtype))
+        expected = exact.get(kernel.name, exact.get(case.dtype))
         found = kernel.tensor_core_ops
         cores_ok = found > 0 if expected is None else found == expected
         fits = kernel.shared_bytes <= GPUS[gpu].block_shared_memory

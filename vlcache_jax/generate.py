@@ -400,13 +400,19 @@ class Generate:
         Donate `state` when this is compiled alone: its tail is then written in place.
         """
         segments = pool.segments()  # here, not at every step
+        column = jnp.arange(self.chunk_steps)
 
-        def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
+        def step(
+            index: jax.Array, carry: tuple[DecodeState, jax.Array]
+        ) -> tuple[DecodeState, jax.Array]:
+            state, tokens = carry
             state = self.decode_step(params, pool, state, segments)[0]
-            return state, state.token
+            # Not an update at `index`, nor a scan's output: on a GPU these are a copy to an address
+            # that the host has to work out, which keeps the step from being one command buffer.
+            return state, jnp.where(column == index, state.token[:, None], tokens)
 
-        state, tokens = lax.scan(step, state, length=self.chunk_steps)
-        return state, tokens.T
+        tokens = jnp.zeros((state.token.shape[0], self.chunk_steps), jnp.int32)
+        return lax.fori_loop(0, self.chunk_steps, step, (state, tokens))
 
     def decode_step(
         self,

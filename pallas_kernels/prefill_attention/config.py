@@ -33,10 +33,14 @@ def candidates(capability: int, dtype: jnp.dtype, head_dim: int) -> tuple[Config
         dtype: of q, k and v.
         head_dim: padded to a power of two.
     """
+    hopper = capability >= 90
     if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: registers are the limit
-        return (Config(32, 64, 8, 2), Config(16, 64, 4, 2))
+        if hopper or head_dim < 128:
+            return (Config(32, 64, 8, 2), Config(16, 64, 4, 2))
+        return (Config(32, 32, 8, 2), Config(16, 32, 4, 2))
     if head_dim >= 128:
-        if capability >= 90:
+        if hopper:
             return (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(64, 64, 4, 3))
-        return (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 4, 3))
-    return (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 4, 3))
+        return (Config(128, 32, 8, 3), Config(64, 128, 8, 2), Config(64, 64, 4, 3))
+    first = Config(128, 64, 4, 3) if hopper else Config(128, 64, 8, 3)
+    return (first, Config(128, 128, 8, 3), Config(64, 64, 4, 3))

@@ -76,7 +76,7 @@ def append_and_attend(
     together: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See the package's public function."""
-    batch, kv_heads, rows, head_dim = qkv.shape
+    batch, _, rows, head_dim = qkv.shape
     cos, sin = cos[:, None, None], sin[:, None, None]
     q = rotate(qkv[:, :, : rows - 2], cos, sin).reshape(batch, -1, head_dim)
     at = fill[0] if together else fill

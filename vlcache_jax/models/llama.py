@@ -1,9 +1,9 @@
 """Llama-family decoder layers (Llama, Vicuna, Mistral, Yi): RMSNorm, RoPE, GQA, gated MLP.
 
 A layer does not know what a cache is, nor at which positions its tokens stand. Its caller passes
-`attend`, which receives the product qkv [B, T, K, G + 2, H] and returns the mixed heads [B, T, N, H]
-with whatever it wants to keep. Prefill and decode differ in that function alone; `rotated` is its
-first step.
+`attend`, which receives the product qkv [B, T, K, G + 2, H] and returns the mixed heads
+[B, T, N, H] with whatever it wants to keep. Prefill and decode differ in that function alone;
+`rotated` is its first step.
 """
 
 import math

@@ -1,0 +1,284 @@
+"""Whole programs compiled for a GPU that need not be there: `python -m benchmarks.memory`.
+
+What they need of its memory, part by part; whether the cache is ever copied in the decode loop; how
+many programs a decode step launches for each layer, and whether the whole step is one command
+buffer (a CUDA graph). Nothing is allocated and nothing is run. Needs the CUDA plugin:
+pip install 'vlcache-jax[cuda]'.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies
+from benchmarks.environment import environment, write_result
+from benchmarks.models import MODELS, abstract_inputs
+from vlcache_jax.cache.methods import FullCache, VLCache
+from vlcache_jax.generate import Generate
+from vlcache_jax.models.llava import abstract_params
+from vlcache_jax.report import human_bytes, row_bytes
+
+STAGES = ("decode", "generate")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program.
+
+    Attributes:
+        device: a name of `GPUS`.
+        model: a name of `MODELS`.
+        context: prompt rows of each sequence, T.
+        batch: sequences.
+        budget: share of the cache that VL-Cache keeps; 1 for the full cache.
+        new_tokens: most tokens of an answer.
+        stage: "decode", a chunk of decode steps alone, or "generate", all from pixels to tokens.
+        backend: of the attention, None for the best.
+    """
+
+    device: str = "h200"
+    model: str = "llava-v1.6-mistral-7b"
+    context: int = 2048
+    batch: int = 1
+    budget: float = 0.1
+    new_tokens: int = 129
+    stage: str = "decode"
+    backend: str | None = None
+
+
+ALL = tuple(
+    Program(model=model, context=context, batch=batch, stage=stage)
+    for stage, context, batches in (("decode", 2048, (1, 64)), ("generate", 3072, (1,)))
+    for model in ("llava-1.5-7b", "llava-v1.6-mistral-7b", "llava-v1.6-34b")
+    for batch in batches
+)
+"""The rows of the committed table."""
+
+
+def measure(program: Program, dump: Path) -> dict[str, Any]:
+    """Compile a program and read off what it needs.
+
+    Args:
+        program: what to compile.
+        dump: the directory that XLA_FLAGS=--xla_dump_to names, which XLA read when it started.
+    """
+    config, bfloat16 = MODELS[program.model], jnp.bfloat16
+    generate = Generate(
+        config,
+        FullCache() if program.budget >= 1 else VLCache(program.budget),
+        program.new_tokens,
+        backend=program.backend,
+    )
+    params, text = abstract_params(config, bfloat16), config.text
+    began = time.perf_counter()
+    if program.stage == "decode":
+        cache = jax.eval_shape(lambda: generate.empty(program.batch, program.context, bfloat16))
+        compiled = compile_for(
+            program.device, generate.decode_chunk, params, *cache, donate_argnums=(2,)
+        )
+    else:
+        inputs = abstract_inputs(config, program.batch, program.context)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        compiled = compile_for(program.device, generate, params, inputs, key)
+    seconds = time.perf_counter() - began
+    memory, code = Memory.of(compiled), compiled.as_text() or ""
+    row = program.batch * row_bytes(text, bfloat16)
+    pool = generate.cache.capacity(text.num_layers, program.context)
+    full = FullCache().capacity(text.num_layers, program.context)
+    tail = text.num_layers * generate.tail_rows
+
+    def copies(rows: int) -> int:
+        shape = (program.batch, text.num_kv_heads, rows, text.head_dim)
+        return len(loop_copies(code, shape))
+
+    return {
+        **asdict(program),
+        "compile_s": round(seconds, 1),
+        "cache_bytes": pool * row,
+        "full_cache_bytes": full * row,
+        "tail_bytes": tail * row,
+        "argument_bytes": memory.arguments,
+        "temp_bytes": memory.temporaries,
+        "peak_bytes": memory.peak,
+        "cache_copies_in_loop": sum(copies(rows) for rows in {pool, full, generate.tail_rows}),
+        **step_launches(_launches(dump)),
+        "fits": memory.peak <= GPUS[program.device].memory,
+    }
+
+
+def _launches(dump: Path) -> str:
+    """The order of launches, as XLA wrote it down."""
+    (found,) = dump.glob("*.thunk_sequence_after_thunk_passes.txt")
+    return found.read_text(encoding="utf-8")
+
+
+_THUNK = re.compile(r"(\s*)\d+: k(\w+)\s+\[[^]]*\]\s*(\S*)")
+_ATTENTION = ("append_and_attend", "ragged_decode_attention")
+_KERNELS = (*_ATTENTION, "merge_splits", "add_rms_norm")
+
+
+def step_launches(thunks: str) -> dict[str, Any]:
+    """What a decode step launches, by the innermost loop that has the decode kernel in it.
+
+    Args:
+        thunks: XLA's list of launches, `*.thunk_sequence_after_thunk_passes.txt`.
+
+    Returns:
+        "kernels_per_step": how often each Pallas kernel is launched in one step;
+        "launches_per_layer": from one layer's attention to the next one's, the median;
+        "one_command_buffer": the loop's body is a single command buffer. None for both where the
+        attention is not a kernel.
+    """
+    body = list(_innermost(thunks))
+    names = [name for _, kind, name in body if kind != "CommandBuffer"]
+    attention = [i for i, name in enumerate(names) if name in _ATTENTION]
+    gaps = [b - a for a, b in pairwise(attention)]
+    top = [kind for depth, kind, _ in body if depth == min(other for other, _, _ in body)]
+    return {
+        "kernels_per_step": dict(Counter(name for name in names if name in _KERNELS)),
+        "launches_per_step": len(names),
+        "launches_per_layer": statistics.median(gaps) if gaps else None,
+        "one_command_buffer": top == ["CommandBuffer"] if attention else None,
+    }
+
+
+def _innermost(thunks: str) -> Iterator[tuple[int, str, str]]:
+    """Depth, kind and name of each launch in the body of the last loop with a decode kernel."""
+    lines = thunks.splitlines()
+    bodies = [i for i, line in enumerate(lines) if line.strip() == "body:"]
+    for start in reversed(bodies):
+        depth = len(lines[start]) - len(lines[start].lstrip())
+        body = []
+        for line in lines[start + 1 :]:
+            if line.strip() and len(line) - len(line.lstrip()) <= depth:
+                break
+            if match := _THUNK.match(line):
+                # Where a program calls a kernel in two shapes, XLA numbers the second: name__1.
+                body.append((len(match[1]), match[2], match[3].split("__")[0]))
+        if any(name in _ATTENTION for _, _, name in body):
+            yield from body
+            return
+
+
+def run(program: Program) -> dict[str, Any]:
+    """`measure` in a process of its own, since XLA reads where to write its list when it starts.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+    """
+    with tempfile.TemporaryDirectory() as dump:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}"
+        code = (
+            "import json, pathlib; from benchmarks.memory import Program, measure; "
+            f"print(json.dumps(measure(Program(**{asdict(program)!r}), pathlib.Path({dump!r}))))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise RuntimeError(f"{program} did not compile:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    table = Table()
+    for name in ("model", "stage", "T x batch", "budget"):
+        table.add_column(name)
+    for name in ("cache", "of", "temporary", "peak", "copies", "launches", "one graph", "compile"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        sizes = ("cache_bytes", "full_cache_bytes", "temp_bytes", "peak_bytes")
+        table.add_row(
+            row["model"],
+            row["stage"],
+            f"{row['context']} x {row['batch']}",
+            f"{row['budget']:g}",
+            *(human_bytes(row[name]) for name in sizes),
+            str(row["cache_copies_in_loop"]),
+            str(row["launches_per_layer"]),
+            "yes" if row["one_command_buffer"] else "no",
+            f"{row['compile_s']} s",
+        )
+    return table
+
+
+def _one_of(names: Any, option: str) -> Any:
+    def check(value: str) -> str:
+        if value not in names:
+            raise typer.BadParameter(f"{option} {value!r} is not one of {', '.join(names)}")
+        return value
+
+    return check
+
+
+def main(
+    device: Annotated[
+        str, typer.Option(help=f"One of {', '.join(GPUS)}.", callback=_one_of(GPUS, "device"))
+    ] = "h200",
+    model: Annotated[
+        str, typer.Option(help=f"One of {', '.join(MODELS)}.", callback=_one_of(MODELS, "model"))
+    ] = "llava-v1.6-mistral-7b",
+    context: Annotated[int, typer.Option(min=1, help="Prompt rows of a sequence.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    budget: Annotated[float, typer.Option(help="Share of the cache kept; 1 keeps all.")] = 0.1,
+    stage: Annotated[
+        str,
+        typer.Option(
+            help="decode (a chunk of steps) or generate (all of it).",
+            callback=_one_of(STAGES, "stage"),
+        ),
+    ] = "decode",
+    backend: Annotated[str | None, typer.Option(help="triton or xla; the best by default.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="The rows of the committed table instead.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Compile a program ahead of time for a GPU, and say what it needs.
+
+    Example: python -m benchmarks.memory --model llava-v1.6-mistral-7b --context 8192 --batch 64
+    """
+    if out is not None and out.exists() and not force:
+        raise typer.BadParameter(f"{out} exists: choose another name, or overwrite it with --force")
+    one = Program(device, model, context, batch, budget, stage=stage, backend=backend)
+    programs, errors = ALL if everything else (one,), Console(stderr=True)
+    try:
+        bar = track(programs, "compiling", console=errors, transient=True)
+        rows = [run(program) for program in bar]
+    except RuntimeError as error:
+        errors.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    if out is not None:
+        write_result(out, {**environment(), "rows": rows})
+    if as_json:
+        print(json.dumps({"rows": rows} if everything else rows[0]))
+    else:
+        Console().print(show(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,72 @@
+"""The shapes of the published models, without their weights."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.anyres import max_tiles
+from vlcache_jax.config import LlavaConfig, RopeConfig, TextConfig, VisionConfig
+from vlcache_jax.processing import ModelInputs
+
+_TOWER = VisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_layers=24,
+    num_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_VICUNA_7B = TextConfig(vocab_size=32064, rms_norm_eps=1e-5, max_positions=4096)
+
+MODELS: Mapping[str, LlavaConfig] = {
+    "llava-1.5-7b": LlavaConfig(family="llava", vision=_TOWER, text=_VICUNA_7B),
+    "llava-v1.6-vicuna-7b": LlavaConfig(
+        family="llava_next", vision=_TOWER, text=_VICUNA_7B, grid_pinpoints=_PINPOINTS
+    ),
+    "llava-v1.6-mistral-7b": LlavaConfig(
+        family="llava_next",
+        vision=_TOWER,
+        text=TextConfig(
+            vocab_size=32064,
+            intermediate_size=14336,
+            num_kv_heads=8,
+            rms_norm_eps=1e-5,
+            max_positions=32768,
+            rope=RopeConfig(theta=1e6),
+        ),
+        grid_pinpoints=_PINPOINTS,
+    ),
+    "llava-v1.6-34b": LlavaConfig(
+        family="llava_next",
+        vision=_TOWER,
+        text=TextConfig(
+            vocab_size=64064,
+            hidden_size=7168,
+            intermediate_size=20480,
+            num_layers=60,
+            num_heads=56,
+            num_kv_heads=8,
+            head_dim=128,
+            rms_norm_eps=1e-5,
+            max_positions=4096,
+            rope=RopeConfig(theta=5e6),
+        ),
+        grid_pinpoints=_PINPOINTS,
+    ),
+}
+"""By the names that the commands take."""
+
+
+def abstract_inputs(config: LlavaConfig, batch: int, rows: int) -> ModelInputs:
+    """Prompts of a bucket as shapes, each with the most tiles that one image becomes."""
+    ids = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
+    side = config.vision.image_size
+    tiles = (batch * max_tiles(config), 3, side, side)
+    return ModelInputs(
+        tokens=ids,
+        length=jax.ShapeDtypeStruct((batch,), jnp.int32),
+        visual_index=ids,
+        tiles=jax.ShapeDtypeStruct(tiles, jnp.float32),
+    )
