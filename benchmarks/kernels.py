@@ -271,7 +271,7 @@ def main(
     if as_json:
         print(json.dumps(result))
     else:
-        Console().print(show(rows))
+        Console(width=max(130, errors.width)).print(show(rows))
     for row in rows:
         if "error" in row:
             errors.print(f"{row['kernel']} ({row['arch']}): {row['error']}", style="red")

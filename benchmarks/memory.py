@@ -277,7 +277,7 @@ def main(
     if as_json:
         print(json.dumps({"rows": rows} if everything else rows[0]))
     else:
-        Console().print(show(rows))
+        Console(width=max(130, errors.width)).print(show(rows))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Shapes are real ones: what a 7B model needs is counted, not estimated. Nothing o
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import jax
@@ -16,12 +17,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from benchmarks import ahead_of_time
 from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies, plugin_version
-from vlcache_jax.anyres import max_tiles
+from benchmarks.models import MODELS, abstract_inputs
 from vlcache_jax.cache.methods import VLCache
-from vlcache_jax.config import LlavaConfig, RopeConfig, TextConfig, VisionConfig
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import abstract_params
-from vlcache_jax.processing import ModelInputs
 
 needs_plugin = pytest.mark.skipif(
     plugin_version() is None,
@@ -388,34 +387,6 @@ def test_a_missing_plugin_is_named_with_its_remedy(monkeypatch, version, remedy)
         compile_for("h200", only_read, POOL, ROW)
 
 
-TOWER = VisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_layers=24,
-    num_heads=16,
-    image_size=336,
-    patch_size=14,
-)
-LLAVA_15_7B = LlavaConfig(
-    family="llava",
-    vision=TOWER,
-    text=TextConfig(vocab_size=32064, rms_norm_eps=1e-5, max_positions=4096),
-)
-LLAVA_16_MISTRAL_7B = LlavaConfig(
-    family="llava_next",
-    vision=TOWER,
-    text=TextConfig(
-        vocab_size=32064,
-        intermediate_size=14336,
-        num_kv_heads=8,
-        rms_norm_eps=1e-5,
-        max_positions=32768,
-        rope=RopeConfig(theta=1e6),
-    ),
-    grid_pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
-)
-
-
 @dataclass(frozen=True)
 class Compiled:
     """A model's whole generate, compiled for an H200."""
@@ -442,22 +413,12 @@ class Compiled:
         return self.generate.cache.capacity(self.generate.config.text.num_layers, self.rows)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(LLAVA_15_7B, 1), (LLAVA_16_MISTRAL_7B, 4)],
-    ids=["llava-1.5-7b", "llava-v1.6-mistral-7b, batch 4"],
-)
+@pytest.fixture(scope="module", params=[("llava-1.5-7b", 1), ("llava-v1.6-mistral-7b", 4)], ids=str)
 def compiled(request):
-    config, batch = request.param
-    rows, side = 3072, config.vision.image_size
+    model, batch = request.param
+    config, rows = MODELS[model], 3072
     generate = Generate(config, cache=VLCache(budget=0.1), max_new_tokens=9)
-    ids = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
-    inputs = ModelInputs(
-        tokens=ids,
-        length=jax.ShapeDtypeStruct((batch,), jnp.int32),
-        visual_index=ids,
-        tiles=jax.ShapeDtypeStruct((batch * max_tiles(config), 3, side, side), jnp.float32),
-    )
+    inputs = abstract_inputs(config, batch, rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     program = compile_for("h200", generate, abstract_params(config, jnp.bfloat16), inputs, key)
     return Compiled(generate, batch, rows, Memory.of(program), program.as_text() or "")
@@ -483,3 +444,12 @@ class TestGenerate:
 
     def test_the_prefills_keys_and_values_are_never_copied_in_a_loop(self, compiled):
         assert loop_copies(compiled.text, compiled.shape(compiled.full_rows)) == []
+
+    def test_the_kernels_are_in_it(self, compiled):
+        """Of each layer: prefill attention, two of the window, and one of the decode step."""
+        text = compiled.generate.config.text
+        for kernel in ("prefill_attention", "window_rows", "window_columns", "append_and_attend"):
+            calls = re.findall(
+                rf"custom_call_target=\"__gpu\$xla.gpu.triton\".*{kernel}", compiled.text
+            )
+            assert len(calls) >= text.num_layers, kernel

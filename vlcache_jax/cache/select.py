@@ -1,4 +1,4 @@
-"""Which prompt tokens each kv head of a layer keeps: one stable sort for all layers and heads.
+"""Which prompt tokens each kv head of a layer keeps: one sort for all layers and heads.
 
     scores [B, L, K, T] ─► order [B, L, K, T]    positions, the most important first
                            the first k[b, l] of them are kept
@@ -9,6 +9,7 @@ only says how far down the ranking is read.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def recent_rows(budgets: jax.Array, recent_ratio: float) -> jax.Array:
@@ -50,7 +51,9 @@ def rank_rows(scores: jax.Array, first: jax.Array, last: jax.Array, m: jax.Array
     always = always | (position < first[:, :, None, None])
     worth = jnp.where(always, jnp.inf, scores)
     worth = jnp.where(position < end, worth, -jnp.inf)
-    return jnp.argsort(worth, axis=-1, stable=True, descending=True).astype(jnp.int32)
+    # The position as a second key: a stable sort would carry a third array through every pass.
+    keys = -worth, jnp.broadcast_to(position, worth.shape)
+    return lax.sort(keys, dimension=-1, is_stable=False, num_keys=2)[1]
 
 
 def kept_rows(order: jax.Array, budgets: jax.Array) -> jax.Array:

@@ -1,0 +1,323 @@
+"""The GPU suite without a GPU: a dry run of all of it, and what happens when things go wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.gpu_suite import __main__ as command
+from benchmarks.gpu_suite import bars, ceilings, checks, measure, stages, supervisor
+from benchmarks.gpu_suite.stages import STAGES, Context, Order
+from pallas_kernels.prefill_attention.config import Config
+
+NAMES = [stage.name for stage in STAGES]
+
+
+def in_this_process(order, emit):
+    stages.work(order, emit)
+    return 0
+
+
+def suite(out, *arguments):
+    """The command, without a process of its own: its exit code and what it reports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "launch", in_this_process)
+        options = ["--dry-run", "--json", "--out", str(out), *arguments]
+        done = CliRunner().invoke(command.app, options, catch_exceptions=False)
+    return done.exit_code, json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    out = tmp_path_factory.mktemp("suite")
+    return out, *suite(out)
+
+
+def saved(out, name):
+    return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_every_stage_passes(dry):
+    out, code, report = dry
+    assert {row["stage"]: row["status"] for row in report["stages"]} == dict.fromkeys(NAMES, "ok")
+    assert (code, report["ok"], report["out"]) == (0, True, str(out))
+    states = {row["bar"]: row["state"] for row in report["bars"]}
+    assert list(states.values()) == ["aim reached"] + 3 * ["not measured"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_result_says_what_made_it(dry, name):
+    result = saved(dry[0], name)
+    assert result["ok"] is result["dry_run"] is True
+    assert result["device"] == "cpu"
+    assert result["versions"]["jax"] == jax.__version__
+    assert result["rows"]
+    fields = {"commit", "command", "date", "driver", "platform_version", "XLA_FLAGS", "source",
+              "seconds", "seed", "headline"}  # fmt: skip
+    assert fields <= result.keys()
+    if not name.startswith("correctness"):
+        assert all(len(row["samples"]) == 2 for row in result["rows"] if row.get("ok", True))
+
+
+def test_the_table_of_block_sizes_has_the_format_of_the_committed_one(dry):
+    (entries,) = saved(dry[0], "measured").values()
+    assert set(entries) == {
+        "prefill_attention", "window_scores", "ragged_decode_attention", "add_rms_norm",
+    }  # fmt: skip
+    assert Config(**entries["prefill_attention"]["bfloat16/16"])
+
+
+def test_a_second_run_does_nothing(dry, monkeypatch):
+    monkeypatch.setattr(stages, "_run", None)
+    code, report = suite(dry[0])
+    assert code == 0
+    assert {row["status"] for row in report["stages"]} == {"done before"}
+
+
+def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch):
+    def fail(context):
+        context.save(rows=[{"name": "this far"}])
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(ceilings, "ceilings", fail)
+    code, report = suite(tmp_path, "--only", "ceilings", "--only", "sweep_norm")
+    assert code == 1
+    statuses = {row["stage"]: row["status"] for row in report["stages"]}
+    assert statuses == {"ceilings": "failed", "sweep_norm": "ok"}
+    result = saved(tmp_path, "ceilings")
+    assert "RuntimeError: no such luck" in result["error"]
+    assert (result["ok"], result["rows"]) == (False, [{"name": "this far"}])
+    monkeypatch.undo()
+    _, report = suite(tmp_path, "--only", "ceilings", "--only", "sweep_norm")
+    assert [row["status"] for row in report["stages"]] == ["ok", "done before"]
+
+
+def order(out, *names, dry=True, left=60.0):
+    environment = {"commit": "none"}
+    return Order(names, str(out), dry, False, time.time() + left, environment)
+
+
+def test_a_stage_that_ends_its_process_costs_that_stage_alone(tmp_path):
+    started = []
+
+    def start(order, emit):
+        started.append(order.stages)
+        emit({"event": "out", "out": str(tmp_path), "device": "cpu"})
+        emit({"event": "begin", "stage": order.stages[0], "most_s": 1})
+        (tmp_path / f"{order.stages[0]}.json").write_text('{"rows": [1]}', encoding="utf-8")
+        if order.stages[0] == "b":
+            return -6
+        emit({"event": "end", "stage": order.stages[0], "status": "ok", "seconds": 1})
+        if order.stages[0] == "c":
+            emit({"event": "end", "stage": "d", "status": "no time", "why": "none left"})
+        return 0
+
+    ends = []
+    code = supervisor.supervise(
+        order(tmp_path, "a", "b", "c", "d"),
+        lambda event: ends.append(event) if event["event"] == "end" else None,
+        start,
+    )
+    assert code == 0
+    assert started == [("a", "b", "c", "d"), ("b", "c", "d"), ("c", "d")]
+    assert [end["status"] for end in ends] == ["ok", "failed", "ok", "no time"]
+    result = saved(tmp_path, "b")
+    assert (result["ok"], result["rows"]) == (False, [1])
+    assert "code -6" in result["error"]
+
+
+def test_a_process_that_cannot_begin_is_not_started_again(tmp_path):
+    assert supervisor.supervise(order(tmp_path, "a"), lambda event: None, lambda *_: 2) == 2
+
+
+def test_a_stage_that_never_ends_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.1 - STAGES[0].most_s)
+    ends = []
+    supervisor.supervise(
+        order(tmp_path, "ceilings"),
+        lambda event: ends.append(event) if event["event"] == "end" else None,
+        supervisor.launch,
+    )
+    assert [end["status"] for end in ends] == ["failed"]
+    assert "code -9" in saved(tmp_path, "ceilings")["error"]
+
+
+def test_a_stage_without_enough_time_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "device", lambda dry: {"device": "a GPU"})
+    events = []
+    stages.work(order(tmp_path, *NAMES[:2], dry=False, left=5), events.append)
+    assert {event.get("status") for event in events[1:]} == {"no time"}
+    assert events[1]["why"].startswith("needs 15 s, ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_gpu_it_says_what_to_do():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_suite"],
+        capture_output=True,
+        text=True,
+        cwd=stages.ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("no GPU here (JAX sees cpu alone)")
+    assert "--dry-run" in line
+
+
+def test_an_unknown_stage_is_named():
+    done = CliRunner().invoke(command.app, ["--only", "speedd"], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert "speedd" in done.output
+    assert "speed_decode" in done.output
+
+
+def test_names_of_folders():
+    assert stages.slug("NVIDIA H200") == "nvidia-h200"
+    assert stages.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+# Comparisons.
+
+
+@pytest.fixture
+def context(tmp_path):
+    return Context("stage", tmp_path, True, float("inf"), {"device": "cpu"}, lambda event: None)
+
+
+def compare(context, **variants):
+    x = np.ones((3,), np.float32)
+
+    def judge(results, expected):
+        error = checks.relative_error(results[0], expected) + checks.not_finite(results[0])
+        return {"out": (error, 1e-4)}
+
+    groups = [
+        checks.Group("double", "ones", (x,), {name: variant}, lambda: 2 * x, judge)
+        for name, variant in variants.items()
+    ]
+    result = checks.run(context, groups)
+    return result, [row["ok"] for row in result["rows"]]
+
+
+def refuse(x):
+    raise NotImplementedError("not here")
+
+
+def fail(x):
+    raise ValueError("too large")
+
+
+def test_what_is_wrong_is_found(context):
+    variants = {
+        "right": lambda x: x + x,
+        "wrong": lambda x: x + x + 1e-3,
+        "not a number": lambda x: jnp.where(jnp.arange(3) == 2, jnp.nan, 2 * x),
+        "refused": refuse,
+        "broken": fail,
+    }
+    result, ok = compare(context, **variants)
+    assert ok == [True, False, False, None, False]
+    assert result["ok"] is False
+    assert result["headline"].startswith("1 of 4 right")
+    assert "ValueError: too large" in result["rows"][4]["exception"]
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_what_is_not_run_is_not_passed(context):
+    context.until = 0
+    result, ok = compare(context, right=lambda x: x + x)
+    assert (ok, result["ok"], result["not_run"]) == ([None], False, 1)
+
+
+# Times.
+
+
+def test_programs_are_timed_by_the_call():
+    effort = measure.Effort(warm_ups=1, repeats=5, sample_s=0.0)
+    programs = {"sleep": lambda: time.sleep(0.02), "fail": lambda: fail(None)}
+    found = measure.compare(programs, calls=2, effort=effort)
+    timing, error = found["sleep"], found["fail"]
+    assert isinstance(timing, measure.Timing)
+    assert isinstance(error, ValueError)
+    assert len(timing.samples) == 5
+    assert 0.01 <= timing.seconds < 0.05
+    assert (timing.calls, timing.programs) == (2, 1)
+
+
+def test_input_sets_are_larger_than_the_cache():
+    for size in (10**5, 3 * 10**6, 10**7, 10**9):
+        count = measure.sets_for(size, dry=False)
+        assert count == 64 or (count >= 2 and count * size > 2 * measure.L2_BYTES)
+
+
+def test_a_program_calls_its_operation_for_every_set():
+    sets = [(jnp.float32(i), jnp.float32(2)) for i in range(3)]
+    results = measure.chain(lambda a, b, c: a * b + c, sets, (jnp.float32(5),))()
+    assert [float(x) for x in results] == [5, 7, 9]
+
+
+def test_torch_is_timed_too():
+    pytest.importorskip("torch")
+    from benchmarks.gpu_suite import torch_sdpa
+
+    found = torch_sdpa.measure([4, 8], "cpu", tokens=16)
+    assert [len(found[name]["samples"]) for name in ("4", "8")] == [20, 20]
+
+
+# Bars.
+
+
+def timed(case, backend, **fields):
+    return {"case": case, "backend": backend, "ok": True, **fields}
+
+
+def test_bars_are_shares_of_what_was_measured():
+    case = bars.PREFILL_CASE
+    decode = [
+        timed("large", "triton", bytes=600e6, bytes_per_s=3.6e12),
+        timed("larger", "triton", bytes=900e6, bytes_per_s=3.9e12),
+        timed("small", "triton", bytes=5e6, bytes_per_s=1e12),
+        timed("large", "xla", bytes=600e6, bytes_per_s=1e12),
+        {"case": "none", "backend": "triton", "ok": False, "bytes": 900e6},
+    ]
+    prefill = [
+        timed(case, "triton", ops_per_s=500e12, seconds=1.1),
+        timed(case, "cudnn", ops_per_s=550e12, seconds=1.0),
+        timed(case, "automatic", ops_per_s=500e12, seconds=1.1),
+        timed("causal, 2048 tokens", "automatic", ops_per_s=1e12, seconds=1.0),
+    ]
+    results = {
+        "correctness_a": {"rows": [{"ok": True}, {"ok": None}, {"ok": False}, {"ok": True}]},
+        "speed_decode": {"rows": decode, "copy_bytes_per_s": 4e12},
+        "speed_prefill": {"rows": prefill, "matmul_ops_per_s": 790e12},
+    }
+    found = [(row["measured"], row["state"]) for row in bars.table(results)]
+    assert found == [
+        ("66.7 %", "short"),
+        ("90.0 %", "reached"),
+        ("500", "aim reached"),
+        ("90.9 %", "short"),
+    ]
+    remarks = [row["remark"] for row in bars.table(results)]
+    assert remarks[0] == "1 of 3 wrong"
+    assert remarks[1] == "3.60 of 4.00 TB/s copied; worst: large"
+    assert remarks[2] == "cudnn 550, product 790"
+
+
+def test_what_was_not_measured_is_no_failure():
+    assert {row["state"] for row in bars.table({})} == {"not measured"}
+
+
+def test_an_order_travels_as_json(tmp_path):
+    given = order(tmp_path, "a", "b")
+    text = json.dumps(vars(given))
+    assert replace(Order(**json.loads(text)), stages=given.stages) == given

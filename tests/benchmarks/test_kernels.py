@@ -1,0 +1,130 @@
+"""The kernels as machine code, without a GPU."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import benchmarks
+from benchmarks import kernels
+from benchmarks.kernels import ARCHITECTURES, Case, cases, compile_case, representative
+
+RESULTS = Path(benchmarks.__file__).parent / "results" / "offline"
+FIELDS = ("kernel", "dtype", "head_dim", "config", "arch", "registers", "spill_bytes")
+FIELDS += ("shared_bytes", "tensor_core_ops", "ok")
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed: pip install 'vlcache-jax[offline]'",
+)
+
+
+def invoke(*arguments):
+    app = typer.Typer()
+    app.command()(kernels.main)
+    return CliRunner().invoke(app, arguments)
+
+
+@needs_triton
+def test_the_representative_kernels_compile():
+    result = invoke("--offline", "--representative", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    assert {row["kernel"] for row in rows} == {
+        "prefill_attention",
+        "window_rows",
+        "window_columns",
+        "ragged_decode_attention",
+        "append_and_attend",
+        "merge_splits",
+        "add_rms_norm",
+    }
+    for row in rows:
+        assert set(FIELDS) <= row.keys()
+        matrix = row["dtype"] == "bfloat16" and row["kernel"] not in (
+            "merge_splits",
+            "add_rms_norm",
+        )
+        assert (row["tensor_core_ops"] > 0) == matrix
+
+
+@needs_triton
+def test_what_spills_or_is_too_large_is_not_ok(monkeypatch):
+    case = next(case for case in cases() if representative(case))
+    good = compile_case(case)[0]
+    assert good["ok"]
+
+    def worse(**changes):
+        from benchmarks.triton_offline import KernelCode
+
+        names = ("registers", "spill_bytes", "shared_bytes", "tensor_core_ops")
+        facts = {name: good[name] for name in names} | changes
+        code = KernelCode(name=good["kernel"], num_warps=4, num_stages=1, grid=(1, 1, 1), **facts)
+        monkeypatch.setattr(kernels, "compile_kernels", lambda *args, **kwargs: [code])
+        return compile_case(case)[0]["ok"]
+
+    assert worse()
+    assert not worse(spill_bytes=8)
+    assert not worse(shared_bytes=166_913)  # one byte beyond an A100's block
+    assert not worse(tensor_core_ops=0)
+
+
+@needs_triton
+def test_a_kernel_that_does_not_compile_is_a_row_that_is_not_ok():
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    kernel.__name__ = "a-dash"  # LLVM refuses the name
+
+    def program(x):
+        parameters = plgpu.CompilerParams(num_warps=4, num_stages=1)
+        return pl.pallas_call(kernel, out_shape=x, compiler_params=parameters)(x)
+
+    shape = jax.ShapeDtypeStruct((16, 16), "float32")
+    example = next(cases())
+    case = Case("prefill_attention", "", "float32", 16, example.config, "sm_90", program, (shape,))
+    (row,) = compile_case(case)
+    assert row["ok"] is False
+    assert row["error"]
+
+
+def test_every_operation_type_head_dim_and_configuration_is_a_case():
+    found = list(cases())
+    assert {case.operation for case in found} == set(kernels.CONFIGS)
+    for case in found:
+        options = kernels._configs(case.operation, case.arch, case.dtype, case.head_dim)
+        assert case.config in options
+    heads = {(c.operation, c.dtype, c.head_dim, c.arch) for c in found if c.head_dim < 1000}
+    assert len(heads) == 3 * 3 * 5 * 2
+
+
+@pytest.mark.parametrize("version", ["0.10.2", "0.11.2"])
+def test_the_committed_table_is_whole_and_green(version):
+    file = RESULTS / f"kernels-jax-{version}.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert result["versions"]["jax"] == version
+    assert result["ok"]
+
+    def key(row):
+        return row["operation"], row["variant"], row["dtype"], row["head_dim"], row["arch"]
+
+    present = {(*key(row), json.dumps(row["config"])) for row in result["rows"]}
+    from dataclasses import asdict
+
+    for case in cases():
+        assert (*key(asdict(case) | {"function": None}), json.dumps(asdict(case.config))) in present
+    assert all(row["ok"] and row["spill_bytes"] == 0 for row in result["rows"])
+
+
+def test_without_offline_the_command_says_what_to_run():
+    result = invoke()
+    assert result.exit_code == 2
+    assert "gpu_suite" in result.output
