@@ -1,10 +1,11 @@
-"""Fill the README's generated parts from committed files: `python -m benchmarks.readme`.
+"""Fill the documents' generated parts from committed files: `python -m benchmarks.readme`.
 
 `--demo` runs the shipped demo anew first. A part stands between two comments that name it.
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,7 @@ import typer
 from benchmarks.environment import environment, write_result
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-RESULTS = Path(__file__).parent / "results" / "cpu"
+RESULTS = Path(__file__).parent / "results"
 QUESTION = "What is in the picture?"
 
 
@@ -72,34 +72,65 @@ def conversion_part(result: dict[str, Any]) -> str:
     )
 
 
-PARTS = {"demo": demo_part, "conversion": conversion_part}
-"""The generated parts: each from the result file of its name."""
+def programs_part(result: dict[str, Any]) -> str:
+    """Whole programs compiled for a GPU that is not there."""
+    rows = [
+        "| model | program | prompt x batch | cache, of full | temporaries "
+        "| cache copies in the loop | launches per layer | one command buffer | compile |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        share = row["cache_bytes"] / row["full_cache_bytes"]
+        rows.append(
+            f"| {row['model']} | {row['stage']} | {row['context']} x {row['batch']} "
+            f"| {row['cache_bytes'] / 2**20:,.0f} MiB, {share:.1%} "
+            f"| {row['temp_bytes'] / 2**20:,.1f} MiB | {row['cache_copies_in_loop']} "
+            f"| {row['launches_per_layer']:g} | {'yes' if row['one_command_buffer'] else 'no'} "
+            f"| {row['compile_s']:.0f} s |"
+        )
+    return f"VL-Cache at 10 %, bfloat16, jax {result['versions']['jax']}:\n\n" + "\n".join(rows)
 
 
-def fill(text: str) -> str:
-    """The README with every part generated anew from its result file.
+Part = tuple[str, Path, Callable[[dict[str, Any]], str]]
+
+DOCUMENTS: dict[Path, tuple[Part, ...]] = {
+    ROOT / "README.md": (
+        ("demo", RESULTS / "cpu" / "demo.json", demo_part),
+        ("conversion", RESULTS / "cpu" / "conversion.json", conversion_part),
+    ),
+    ROOT / "docs" / "kernels.md": (
+        ("programs", RESULTS / "offline" / "programs-h200.json", programs_part),
+    ),
+}
+"""The generated parts of each document: name, result file, what makes the text of it."""
+
+
+def fill(document: Path) -> str:
+    """A document with every part generated anew from its result file.
 
     Raises:
         ValueError: a part's comments are missing.
     """
-    for name, make in PARTS.items():
-        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    text = document.read_text(encoding="utf-8")
+    for name, file, make in DOCUMENTS[document]:
+        result = json.loads(file.read_text(encoding="utf-8"))
         pattern = rf"(<!-- {name}: begin[^\n]*-->\n).*?(<!-- {name}: end -->)"
         text, count = re.subn(
             pattern, lambda m, r=result, f=make: f"{m[1]}{f(r)}\n{m[2]}", text, flags=re.DOTALL
         )
         if count != 1:
-            raise ValueError(f"README.md must have one part {name!r} between its comments")
+            raise ValueError(f"{document.name} must have one part {name!r} between its comments")
     return text
 
 
 def main(
     demo: Annotated[bool, typer.Option("--demo", help="Run the shipped demo anew first.")] = False,
 ) -> None:
-    """Write the README's generated parts."""
+    """Write the generated parts of the README and the docs."""
     if demo:
-        write_result(RESULTS / "demo.json", run_demo())
-    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+        write_result(RESULTS / "cpu" / "demo.json", run_demo())
+    for document in DOCUMENTS:
+        document.write_text(fill(document), encoding="utf-8")
 
 
 if __name__ == "__main__":

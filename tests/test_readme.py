@@ -3,15 +3,19 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import vlcache_jax
-from benchmarks.readme import README, fill
+from benchmarks.readme import DOCUMENTS, fill
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
-def test_generated_parts_are_up_to_date():
-    text = README.read_text(encoding="utf-8")
-    assert fill(text) == text, "run `python -m benchmarks.readme`"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_generated_parts_are_up_to_date(document):
+    text = document.read_text(encoding="utf-8")
+    assert fill(document) == text, "run `python -m benchmarks.readme`"
 
 
 def test_the_ten_lines_of_python_run(capsys):
@@ -36,7 +40,7 @@ def test_the_code_in_the_guide_to_the_methods_runs(capsys, model_dir, monkeypatc
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "docs/architecture.md", "docs/methods.md"):
+    for name in ("README.md", "docs/architecture.md", "docs/kernels.md", "docs/methods.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)|src=\"([^\"]+)\"", text):
             assert (ROOT / name).parent.joinpath("".join(target)).exists(), target
