@@ -53,7 +53,10 @@ def _commit() -> str:
 
     def git(*arguments: str) -> str:
         root = Path(__file__).parent
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        except OSError:  # no git on this machine
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "--verify", "HEAD")

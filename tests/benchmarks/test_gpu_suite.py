@@ -309,7 +309,7 @@ def test_bars_are_shares_of_what_was_measured():
     ]
     remarks = [row["remark"] for row in bars.table(results)]
     assert remarks[0] == "1 of 3 wrong"
-    assert remarks[1] == "3.60 of 4.00 TB/s copied; worst: large"
+    assert remarks[1] == "3.60 of 4.00 TB/s copied, 83.7 % of 4.3 TB/s; worst: large"
     assert remarks[2] == "cudnn 550, product 790"
 
 

@@ -1,0 +1,137 @@
+"""What must be reached: plain arithmetic on the stages' results.
+
+The bars are shares of what the same run measured of the GPU, and, of matrix products, operations
+per second of an H200 or H100, whose matrix units are the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+H200_COPY = 4.3e12
+"""Bytes per second that an H200 copied when the bar was set, read and written together."""
+
+LARGE_BYTES = 512 * 10**6
+"""From this on a decode step's attention is bound by bandwidth alone."""
+
+PREFILL_CASE = "causal, 8192 tokens"
+"""The name of the case in speed_prompt.py."""
+
+Results = dict[str, dict[str, Any]]
+"""Stage → its result file."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One thing to reach.
+
+    Attributes:
+        what: in words.
+        must: at least this.
+        aim: what is hoped for.
+        shown: how numbers of it are written.
+        measure: the number and a remark, or None where it was not measured.
+    """
+
+    what: str
+    must: float
+    aim: float
+    shown: Callable[[float], str]
+    measure: Callable[[Results], tuple[float, str] | None]
+
+    def row(self, results: Results) -> dict[str, Any]:
+        """For the table at the end."""
+        found = self.measure(results)
+        row = {"bar": self.what, "must": self.shown(self.must), "aim": self.shown(self.aim)}
+        if found is None:
+            return {**row, "measured": None, "state": "not measured", "remark": ""}
+        value, remark = found
+        state = "aim reached" if value >= self.aim else "reached"
+        state = state if value >= self.must else "short"
+        return {**row, "measured": self.shown(value), "state": state, "remark": remark}
+
+
+def percent(value: float) -> str:
+    """0.853 → "85.3 %"."""
+    return f"{100 * value:.1f} %"
+
+
+def tera(value: float) -> str:
+    """4.93e14 → "493"."""
+    return f"{value / 1e12:.0f}"
+
+
+def right(results: Results) -> tuple[float, str] | None:
+    """The share of the comparisons with references that are right."""
+    rows = [
+        row
+        for name, result in results.items()
+        if name.startswith("correctness")
+        for row in result.get("rows", [])
+        if row["ok"] is not None
+    ]
+    if not rows:
+        return None
+    wrong = sum(not row["ok"] for row in rows)
+    return 1 - wrong / len(rows), f"{wrong} of {len(rows)} wrong"
+
+
+def decode_share(results: Results) -> tuple[float, str] | None:
+    """The least share of the copy's bandwidth, among reads of at least `LARGE_BYTES`."""
+    result = results.get("speed_decode", {})
+    rows = [row for row in _timed(result, "triton") if row["bytes"] >= LARGE_BYTES]
+    if not rows:
+        return None
+    worst = min(rows, key=lambda row: row["bytes_per_s"])
+    rate, copy = worst["bytes_per_s"], result["copy_bytes_per_s"]
+    remark = f"{rate / 1e12:.2f} of {copy / 1e12:.2f} TB/s copied, {percent(rate / H200_COPY)} of "
+    remark += f"{H200_COPY / 1e12} TB/s; worst: {worst['case']}"
+    return rate / copy, remark
+
+
+def prefill_rate(results: Results) -> tuple[float, str] | None:
+    """Operations per second of Triton's prefill at 8192 tokens."""
+    result = results.get("speed_prefill", {})
+    rates = {
+        name: row["ops_per_s"]
+        for name in ("triton", "cudnn", "torch")
+        for row in _timed(result, name)
+        if row["case"] == PREFILL_CASE
+    }
+    if "triton" not in rates:
+        return None
+    others = [f"{name} {tera(rate)}" for name, rate in rates.items() if name != "triton"]
+    return rates["triton"], ", ".join([*others, f"product {tera(result['matmul_ops_per_s'])}"])
+
+
+def automatic(results: Results) -> tuple[float, str] | None:
+    """The speed of the automatic choice, as a share of cuDNN's: the worst of the lengths."""
+    result = results.get("speed_prefill", {})
+    cudnn = {row["case"]: row["seconds"] for row in _timed(result, "cudnn")}
+    shares = {
+        row["case"]: cudnn[row["case"]] / row["seconds"]
+        for row in _timed(result, "automatic")
+        if row["case"] in cudnn
+    }
+    if not shares:
+        return None
+    worst = min(shares, key=lambda case: shares[case])
+    return shares[worst], f"worst: {worst}"
+
+
+def _timed(result: dict[str, Any], backend: str) -> list[dict[str, Any]]:
+    rows = result.get("rows", [])
+    return [row for row in rows if row["ok"] and row.get("backend") == backend]
+
+
+BARS = (
+    Bar("comparisons with references that are right", 1.0, 1.0, percent, right),
+    Bar("decode attention, 512 MB or more: share of the copy", 0.85, 0.95, percent, decode_share),
+    Bar("prefill attention, 8192 tokens, Triton: TFLOP/s", 390e12, 490e12, tera, prefill_rate),
+    Bar("prefill attention, automatic choice: speed to cuDNN's", 0.95, 1.0, percent, automatic),
+)
+
+
+def table(results: Results) -> list[dict[str, Any]]:
+    """All bars."""
+    return [bar.row(results) for bar in BARS]

@@ -1,0 +1,179 @@
+"""Every kernel against its dense reference, in all its configurations, on fresh random inputs.
+
+What a kernel must not read is NaN; what it must write is NaN before (see `checks`). Lengths up to
+some thousands; longer ones are in long.py, and the kernels on a cache in correctness_cache.py.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu_suite import checks
+from benchmarks.gpu_suite.checks import BOUNDS, DTYPES, Errors, Group, host
+from benchmarks.gpu_suite.stages import Context
+from pallas_kernels import add_rms_norm as norm_op
+from pallas_kernels import prefill_attention as prefill_op
+from pallas_kernels import tiles
+from pallas_kernels.add_rms_norm import config as norm_config
+from pallas_kernels.add_rms_norm import reference as norm_reference
+from pallas_kernels.backends import current_device
+from pallas_kernels.prefill_attention import config as prefill_config
+from pallas_kernels.prefill_attention import reference as prefill_reference
+
+KV_HEADS, GROUP = 2, 4
+
+Shape = tuple[str, int, int, int]
+"""Type, head dim, query heads of a kv head, length."""
+
+
+def shapes(context: Context) -> Iterator[tuple[Shape, bool]]:
+    """The inputs' shapes, the most important first, and whether all configurations run on them."""
+    if context.dry:
+        yield ("bfloat16", 16, 2, 40), True
+        yield ("float32", 24, 1, 17), False
+        return
+    for dtype in DTYPES:
+        for head_dim in (128, 64):
+            yield (dtype, head_dim, GROUP, 1000), True
+    for dtype in DTYPES:
+        yield (dtype, 80, GROUP, 1000), False
+    for dtype, head_dim in (("bfloat16", 128), ("float32", 64), ("float16", 80)):
+        for length in (4097, 17, 1):
+            yield (dtype, head_dim, GROUP, length), False
+    for dtype, head_dim in (("bfloat16", 64), ("float32", 128), ("float16", 128)):
+        for group in (7, 1):
+            yield (dtype, head_dim, group, 1000), False
+
+
+def odd(shape: Shape) -> bool:
+    """Whether a shape is of the smaller set, for what needs no more."""
+    return shape[1] == 80 or shape[2] != GROUP
+
+
+def label(shape: Shape) -> str:
+    """A shape in words."""
+    dtype, head_dim, group, length = shape
+    return f"{dtype}, {KV_HEADS * group}/{KV_HEADS} heads of {head_dim}, length {length}"
+
+
+def configs(module: Any, dtype: str, size: int, every: bool) -> list[Any]:
+    """The configurations to run: all of them, or that of the device (None)."""
+    if not every:
+        return [None]
+    capability = current_device().capability or 90
+    return checks.variants_of(module.candidates(capability, jnp.dtype(dtype), size))
+
+
+def named(config: Any) -> str:
+    """A configuration in words."""
+    return "default" if config is None else checks.short(config)
+
+
+# Prefill.
+
+
+def prefill(context: Context) -> dict[str, Any]:
+    """The stage of the prefill attention, Triton and cuDNN."""
+    rng = np.random.default_rng(context.seed)
+    groups = [_prefill_group(rng, *shape, causal=True) for shape in shapes(context)]
+    for shape, every in shapes(context):
+        if odd(shape) and not every:
+            groups.append(_prefill_group(rng, shape, every, causal=False))
+    return checks.run(context, groups)
+
+
+def _prefill_group(rng: np.random.Generator, shape: Shape, every: bool, *, causal: bool) -> Group:
+    dtype, head_dim, group, length = shape
+    scale = head_dim**-0.5
+    lengths = np.array([length, length // 2 + 1, min(17, length), 1], np.int32)
+    lengths = lengths[: 2 if length > 1000 else 4]
+    batch, heads = len(lengths), KV_HEADS * group
+    q = 2 * host(rng, dtype, batch, length, heads, head_dim)
+    k, v = (host(rng, dtype, batch, length, KV_HEADS, head_dim) for _ in range(2))
+    there = np.arange(length) < lengths[:, None]  # [B, T]
+    k[~there] = v[~there] = np.nan
+    variants: dict[str, Callable[..., Any]] = {
+        f"triton with statistics, {named(config)}": functools.partial(
+            prefill_op.triton.prefill_attention,
+            causal=causal,
+            scale=scale,
+            stats=True,
+            config=config,
+        )
+        for config in configs(prefill_config, dtype, tiles.padded(head_dim), every)
+    }
+    for backend in ("triton", "cudnn"):
+        if (backend == "triton" and not every) or (backend == "cudnn" and dtype == "float32"):
+            continue
+        variants[backend] = functools.partial(
+            prefill_op.prefill_attention, causal=causal, scale=scale, backend=backend
+        )
+
+    def judge(results: list[np.ndarray], expected: list[np.ndarray]) -> Errors:
+        out, *stats = results
+        error = checks.relative_error(out[there], expected[0][there])
+        errors = {"out": (error + checks.not_finite(out), BOUNDS[dtype])}
+        rows = np.broadcast_to(there[:, None], (batch, heads, length))
+        for name, ours, other in zip(("maximum", "lse"), stats, expected[1:], strict=False):
+            errors[name] = checks.relative_error(ours[rows], other[rows]), BOUNDS["float32"]
+        return errors
+
+    def expected() -> list[np.ndarray]:
+        arrays = (*(x.astype(np.float32) for x in (q, k, v)), lengths)
+        return [np.asarray(x) for x in _dense_prefill(*arrays, causal=causal, scale=scale)]
+
+    words = f"{label(shape)}, {'causal' if causal else 'bidirectional'}"
+    return Group("prefill_attention", words, (q, k, v, lengths), variants, expected, judge)
+
+
+@functools.partial(jax.jit, static_argnames=("causal", "scale"))
+def _dense_prefill(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, causal: bool, scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The reference, and each row's maximum and log-sum-exp [B, N, T]."""
+    out = prefill_reference.prefill_attention(q, k, v, lengths, causal=causal, scale=scale)
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    logits = scale * jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest")
+    at = jnp.arange(q.shape[1])
+    seen = (at < lengths[:, None])[:, None, None]
+    if causal:
+        seen = seen & (at[:, None] >= at)
+    logits = jnp.where(seen, logits, -jnp.inf)
+    return out, jnp.max(logits, axis=-1), jax.nn.logsumexp(logits, axis=-1)
+
+
+# The norm.
+
+
+def norm(context: Context) -> dict[str, Any]:
+    """The stage of the addition and norm."""
+    rng = np.random.default_rng(context.seed)
+    widths = (80,) if context.dry else (4096, 7168)
+    dtypes = DTYPES[:1] if context.dry else DTYPES
+    return checks.run(context, [_norm_group(rng, d, width) for width in widths for d in dtypes])
+
+
+def _norm_group(rng: np.random.Generator, dtype: str, width: int) -> Group:
+    x, delta = (host(rng, dtype, 2, 5, width) for _ in range(2))
+    weight = 1 + host(rng, dtype, width)
+    variants = {
+        named(config): functools.partial(norm_op.triton.add_rms_norm, eps=1e-5, config=config)
+        for config in configs(norm_config, dtype, tiles.padded(width), True)
+    }
+
+    def judge(results: list[np.ndarray], expected: tuple[np.ndarray, ...]) -> Errors:
+        errors = map(checks.relative_error, results, expected)
+        return {
+            name: (error, BOUNDS[dtype])
+            for name, error in zip(("sum", "norm"), errors, strict=True)
+        }
+
+    def expected() -> tuple[np.ndarray, ...]:
+        return norm_reference.add_rms_norm(x, delta, weight, eps=1e-5)
+
+    words = f"{dtype}, width {width}"
+    return Group("add_rms_norm", words, (x, delta, weight), variants, expected, judge)

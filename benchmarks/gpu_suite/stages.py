@@ -1,0 +1,281 @@
+"""The stages, in the order of their worth, and the loop that runs them in one process."""
+
+import gc
+import hashlib
+import importlib
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.environment import write_result
+from benchmarks.gpu_suite import measure
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class NoGpu(RuntimeError):
+    """There is no GPU, and no dry run was asked for."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the suite.
+
+    Attributes:
+        name: of the stage and of its result file.
+        function: "module:function" of this package; it takes a `Context` and returns what is to be
+            saved, with a one-line "headline". "ok": False in it says that something is wrong.
+        need_s: it is not begun with less time than this.
+        most_s: when it should stop by itself. It is killed `supervisor.GRACE_S` later.
+    """
+
+    name: str
+    function: str
+    need_s: float
+    most_s: float
+
+    def run(self, context: "Context") -> dict[str, Any]:
+        """Call the function; imported here, so that one that does not import fails alone."""
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(context)
+
+
+STAGES = (
+    Stage("ceilings", "ceilings:ceilings", 15, 40),
+    Stage("correctness_prefill", "correctness:prefill", 20, 90),
+    Stage("correctness_decode", "correctness_cache:decode", 20, 90),
+    Stage("correctness_scores", "correctness_cache:scores", 20, 90),
+    Stage("correctness_norm", "correctness:norm", 10, 30),
+    Stage("correctness_long", "long:long", 20, 90),
+    Stage("correctness_model", "model:model", 30, 120),
+    Stage("speed_decode", "speed:decode", 20, 80),
+    Stage("speed_prefill", "speed_prompt:prefill", 20, 80),
+    Stage("speed_scores", "speed_prompt:scores", 15, 60),
+    Stage("speed_compact", "speed:compaction", 10, 30),
+    Stage("sweep_decode", "sweep:decode", 20, 80),
+    Stage("sweep_prefill", "sweep:prefill", 20, 100),
+    Stage("sweep_scores", "sweep:scores", 20, 80),
+    Stage("sweep_norm", "sweep:norm", 10, 40),
+)
+"""Later ones are appended. Several small stages lose less to a crash than a large one."""
+
+
+@dataclass
+class Context:
+    """What a stage is given.
+
+    Attributes:
+        stage: its name.
+        out: folder of the results.
+        dry: on a CPU, in tiny sizes.
+        until: when the stage should stop, in seconds of `time.time`.
+        head: fields that stand in every result file.
+        emit: takes what the supervisor should hear.
+        seed: of all random numbers; fresh in every run.
+    """
+
+    stage: str
+    out: Path
+    dry: bool
+    until: float
+    head: dict[str, Any]
+    emit: Emit
+    seed: int = field(default_factory=lambda: int.from_bytes(os.urandom(4), "little"))
+    _count: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def effort(self) -> measure.Effort:
+        """How thoroughly things are timed."""
+        return measure.DRY if self.dry else measure.Effort()
+
+    def key(self) -> jax.Array:
+        """A key for random numbers, another one at each call."""
+        return jax.random.fold_in(jax.random.key(self.seed), next(self._count))
+
+    def late(self) -> bool:
+        """Whether the stage should come to its end."""
+        return time.time() > self.until
+
+    def save(self, **result: Any) -> None:
+        """Write the result file as it is now, so that a crash loses as little as possible."""
+        whole = {**self.head, "stage": self.stage, "seed": self.seed, "ok": False, **result}
+        write_result(self.out / f"{self.stage}.json", whole)
+
+    def progress(self, done: int, total: int) -> None:
+        """Say how far the stage is."""
+        self.emit({"event": "progress", "stage": self.stage, "done": done, "total": total})
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one process is asked to do; travels as JSON.
+
+    Attributes:
+        stages: names, in order.
+        out: folder of the results; by the device's name where it is None.
+        dry: see `Context`.
+        force: run a stage again that has a result of the same code.
+        deadline: when everything should be over, in seconds of `time.time`.
+        environment: `benchmarks.environment.environment()` of the command.
+    """
+
+    stages: tuple[str, ...]
+    out: str | None
+    dry: bool
+    force: bool
+    deadline: float
+    environment: dict[str, Any]
+
+
+def work(order: Order, emit: Emit) -> None:
+    """Run stages, each saved as it ends; a failed one never stops the next.
+
+    Args:
+        order: what is to be done.
+        emit: is told {"event": "out" | "begin" | "progress" | "end" | "broken"} with its details.
+
+    Raises:
+        NoGpu: see there.
+    """
+    if order.dry:
+        jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
+    about = device(dry=order.dry)
+    out = Path(order.out) if order.out else RESULTS / slug(about["device"])
+    head = {**order.environment, **about, "source": source(), "dry_run": order.dry}
+    emit({"event": "out", "out": str(out), "device": about["device"]})
+    for stage in (stage for stage in STAGES if stage.name in order.stages):
+        event: dict[str, Any] = {"event": "end", "stage": stage.name}
+        left = order.deadline - time.time()
+        if not order.force and (old := finished(out, stage.name, head)):
+            emit({**event, "status": "done before", "seconds": old["seconds"]})
+        elif left < stage.need_s and not order.dry:
+            why = f"needs {stage.need_s:.0f} s, {max(left, 0):.0f} s are left"
+            emit({**event, "status": "no time", "why": why})
+        else:
+            emit({"event": "begin", "stage": stage.name, "most_s": stage.most_s})
+            result = _run(stage, order, out, head, emit)
+            status = "ok" if result["ok"] else "failed"
+            emit({**event, "status": status, "seconds": result["seconds"]})
+            if not result["ok"] and not _healthy():
+                emit({"event": "broken"})  # a CUDA error stays: nothing runs in this process now
+                return
+            gc.collect()  # arrays on the device
+
+
+def _run(stage: Stage, order: Order, out: Path, head: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    began = time.time()
+    until = min(order.deadline, began + stage.most_s) if not order.dry else float("inf")
+    context = Context(stage.name, out, order.dry, until, head, emit)
+    context.save(error="the process ended before the stage did")
+    try:
+        result = {"ok": True, **stage.run(context)}
+    except Exception:
+        kept = json.loads((out / f"{stage.name}.json").read_text(encoding="utf-8"))
+        rows = {"rows": kept["rows"]} if "rows" in kept else {}
+        result = {**rows, "ok": False, "error": traceback.format_exc()}
+    result = {**result, "seconds": round(time.time() - began, 2)}
+    context.save(**result)
+    return result
+
+
+def _healthy() -> bool:
+    """Whether this process can still use its device."""
+    try:
+        return float(jax.numpy.ones(2).sum()) == 2.0
+    except Exception:
+        return False
+
+
+def finished(out: Path, name: str, head: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a stage, where it is whole and of the same code on the same device."""
+    try:
+        old = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = all(old.get(key) == head[key] for key in ("source", "device", "dry_run"))
+    return old if same and old.get("ok") and not old.get("not_run") else None
+
+
+def source() -> str:
+    """A digest of the code that results depend on.
+
+    The commit does not do: it is marked as changed by the first result that is written, and a copy
+    of the code without its history has none.
+    """
+    digest = hashlib.sha256()
+    for folder in ("benchmarks/gpu_suite", "pallas_kernels", "vlcache_jax"):
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.suffix == ".py" or file.name == "measured.json":
+                digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def slug(name: str) -> str:
+    """A device's kind as a folder's name: "NVIDIA H200" → "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def device(*, dry: bool) -> dict[str, Any]:
+    """What the results ran on.
+
+    Raises:
+        NoGpu: JAX sees no GPU, and this is no dry run.
+    """
+    try:
+        found: Any = jax.devices()[0]
+    except RuntimeError as error:
+        raise NoGpu(_no_gpu(str(error).splitlines()[0])) from None
+    if found.platform != "gpu" and not dry:
+        raise NoGpu(_no_gpu(f"JAX sees {found.platform} alone"))
+    return {
+        "device": found.device_kind,
+        "driver": _driver(),
+        "platform_version": found.client.platform_version,
+        "memory_limit_bytes": memory_limit(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", ""),
+    }
+
+
+def memory_limit() -> int | None:
+    """Bytes that JAX may use of the device's memory; None where it does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _no_gpu(reason: str) -> str:
+    return (
+        f"no GPU here ({reason}): run this on a machine with an NVIDIA GPU, with vlcache-jax[cuda] "
+        "installed and JAX_PLATFORMS unset, or try the suite without one by --dry-run"
+    )
+
+
+def _driver() -> str | None:
+    """Version of the GPU's driver, as far as anything here knows it."""
+    if program := shutil.which("nvidia-smi"):
+        query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.split()[0]
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", text)
+    return found[0] if found else None
