@@ -73,3 +73,19 @@ def test_describe_takes_what_fits_by_default(model_dir):
     assert describe("demo")["dtype"] == "bfloat16"
     with pytest.raises(ValueError, match="float8"):
         describe(model_dir, "float8")
+
+
+def test_the_backend_is_that_of_the_environment_unless_given(copy, monkeypatch):
+    monkeypatch.setenv("VLCACHE_BACKEND", "triton")
+    assert vlcache_jax.load(copy, lazy=True).backend == "triton"
+    assert vlcache_jax.load(copy, lazy=True, backend="xla").backend == "xla"
+    monkeypatch.delenv("VLCACHE_BACKEND")
+    assert vlcache_jax.load(copy, lazy=True).backend is None
+
+
+def test_an_unknown_backend_is_refused_before_anything_is_read(monkeypatch):
+    with pytest.raises(ValueError, match="backend='cuda' is no backend: use one of triton"):
+        vlcache_jax.load("nowhere", backend="cuda")
+    monkeypatch.setenv("VLCACHE_BACKEND", "magic")
+    with pytest.raises(ValueError, match="VLCACHE_BACKEND='magic'"):
+        vlcache_jax.load("nowhere")

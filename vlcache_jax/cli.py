@@ -207,12 +207,15 @@ def main() -> None:
     app()
 
 
+_BAD_INPUT = ValueError, OSError, NotImplementedError
+
+
 @contextmanager
-def _user_errors() -> Iterator[None]:
+def _user_errors(kinds: tuple[type[Exception], ...] = _BAD_INPUT) -> Iterator[None]:
     """Bad input ends the program with one line on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, OSError, NotImplementedError) as error:
+    except kinds as error:
         text = f"error: {error or type(error).__name__}"
         _errors.print(text, style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
@@ -248,7 +251,9 @@ def _open(model: str, dtype: str | None, backend: str | None) -> tuple["VLM", Pr
 
 def _drain(stream: "Stream", echo: bool) -> "Answer":
     """Read the stream to its end; until its first piece a spinner says what takes so long."""
-    with _errors.status("compiling, and reading the prompt ..."):
+    # A backend that does not support the model says so when the program is made.
+    unsupported = _user_errors((NotImplementedError,))
+    with unsupported, _errors.status("compiling, and reading the prompt ..."):
         first = next(stream, "")
     for piece in chain([first], stream):
         if echo:

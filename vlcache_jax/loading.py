@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.backends import check_backend
+from pallas_kernels.prefill_attention.cudnn import require_gpu
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets, padding_shares
 from vlcache_jax.cache.methods import CacheMethod, FullCache
 from vlcache_jax.checkpoint import Progress, load_params, open_checkpoint, resolve
@@ -47,9 +48,12 @@ def load(
         FileNotFoundError: a file of the checkpoint is missing.
         ConnectionError: the hub cannot be reached.
         ValueError: a file is damaged, or `dtype` or `backend` is unknown.
-        NotImplementedError: the checkpoint describes a model that is not implemented.
+        NotImplementedError: the checkpoint describes a model that is not implemented, or the
+            backend is "cudnn" and there is no GPU.
     """
     backend = check_backend(backend)
+    if backend == "cudnn":
+        require_gpu()
     path = resolve(model)
     config = LlavaConfig.from_file(path)
     processor = Processor.from_pretrained(path, config, buckets)

@@ -21,9 +21,7 @@ def prefill_attention(
     Raises:
         NotImplementedError: the case is none that cuDNN does, or its GPU is not here.
     """
-    device = current_device()
-    if device.platform != "gpu" or not device.present:
-        raise NotImplementedError("backend 'cudnn' needs a GPU to be there: use 'xla'")
+    require_gpu()
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cuDNN's attention is for 16 bits, not {q.dtype}: use 'triton'")
     if q.shape[-1] > 128 or q.shape[-1] % 8:
@@ -44,3 +42,14 @@ def prefill_attention(
         implementation="cudnn",
     )
     return out, None
+
+
+def require_gpu() -> None:
+    """Ask for what nothing works without.
+
+    Raises:
+        NotImplementedError: the GPU is not here.
+    """
+    device = current_device()
+    if device.platform != "gpu" or not device.present:
+        raise NotImplementedError("backend 'cudnn' needs a GPU to be there: use 'xla'")

@@ -111,6 +111,18 @@ def test_a_trace_holds_what_was_kept(model_dir, image, tmp_path):
     assert run(*args, "--force").exit_code == 0
 
 
+def test_backends_give_the_same_answer(model_dir, image, monkeypatch):
+    def tokens(*options):
+        result = run("generate", model_dir, "--image", image, "--prompt", "what?",
+                     "--max-new-tokens", 3, "--json", *options)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["tokens"]
+
+    expected = tokens("--backend", "xla")
+    monkeypatch.setenv("VLCACHE_BACKEND", "triton")  # interpreted here
+    assert tokens() == expected
+
+
 def test_the_default_keeps_a_tenth(model_dir, image):
     args = ("generate", model_dir, "--image", image, "--prompt", "what?", "--max-new-tokens", 2)
     default = json.loads(run(*args, "--json").stdout)["kv"]
@@ -206,6 +218,8 @@ def test_bad_models(model_dir, image, tmp_path, damage, message):
         (("--prompt", "x", "--trace", "nowhere/trace.npz"), "no directory"),
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
         (("--prompt", "x", "--top-p", "0"), "top_p"),
+        (("--prompt", "x", "--backend", "cuda"), "use one of triton, cudnn, xla"),
+        (("--prompt", "x", "--backend", "cudnn"), "needs a GPU"),
     ],
 )
 def test_bad_options(model_dir, image, options, message):
