@@ -27,4 +27,4 @@ def candidates(capability: int, dtype: jnp.dtype, width: int) -> tuple[Config, .
         dtype: of the rows.
         width: D, padded to a power of two.
     """
-    return (Config(8), Config(16), Config(4)) if width <= 4096 else (Config(16), Config(8))
+    return (Config(8), Config(16), Config(4)) if width <= 4096 else (Config(16),)

@@ -61,7 +61,7 @@ def prefill_attention(
     """softmax(q k^T * scale) v for sequences padded at the right.
 
     Keys at or beyond a row's length are never read into a result, whatever they hold (NaN
-    included). Query rows beyond the length hold finite values without a meaning.
+    included). Query rows beyond the length have no meaning; they are finite where q is.
 
     Args:
         q: queries [B, T, N, H].

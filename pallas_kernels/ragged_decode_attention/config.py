@@ -33,7 +33,7 @@ def candidates(capability: int, dtype: jnp.dtype, head_dim: int) -> tuple[Config
     """
     if jnp.dtype(dtype).itemsize == 4:
         return (Config(32, 8, 2), Config(16, 4, 2))
-    return (Config(64, 4, 4), Config(128, 4, 2), Config(128, 8, 2), Config(64, 2, 3))
+    return (Config(64, 4, 4), Config(128, 4, 2), Config(64, 2, 3))
 
 
 SPLIT_PROGRAMS = 264

@@ -72,7 +72,9 @@ def window_scores(
                 lax.dynamic_slice_in_dim(part, row_at, rows, axis=2).reshape(shape)
                 for part in stats
             )
-            total = jnp.exp(lse - highest)
+            there = real[:, None, None]  # what is given for the other rows has no meaning
+            highest = jnp.where(there, highest, -jnp.inf)
+            total = jnp.where(there, jnp.exp(lse - highest), 1.0)
         else:
             nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
             highest, total = lax.fori_loop(0, trips, softmax_pass, nothing)

@@ -1,5 +1,6 @@
-"""Window statistics against dense rows of the attention matrix."""
+"""Window statistics, every backend against dense rows of the attention matrix."""
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -8,80 +9,166 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.online_softmax import RowStats
+from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.window_scores import average_pool, reference, window_scores
-
-
-def case(length, window, heads, kv_heads, starts, lengths, seed=0, sharpness=3.0) -> Any:
-    rng = np.random.default_rng(seed)
-    q = sharpness * rng.standard_normal((len(starts), window, heads, 16)).astype(np.float32)
-    k = rng.standard_normal((len(starts), length, kv_heads, 16)).astype(np.float32)
-    return q, k, np.array(starts, np.int32), np.array(lengths, np.int32)
-
-
-@pytest.mark.parametrize(
-    ("length", "window", "heads", "kv_heads", "starts", "lengths"),
-    [
-        (1, 1, 4, 4, [0], [1]),
-        (17, 17, 4, 2, [0, 0, 16], [17, 5, 17]),  # all rows, a short prompt, a single row
-        (257, 32, 7, 1, [225, 100, 0], [257, 101, 31]),
-        (600, 130, 2, 1, [470, 0], [600, 3]),
-        (1000, 300, 8, 2, [700], [990]),
-    ],
+from tests.kernels.cases import (
+    assert_close,
+    both_backends,
+    compiled,
+    covering,
+    draw,
+    full_product,
+    int32,
+    kv_heads,
+    poison,
+    same_bits,
 )
-def test_scores_and_counts(length, window, heads, kv_heads, starts, lengths):
-    q, k, start, true = case(length, window, heads, kv_heads, starts, lengths)
-    expected = reference.window_scores(q, k, start, true, threshold=0.01, scale=0.25)
-    for b, n in enumerate(true):  # what is not there must not matter
-        k[b, n:] = np.nan
-        q[b, max(0, n - start[b]) :] = np.nan
-    run = jax.jit(partial(window_scores, threshold=0.01))
-    ours, again = run(q, k, start, true), run(q, k, start, true)
-    np.testing.assert_allclose(ours.scores, expected[0], atol=2e-5 * window)
-    assert ours.zeroed.tolist() == expected[1].tolist()
-    assert ours.visible.tolist() == expected[2].tolist()
-    assert np.asarray(ours.scores).sum() == pytest.approx(
-        heads * np.minimum(window, true - start).sum(), rel=1e-5
-    )
-    for one, other in zip(ours, again, strict=True):
-        assert np.array_equal(one, other)
+
+THRESHOLD = 0.01
+WINDOW = 133
+"""Rows of a window that is not the whole prompt: odd, and more than one block of any backend."""
+
+run = compiled(window_scores, "threshold", "scale", "backend")
+attend = compiled(prefill_attention, "stats", "backend")
 
 
-def test_equal_logits_are_all_visible_and_none_is_zeroed():
-    q, k, start, true = case(40, 8, 4, 2, [32], [40])
-    ours = window_scores(0 * q, k, start, true, threshold=0.01)
+def cut(q, start, rows):
+    """The window's rows of all queries [B, T, N, H]; NaN where they go beyond the end."""
+    window = np.full((q.shape[0], rows, *q.shape[2:]), np.nan, q.dtype)
+    for b, first in enumerate(start):
+        part = q[b, first : first + rows]
+        window[b, : len(part)] = part
+    return window
+
+
+def place(length, lengths, window):
+    """First position of each sequence's window, and its number of rows."""
+    rows = {"one": 1, "all": length}.get(window, min(WINDOW, length))
+    # Inside, a block of keys begins with the last row of a block of rows.
+    inside = np.minimum(64 * (lengths // 192) + 1, lengths - 1)
+    start = {"inside": inside, "last": lengths - rows, "one": lengths - 1}.get(window, 0 * lengths)
+    return np.maximum(start, 0), rows
+
+
+@functools.lru_cache(maxsize=1)  # both backends run a case one after the other
+def make(dtype, head_dim, group, length, window) -> Any:
+    """Inputs of a batch of unequal lengths, one of them 0, and what is expected of them.
+
+    Also the entries of each head that are so close to the threshold that float32 may count them on
+    either side.
+    """
+    heads = kv_heads(group)
+    q, k = draw((3, length, heads * group, head_dim), (3, length, heads, head_dim), dtype=dtype)
+    lengths = int32(length, length // 2, 0)
+    start, rows = place(length, lengths, window)
+    there = (np.arange(length) < lengths[:, None])[:, :, None, None]
+    q, k = cut(poison(q, there), start, rows), poison(k, there)
+    exact = q.astype(np.float64), k.astype(np.float64), start, lengths
+    expected = reference.window_scores(*exact, threshold=THRESHOLD, scale=head_dim**-0.5)
+    return (q, k, start, lengths), expected, near_the_threshold(*exact)
+
+
+def near_the_threshold(q, k, start, lengths):
+    found = np.zeros((len(q), q.shape[2]), int)
+    for b in np.flatnonzero(lengths):
+        rows, n = min(q.shape[1], lengths[b] - start[b]), lengths[b]
+        grouped = q[b, :rows].reshape(rows, k.shape[2], -1, q.shape[3]) * q.shape[3] ** -0.5
+        logits = np.einsum("rkgh,skh->rkgs", grouped, k[b, :n], optimize=True).reshape(rows, -1, n)
+        seen = np.arange(n) <= start[b] + np.arange(rows)[:, None, None]
+        logits = np.where(seen, logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        found[b] = (np.abs(weights / THRESHOLD - 1) < 1e-4).sum((0, 2))
+    return found
+
+
+def check(case, backend):
+    (q, k, start, lengths), (scores, zeroed, visible), near = make(*case)
+    ours = run(q, k, start, lengths, threshold=THRESHOLD, backend=backend)
+    assert same_bits(ours, run(q, k, start, lengths, threshold=THRESHOLD, backend=backend))
+    assert ours.scores.dtype == jnp.float32
+    assert_close(ours.scores, scores, "float32")
+    assert (np.asarray(ours.scores)[scores == 0] == 0).all()
+    true_rows = np.clip(lengths - start, 0, q.shape[1])
+    assert np.asarray(ours.scores).sum() == pytest.approx(q.shape[2] * true_rows.sum(), rel=1e-5)
+    assert (np.abs(ours.zeroed - zeroed) <= near).all()
+    assert ours.visible.tolist() == visible.tolist()
+
+
+@both_backends
+@covering("window_scores")
+def test_against_the_reference(case, backend):
+    check(case, backend)
+
+
+@pytest.mark.slow
+@both_backends
+@full_product("window_scores")
+def test_every_combination(case, backend):
+    check(case, backend)
+
+
+def test_counts_of_the_cases_are_exact():
+    """Few entries are near the threshold, so that comparing the counts means something."""
+    for window in ("first", "inside", "last", "one", "all"):
+        _, (_, zeroed, visible), near = make("float32", 64, 4, 257, window)
+        assert near.sum() <= 1e-3 * visible.sum()
+        assert 0.1 * visible.sum() < zeroed.sum() < visible.sum()
+
+
+@both_backends
+@pytest.mark.parametrize("window", ["last", "all"])
+def test_given_row_statistics_are_as_good_as_its_own(window, backend):
+    """What is given for rows beyond a length, -inf or NaN, has no meaning and does not matter."""
+    q, k = draw((3, 300, 4, 64), (3, 300, 2, 64))
+    lengths = int32(300, 256, 0)  # no block of queries reaches behind the second
+    start, rows = place(300, lengths, window)
+    _, stats = attend(q, k, k, lengths, stats=True, backend=backend)
+    by_row = (np.asarray(part).swapaxes(1, 2) for part in stats)
+    stats = RowStats(*(jnp.asarray(cut(part, start, rows).swapaxes(1, 2)) for part in by_row))
+    arrays = cut(q, start, rows), k, start, lengths
+    given = run(*arrays, threshold=THRESHOLD, stats=stats, backend=backend)
+    own = run(*arrays, threshold=THRESHOLD, backend=backend)
+    assert_close(given.scores, own.scores, "float32")
+    assert given.visible.tolist() == own.visible.tolist()
+    near = near_the_threshold(arrays[0].astype(float), k.astype(float), start, lengths)
+    assert (np.abs(given.zeroed - own.zeroed) <= near).all()
+
+
+def case(length, window, heads, kv_heads, start, sharpness=3.0) -> Any:
+    q, k = draw((1, window, heads, 16), (1, length, kv_heads, 16), sharpness=sharpness)
+    return q, k, int32(start), int32(length)
+
+
+@both_backends
+def test_equal_logits_are_all_visible_and_none_is_zeroed(backend):
+    q, k, start, lengths = case(40, 8, 4, 2, 32)
+    ours = run(0 * q, k, start, lengths, threshold=THRESHOLD, backend=backend)
     assert (np.asarray(ours.zeroed) == 0).all()
     assert (np.asarray(ours.visible) == sum(range(33, 41))).all()
 
 
-def test_sharp_attention_is_sparse():
-    q, k, start, true = case(300, 16, 2, 2, [284], [300], sharpness=50.0)
-    ours = window_scores(q, k, start, true, threshold=0.01)
+@both_backends
+def test_sharp_attention_is_sparse(backend):
+    ours = run(*case(300, 16, 2, 2, 284, sharpness=50.0), threshold=THRESHOLD, backend=backend)
     assert (np.asarray(ours.zeroed) > 0.9 * np.asarray(ours.visible)).all()
 
 
-def test_never_a_square_matrix():
+@both_backends
+def test_never_a_square_matrix(backend):
     length = 4096
     q, k = (jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32) for _ in range(2))
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    memory = jax.jit(window_scores).lower(q, k, one, one).compile().memory_analysis()
+    memory = run.lower(q, k, one, one, backend=backend).compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 2 * length * length * 4 / 4
 
 
-def test_bfloat16_input_gives_float32_sums():
-    q, k, start, true = case(200, 20, 4, 2, [180], [200], sharpness=1.0)
-    q, k = (jnp.asarray(x, jnp.bfloat16) for x in (q, k))
-    ours = window_scores(q, k, start, true)
-    q, k = (np.asarray(x, np.float32) for x in (q, k))
-    expected = reference.window_scores(q, k, start, true, threshold=0.01, scale=0.25)
-    assert ours.scores.dtype == jnp.float32
-    np.testing.assert_allclose(ours.scores, expected[0], atol=1e-4)
-
-
-def test_without_a_threshold_nothing_is_counted():
-    q, k, start, true = case(40, 8, 4, 2, [32], [40])
-    counted = window_scores(q, k, start, true, threshold=0.01)
-    ours = window_scores(q, k, start, true)
+@both_backends
+def test_without_a_threshold_nothing_is_counted(backend):
+    arrays = case(40, 8, 4, 2, 32)
+    counted = run(*arrays, threshold=THRESHOLD, backend=backend)
+    ours = run(*arrays, backend=backend)
     assert ours.zeroed is ours.visible is None
     np.testing.assert_allclose(ours.scores, counted.scores, rtol=1e-5)
 
@@ -91,7 +178,7 @@ def test_counts_beyond_32_bits_are_refused_and_sums_are_not():
     q, k = (jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for _ in range(2))
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     with pytest.raises(NotImplementedError, match="32 bits"):
-        jax.eval_shape(partial(window_scores, threshold=0.01), q, k, one, one)
+        jax.eval_shape(partial(window_scores, threshold=THRESHOLD), q, k, one, one)
     assert jax.eval_shape(window_scores, q, k, one, one).scores.shape == (1, 1, length)
 
 
@@ -109,12 +196,16 @@ def test_pooling_counts_zeros_at_the_ends(kernel):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    q, k, start, true = case(10, 4, 4, 2, [6], [10])
+    q, k, start, lengths = case(10, 4, 4, 2, 6)
     with pytest.raises(ValueError, match="multiple of"):
-        window_scores(q[:, :, :3], k, start, true)
+        window_scores(q[:, :, :3], k, start, lengths)
     with pytest.raises(ValueError, match="must be"):
-        window_scores(q, k, start[:0], true)
+        window_scores(q, k, start[:0], lengths)
+    with pytest.raises(ValueError, match=r"expected \[B, W, N, H\]"):
+        window_scores(q[..., :8], k, start, lengths)
+    with pytest.raises(ValueError, match="row statistics"):
+        window_scores(q, k, start, lengths, stats=RowStats(start, start))
     with pytest.raises(ValueError, match="odd"):
         average_pool(jnp.zeros((1, 1, 4)), jnp.array([4]), 4)
     with pytest.raises(NotImplementedError, match="no backend 'cudnn'"):
-        window_scores(q, k, start, true, backend="cudnn")
+        window_scores(q, k, start, lengths, backend="cudnn")

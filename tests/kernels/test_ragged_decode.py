@@ -1,0 +1,219 @@
+"""Attention of one new token over pool and tail, every backend against the dense version."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.ragged_decode_attention import (
+    append_and_attend,
+    ragged_decode_attention,
+    reference,
+    triton,
+)
+from tests.kernels.cases import (
+    assert_close,
+    both_backends,
+    compiled,
+    covering,
+    draw,
+    full_product,
+    int32,
+    poison,
+    same_bits,
+)
+
+TAIL_ROWS = {1: 70, 17: 1, 255: 17, 257: 5, 1000: 129}
+"""By the rows of the pool: one row, a part of a block, and more than one block."""
+
+attend = compiled(ragged_decode_attention, "backend")
+append = compiled(append_and_attend, "together", "backend")
+attend_split = compiled(triton.ragged_decode_attention, "scale", "mean_rows", "splits")
+append_split = compiled(triton.append_and_attend, "scale", "mean_rows", "splits")
+expect: Any = reference.ragged_decode_attention
+merge = compiled(triton.merge, "dtype")
+
+
+def operation(backend, splits, appends, capacity, head_dim):
+    """The public function, or the kernel where the splits are not its own choice."""
+    if backend != "triton" or splits is None:
+        return functools.partial(append if appends else attend, backend=backend)
+    sizes = {"scale": head_dim**-0.5, "mean_rows": capacity, "splits": splits}
+    return functools.partial(append_split if appends else attend_split, **sizes)
+
+
+def rotate(x, cos, sin):
+    """RoPE of x [B, K, rows, H] by angles [B, H / 2], rounded to the type of x."""
+    first, second = np.split(x.astype(np.float32), 2, axis=-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def put(tail, fill, row):
+    """The tail [B, K, R, H] with one row more, row [B, K, H] at `fill` of each sequence."""
+    tail = tail.copy()
+    for b, at in enumerate(fill):
+        tail[b, :, at] = row[b]
+    return tail
+
+
+@functools.lru_cache(maxsize=1)  # both backends run a case one after the other
+def make(dtype, head_dim, group, capacity, splits, appends) -> Any:
+    """Arguments of the operation, and what it gives: attention, tails.
+
+    The sequences: the whole pool, the end of the pool, a layer of no rows, a single row, nothing at
+    all. The tails: empty, full, and in between.
+    """
+    kv_heads, rows = 2, TAIL_ROWS[capacity]
+    qkv, pool_k, pool_v, tail_k, tail_v, angles = draw(
+        (5, kv_heads, group + 2, head_dim),
+        *[(5, kv_heads, capacity, head_dim)] * 2,
+        *[(5, kv_heads, rows, head_dim)] * 2,
+        (5, head_dim // 2),
+        dtype=dtype,
+    )
+    last = capacity // 3 + 1
+    offset = int32(0, capacity - last, capacity // 2, capacity // 2, capacity)
+    length = int32(capacity, last, 0, 1, 0)
+    used = int32(0, rows, rows, rows // 2, 0)
+    pool_row, tail_row = (np.arange(n)[:, None] for n in (capacity, rows))
+    segment = slice(None), None, None, None
+    in_pool = (pool_row >= offset[segment]) & (pool_row < (offset + length)[segment])
+    pools = [poison(x, in_pool) for x in (pool_k, pool_v)]
+    given = pool_k, pool_v, offset, length
+    if not appends:
+        q = qkv[:, :, :group].reshape(5, -1, head_dim)
+        tails = [poison(x, tail_row < used[segment]) for x in (tail_k, tail_v)]
+        expected = expect(q, *given, tail_k, tail_v, used, scale=head_dim**-0.5)
+        return (q, *pools, offset, length, *tails, used), expected, None
+    fill = np.maximum(used - 1, 0)
+    tails = [poison(x, tail_row < fill[segment]) for x in (tail_k, tail_v)]
+    angles = angles.astype(np.float32)
+    table = np.cos(angles), np.sin(angles)
+    turned = rotate(qkv[:, :, : group + 1], *table)
+    q = turned[:, :, :group].reshape(5, -1, head_dim)
+    new_tails = put(tails[0], fill, turned[:, :, -1]), put(tails[1], fill, qkv[:, :, -1])
+    expected = expect(q, *given, *new_tails, fill + 1, scale=head_dim**-0.5)
+    return (qkv, *table, *pools, offset, length, *tails, fill), expected, new_tails
+
+
+def check(case, backend):
+    arrays, expected, tails = make(*case)
+    dtype, head_dim, _, capacity, splits, appends = case
+    run = operation(backend, splits, appends, capacity, head_dim)
+    results = jax.tree.leaves(run(*arrays))
+    assert same_bits(results, jax.tree.leaves(run(*arrays)))
+    out = results[0]
+    assert out.dtype == dtype
+    assert_close(out, expected, dtype)
+    if not appends:
+        assert (np.asarray(out)[-1] == 0).all()  # no key at all
+        return
+    fill = arrays[-1]
+    new_k, new_v = (np.asarray(x) for x in results[1:])
+    row_of = [new_k[b, :, at] for b, at in enumerate(fill)]
+    assert_close(row_of, [tails[0][b, :, at] for b, at in enumerate(fill)], dtype)
+    # Its value comes as it is, and no other row has changed.
+    assert same_bits([put(new_k, fill, 0 * fill), new_v], [put(tails[0], fill, 0 * fill), tails[1]])
+
+
+@both_backends
+@covering("ragged_decode_attention")
+def test_against_the_reference(case, backend):
+    check(case, backend)
+
+
+@pytest.mark.slow
+@both_backends
+@full_product("ragged_decode_attention")
+def test_every_combination(case, backend):
+    check(case, backend)
+
+
+def test_sequences_of_one_age_are_appended_to_together():
+    *arrays, fill = make("float32", 64, 4, 257, None, True)[0]
+    fill = np.full_like(fill, 3)
+    results = (append(*arrays, fill, backend="xla", together=x) for x in (False, True))
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("parts", [1, 4, 17])
+@pytest.mark.parametrize("empty", ["none", "first", "last", "all but one", "all"])
+def test_merging_parts_of_which_some_are_empty(parts, empty):
+    rng = np.random.default_rng(parts)
+    of_rows = 2, 1, parts, 3
+    # So low that a part which is not there would stand out, did it count as 0.
+    maximum = (20 * rng.standard_normal(of_rows) - 300).astype(np.float32).astype(np.float64)
+    total, mixed = 1 + rng.random(of_rows), rng.standard_normal((*of_rows, 24))
+    number = np.arange(parts)
+    gone = {
+        "none": number < 0,
+        "first": number == 0,
+        "last": number == parts - 1,
+        "all but one": number != parts // 2,
+        "all": number >= 0,
+    }[empty]
+    maximum[:, :, gone], total[:, :, gone], mixed[:, :, gone] = -np.inf, 0, 0
+    highest = np.max(maximum, axis=2, keepdims=True)
+    weights = np.exp2(maximum - np.where(highest == -np.inf, 0, highest))
+    divisor = (weights * total).sum(2)
+    expected = (weights[..., None] * mixed).sum(2) / np.where(divisor == 0, 1, divisor)[..., None]
+    ours = merge(*(x.astype(np.float32) for x in (maximum, total, mixed)), dtype=jnp.float32)
+    if gone.all():
+        assert (np.asarray(ours) == 0).all()
+    else:
+        assert_close(ours, expected, "float32")
+
+
+@both_backends
+def test_one_program_serves_every_allocation(backend):
+    traces = []
+
+    @jax.jit
+    def run(*args):
+        traces.append(1)
+        return ragged_decode_attention(*args, backend=backend)
+
+    q, pool, tail = draw((2, 4, 16), (2, 2, 256, 16), (2, 2, 4, 16))
+    for offset, length in ([0, 10], [256, 0]), ([100, 3], [0, 200]):
+        run(q, pool, pool, jnp.array(offset), jnp.array(length), tail, tail, jnp.array([1, 2]))
+    assert len(traces) == 1
+
+
+def zeros(**changes) -> Any:
+    shapes = {"pool_k": (1, 2, 8, 16), "pool_v": (1, 2, 8, 16), "offset": (1,), "length": (1,)}
+    shapes |= {"tail_k": (1, 2, 3, 16), "tail_v": (1, 2, 3, 16), "fill": (1,)}
+    return {name: jnp.zeros(shape) for name, shape in (shapes | changes).items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": (1, 3, 16)}, "multiple of"),
+        ({"pool_v": (1, 2, 9, 16)}, "expected"),
+        ({"tail_k": (1, 2, 3, 8), "tail_v": (1, 2, 3, 8)}, "expected"),
+        ({"fill": (2,)}, "must be"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ragged_decode_attention(**zeros(**({"q": (1, 4, 16)} | changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qkv": (1, 2, 2, 16)}, r"G \+ 2"),
+        ({"qkv": (1, 1, 6, 16)}, "multiple of|expected"),
+        ({"cos": (1, 16)}, "cos.shape"),
+        ({"offset": (2,)}, "must be"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_when_appending(changes, message):
+    shapes = {"qkv": (1, 2, 4, 16), "cos": (1, 8), "sin": (1, 8)}
+    with pytest.raises(ValueError, match=message):
+        append_and_attend(**zeros(**(shapes | changes)))
