@@ -243,12 +243,16 @@ class Generate:
             q, k, v = rotated(qkv, table)
             return prefill_attention(q, k, v, inputs.length, backend=self.backend), (q, k, v)
 
-        stream = Stream(model.embed_prompt(inputs, backend=self.backend))
+        stream = Stream(model.embed_prompt(inputs, self._attend_patches))
         table = rope_table(jnp.arange(stream.x.shape[1]), self.config.text)
         for index, layer in enumerate(model.layers):
             stream, kept = layer(stream, attend, backend=self.cache_backend)
             stream = keep(index, stream, *kept)
         return stream.total()
+
+    def _attend_patches(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Attention of the vision tower."""
+        return prefill_attention(q, k, v, causal=False, backend=self.backend)
 
     def _prompt(self, inputs: ModelInputs) -> Prompt:
         """The prompts as the cache method sees them."""

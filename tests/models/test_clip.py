@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.prefill_attention import prefill_attention
 from vlcache_jax.config import VisionConfig
 from vlcache_jax.models.clip import VisionTower
 
@@ -32,7 +33,8 @@ def params():
 
 @partial(jax.jit, static_argnums=(2, 3))
 def encode(params, tiles, num_layers, group):
-    return nnx.merge(GRAPHDEF, params)(tiles, num_layers, group=group)
+    attend = partial(prefill_attention, causal=False)
+    return nnx.merge(GRAPHDEF, params)(tiles, num_layers, attend=attend, group=group)
 
 
 def run(params, tiles, num_layers, group=20):

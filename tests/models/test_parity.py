@@ -1,6 +1,7 @@
 """The models are Hugging Face's models: features, packed tokens, logits and greedy answers."""
 
 import copy
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import vlcache_jax
+from pallas_kernels.prefill_attention import prefill_attention
 from tests import hf
 from tests.tiny import picture
 from vlcache_jax import Buckets
@@ -51,7 +53,9 @@ class Pair:
     def _vision(self, params, tiles):
         """Rows of the visual table, and features of the tower."""
         model = bind(self.ours.config)(params)
-        return model.visual_rows(tiles), model.vision(tiles, self.ours.config.vision_layers)
+        attend = partial(prefill_attention, causal=False)
+        tower = model.vision(tiles, self.ours.config.vision_layers, attend=attend)
+        return model.visual_rows(tiles, attend), tower
 
     def inputs(self, name):
         sizes, prompt = PROMPTS[name]

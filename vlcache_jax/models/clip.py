@@ -1,11 +1,12 @@
 """CLIP vision transformer (Radford et al. 2021): patch features of a middle layer, as in LLaVA."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from pallas_kernels.prefill_attention import prefill_attention
 from vlcache_jax.config import VisionConfig
 from vlcache_jax.models.layers import DType, LayerNorm, Linear, normal, product
 
@@ -13,6 +14,10 @@ _ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Full attention of q, k and v [S, P + 1, N, H] each: the mixed heads, in the same shape."""
 
 
 class VisionLayer(nnx.Module):
@@ -30,12 +35,10 @@ class VisionLayer(nnx.Module):
         self.up = Linear(width, config.intermediate_size, dtype=dtype, rngs=rngs)
         self.down = Linear(config.intermediate_size, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, backend: str | None) -> jax.Array:
+    def __call__(self, x: jax.Array, attend: Attend) -> jax.Array:
         """[S, P + 1, D] -> [S, P + 1, D]."""
         qkv = product("spd,dcnh->spcnh", self.attention_norm(x), self.qkv) + self.qkv_bias[...]
-        mixed = prefill_attention(
-            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], causal=False, backend=backend
-        )
+        mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         x = x + product("spnh,nhd->spd", mixed, self.out) + self.out_bias[...]
         return x + self.down(_ACTIVATIONS[self.activation](self.up(self.mlp_norm(x))))
 
@@ -59,14 +62,14 @@ class VisionTower(nnx.Module):
         self.post_norm = LayerNorm(width, config.layer_norm_eps, dtype=dtype)
 
     def __call__(
-        self, tiles: jax.Array, num_layers: int, *, backend: str | None = None, group: int = 20
+        self, tiles: jax.Array, num_layers: int, *, attend: Attend, group: int = 20
     ) -> jax.Array:
         """Patch features of each tile after `num_layers` layers, without the class token.
 
         Args:
             tiles: normalised pixels [S, 3, image_size, image_size].
             num_layers: how many layers to run.
-            backend: attention backend, see `pallas_kernels.prefill_attention`.
+            attend: the attention of a layer.
             group: most tiles encoded at a time, which bounds the memory of the activations.
 
         Returns:
@@ -75,12 +78,12 @@ class VisionTower(nnx.Module):
         count = tiles.shape[0]
         size = max(n for n in range(1, min(count, group) + 1) if count % n == 0)
         if size == count:
-            return self._encode(tiles, num_layers, backend)
+            return self._encode(tiles, num_layers, attend)
         groups = tiles.reshape(count // size, size, *tiles.shape[1:])
-        features = lax.map(lambda pixels: self._encode(pixels, num_layers, backend), groups)
+        features = lax.map(lambda pixels: self._encode(pixels, num_layers, attend), groups)
         return features.reshape(count, *features.shape[2:])
 
-    def _encode(self, tiles: jax.Array, num_layers: int, backend: str | None) -> jax.Array:
+    def _encode(self, tiles: jax.Array, num_layers: int, attend: Attend) -> jax.Array:
         grid, patch = self.config.grid, self.config.patch_size
         pixels = tiles.astype(self.patch_embedding.dtype)[..., : grid * patch, : grid * patch]
         pixels = pixels.reshape(-1, 3, grid, patch, grid, patch)
@@ -90,5 +93,5 @@ class VisionTower(nnx.Module):
         x = jnp.concatenate([first, patches], axis=1) + self.position_embedding[...]
         x = self.pre_norm(x)
         for layer in self.layers[:num_layers]:
-            x = layer(x, backend)
+            x = layer(x, attend)
         return x[:, 1:]

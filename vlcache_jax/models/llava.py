@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlcache_jax.config import LlavaConfig
-from vlcache_jax.models.clip import VisionTower
+from vlcache_jax.models.clip import Attend, VisionTower
 from vlcache_jax.models.layers import DType, Linear, normal
 from vlcache_jax.models.llama import DecoderLayer, Embedding, Head
 from vlcache_jax.processing import ModelInputs
@@ -65,16 +65,16 @@ class Llava(nnx.Module):
         )
         self.head = Head(config.text, dtype=dtype, rngs=rngs)
 
-    def visual_rows(self, tiles: jax.Array, *, backend: str | None = None) -> jax.Array:
+    def visual_rows(self, tiles: jax.Array, attend: Attend) -> jax.Array:
         """Pixel tiles [S, 3, size, size] -> the table of visual rows [S * P (+ 1), D]."""
-        return self.projector(self.vision(tiles, self.config.vision_layers, backend=backend))
+        return self.projector(self.vision(tiles, self.config.vision_layers, attend=attend))
 
-    def embed_prompt(self, inputs: ModelInputs, *, backend: str | None = None) -> jax.Array:
+    def embed_prompt(self, inputs: ModelInputs, attend: Attend) -> jax.Array:
         """The decoder's input [B, T, D]: token embeddings with the visual rows in their places."""
         text = self.embed(inputs.tokens)
         if inputs.tiles.shape[0] == 0:
             return text
-        table = self.visual_rows(inputs.tiles, backend=backend)
+        table = self.visual_rows(inputs.tiles, attend)
         visual = jnp.take(table, jnp.maximum(inputs.visual_index, 0), axis=0)
         return jnp.where((inputs.visual_index >= 0)[..., None], visual, text)
 
