@@ -4,6 +4,7 @@ LLaVA-NeXT in shape, tiny in size, with random weights of a fixed seed, written 
 own classes. Running it again gives the same files.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,8 +47,8 @@ def make_picture() -> Image.Image:
     return picture
 
 
-def make_tokenizer() -> Any:
-    """A byte-level BPE tokenizer of 512 tokens: any text can be written with it."""
+def make_tokenizer(corpus: Sequence[str] = CORPUS, size: int = 512) -> Any:
+    """A byte-level BPE tokenizer learned from a corpus: any text can be written with it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -55,12 +56,12 @@ def make_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=size,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     unk, bos, eos, pad, image = SPECIAL_TOKENS
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, SPECIAL_TOKENS.index(bos))]
@@ -75,8 +76,8 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_processor() -> Any:
-    """The processor of the demo model."""
+def make_processor(tokenizer: Any, pinpoints: list[list[int]]) -> Any:
+    """The processor of a model with tiles of `TILE` pixels."""
     from transformers import LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
@@ -85,11 +86,11 @@ def make_processor() -> Any:
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE},
         crop_size={"height": TILE, "width": TILE},
-        image_grid_pinpoints=PINPOINTS,
+        image_grid_pinpoints=pinpoints,
     )
     return LlavaNextProcessor(
         images,
-        make_tokenizer(),
+        tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -147,7 +148,7 @@ def main(
     """Write the demo checkpoint and its picture, replacing those that are there."""
     checkpoint = out / demo.CHECKPOINT.name
     make_model(seed).save_pretrained(checkpoint)
-    make_processor().save_pretrained(checkpoint)
+    make_processor(make_tokenizer(), PINPOINTS).save_pretrained(checkpoint)
     make_picture().save(out / demo.IMAGE.name, optimize=True)
 
 

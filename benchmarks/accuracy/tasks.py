@@ -1,0 +1,240 @@
+"""Seeded items of the visual tasks: pictures, a question, its answer and where it is read.
+
+`python -m benchmarks.accuracy.tasks --out DIR` writes a few of them to look at. The same arguments
+give the same item on every machine, and splits never share a random stream.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image
+
+from benchmarks.accuracy import caption, document, reading, reasoning
+from benchmarks.accuracy.drawing import MAX_JITTER, draw
+from benchmarks.accuracy.glyphs import CELL
+from benchmarks.accuracy.scene import Cell, Question, Scene
+
+TASKS: dict[str, Callable[..., Scene]] = {
+    "document": document.Document,
+    "reading": reading.Reading,
+    "reasoning": reasoning.Reasoning,
+    "caption": caption.Caption,
+}
+SPLITS = ("train", "tune", "test", "report")
+VARIANTS = {"plain": 0.55, "two pictures": 0.15, "question first": 0.15, "multi-turn": 0.15}
+"""How often each occurs where none is asked for."""
+
+SHAPES = {"square": (2, 2), "wide": (1, 2), "tall": (2, 1)}
+"""Tiles down and across. One picture is square, so that every prompt has 300 tokens or more."""
+
+PAIR_SHARES = {"square": 0.2, "wide": 0.4, "tall": 0.4}
+"""Shapes of the pictures where there are two, drawn for each of them."""
+
+IMAGE = "<image>"
+
+VOCABULARY_WORDS = sorted(
+    {
+        word
+        for family in (document, reading, reasoning, caption)
+        for text in (*family.TEXTS, "in the first second picture")
+        for word in re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", text))
+    }
+)
+"""Every word of the questions and answers; names and values are spelt with single characters."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture or two and a question about them.
+
+    Attributes:
+        task: a key of `TASKS`.
+        images: uint8 `[height, width, 3]` each, read-only.
+        prompt: the user's text. `<image>` stands where a picture goes; in a conversation of
+            several turns the pictures are in the first one.
+        turns: earlier (user's text, answer) of the same conversation.
+        answer: what is to be answered to `prompt`.
+        cells: for each picture int16 `[rows, cols]`: the place in `glyphs.CLASSES` of what is
+            drawn in each cell, or `glyphs.EMPTY`.
+        evidence: (picture, row, column) of the cells that the answer is read from, in its order.
+    """
+
+    task: str
+    images: tuple[np.ndarray, ...]
+    prompt: str
+    turns: tuple[tuple[str, str], ...]
+    answer: str
+    cells: tuple[np.ndarray, ...]
+    evidence: tuple[Cell, ...]
+
+
+def make_item(
+    task: str,
+    seed: int,
+    *,
+    split: str = "train",
+    level: float = 1.0,
+    jitter: int = 2,
+    variant: str | None = None,
+    shape: str | None = None,
+    handwriting: bool = False,
+    tile: int = 112,
+) -> Item:
+    """Make one item: the first of `questions_of_one_picture` with the same arguments."""
+    return questions_of_one_picture(
+        task, seed, 1, split=split, level=level, jitter=jitter, variant=variant, shape=shape,
+        handwriting=handwriting, tile=tile,
+    )[0]  # fmt: skip
+
+
+def questions_of_one_picture(
+    task: str,
+    seed: int,
+    count: int = 16,
+    *,
+    split: str = "train",
+    level: float = 1.0,
+    jitter: int = 2,
+    variant: str | None = None,
+    shape: str | None = None,
+    handwriting: bool = False,
+    tile: int = 112,
+) -> list[Item]:
+    """Make several items about the same pictures.
+
+    Args:
+        task: a key of `TASKS`.
+        seed: which item of the split.
+        count: items. They differ in what they ask; where a picture has fewer questions than that,
+            the later ones ask the same again.
+        split: one of `SPLITS`: to train, to choose settings, to test while training, to report.
+        level: of the curriculum: 0 for few and short lines, 1 for all.
+        jitter: pixels by which a glyph may lie off its cell in each direction, 0 to 4.
+        variant: a key of `VARIANTS`, which says how often each occurs if None. All items have it.
+        shape: a key of `SHAPES` for every picture; None for square ones, mixed if there are two.
+        handwriting: draw digits by hand. The splits other than train have samples of their own.
+        tile: pixels of a tile's side, at least 112; pictures have one or two tiles a side.
+
+    Raises:
+        ValueError: an argument is none of those named here.
+        ModuleNotFoundError: handwriting without scikit-learn.
+    """
+    for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+    for name, value, known in (("variant", variant, VARIANTS), ("shape", shape, SHAPES)):
+        if value is not None and value not in known:
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+    if seed < 0 or count < 1 or not 0 <= level <= 1 or not 0 <= jitter <= MAX_JITTER or tile < 112:
+        raise ValueError(
+            f"{seed=}, {count=}, {level=}, {jitter=}, {tile=}: a seed is 0 or more, a count 1 or "
+            f"more, a level 0 to 1, jitter 0 to {MAX_JITTER}, a tile 112 or more"
+        )
+
+    def stream(use: str) -> random.Random:
+        return random.Random(f"{split}/{task}/{seed}/{use}")
+
+    rng = stream("scene")
+    variant = variant or rng.choices(list(VARIANTS), list(VARIANTS.values()))[0]
+    shapes = ["square"]
+    if variant == "two pictures":
+        shapes = rng.choices(list(PAIR_SHARES), list(PAIR_SHARES.values()), k=2)
+    grids = [SHAPES[shape or each] for each in shapes]
+    sizes = [(down * tile, across * tile) for down, across in grids]
+    scene = TASKS[task](rng, [(height // CELL, width // CELL) for height, width in sizes], level)
+    brush, samples = stream("picture"), split != "train" if handwriting else None
+    images = tuple(
+        draw(page.cells, size, brush, jitter=jitter, samples=samples)
+        for page, size in zip(scene.pages, sizes, strict=True)
+    )
+    cells = tuple(page.cells for page in scene.pages)
+    for table in cells:
+        table.flags.writeable = False
+
+    rng, items, asked = stream("questions"), [], set()
+    for _ in range(count):
+        question = _new_question(scene, rng, variant == "multi-turn", asked)
+        asked.add(_subject(question))
+        prompt, turns = _conversation(scene, rng, question, variant, len(images))
+        items.append(Item(task, images, prompt, turns, question.answer, cells, question.evidence))
+    return items
+
+
+def _subject(question: Question) -> tuple[str, tuple[Cell, ...]]:
+    """What makes two questions the same, whatever their words are."""
+    return question.answer, question.evidence
+
+
+def _new_question(scene: Scene, rng: random.Random, brief: bool, asked: set) -> Question:
+    """A question that was not asked yet, if one is found soon."""
+    question = scene.ask(rng, brief)
+    for _ in range(20):
+        if _subject(question) not in asked:
+            break
+        question = scene.ask(rng, brief)
+    return question
+
+
+def _conversation(
+    scene: Scene, rng: random.Random, question: Question, variant: str, pictures: int
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The prompt and the turns before it."""
+    marks = IMAGE * pictures
+    if variant == "question first":
+        return f"{question.text} {marks}", ()
+    if variant != "multi-turn":
+        return f"{marks}{question.text}", ()
+    earlier = _new_question(scene, rng, True, {_subject(question)})
+    return question.text, ((f"{marks}{earlier.text}", earlier.answer),)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    task: Annotated[str | None, typer.Option(help=f"One of {', '.join(TASKS)}; all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first item's seed.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Items of each task.")] = 4,
+    split: Annotated[str, typer.Option(help=f"One of {', '.join(SPLITS)}.")] = "train",
+    level: Annotated[float, typer.Option(min=0, max=1, help="Of the curriculum.")] = 1.0,
+    jitter: Annotated[int, typer.Option(min=0, max=MAX_JITTER, help="Pixels.")] = 2,
+    variant: Annotated[str | None, typer.Option(help=f"One of {', '.join(VARIANTS)}.")] = None,
+    handwriting: Annotated[bool, typer.Option("--handwriting", help="Digits by hand.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
+) -> None:
+    """Write items as pictures, and a text file with their questions and answers."""
+    files: dict[Path, Image.Image | str] = {}
+    for name in (task,) if task else TASKS:
+        lines = []
+        for number in range(seed, seed + count):
+            try:
+                item = make_item(
+                    name, number, split=split, level=level, jitter=jitter, variant=variant,
+                    handwriting=handwriting,
+                )  # fmt: skip
+            except (ValueError, ModuleNotFoundError) as error:
+                raise typer.BadParameter(str(error)) from None
+            names = [f"{name}-{split}-{number}-{i + 1}.png" for i in range(len(item.images))]
+            pictures = map(Image.fromarray, item.images)
+            files |= {out / file: image for file, image in zip(names, pictures, strict=True)}
+            lines.append(" ".join(names))
+            for question, answer in (*item.turns, (item.prompt, item.answer)):
+                lines += [f"  {question}", f"  -> {answer}"]
+        files[out / f"{name}-{split}-{seed}.txt"] = "\n".join(lines) + "\n"
+    taken = [path.name for path in files if path.exists()]
+    if taken and not force:
+        raise typer.BadParameter(f"{out} has {taken[0]} already: overwrite it with --force")
+    out.mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        if isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        else:
+            content.save(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,208 @@
+"""Training: packed questions are the questions alone; it learns, goes on, writes checkpoints."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import vlcache_jax
+from benchmarks.accuracy import tasks, train
+from benchmarks.accuracy.glyphs import CLASSES
+from benchmarks.accuracy.loss import _answer_logits, _full_attention
+from benchmarks.accuracy.packing import pack, render, sharing
+from benchmarks.accuracy.train import Recipe, Stage, Trainer, drawn_ahead
+from vlcache_jax.generate import Generate
+from vlcache_jax.models.llava import bind
+
+STAGE = Stage(
+    steps=40,
+    tasks={"document": 1, "reading": 1},
+    pictures=2,
+    questions=4,
+    level=0.0,
+    jitter=0,
+    glyph_weight=0.3,
+)
+RECIPE = Recipe(
+    seed=0,
+    dtype="float32",
+    vision={
+        "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 2,
+    },
+    text={
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    },
+    peak_lr=1e-2,
+    last_lr=1e-3,
+    warmup_steps=5,
+    stages=(STAGE,),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return Trainer(RECIPE)
+
+
+def items_of(*variants):
+    return [
+        sharing(tasks.questions_of_one_picture("document", seed, 3, variant=variant, level=0.0))
+        for seed, variant in enumerate(variants)
+    ]
+
+
+def test_packed_questions_are_what_each_is_alone(trainer):
+    groups = items_of("plain", "two pictures", "question first", "multi-turn")
+    assert [len(group) for group in groups] == [3, 3, 1, 3]
+    batch = pack(groups, trainer.processor)
+    learned = trainer.state["learned"]["model"]
+
+    @jax.jit
+    def packed(params, batch):
+        model = bind(trainer.config)(params)
+        table = model.visual_rows(batch.inputs.tiles, _full_attention)
+        return _answer_logits(model, trainer.config, batch, table)
+
+    ours = np.asarray(packed(learned, batch))
+    alone = jax.jit(Generate(trainer.config).prompt_logits)
+    for p, group in enumerate(groups):
+        for q, item in enumerate(group):
+            text = render(item) + item.answer + "</s>"
+            inputs = trainer.processor(list(item.images), text, raw_prompt=True)
+            expected = np.asarray(alone(learned, inputs))[0, : inputs.length[0]]
+            answer = np.flatnonzero(batch.targets[p, q] >= 0)
+            count = len(answer) + 1  # the answer's tokens, and the one before them
+            np.testing.assert_allclose(
+                ours[p, q, answer[0] : answer[-1] + 2], expected[-count:], atol=2e-5
+            )
+            ids = inputs.tokens[0, : inputs.length[0]]
+            assert batch.targets[p, q, answer].tolist() == ids[-len(answer) :].tolist()
+            decoded = trainer.processor.decode(batch.targets[p, q, answer])
+            assert decoded == item.answer
+
+
+def test_items_that_share_no_prefix_are_no_group(trainer):
+    items = tasks.questions_of_one_picture("document", 0, 2, variant="question first")
+    assert len(sharing(items)) == 1
+    with pytest.raises(ValueError, match="before its question"):
+        pack([items], trainer.processor)
+
+
+def test_glyphs_are_those_of_the_patches(trainer):
+    (item,) = items_of("plain")[0][:1]
+    batch = pack([[item]], trainer.processor)
+    assert batch.glyphs.shape == (5, 64)
+    assert (batch.glyphs[0] == -1).all()  # the whole picture, at half the size
+    top_right = item.cells[0][:8, 8:]
+    assert batch.glyphs[2].tolist() == top_right.reshape(-1).tolist()
+    assert batch.glyphs.max() < len(CLASSES)
+
+
+def test_it_learns_a_few_items_by_heart(trainer):
+    fresh = Trainer(replace(RECIPE, stages=(replace(STAGE, steps=300),)))
+    batch = pack(items_of("plain", "plain"), fresh.processor)
+    before = float(fresh.advance(batch).loss)
+    for _ in range(150):
+        scores = fresh.advance(batch)
+        if bool(jnp.all(scores.exact == scores.asked)):
+            break
+    assert int(scores.asked.sum()) == 6
+    assert int(scores.exact.sum()) == 6
+    assert float(scores.loss) < 0.1 * before
+
+
+def test_a_run_that_was_cut_off_goes_on_as_if_it_were_not(tmp_path):
+    whole, first = Trainer(RECIPE), Trainer(RECIPE)
+    first._programs = whole._programs  # compiled once
+    for step in range(3):
+        whole.advance(whole.batch(step))
+    for step in range(2):
+        first.advance(first.batch(step))
+    first.save(tmp_path)
+    second = Trainer(RECIPE)
+    second._programs = whole._programs
+    assert second.restore(tmp_path)
+    assert second.step == 2
+    second.advance(second.batch(2))
+    for one, other in zip(jax.tree.leaves(whole.state), jax.tree.leaves(second.state), strict=True):
+        assert np.array_equal(one, other)
+    # What it writes is a model like any other.
+    vlm = vlcache_jax.load(tmp_path / "model", "float32")
+    item = tasks.make_item("reading", 1, variant="plain", level=0.0)
+    answer = vlm.generate(list(item.images), item.prompt, max_new_tokens=2)
+    inputs = vlm.processor(list(item.images), item.prompt)
+    raw = vlm.processor(list(item.images), render(item), raw_prompt=True)
+    assert inputs.tokens.tolist() == raw.tokens.tolist()
+    assert answer.visual_tokens > 0.8 * answer.prompt_tokens
+    assert answer.prompt_tokens > 300
+
+
+def test_batches_come_in_order_and_errors_come_through():
+    def step_itself(step) -> Any:
+        return step
+
+    assert list(drawn_ahead(step_itself, 3, 9)) == [3, 4, 5, 6, 7, 8]
+
+    def fail(step):
+        raise ValueError(f"step {step}")
+
+    with pytest.raises(ValueError, match="step 1"):
+        list(drawn_ahead(fail, 1, 4))
+
+
+def test_splits_are_other_pictures(trainer):
+    train_seeds = [trainer.batch(0).inputs.tiles]
+    (held_out,) = trainer.held_out(1)
+    assert not np.array_equal(train_seeds[0], held_out.inputs.tiles)
+
+
+def app(*arguments):
+    command = typer.Typer()
+    command.command()(train.main)
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def test_the_command_trains_in_slices(tmp_path):
+    recipe, out = tmp_path / "recipe.json", tmp_path / "run"
+    short = replace(RECIPE, stages=(replace(STAGE, steps=2, pictures=1, questions=2),))
+    recipe.write_text(json.dumps(train.asdict(short)))
+    options = ("--out", out, "--held-out", 1)
+    result = app(recipe, *options, "--minutes", 1e-6)
+    assert result.exit_code == 0, result.output
+    result = app(recipe, *options)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(0 <= line["held_out_exact"] <= 1 for line in lines)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(train.asdict(replace(short, seed=1))))
+    result = app(other, *options)
+    assert result.exit_code == 2
+    assert "another recipe" in result.output
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"stages": [], "sed": 1}'])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
+    file = tmp_path / "recipe.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="is no recipe"):
+        Recipe.read(file)
+
+
+def test_the_committed_recipes_are_recipes():
+    folder = train.Path(train.__file__).parent / "recipes"
+    recipes = [Recipe.read(file) for file in folder.glob("*.json")]
+    assert recipes
+    for recipe in recipes:
+        assert recipe.text["num_hidden_layers"] >= 8
+        assert recipe.text["num_key_value_heads"] < recipe.text["num_attention_heads"]
+        assert recipe.stage(0) == recipe.stages[0]
+        assert recipe.stage(recipe.steps - 1) == recipe.stages[-1]
