@@ -5,7 +5,8 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
 PYTHON312 ?= python3.12
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-# With cuda added (5 GB) the programs of the true model shapes are compiled for GPUs too.
+# With cuda added (5 GB) the programs of the true model shapes are compiled for GPUs too, and with
+# offline (Triton) the kernels; neither needs a GPU.
 EXTRAS ?= test,bench
 PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 # Without torch transformers advises to install it; nothing here needs it to.

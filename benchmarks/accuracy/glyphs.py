@@ -7,6 +7,7 @@ FreeType give the same pixels.
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -64,13 +65,13 @@ def handwritten(held_out: bool) -> tuple[np.ndarray, ...]:
         ModuleNotFoundError: scikit-learn, which brings the samples, is not installed.
     """
     try:
-        from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
+        from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"handwritten digits need scikit-learn ({error}): pip install scikit-learn, or draw "
-            "without them"
+            f"handwritten digits need scikit-learn ({error}): pip install 'vlcache-jax[bench]', or "
+            "draw without them"
         ) from error
-    digits = load_digits()
+    digits: Any = load_digits()
     chosen = (np.arange(len(digits.target)) % 4 == 0) == held_out
     return tuple(
         np.stack([_scanned(image) for image in digits.images[chosen & (digits.target == digit)]])
