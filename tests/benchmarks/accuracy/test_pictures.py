@@ -69,7 +69,7 @@ def test_digits_by_hand():
 def test_digits_by_hand_need_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     handwritten.cache_clear()
-    with pytest.raises(ModuleNotFoundError, match="scikit-learn .*pip install"):
+    with pytest.raises(ModuleNotFoundError, match=r"scikit-learn .*pip install"):
         make_item("reading", 0, handwriting=True)
 
 
