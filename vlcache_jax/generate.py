@@ -134,7 +134,7 @@ class Generate:
 
     @property
     def cache_backend(self) -> str | None:
-        """Backend of the operations on the cache, which cuDNN does not have."""
+        """Backend of all but the attention of a prompt, which is what cuDNN has."""
         return None if self.backend == "cudnn" else self.backend
 
     @property
