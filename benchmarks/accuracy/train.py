@@ -8,6 +8,7 @@ DIR/log.jsonl has the losses, and the accuracy on pictures of seeds that are nev
 
 import json
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -221,7 +222,7 @@ class Trainer:
             checkpointer.save(path, self.state, force=True)
             checkpointer.wait_until_finished()
         for old in sorted(path.parent.glob("[0-9]*"))[:-2]:
-            _remove(old)
+            shutil.rmtree(old)
         export(
             folder / "model",
             self.config_json,
@@ -246,12 +247,6 @@ def _advance(loss: Any, optimizer: Any, state: Any, batch: Batch) -> tuple[Any, 
     gradient, scores = jax.grad(loss, has_aux=True)(learned, batch)
     updates, moments = optimizer.update(gradient, state["optimizer"], learned)
     return {"learned": optax.apply_updates(learned, updates), "optimizer": moments}, scores
-
-
-def _remove(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()
 
 
 def drawn_ahead(make: Callable[[int], Batch], first: int, last: int) -> Iterator[Batch]:
