@@ -170,11 +170,11 @@ def compile_for(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     jitted = jax.jit(function, donate_argnums=donate_argnums)
-    with jax.sharding.use_abstract_mesh(_mesh(GPUS[gpu])):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(GPUS[gpu])):
         return jitted.lower(*jax.tree.map(place, args)).compile()
 
 
-def _mesh(gpu: Gpu) -> jax.sharding.AbstractMesh:
+def abstract_mesh(gpu: Gpu) -> jax.sharding.AbstractMesh:
     """No mesh, on this GPU: what Pallas asks for the device, since jax sees none."""
     device = jax.sharding.AbstractDevice(device_kind=gpu.name, num_cores=gpu.cores, platform="gpu")
     return jax.sharding.AbstractMesh((), (), abstract_device=device)

@@ -96,13 +96,8 @@ def cases() -> Iterator[Case]:
 def representative(case: Case) -> bool:
     """Whether a case is among the few that a test compiles: the operations' defaults."""
     common = (case.dtype, case.head_dim) in {("bfloat16", 128), ("float32", 80), ("bfloat16", 4096)}
-    size = tiles.padded(case.head_dim)
-    first = CONFIGS[case.operation].candidates(_capability(case.arch), jnp.dtype(case.dtype), size)
-    return common and case.config == first[0] and case.variant not in ("bidirectional", "splits 1")
-
-
-def _capability(arch: str) -> int:
-    return int(arch.removeprefix("sm_"))
+    first = _configs(case.operation, case.arch, case.dtype, case.head_dim)[0]
+    return common and case.config == first and case.variant not in ("bidirectional", "splits 1")
 
 
 def _arrays(dtype: str, *shapes: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -110,8 +105,8 @@ def _arrays(dtype: str, *shapes: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct,
 
 
 def _configs(operation: str, arch: str, dtype: str, size: int) -> tuple[Any, ...]:
-    padded = tiles.padded(size)
-    return CONFIGS[operation].candidates(_capability(arch), jnp.dtype(dtype), padded)
+    capability = int(arch.removeprefix("sm_"))
+    return CONFIGS[operation].candidates(capability, jnp.dtype(dtype), tiles.padded(size))
 
 
 def _prefill_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:

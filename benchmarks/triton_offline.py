@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from jax.extend.mlir import ir
 
-from benchmarks.ahead_of_time import GPUS, _mesh
+from benchmarks.ahead_of_time import GPUS, abstract_mesh
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def compile_kernels(function: Callable[..., Any], *args: Any, gpu: str) -> list[
         raise RuntimeError(
             "compiling kernels without a GPU needs triton: pip install 'vlcache-jax[offline]'"
         )
-    with jax.sharding.use_abstract_mesh(_mesh(GPUS[gpu])):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(GPUS[gpu])):
         lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
     calls = _triton_calls(lowered.compiler_ir("stablehlo"))
     return [_compile(call, GPUS[gpu].capability) for call in calls]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.make_demo import IMAGE_TOKEN_ID, make_processor, make_tokenizer
+from benchmarks.make_demo import IMAGE_TOKEN_ID, TILE, make_processor, make_tokenizer
 from convert.directory import whole_directory
 from convert.safetensors_writer import write_tensors
 from vlcache_jax.buckets import Buckets
@@ -21,7 +21,7 @@ from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import Processor
 from vlcache_jax.weights import parameter_name, parse_dtype, split, tensors_of
 
-TILE, PATCH = 112, 14
+PATCH = 14
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
 
 

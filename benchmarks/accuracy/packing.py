@@ -77,30 +77,28 @@ def pack(groups: Sequence[Sequence[Item]], processor: Processor) -> Batch:
         ValueError: the items of a group do not share what is before their questions.
     """
     first = [group[0] for group in groups]
-    texts = [render(item) for item in first]
-    whole = processor([list(item.images) for item in first], texts, raw_prompt=True)
+    whole = processor(
+        [list(item.images) for item in first], [render(item) for item in first], raw_prompt=True
+    )
     visual = np.asarray(whole.visual_index) >= 0
     length = (visual.shape[1] - visual[:, ::-1].argmax(1)).astype(np.int32)
     inputs = ModelInputs(whole.tokens, length, whole.visual_index, whole.tiles)
-    rows = [[_segment(item, text, processor) for item in group] for group, text in
-            zip(groups, texts, strict=True)]  # fmt: skip
+    rows = [[_segment(item, group[0], processor) for item in group] for group in groups]
     longest = max(len(tokens) for row in rows for tokens, _ in row)
     shape = (len(groups), max(map(len, rows)), -(-longest // _ROUND) * _ROUND)
     tokens, targets = np.zeros(shape, np.int32), np.full(shape, NOTHING, np.int32)
     for p, row in enumerate(rows):
         for q, (ids, answer) in enumerate(row):
             tokens[p, q, : len(ids)] = ids
-            begin = (
-                len(ids) - answer - 1
-            )  # the last token of the question predicts the answer's first
+            begin = len(ids) - answer - 1  # the question's last token predicts the answer's first
             targets[p, q, begin : len(ids) - 1] = ids[begin + 1 :]
     return Batch(inputs, tokens, targets, _glyphs(first, inputs.tiles.shape[0]))
 
 
-def _segment(item: Item, text: str, processor: Processor) -> tuple[list[int], int]:
+def _segment(item: Item, first: Item, processor: Processor) -> tuple[list[int], int]:
     """Token ids behind the last picture, and how many of them are the answer's."""
     before, after = render(item).rsplit(MARK, 1)
-    if before != text.rsplit(MARK, 1)[0]:
+    if before != _before(first):
         raise ValueError(f"{before!r} is not what the group's first item has before its question")
     # What a picture's last mark becomes ends at a token's end: so the rest can be read alone.
     question, answer = (

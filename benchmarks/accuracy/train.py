@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +31,7 @@ from benchmarks.accuracy.glyphs import CLASSES
 from benchmarks.accuracy.loss import Scores, make_loss
 from benchmarks.accuracy.network import config_json, export, make_files, make_inputs
 from benchmarks.accuracy.packing import Batch, pack, sharing
+from benchmarks.environment import write_result
 from vlcache_jax.checkpoint import quiet_orbax
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llava import init_params
@@ -125,7 +126,7 @@ class Recipe:
         return self.stages[-1]
 
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW with clipped gradients; norms, biases and embeddings do not decay."""
+        """AdamW with clipped gradients; vectors, which are norms and biases, do not decay."""
         steps = max(self.steps, self.warmup_steps + 1)
         rate = optax.warmup_cosine_decay_schedule(
             0.0, self.peak_lr, self.warmup_steps, steps, self.last_lr
@@ -144,7 +145,7 @@ class Trainer:
     Attributes:
         recipe: what is done.
         step: steps done.
-        state: {"model": parameters, "glyphs": [D, classes]}, and the optimizer's.
+        state: {"learned": {"model": parameters, "glyphs": [D, classes]}, "optimizer": its own}.
     """
 
     recipe: Recipe
@@ -203,20 +204,22 @@ class Trainer:
         self.step += 1
         return scores
 
+    @cached_property
+    def _test(self) -> Callable[[Any, Batch], Scores]:
+        loss = make_loss(self.config, 0.0, jnp.dtype(self.recipe.dtype))
+        return jax.jit(lambda learned, batch: loss(learned, batch)[1])
+
     def accuracy(self, batches: Iterator[Batch]) -> float:
         """Share of answers that are right to the last token."""
-        if "test" not in self.__dict__:
-            loss = make_loss(self.config, 0.0, jnp.dtype(self.recipe.dtype))
-            self.test = jax.jit(lambda learned, batch: loss(learned, batch)[1])
         right = asked = 0
         for batch in batches:
-            scores = self.test(self.state["learned"], batch)
+            scores = self._test(self.state["learned"], batch)
             right += int(scores.exact.sum())
             asked += int(scores.asked.sum())
         return right / max(asked, 1)
 
     def save(self, folder: Path) -> None:
-        """Write the state beside the last one, and then remove that."""
+        """Write the model, and the state beside the last one; older ones are removed."""
         path = (folder / "state" / f"{self.step:07d}").resolve()
         with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, self.state, force=True)
@@ -302,10 +305,9 @@ def main(
     trainer = Trainer(what)
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "recipe.json"
-    text = json.dumps(asdict(what), indent=1) + "\n"
-    if kept.exists() and kept.read_text(encoding="utf-8") != text:
+    if kept.exists() and Recipe.read(kept) != what:
         raise typer.BadParameter(f"{out} holds the run of another recipe: choose another folder")
-    kept.write_text(text, encoding="utf-8")
+    write_result(kept, asdict(what))
     if trainer.restore(out):
         errors.print(f"going on at step {trainer.step}")
     until = time.monotonic() + (minutes * 60 if minutes else float("inf"))
