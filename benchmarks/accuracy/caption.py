@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.accuracy.glyphs import COLOURS, SHAPES
 from benchmarks.accuracy.reasoning import PLURALS
-from benchmarks.accuracy.scene import Cell, Page, Question, Wording, between, make_pages
+from benchmarks.accuracy.scene import Cell, Manner, Page, Question, Wording, between, make_pages
 
 WHOLE_SHARE = 0.7  # of the questions that stand alone; the others ask about a part
 
@@ -60,21 +60,25 @@ class Caption:
         self.pages = make_pages(sizes)
         self._shapes = [_place(rng, page, level) for page in self.pages]
 
-    def ask(self, rng: random.Random, brief: bool) -> Question:
-        """Describe a whole page, or a part of it (always so if brief).
+    def ask(self, rng: random.Random, manner: Manner) -> Question:
+        """Describe a whole page, or a part of it (always so unless full).
 
         A part has two or three shapes, so that several patches are read; one where there is no such
-        part. In brief questions it has one or two: they come in pairs, which must differ.
+        part. In shorter questions it has one or two: they come in pairs, which must differ.
         """
         index = rng.randrange(len(self.pages))
         shapes, where = self._shapes[index], self.pages[index].where
-        if not brief and rng.random() < WHOLE_SHARE:
-            return _question(WHOLE.put(rng, brief, where=where), shapes)
-        parts = [part for part in _parts(shapes, where) if 1 <= len(part[1]) <= (2 if brief else 3)]
-        if not brief:
+        if manner == "full" and rng.random() < WHOLE_SHARE:
+            return _question(WHOLE.put(rng, manner, where=where), shapes)
+        parts = [
+            part
+            for part in _parts(shapes, where)
+            if 1 <= len(part[1]) <= (3 if manner == "full" else 2)
+        ]
+        if manner == "full":
             parts = [part for part in parts if len(part[1]) > 1] or parts
         name, chosen = rng.choice(parts)
-        return _question(PART.put(rng, brief, part=name), chosen)
+        return _question(PART.put(rng, manner, part=name), chosen)
 
 
 Shape = tuple[int, str, Cell]

@@ -1,7 +1,8 @@
 """What the training minimises, as a function that JAX can differentiate.
 
 The library's own modules, with another attention: dense, since a loop with a data-dependent number
-of trips has no reverse derivative, and in two parts, prefix and segments (see packing.py).
+of trips has no reverse derivative, and in two parts, prefix and segments (see packing.py). Heads
+come before rows in it: so every product is one that XLA has a fast loop for on a CPU too.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llama import Stream, rope_table, rotated
 from vlcache_jax.models.llava import Params, bind
 
+HIDDEN = -1e30
+"""Logit of a key that is not seen."""
+
 
 class Scores(NamedTuple):
     """How well a batch was done.
@@ -24,6 +28,7 @@ class Scores(NamedTuple):
         loss: mean cross-entropy of the answers' tokens.
         glyph_loss: that of the patches' glyphs.
         glyph_accuracy: share of the patches with a glyph that are named right.
+        guide_loss: mean of -log of the attention that guided heads pay to the patch to be read.
         exact: which answers are right from their first token to the last, bool [P, Q]: just those
             that greedy decoding gives.
         asked: which questions there are, bool [P, Q].
@@ -32,45 +37,67 @@ class Scores(NamedTuple):
     loss: jax.Array
     glyph_loss: jax.Array
     glyph_accuracy: jax.Array
+    guide_loss: jax.Array
     exact: jax.Array
     asked: jax.Array
 
 
 def make_loss(
-    config: LlavaConfig, glyph_weight: float, dtype: Any
-) -> Callable[[dict[str, Any], Batch], tuple[jax.Array, Scores]]:
-    """The loss of `{"model": Params, "glyphs": [D, classes]}` on a batch.
+    config: LlavaConfig, dtype: Any, *, sight: bool = True, answers: bool = True
+) -> Callable[[dict[str, Any], Batch, Any, Any], tuple[jax.Array, Scores]]:
+    """The loss of `{"model": Params, "glyphs": [classes + 1, D]}` on a batch.
+
+    `glyphs` has the visual token that each glyph should be, the last row for none. It takes the
+    place of the visual tokens where there is no sight: so the decoder can be trained without the
+    tower, on the same tasks. With sight there is an auxiliary loss: each visual token is to be that
+    of its glyph, and of no other.
+
+    The last two arguments of the loss are the weights of the auxiliary losses, which are a part of
+    training only: the glyphs', and the guidance's: the first query head of every kv head of two
+    middle layers is to attend to the patch that is read next.
 
     Args:
         config: the model.
-        glyph_weight: weight of the auxiliary loss: which glyph does each patch show, by one linear
-            map of its visual token. It is a part of training only.
         dtype: type of the arithmetic; the losses are float32.
+        sight: run the vision tower.
+        answers: run the decoder; else the tower is trained alone.
     """
     model_of = bind(config)
 
-    def loss(state: dict[str, Any], batch: Batch) -> tuple[jax.Array, Scores]:
+    def loss(
+        state: dict[str, Any], batch: Batch, glyph_weight: Any, guide_weight: Any
+    ) -> tuple[jax.Array, Scores]:
         params: Params = jax.tree.map(lambda x: x.astype(dtype), state["model"])
-        model, inputs = model_of(params), batch.inputs
-        table = model.visual_rows(batch.inputs.tiles, _full_attention)
-        answers = _answer_logits(model, config, batch, table)
-        learned = batch.targets >= 0
-        entropy = _cross_entropy(answers, batch.targets, learned)
-        right = jnp.argmax(answers, axis=-1) == batch.targets
-        patches = inputs.tiles.shape[0] * batch.glyphs.shape[1]
-        named = table[:patches].astype(jnp.float32) @ state["glyphs"]
+        model, ideal = model_of(params), state["glyphs"]
         shown = batch.glyphs.reshape(-1)
-        glyph_entropy = _cross_entropy(named, shown, shown >= 0)
-        named_right = (jnp.argmax(named, axis=-1) == shown) & (shown >= 0)
+        there = shown >= 0
+        zero = jnp.float32(0)
+        glyph_entropy, named_right = zero, zero
+        if sight:
+            table = model.visual_rows(batch.inputs.tiles, attend_patches)
+            fixed = jax.lax.stop_gradient(ideal)
+            seen = table[: shown.size].astype(jnp.float32)
+            named = seen @ fixed.T
+            glyph_entropy = _glyph_loss(seen, named, shown, there, fixed)
+            # Blank patches are many and easy: all together they count as much as the glyphs.
+            glyph_entropy += _glyph_loss(
+                seen, named, jnp.full_like(shown, ideal.shape[0] - 1), ~there, fixed
+            )
+            named_right = jnp.sum((jnp.argmax(named, axis=-1) == shown) & there)
+            named_right /= jnp.maximum(jnp.sum(there), 1)
+        else:
+            # A row more for the newlines. The last class is what -1 means.
+            table = jnp.take(ideal, jnp.append(shown, -1), axis=0, mode="wrap").astype(dtype)
+        learned = batch.targets >= 0
         asked = jnp.any(learned, axis=-1)
-        scores = Scores(
-            loss=entropy,
-            glyph_loss=glyph_entropy,
-            glyph_accuracy=jnp.sum(named_right) / jnp.maximum(jnp.sum(shown >= 0), 1),
-            exact=jnp.all(right | ~learned, axis=-1) & asked,
-            asked=asked,
-        )
-        return entropy + glyph_weight * glyph_entropy, scores
+        entropy, guide, exact = zero, zero, jnp.zeros_like(asked)
+        if answers:
+            logits, guide = answer_logits(model, config, batch, table)
+            entropy = _cross_entropy(logits, batch.targets, learned)
+            right = jnp.argmax(logits, axis=-1) == batch.targets
+            exact = jnp.all(right | ~learned, axis=-1) & asked
+        scores = Scores(entropy, glyph_entropy, named_right, guide, exact, asked)
+        return entropy + glyph_weight * glyph_entropy + guide_weight * guide, scores
 
     return loss
 
@@ -82,80 +109,116 @@ def _cross_entropy(logits: jax.Array, targets: jax.Array, there: jax.Array) -> j
     return jnp.sum(jnp.where(there, losses, 0.0)) / jnp.maximum(jnp.sum(there), 1)
 
 
-def _full_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Of a tile's patches, [S, P + 1, N, H] each."""
-    logits = jnp.einsum("sqnh,sknh->snqk", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
-    return jnp.einsum("snqk,sknh->sqnh", weights.astype(v.dtype), v)
+def _glyph_loss(
+    seen: jax.Array, named: jax.Array, shown: jax.Array, there: jax.Array, ideal: jax.Array
+) -> jax.Array:
+    """Cross-entropy of the glyphs' names, and distance of the tokens in units of their variance."""
+    distance = jnp.mean(jnp.square(seen - ideal[shown]), axis=-1) / jnp.mean(jnp.square(ideal))
+    distance = jnp.sum(jnp.where(there, distance, 0.0)) / jnp.maximum(jnp.sum(there), 1)
+    return _cross_entropy(named, shown, there) + distance
 
 
-def _answer_logits(model: Any, config: LlavaConfig, batch: Batch, table: jax.Array) -> jax.Array:
-    """Logits of the segments' tokens, [P, Q, R, V]."""
+def attend_patches(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of a tile's patches to each other, [S, P + 1, N, H] each."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    weights = jax.nn.softmax(_dot("snqh,snkh->snqk", q, k) * q.shape[-1] ** -0.5, axis=-1)
+    return _dot("snqk,snkh->snqh", weights.astype(v.dtype), v).astype(v.dtype).swapaxes(1, 2)
+
+
+def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def answer_logits(
+    model: Any, config: LlavaConfig, batch: Batch, table: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits of the segments' tokens, [P, Q, R, V], and the loss of the guided heads."""
     inputs, (pictures, questions, rows) = batch.inputs, batch.tokens.shape
     visual = jnp.take(table, jnp.maximum(inputs.visual_index, 0), axis=0)
     prefix = jnp.where(inputs.visual_index[..., None] >= 0, visual, model.embed(inputs.tokens))
     segments = model.embed(batch.tokens.reshape(pictures, -1))
-    prefix_rows = prefix.shape[1]
-    own = jnp.tile(jnp.arange(rows), questions)
-    positions = jnp.concatenate(
-        [
-            jnp.broadcast_to(jnp.arange(prefix_rows), (pictures, prefix_rows)),
-            inputs.length[:, None] + own,
-        ],
-        axis=1,
-    )
-    angles = rope_table(positions, config.text)
-    there = jnp.arange(prefix_rows) < inputs.length[:, None]  # [P, T]
+    own = batch.begin[:, None] + jnp.tile(jnp.arange(rows), questions)
+    angles = rope_table(jnp.concatenate([batch.positions, own], axis=1), config.text)
+    there = jnp.arange(prefix.shape[1]) < inputs.length[:, None]  # [P, T]
 
-    def attend(qkv: jax.Array) -> tuple[jax.Array, None]:
-        q, k, v = rotated(qkv, angles)
-        first = _attend_prefix(q[:, :prefix_rows], k[:, :prefix_rows], v[:, :prefix_rows], there)
-        second = _attend_segments(q, k, v, there, questions, rows)
-        return jnp.concatenate([first, second], axis=1), None
+    def attend(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _attend(*rotated(qkv, angles), there, batch.sources)
 
     stream = Stream(jnp.concatenate([prefix, segments], axis=1), None)
+    guided = []
     for layer in model.layers:
+        stream, guide = layer(stream, attend, backend="xla")
+        guided.append(guide)
+    hidden = stream.total()[:, prefix.shape[1] :]
+    middle = len(guided) // 2
+    guide = jnp.mean(jnp.stack(guided[max(middle - 1, 0) : middle + 1]))
+    return model.logits(hidden).reshape(pictures, questions, rows, -1), guide
 
-        def run(before: Stream, layer: Any = layer) -> Stream:
-            return layer(before, attend, backend="xla")[0]
 
-        # What a layer needs for its derivative is computed anew: eight layers' logits are large.
-        stream = jax.checkpoint(run)(stream)
-    hidden = stream.total()[:, prefix_rows:]
-    return model.logits(hidden).reshape(pictures, questions, rows, -1)
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, there: jax.Array, sources: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of the prefixes to themselves and of the segments to both, and the guidance's loss.
+
+    Args:
+        q: [P, T + Q * R, N, H].
+        k: [P, T + Q * R, K, H].
+        v: likewise.
+        there: which rows of the prefixes there are, [P, T].
+        sources: see `packing.Batch`, [P, Q, R].
+    """
+    (pictures, total, heads, width), prefix_rows = q.shape, there.shape[1]
+    kv_heads = k.shape[2]
+    questions, rows = sources.shape[1:]
+    q = (q * width**-0.5).reshape(pictures, total, kv_heads, -1, width)
+    q = jnp.moveaxis(q, 1, 3)  # [P, K, G, T + Q * R, H]
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def cut(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first, rest = x[..., :prefix_rows, :], x[..., prefix_rows:, :]
+        return first, rest.reshape(*rest.shape[:-2], questions, rows, width)
+
+    (q_first, q_own), (k_first, k_own), (v_first, v_own) = map(cut, (q, k, v))
+    first = _attend_prefix(q_first, k_first, v_first, there)
+
+    group = heads // kv_heads
+    q_own = q_own.swapaxes(2, 3).reshape(pictures, kv_heads, questions, group * rows, width)
+    flat = q_own.reshape(pictures, kv_heads, -1, width)  # [P, K, Q * G * R, H]
+    far = _dot("pkmh,pksh->pkms", flat, k_first)
+    far = jnp.where(there[:, None, None, :], far, HIDDEN)
+    near = _dot("pkqmh,pkqsh->pkqms", q_own, k_own)
+    near = jnp.where(jnp.tile(jnp.tri(rows, dtype=bool), (group, 1)), near, HIDDEN)
+    near = near.reshape(*far.shape[:3], rows)
+    # One softmax over both parts, without putting them side by side.
+    most = jnp.maximum(jnp.max(far, -1, keepdims=True), jnp.max(near, -1, keepdims=True))
+    most = jax.lax.stop_gradient(most)
+    far, near = jnp.exp(far - most), jnp.exp(near - most)
+    weight = jnp.sum(far, -1, keepdims=True) + jnp.sum(near, -1, keepdims=True)
+    mixed = _dot("pkms,pksh->pkmh", far.astype(v.dtype), v_first)
+    near = near.reshape(*q_own.shape[:4], rows).astype(v.dtype)
+    mixed += _dot("pkqms,pkqsh->pkqmh", near, v_own).reshape(mixed.shape)
+    mixed = (mixed / weight).astype(v.dtype)
+    mixed = mixed.reshape(pictures, kv_heads, questions, group, rows, width)
+    second = mixed.transpose(0, 2, 4, 1, 3, 5).reshape(pictures, -1, heads, width)
+
+    mass = (far / weight).reshape(pictures, kv_heads, questions, group, rows, prefix_rows)
+    mass = mass[:, :, :, 0]  # [P, K, Q, R, T]
+    paid = jnp.take_along_axis(mass, jnp.maximum(sources, 0)[:, None, ..., None], axis=-1)[..., 0]
+    asked = (sources >= 0)[:, None]
+    loss = jnp.sum(jnp.where(asked, -jnp.log(paid + 1e-6), 0.0), axis=(0, 2, 3))
+    guide = jnp.mean(loss) / jnp.maximum(jnp.sum(asked), 1)
+    return jnp.concatenate([first, second], axis=1), guide
 
 
 def _attend_prefix(q: jax.Array, k: jax.Array, v: jax.Array, there: jax.Array) -> jax.Array:
-    """Causal attention of the prefixes alone: q [P, T, N, H], k and v [P, T, K, H]."""
-    pictures, rows, heads, width = q.shape
-    grouped = q.reshape(pictures, rows, k.shape[2], -1, width)
-    logits = jnp.einsum("ptkgh,pskh->pkgts", grouped, k, preferred_element_type=jnp.float32)
-    seen = jnp.tri(rows, dtype=bool) & there[:, None, None, None, :]
+    """Causal attention of the prefixes alone: q [P, K, G, T, H], k and v [P, K, T, H]."""
+    pictures, kv_heads, group, rows, width = q.shape
+    logits = _dot("pkmh,pksh->pkms", q.reshape(pictures, kv_heads, -1, width), k)
+    seen = jnp.tri(rows, dtype=bool) & there[:, None, :]
     # Rows behind a prefix would see nothing: they see the first key, and nobody sees them.
     seen = seen | (jnp.arange(rows) == 0)
-    weights = jax.nn.softmax(jnp.where(seen, logits * width**-0.5, -1e30), axis=-1)
-    mixed = jnp.einsum("pkgts,pskh->ptkgh", weights.astype(v.dtype), v)
-    return mixed.reshape(pictures, rows, heads, width)
-
-
-def _attend_segments(
-    q: jax.Array, k: jax.Array, v: jax.Array, there: jax.Array, questions: int, rows: int
-) -> jax.Array:
-    """Attention of each segment to the prefix and to itself: one softmax over both."""
-    pictures, _, heads, width = q.shape
-    prefix_rows, kv_heads = there.shape[1], k.shape[2]
-
-    def cut(x: jax.Array, *heads: int) -> jax.Array:
-        return x[:, prefix_rows:].reshape(pictures, questions, rows, *heads, width)
-
-    q_own, k_own, v_own = cut(q, kv_heads, heads // kv_heads), cut(k, kv_heads), cut(v, kv_heads)
-    k_first, v_first = k[:, :prefix_rows], v[:, :prefix_rows]
-    far = jnp.einsum("pqrkgh,pskh->pqkgrs", q_own, k_first, preferred_element_type=jnp.float32)
-    far = jnp.where(there[:, None, None, None, None, :], far, -1e30)
-    near = jnp.einsum("pqrkgh,pqskh->pqkgrs", q_own, k_own, preferred_element_type=jnp.float32)
-    near = jnp.where(jnp.tri(rows, dtype=bool), near, -1e30)
-    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1) * width**-0.5, axis=-1)
-    weights = weights.astype(v.dtype)
-    mixed = jnp.einsum("pqkgrs,pskh->pqrkgh", weights[..., :prefix_rows], v_first)
-    mixed += jnp.einsum("pqkgrs,pqskh->pqrkgh", weights[..., prefix_rows:], v_own)
-    return mixed.reshape(pictures, questions * rows, heads, width)
+    seen = jnp.tile(seen, (1, group, 1))[:, None]  # [P, 1, G * T, T]
+    weights = jax.nn.softmax(jnp.where(seen, logits, HIDDEN), axis=-1)
+    mixed = _dot("pkms,pksh->pkmh", weights.astype(v.dtype), v).astype(v.dtype)
+    mixed = mixed.reshape(q.shape)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(pictures, rows, -1, width)

@@ -9,6 +9,7 @@ So Q questions cost one pass over the visual tokens, and each is computed as if 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 
 from benchmarks.accuracy.network import PATCH, TILE
 from benchmarks.accuracy.tasks import Item
+from vlcache_jax.buckets import bucket_for
 from vlcache_jax.processing import ModelInputs, Processor
 
 MARK = "<image>"
@@ -24,7 +26,7 @@ NOTHING = -1
 """Target of what is not learned."""
 
 _SIDE = TILE // PATCH
-_ROUND = 32  # segments are padded to multiples of this, to have few shapes
+_ROUND = 8  # segments are padded to multiples of this, to have few shapes
 
 
 @jax.tree_util.register_dataclass
@@ -34,14 +36,21 @@ class Batch:
 
     Attributes:
         inputs: the prefixes: tokens, visual_index [P, T], tiles; `length` is theirs, int32 [P].
+        positions: where each of their rows stands, int32 [P, T].
+        begin: where the segments begin, int32 [P].
         tokens: of the segments, int32 [P, Q, R].
         targets: the next token where it is part of an answer, else -1, int32 [P, Q, R].
+        sources: row of the prefix whose patch shows what the next token says, else -1, int32
+            [P, Q, R]; known where an answer has one token for each patch.
         glyphs: class of the glyph in each patch of the tiles, -1 for none, int32 [S, patches].
     """
 
     inputs: ModelInputs
+    positions: Any
+    begin: Any
     tokens: Any
     targets: Any
+    sources: Any
     glyphs: Any
 
 
@@ -57,66 +66,147 @@ def _marked(text: str) -> str:
     return text.replace(MARK, f"{MARK}\n")
 
 
-def sharing(items: Sequence[Item]) -> list[Item]:
-    """Those of a picture's items that can be a group: one, where the question comes first."""
-    return [item for item in items if _before(item) == _before(items[0])]
-
-
 def _before(item: Item) -> str:
     return render(item).rsplit(MARK, 1)[0]
 
 
-def pack(groups: Sequence[Sequence[Item]], processor: Processor) -> Batch:
+def pack(
+    groups: Sequence[Sequence[Item]],
+    processor: Processor,
+    *,
+    blanks: float = 0.0,
+    rng: np.random.Generator | None = None,
+    sight: bool = True,
+) -> Batch:
     """Make a batch of groups of items that share their pictures and what precedes them.
 
     Args:
         groups: as many items in each, or fewer: the rest is padding.
         processor: pictures and texts to arrays.
+        blanks: share of the visual tokens without a glyph that are there. Those that are left out
+            leave their position empty: a shorter prefix to learn from, not another one.
+        rng: which ones; None for all of them.
+        sight: with the pixels; without them the tiles are empty, which takes less time.
 
     Raises:
         ValueError: the items of a group do not share what is before their questions.
     """
     first = [group[0] for group in groups]
-    whole = processor(
-        [list(item.images) for item in first], [render(item) for item in first], raw_prompt=True
-    )
-    visual = np.asarray(whole.visual_index) >= 0
-    length = (visual.shape[1] - visual[:, ::-1].argmax(1)).astype(np.int32)
-    inputs = ModelInputs(whole.tokens, length, whole.visual_index, whole.tiles)
-    rows = [[_segment(item, group[0], processor) for item in group] for group in groups]
-    longest = max(len(tokens) for row in rows for tokens, _ in row)
-    shape = (len(groups), max(map(len, rows)), -(-longest // _ROUND) * _ROUND)
-    tokens, targets = np.zeros(shape, np.int32), np.full(shape, NOTHING, np.int32)
-    for p, row in enumerate(rows):
+    whole = (_seen if sight else _unseen)(first, processor)
+    glyphs, places = _glyphs(first, whole.tiles.shape[0])
+    index = np.asarray(whole.visual_index)
+    visual = index >= 0
+    begin = (visual.shape[1] - visual[:, ::-1].argmax(1)).astype(np.int32)
+    here = np.arange(visual.shape[1]) < begin[:, None]
+    if rng is not None:
+        drawn = np.append(glyphs.reshape(-1), NOTHING)[np.minimum(index, glyphs.size)] >= 0
+        here &= ~visual | drawn | (rng.random(visual.shape) < blanks)
+    rows = here.sum(1).astype(np.int32)
+    order = np.argsort(~here, axis=1, kind="stable")[
+        :, : bucket_for(rows.max(), processor.buckets.prompt)
+    ]
+    tokens, index = (np.take_along_axis(x, order, 1) for x in (np.asarray(whole.tokens), index))
+    index = np.where(np.arange(order.shape[1]) < rows[:, None], index, NOTHING)
+    inputs = ModelInputs(tokens, rows, index, whole.tiles)
+
+    segments = _segments(groups, processor)
+    longest = max(len(ids) for row in segments for ids, _ in row)
+    shape = (len(groups), max(map(len, segments)), -(-longest // _ROUND) * _ROUND)
+    tokens = np.zeros(shape, np.int32)
+    targets, sources = np.full(shape, NOTHING, np.int32), np.full(shape, NOTHING, np.int32)
+    for p, row in enumerate(segments):
+        row_of = {patch: at for at, patch in enumerate(index[p].tolist()) if patch >= 0}
         for q, (ids, answer) in enumerate(row):
             tokens[p, q, : len(ids)] = ids
-            begin = len(ids) - answer - 1  # the question's last token predicts the answer's first
-            targets[p, q, begin : len(ids) - 1] = ids[begin + 1 :]
-    return Batch(inputs, tokens, targets, _glyphs(first, inputs.tiles.shape[0]))
+            start = len(ids) - answer - 1  # the question's last token predicts the answer's first
+            targets[p, q, start : len(ids) - 1] = ids[start + 1 :]
+            evidence = groups[p][q].evidence
+            if len(evidence) == answer - 1:
+                sources[p, q, start : len(ids) - 2] = [
+                    row_of[int(places[p][picture][row, col])] for picture, row, col in evidence
+                ]
+    positions = order.astype(np.int32)
+    return Batch(inputs, positions, begin, tokens, targets, sources, glyphs)
 
 
-def _segment(item: Item, first: Item, processor: Processor) -> tuple[list[int], int]:
-    """Token ids behind the last picture, and how many of them are the answer's."""
-    before, after = render(item).rsplit(MARK, 1)
-    if before != _before(first):
-        raise ValueError(f"{before!r} is not what the group's first item has before its question")
-    # What a picture's last mark becomes ends at a token's end: so the rest can be read alone.
-    question, answer = (
-        processor.tokenizer(part, add_special_tokens=False)["input_ids"]
-        for part in (after, item.answer + END)
-    )
-    return question + answer, len(answer)
+def _seen(items: Sequence[Item], processor: Processor) -> ModelInputs:
+    images, texts = [list(item.images) for item in items], [render(item) for item in items]
+    return processor(images, texts, raw_prompt=True)
 
 
-def _glyphs(items: Sequence[Item], tiles: int) -> np.ndarray:
-    """What the auxiliary loss is taught: the glyph of each patch of the full-resolution tiles."""
-    found = np.full((tiles, _SIDE * _SIDE), NOTHING, np.int32)
+def _unseen(items: Sequence[Item], processor: Processor) -> ModelInputs:
+    """The same but for the tiles, [S, 0], which have no pixels, and for what follows the images.
+
+    Prefixes of the same text and sizes have the same layout, which is worked out once.
+    """
+    layouts = [
+        _layout(processor, _before(item), tuple(image.shape for image in item.images))
+        for item in items
+    ]
+    tiles = bucket_for(sum(count for *_, count in layouts), processor.buckets.tiles)
+    longest = max(len(tokens) for tokens, *_ in layouts)
+    tokens = np.zeros((len(items), longest), np.int32)
+    index = np.full(tokens.shape, NOTHING, np.int32)
     at = 0
+    for row, (ids, places, count) in enumerate(layouts):
+        tokens[row, : len(ids)] = ids
+        moved = np.where(places >= 0, places + at * _SIDE**2, places)
+        index[row, : len(ids)] = np.where(places == count * _SIDE**2, tiles * _SIDE**2, moved)
+        at += count
+    lengths = np.array([len(ids) for ids, *_ in layouts], np.int32)
+    return ModelInputs(tokens, lengths, index, np.zeros((tiles, 0), np.float32))
+
+
+@lru_cache(maxsize=4096)
+def _layout(
+    processor: Processor, before: str, sizes: tuple[tuple[int, ...], ...]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tokens and visual index of a prefix that stands alone, and how many tiles it has."""
+    images = [np.zeros(size, np.uint8) for size in sizes]
+    inputs = processor(images, before + MARK, raw_prompt=True)
+    index = np.asarray(inputs.visual_index)[0, : inputs.length[0]]
+    count = sum(1 + height * width // TILE**2 for height, width, _ in sizes)
+    index = np.where(index == inputs.tiles.shape[0] * _SIDE**2, count * _SIDE**2, index)
+    return np.asarray(inputs.tokens)[0, : inputs.length[0]], index, count
+
+
+def _segments(
+    groups: Sequence[Sequence[Item]], processor: Processor
+) -> list[list[tuple[list[int], int]]]:
+    """Of each item the token ids behind the last picture, and how many are the answer's."""
+    texts = []
+    for group in groups:
+        for item in group:
+            before, after = render(item).rsplit(MARK, 1)
+            if before != _before(group[0]):
+                raise ValueError(
+                    f"{before!r} is not what the group's first item has before its question"
+                )
+            texts += [after, item.answer + END]
+    # What a picture's last mark becomes ends at a token's end: so the rest can be read alone.
+    ids = iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"])
+    found = []
+    for group in groups:
+        found.append([])
+        for _ in group:
+            question, answer = next(ids), next(ids)
+            found[-1].append((question + answer, len(answer)))
+    return found
+
+
+def _glyphs(items: Sequence[Item], tiles: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """The glyph of each patch of the full-resolution tiles, and the patch of each item's cells."""
+    found = np.full((tiles, _SIDE * _SIDE), NOTHING, np.int32)
+    places, at = [], 0
     for item in items:
+        pages = []
         for cells in item.cells:
             down, across = (side // _SIDE for side in cells.shape)
-            parts = cells.reshape(down, _SIDE, across, _SIDE).swapaxes(1, 2)
             at += 1  # the first tile is the whole picture, at half the resolution or less
-            found[at : at + down * across] = parts.reshape(down * across, -1)
+            patches = np.arange(at * _SIDE**2, (at + down * across) * _SIDE**2)
+            parts = patches.reshape(down, across, _SIDE, _SIDE).swapaxes(1, 2)
+            pages.append(parts.reshape(cells.shape))
+            found.reshape(-1)[pages[-1]] = cells
             at += down * across
-    return found
+        places.append(pages)
+    return found, places

@@ -1,13 +1,10 @@
-"""`reading`: read a row or a column of a grid of characters."""
+"""`reading`: read a row of a grid of digits."""
 
 import random
 from collections.abc import Sequence
 
-from benchmarks.accuracy.document import make_value
-from benchmarks.accuracy.glyphs import LETTERS
-from benchmarks.accuracy.scene import Cell, Page, Question, Wording, between, make_pages
-
-LABELLED_SHARE = 0.5
+from benchmarks.accuracy.glyphs import DIGITS, LETTERS
+from benchmarks.accuracy.scene import Cell, Manner, Page, Question, Wording, between, make_pages
 
 _QUESTIONS = (
     "Read the {line} {where} {direction}.",
@@ -20,16 +17,7 @@ _FORMATS = (
     "Write them one after the other, without spaces and without any other words.",
     "Answer with a single word that holds all the characters in their order.",
 )
-NUMBERED = Wording(
-    (
-        "Rows are counted from the top and columns from the left, starting with one.",
-        "The grid has rows, counted from its upper edge, and columns, counted from the left.",
-        "You are given a grid of characters, with its first row at the top.",
-    ),
-    _QUESTIONS,
-    _FORMATS,
-)
-LABELLED = Wording(
+WORDING = Wording(
     (
         "Each row has its letter on the left and each column has its letter above it.",
         "The letters on the left name the rows and those at the top name the columns.",
@@ -39,11 +27,11 @@ LABELLED = Wording(
     _FORMATS,
 )
 DIRECTIONS = {"row": "from left to right", "column": "from top to bottom"}
-TEXTS = (*NUMBERED.texts, *LABELLED.texts, *DIRECTIONS, *DIRECTIONS.values())
+TEXTS = (*WORDING.texts, *DIRECTIONS, *DIRECTIONS.values())
 
 
 class Reading:
-    """Grids of 2 to 8 rows and columns, half of them with letters that name the lines.
+    """Grids of digits, 2 to 8 rows and columns, with letters that name the lines.
 
     At level 0 half of the pages have the grid in the corner with wide spacing, at level 1 none.
     """
@@ -51,27 +39,24 @@ class Reading:
     def __init__(self, rng: random.Random, sizes: Sequence[tuple[int, int]], level: float):
         self.pages = make_pages(sizes)
         self._lines: list[tuple[Page, str, str, str, tuple[Cell, ...]]] = []
-        self._labelled: dict[int, bool] = {}
         for page in self.pages:
             self._write_grid(rng, page, level)
 
-    def ask(self, rng: random.Random, brief: bool) -> Question:
+    def ask(self, rng: random.Random, manner: Manner) -> Question:
         """The characters of a random row or column."""
         page, kind, label, answer, cells = rng.choice(self._lines)
-        wording = LABELLED if self._labelled[page.index] else NUMBERED
-        text = wording.put(
-            rng, brief, line=f"{kind} {label}", where=page.where, direction=DIRECTIONS[kind]
+        text = WORDING.put(
+            rng, manner, line=f"{kind} {label}", where=page.where, direction=DIRECTIONS[kind]
         )
         return Question(text, answer, cells)
 
     def _write_grid(self, rng: random.Random, page: Page, level: float) -> None:
-        labelled = self._labelled[page.index] = rng.random() < LABELLED_SHARE
         in_corner = rng.random() < 0.5 * (1 - level)
-        border = 2 if labelled else 0  # the letters and a free line
+        border = 2  # the letters and a free line
         depth, row_step, top = _extent(rng, page.rows - border, level, in_corner)
         width, col_step, left = _extent(rng, page.cols - border, level, in_corner)
         top, left = top + border, left + border
-        content = make_value(rng, depth * width)
+        content = "".join(rng.choices(DIGITS, k=depth * width))
         grid = [
             [
                 page.put(top + j * row_step, left + i * col_step, content[j * width + i])
@@ -79,20 +64,14 @@ class Reading:
             ]
             for j in range(depth)
         ]
-        if labelled:
-            names = rng.sample(LETTERS, depth + width)
-            for j in range(depth):
-                page.put(top + j * row_step, left - border, names[j])
-            for i in range(width):
-                page.put(top - border, left + i * col_step, names[depth + i])
-        else:
-            names = [str(j + 1) for j in range(depth)] + [str(i + 1) for i in range(width)]
+        names = rng.sample(LETTERS, depth + width)
+        for j in range(depth):
+            page.put(top + j * row_step, left - border, names[j])
+        for i in range(width):
+            page.put(top - border, left + i * col_step, names[depth + i])
         for j in range(depth):
             answer = content[j * width : (j + 1) * width]
             self._lines.append((page, "row", names[j], answer, tuple(grid[j])))
-        for i in range(width):
-            cells = tuple(line[i] for line in grid)
-            self._lines.append((page, "column", names[depth + i], content[i::width], cells))
 
 
 def _extent(rng: random.Random, room: int, level: float, in_corner: bool) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from benchmarks.accuracy.glyphs import COLOURS, SHAPES
 from benchmarks.accuracy.scene import (
     Cell,
     Entry,
+    Manner,
     Page,
     Question,
     Wording,
@@ -107,49 +108,49 @@ class Reasoning:
                 write_lines(rng, page, pool, lambda most, it=numbers: it.pop(), level)
             )
 
-    def ask(self, rng: random.Random, brief: bool) -> Question:
+    def ask(self, rng: random.Random, manner: Manner) -> Question:
         """A random question of the kinds that the scene allows."""
         page = rng.randrange(len(self.pages))
         if self._counts:
-            return self._ask_count(rng, brief, page)
+            return self._ask_count(rng, manner, page)
         kind = rng.choice(NUMBER_KINDS)
         if kind == "extreme":
-            return self._ask_extreme(rng, brief, page)
-        return (self._ask_sum if kind == "sum" else self._ask_choice)(rng, brief, page)
+            return self._ask_extreme(rng, manner, page)
+        return (self._ask_sum if kind == "sum" else self._ask_choice)(rng, manner, page)
 
-    def _ask_extreme(self, rng: random.Random, brief: bool, page: int) -> Question:
+    def _ask_extreme(self, rng: random.Random, manner: Manner, page: int) -> Question:
         extreme = rng.choice(EXTREMES)
         choose = max if extreme == "largest" else min
         entry = choose(self._entries[page], key=lambda entry: int(entry.value))
-        text = EXTREME.put(rng, brief, extreme=extreme, where=entry.page.where)
+        text = EXTREME.put(rng, manner, extreme=extreme, where=entry.page.where)
         answer = f"{entry.name} {entry.value}"
         return Question(text, answer, entry.name_cells + entry.value_cells)
 
-    def _ask_sum(self, rng: random.Random, brief: bool, page: int) -> Question:
+    def _ask_sum(self, rng: random.Random, manner: Manner, page: int) -> Question:
         """The sum of two numbers; of two pictures, one number from each in half of the cases."""
         a, b = rng.sample(self._entries[page], 2)
         if len(self.pages) == 2 and rng.random() < 0.5:
             b = rng.choice(self._entries[1 - page])
         first = a.name if a.page is b.page else f"{a.name} {a.page.where}"
-        text = SUM.put(rng, brief, first=first, second=f"{b.name} {b.page.where}")
+        text = SUM.put(rng, manner, first=first, second=f"{b.name} {b.page.where}")
         answer = f"{a.value} + {b.value} = {int(a.value) + int(b.value)}"
         return Question(text, answer, a.value_cells + b.value_cells)
 
-    def _ask_choice(self, rng: random.Random, brief: bool, page: int) -> Question:
+    def _ask_choice(self, rng: random.Random, manner: Manner, page: int) -> Question:
         """The wrong options are two or three other numbers of the same page."""
         entries = self._entries[page]
-        options = rng.sample(entries, min(3 if brief else 4, len(entries)))
+        options = rng.sample(entries, min(4 if manner == "full" else 3, len(entries)))
         right = rng.randrange(len(options))
         entry = options[right]
         listed = " ".join(f"{'ABCD'[i]}: {o.value}" for i, o in enumerate(options))
-        text = CHOICE.put(rng, brief, key=entry.name, where=entry.page.where, options=listed)
+        text = CHOICE.put(rng, manner, key=entry.name, where=entry.page.where, options=listed)
         return Question(text, f"{'ABCD'[right]} {entry.value}", entry.value_cells)
 
-    def _ask_count(self, rng: random.Random, brief: bool, page: int) -> Question:
+    def _ask_count(self, rng: random.Random, manner: Manner, page: int) -> Question:
         counts = self._counts[page]
         first, second = rng.sample(sorted(counts), 2)
         text = COUNT.put(
-            rng, brief, first=_plural(first), second=_plural(second), where=self.pages[page].where
+            rng, manner, first=_plural(first), second=_plural(second), where=self.pages[page].where
         )
         answer = f"{len(counts[first])}, {len(counts[second])}"
         return Question(text, answer, counts[first] + counts[second])

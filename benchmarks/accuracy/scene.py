@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -11,6 +11,10 @@ from benchmarks.accuracy.glyphs import CLASS, EMPTY, LETTERS
 
 Cell = tuple[int, int, int]
 """(picture, row, column)."""
+
+Manner = Literal["full", "brief", "terse"]
+"""How a question is put: with a context and a format for the answer; without a context, in the
+shortest format, as in one turn of several; just its fields, to train with."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class Scene(Protocol):
 
     def __init__(self, rng: random.Random, sizes: Sequence[tuple[int, int]], level: float): ...
 
-    def ask(self, rng: random.Random, brief: bool) -> Question:
-        """A random question; a brief one, for one turn of several, says nothing beforehand."""
+    def ask(self, rng: random.Random, manner: Manner) -> Question:
+        """A random question."""
         ...
 
 
@@ -150,10 +154,12 @@ class Wording:
     questions: tuple[str, ...]
     formats: tuple[str, ...]
 
-    def put(self, rng: random.Random, brief: bool, **fields: str) -> str:
-        """One wording of the question; a brief one is without context, in the shortest format."""
+    def put(self, rng: random.Random, manner: Manner, **fields: str) -> str:
+        """One wording of the question."""
+        if manner == "terse":
+            return " ".join(fields.values())
         question = rng.choice(self.questions).format(**fields)
-        if brief:
+        if manner == "brief":
             return f"{question} {self.formats[0]}"
         return f"{rng.choice(self.contexts)} {question} {rng.choice(self.formats)}"
 

@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.accuracy import caption, document, reading, reasoning
 from benchmarks.accuracy.drawing import MAX_JITTER, draw
 from benchmarks.accuracy.glyphs import CELL
-from benchmarks.accuracy.scene import Cell, Question, Scene
+from benchmarks.accuracy.scene import Cell, Manner, Question, Scene
 
 TASKS: dict[str, Callable[..., Scene]] = {
     "document": document.Document,
@@ -83,13 +83,14 @@ def make_item(
     jitter: int = 2,
     variant: str | None = None,
     shape: str | None = None,
+    manner: Manner = "full",
     handwriting: bool = False,
     tile: int = 112,
 ) -> Item:
     """Make one item: the first of `questions_of_one_picture` with the same arguments."""
     return questions_of_one_picture(
         task, seed, 1, split=split, level=level, jitter=jitter, variant=variant, shape=shape,
-        handwriting=handwriting, tile=tile,
+        manner=manner, handwriting=handwriting, tile=tile,
     )[0]  # fmt: skip
 
 
@@ -103,6 +104,7 @@ def questions_of_one_picture(
     jitter: int = 2,
     variant: str | None = None,
     shape: str | None = None,
+    manner: Manner = "full",
     handwriting: bool = False,
     tile: int = 112,
 ) -> list[Item]:
@@ -118,6 +120,7 @@ def questions_of_one_picture(
         jitter: pixels by which a glyph may lie off its cell in each direction, 0 to 4.
         variant: a key of `VARIANTS`, which says how often each occurs if None. All items have it.
         shape: a key of `SHAPES` for every picture; None for square ones, mixed if there are two.
+        manner: how a question is put; a full one is brief where there are several turns.
         handwriting: draw digits by hand. The splits other than train have samples of their own.
         tile: pixels of a tile's side, at least 112; pictures have one or two tiles a side.
 
@@ -157,9 +160,11 @@ def questions_of_one_picture(
     for table in cells:
         table.flags.writeable = False
 
+    if variant == "multi-turn" and manner == "full":
+        manner = "brief"
     rng, items, asked = stream("questions"), [], set()
     for _ in range(count):
-        question = _new_question(scene, rng, variant == "multi-turn", asked)
+        question = _new_question(scene, rng, manner, asked)
         asked.add(_subject(question))
         prompt, turns = _conversation(scene, rng, question, variant, len(images))
         items.append(Item(task, images, prompt, turns, question.answer, cells, question.evidence))
@@ -171,13 +176,13 @@ def _subject(question: Question) -> tuple[str, tuple[Cell, ...]]:
     return question.answer, question.evidence
 
 
-def _new_question(scene: Scene, rng: random.Random, brief: bool, asked: set) -> Question:
+def _new_question(scene: Scene, rng: random.Random, manner: Manner, asked: set) -> Question:
     """A question that was not asked yet, if one is found soon."""
-    question = scene.ask(rng, brief)
+    question = scene.ask(rng, manner)
     for _ in range(20):
         if _subject(question) not in asked:
             break
-        question = scene.ask(rng, brief)
+        question = scene.ask(rng, manner)
     return question
 
 
@@ -190,7 +195,7 @@ def _conversation(
         return f"{question.text} {marks}", ()
     if variant != "multi-turn":
         return f"{marks}{question.text}", ()
-    earlier = _new_question(scene, rng, True, {_subject(question)})
+    earlier = _new_question(scene, rng, "brief", {_subject(question)})
     return question.text, ((f"{marks}{earlier.text}", earlier.answer),)
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,15 +30,16 @@ from benchmarks.accuracy import tasks
 from benchmarks.accuracy.glyphs import CLASSES
 from benchmarks.accuracy.loss import Scores, make_loss
 from benchmarks.accuracy.network import config_json, export, make_files, make_inputs
-from benchmarks.accuracy.packing import Batch, pack, sharing
+from benchmarks.accuracy.packing import Batch, pack
+from benchmarks.accuracy.scene import Manner
 from benchmarks.environment import write_result
 from vlcache_jax.checkpoint import quiet_orbax
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llava import init_params
 from vlcache_jax.processing import Processor
 
-PREFIX_ROWS = (352, 704, 1408)
-"""Sizes that prefixes are padded to: one picture, two of them."""
+PREFIX_ROWS = (64, 96, 128, 192, 256, 352, 704, 1408)
+"""Sizes that prefixes are padded to: 352 for a whole picture, 704 for two of them."""
 
 AHEAD = 4
 """Batches that are drawn ahead, in a thread."""
@@ -50,21 +51,38 @@ class Stage:
 
     Attributes:
         steps: how many.
+        lr: learning rate at its beginning.
+        last_lr: at its end, down a cosine.
         tasks: task to its weight in the draw.
-        pictures: pictures of a step, P.
-        questions: of each, Q.
-        level: difficulty, 0 to 1 (`tasks.make_item`).
+        pictures: pictures of a step, P; half as many pairs.
+        questions: of each, Q; one where it comes before the picture.
+        level: greatest difficulty, 0 to 1 (`tasks.make_item`): of half of the pictures, the others
+            are anywhere below.
         jitter: pixels that a glyph may stand away from its cell.
-        glyph_weight: weight of the auxiliary loss.
+        variants: variant to its weight in the draw, `tasks.VARIANTS`.
+        manner: how questions are put.
+        sight: run the vision tower; without it the visual tokens are those that it should give.
+        answers: run the decoder; without it the vision tower learns alone.
+        blanks: share of the visual tokens without a glyph that are there.
+        glyph_weight: weight of the auxiliary loss that names the glyphs.
+        guide_weight: of the one that leads the attention, see loss.py.
     """
 
     steps: int
+    lr: float
+    last_lr: float
     tasks: dict[str, float]
     pictures: int
     questions: int
     level: float
     jitter: int
-    glyph_weight: float
+    variants: dict[str, float] = field(default_factory=lambda: dict(tasks.VARIANTS))
+    manner: Manner = "full"
+    sight: bool = True
+    answers: bool = True
+    blanks: float = 1.0
+    glyph_weight: float = 0.0
+    guide_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,9 +94,7 @@ class Recipe:
         dtype: type of the arithmetic; the parameters are float32.
         vision: see `network.config_json`.
         text: likewise.
-        peak_lr: learning rate behind the warm-up.
-        last_lr: at the end of the last stage, down a cosine.
-        warmup_steps: steps of the warm-up.
+        warmup_steps: steps of the first stage in which the learning rate rises from 0.
         stages: in order.
         b2: AdamW's second decay.
         weight_decay: AdamW's.
@@ -89,8 +105,6 @@ class Recipe:
     dtype: str
     vision: dict[str, int]
     text: dict[str, int]
-    peak_lr: float
-    last_lr: float
     warmup_steps: int
     stages: tuple[Stage, ...]
     b2: float = 0.95
@@ -127,10 +141,16 @@ class Recipe:
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW with clipped gradients; vectors, which are norms and biases, do not decay."""
-        steps = max(self.steps, self.warmup_steps + 1)
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0, self.peak_lr, self.warmup_steps, steps, self.last_lr
-        )
+        ends = np.cumsum([stage.steps for stage in self.stages])
+        falls = [
+            optax.cosine_decay_schedule(stage.lr, stage.steps, stage.last_lr / stage.lr)
+            for stage in self.stages
+        ]
+        along = optax.join_schedules(falls, ends[:-1].tolist())
+
+        def rate(step: Any) -> jax.Array:
+            return jnp.asarray(along(step)) * jnp.minimum(1.0, (step + 1) / self.warmup_steps)
+
         decays: Callable[[Any], Any] = partial(jax.tree.map, lambda x: x.ndim > 1)
         return optax.chain(
             optax.clip_by_global_norm(self.clip),
@@ -138,14 +158,14 @@ class Recipe:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Trainer:
     """A training with its state.
 
     Attributes:
         recipe: what is done.
         step: steps done.
-        state: {"learned": {"model": parameters, "glyphs": [D, classes]}, "optimizer": its own}.
+        state: {"learned": {"model": parameters, "glyphs": [classes + 1, D]}, "optimizer": its own}.
     """
 
     recipe: Recipe
@@ -160,63 +180,80 @@ class Trainer:
         self.config = LlavaConfig.from_hf(self.config_json)
         self.processor: Processor = make_inputs(self.config, self.files, PREFIX_ROWS)
         self.optimizer = self.recipe.optimizer()
-        self._programs: dict[float, Any] = {}
         if not self.state:
             learned = {
                 "model": init_params(self.config, self.recipe.seed),
-                "glyphs": jnp.zeros((self.config.text.hidden_size, len(CLASSES))),
+                "glyphs": 0.02
+                * jax.random.normal(
+                    jax.random.key(self.recipe.seed),
+                    (len(CLASSES) + 1, self.config.text.hidden_size),
+                ),
             }
             self.state = {"learned": learned, "optimizer": self.optimizer.init(learned)}
 
     def batch(self, step: int) -> Batch:
         """The pictures and questions of a step: the same in every run."""
-        return pack(self._draw(self.recipe.stage(step), step, "train"), self.processor)
+        return self._draw(self.recipe.stage(step), step, "train")[1]
 
-    def held_out(self, count: int) -> Iterator[Batch]:
-        """Batches of the last stage that the training never draws."""
-        for index in range(count):
-            yield pack(self._draw(self.recipe.stages[-1], index, "tune"), self.processor)
-
-    def _draw(self, stage: Stage, step: int, split: str) -> list[list[tasks.Item]]:
-        rng = np.random.default_rng((self.recipe.seed, step))
-        names, weights = list(stage.tasks), np.array(list(stage.tasks.values()), float)
-        chosen = rng.choice(names, stage.pictures, p=weights / weights.sum())
-        seeds = rng.integers(2**31, size=stage.pictures)
-        return [
-            sharing(
-                tasks.questions_of_one_picture(
-                    str(task), int(seed), stage.questions,
-                    split=split, level=stage.level, jitter=stage.jitter,
-                )
+    def _draw(self, stage: Stage, step: int, split: str) -> tuple[list[str], Batch]:
+        """The task of each group, and their batch: all of one variant, whose sizes are alike."""
+        rng = np.random.default_rng((self.recipe.seed, step, tasks.SPLITS.index(split)))
+        variant = _choose(rng, stage.variants, 1)[0]
+        count = stage.pictures // 2 if variant == "two pictures" else stage.pictures
+        chosen = _choose(rng, stage.tasks, max(count, 1))
+        groups = [
+            tasks.questions_of_one_picture(
+                task,
+                int(rng.integers(2**31)),
+                1 if variant == "question first" else stage.questions,
+                split=split,
+                level=stage.level if rng.random() < 0.5 else rng.uniform(0, stage.level),
+                jitter=stage.jitter,
+                variant=variant,
+                manner=stage.manner,
             )
-            for task, seed in zip(chosen, seeds, strict=True)
-        ]  # fmt: skip
+            for task in chosen
+        ]
+        some = rng if stage.blanks < 1 else None
+        return chosen, pack(
+            groups, self.processor, blanks=stage.blanks, rng=some, sight=stage.sight
+        )
+
+    @cache  # noqa: B019
+    def _programs(self, sight: bool, answers: bool) -> tuple[Any, Any]:
+        """One step, and the scores of a batch, compiled."""
+        dtype = jnp.dtype(self.recipe.dtype)
+        loss = make_loss(self.config, dtype, sight=sight, answers=answers)
+        step = jax.jit(partial(_advance, loss, self.optimizer), donate_argnums=0)
+        return step, jax.jit(lambda learned, batch: loss(learned, batch, 0.0, 0.0)[1])
 
     def advance(self, batch: Batch) -> Scores:
         """Do one step."""
-        weight = self.recipe.stage(self.step).glyph_weight
-        if weight not in self._programs:
-            loss = make_loss(self.config, weight, jnp.dtype(self.recipe.dtype))
-            self._programs[weight] = jax.jit(
-                partial(_advance, loss, self.optimizer), donate_argnums=0
-            )
-        self.state, scores = self._programs[weight](self.state, batch)
+        stage = self.recipe.stage(self.step)
+        weights = jnp.float32(stage.glyph_weight), jnp.float32(stage.guide_weight)
+        step, _ = self._programs(stage.sight, stage.answers)
+        self.state, scores = step(self.state, batch, *weights)
         self.step += 1
         return scores
 
-    @cached_property
-    def _test(self) -> Callable[[Any, Batch], Scores]:
-        loss = make_loss(self.config, 0.0, jnp.dtype(self.recipe.dtype))
-        return jax.jit(lambda learned, batch: loss(learned, batch)[1])
+    def held_out(self, count: int) -> dict[str, float]:
+        """Share of answers that are right to the last token, for each task of the stage.
 
-    def accuracy(self, batches: Iterator[Batch]) -> float:
-        """Share of answers that are right to the last token."""
-        right = asked = 0
-        for batch in batches:
-            scores = self._test(self.state["learned"], batch)
-            right += int(scores.exact.sum())
-            asked += int(scores.asked.sum())
-        return right / max(asked, 1)
+        The pictures are like the stage's, of seeds that are never trained on.
+
+        Args:
+            count: batches.
+        """
+        stage = self.recipe.stage(self.step - 1)
+        right, asked = dict.fromkeys(stage.tasks, 0), dict.fromkeys(stage.tasks, 0)
+        _, test = self._programs(stage.sight, stage.answers)
+        for index in range(count):
+            chosen, batch = self._draw(stage, index, "test")
+            scores = test(self.state["learned"], batch)
+            for p, task in enumerate(chosen):
+                right[task] += int(scores.exact[p].sum())
+                asked[task] += int(scores.asked[p].sum())
+        return {task: right[task] / max(asked[task], 1) for task in right}
 
     def save(self, folder: Path) -> None:
         """Write the model, and the state beside the last one; older ones are removed."""
@@ -245,9 +282,16 @@ class Trainer:
         return True
 
 
-def _advance(loss: Any, optimizer: Any, state: Any, batch: Batch) -> tuple[Any, Scores]:
+def _choose(rng: np.random.Generator, weights: dict[str, float], count: int) -> list[str]:
+    values = np.array(list(weights.values()), float)
+    return [str(name) for name in rng.choice(list(weights), count, p=values / values.sum())]
+
+
+def _advance(
+    loss: Any, optimizer: Any, state: Any, batch: Batch, *weights: jax.Array
+) -> tuple[Any, Scores]:
     learned = state["learned"]
-    gradient, scores = jax.grad(loss, has_aux=True)(learned, batch)
+    gradient, scores = jax.grad(loss, has_aux=True)(learned, batch, *weights)
     updates, moments = optimizer.update(gradient, state["optimizer"], learned)
     return {"learned": optax.apply_updates(learned, updates), "optimizer": moments}, scores
 
@@ -321,7 +365,10 @@ def main(
         task = bar.add_task("", total=what.steps, completed=trainer.step)
         for batch in drawn_ahead(trainer.batch, trainer.step, what.steps):
             scores = trainer.advance(batch)
-            bar.update(task, completed=trainer.step, description=f"loss {float(scores.loss):.3f}")
+            if trainer.step % 10 == 0:  # a look at the loss waits for the step
+                bar.update(
+                    task, completed=trainer.step, description=f"loss {float(scores.loss):.3f}"
+                )
             over = time.monotonic() > until
             if over or trainer.step % every == 0 or trainer.step == what.steps:
                 _log(trainer, scores, held_out, out, errors)
@@ -332,15 +379,16 @@ def main(
 
 
 def _log(trainer: Trainer, scores: Scores, held_out: int, out: Path, errors: Console) -> None:
-    right = trainer.accuracy(trainer.held_out(held_out))
+    right = trainer.held_out(held_out)
     line = {
         "step": trainer.step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "loss": round(float(scores.loss), 4),
         "glyph_loss": round(float(scores.glyph_loss), 4),
         "glyph_accuracy": round(float(scores.glyph_accuracy), 4),
+        "guide_loss": round(float(scores.guide_loss), 4),
         "exact": round(float(scores.exact.sum() / jnp.maximum(scores.asked.sum(), 1)), 4),
-        "held_out_exact": round(right, 4),
+        "held_out_exact": {task: round(share, 4) for task, share in right.items()},
     }
     with (out / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

@@ -79,8 +79,6 @@ def reading(grid: Grid, question: str) -> str:
     table = table[(table != " ").any(1)][:, (table != " ").any(0)]
     if kind == "column":
         table = table.T
-    if label.isdigit():
-        return "".join(table[int(label) - 1])
     return "".join(next(line[1:] for line in table[1:] if line[0] == label))
 
 

@@ -14,14 +14,16 @@ from typer.testing import CliRunner
 import vlcache_jax
 from benchmarks.accuracy import tasks, train
 from benchmarks.accuracy.glyphs import CLASSES
-from benchmarks.accuracy.loss import _answer_logits, _full_attention
-from benchmarks.accuracy.packing import pack, render, sharing
+from benchmarks.accuracy.loss import answer_logits, attend_patches
+from benchmarks.accuracy.packing import pack, render
 from benchmarks.accuracy.train import Recipe, Stage, Trainer, drawn_ahead
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import bind
 
 STAGE = Stage(
     steps=40,
+    lr=1e-2,
+    last_lr=1e-3,
     tasks={"document": 1, "reading": 1},
     pictures=2,
     questions=4,
@@ -40,8 +42,6 @@ RECIPE = Recipe(
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     },
-    peak_lr=1e-2,
-    last_lr=1e-3,
     warmup_steps=5,
     stages=(STAGE,),
 )  # fmt: skip
@@ -54,7 +54,9 @@ def trainer():
 
 def items_of(*variants):
     return [
-        sharing(tasks.questions_of_one_picture("document", seed, 3, variant=variant, level=0.0))
+        tasks.questions_of_one_picture(
+            "document", seed, 1 if variant == "question first" else 3, variant=variant, level=0.0
+        )
         for seed, variant in enumerate(variants)
     ]
 
@@ -68,8 +70,8 @@ def test_packed_questions_are_what_each_is_alone(trainer):
     @jax.jit
     def packed(params, batch):
         model = bind(trainer.config)(params)
-        table = model.visual_rows(batch.inputs.tiles, _full_attention)
-        return _answer_logits(model, trainer.config, batch, table)
+        table = model.visual_rows(batch.inputs.tiles, attend_patches)
+        return answer_logits(model, trainer.config, batch, table)[0]
 
     ours = np.asarray(packed(learned, batch))
     alone = jax.jit(Generate(trainer.config).prompt_logits)
@@ -91,7 +93,6 @@ def test_packed_questions_are_what_each_is_alone(trainer):
 
 def test_items_that_share_no_prefix_are_no_group(trainer):
     items = tasks.questions_of_one_picture("document", 0, 2, variant="question first")
-    assert len(sharing(items)) == 1
     with pytest.raises(ValueError, match="before its question"):
         pack([items], trainer.processor)
 
@@ -159,9 +160,53 @@ def test_batches_come_in_order_and_errors_come_through():
 
 
 def test_splits_are_other_pictures(trainer):
-    train_seeds = [trainer.batch(0).inputs.tiles]
-    (held_out,) = trainer.held_out(1)
-    assert not np.array_equal(train_seeds[0], held_out.inputs.tiles)
+    one = trainer._draw(STAGE, 0, "train")[1]
+    other = trainer._draw(STAGE, 0, "test")[1]
+    assert not np.array_equal(one.inputs.tiles, other.inputs.tiles)
+    assert np.array_equal(trainer.batch(0).inputs.tiles, one.inputs.tiles)
+    right = trainer.held_out(1)
+    assert set(right) == set(STAGE.tasks)
+    assert all(0 <= share <= 1 for share in right.values())
+
+
+def test_blank_patches_are_left_out_and_positions_stay(trainer):
+    groups = items_of("plain", "plain")
+    whole = pack(groups, trainer.processor)
+    some = pack(groups, trainer.processor, blanks=0.0, rng=np.random.default_rng(0))
+    assert np.array_equal(whole.begin, some.begin)
+    assert some.positions.shape[1] < whole.positions.shape[1]
+    for p, group in enumerate(groups):
+        rows, cells = some.inputs.length[p], group[0].cells[0]
+        positions, index = some.positions[p, :rows], some.inputs.visual_index[p, :rows]
+        assert np.array_equal(whole.inputs.visual_index[p, positions], index)
+        assert np.array_equal(whole.inputs.tokens[p, positions], some.inputs.tokens[p, :rows])
+        shown = some.glyphs.reshape(-1)[index[index >= 0]]
+        assert sorted(shown) == sorted(cells[cells >= 0])
+        assert (index < 0).sum() == (whole.inputs.visual_index[p, : whole.begin[p]] < 0).sum()
+
+
+def test_sources_are_the_patches_that_are_read(trainer):
+    groups = items_of("plain", "two pictures", "multi-turn")
+    for blanks in (1.0, 0.5):
+        rng = np.random.default_rng(0)
+        batch = pack(groups, trainer.processor, blanks=blanks, rng=rng)
+        for p, group in enumerate(groups):
+            for q, item in enumerate(group):
+                at = np.flatnonzero(batch.sources[p, q] >= 0)
+                patches = batch.inputs.visual_index[p, batch.sources[p, q, at]]
+                said = trainer.processor.decode(batch.targets[p, q, at])
+                shown = "".join(CLASSES[i] for i in batch.glyphs.reshape(-1)[patches])
+                assert said == shown == item.answer
+
+
+def test_guidance_leads_the_attention(trainer):
+    guided = replace(STAGE, steps=30, guide_weight=1.0, tasks={"document": 1})
+    fresh = Trainer(replace(RECIPE, stages=(guided,)))
+    batch = pack(items_of("plain", "plain"), fresh.processor)
+    before = float(fresh.advance(batch).guide_loss)
+    for _ in range(29):
+        scores = fresh.advance(batch)
+    assert float(scores.guide_loss) < 0.5 * before
 
 
 def app(*arguments):
@@ -181,7 +226,7 @@ def test_the_command_trains_in_slices(tmp_path):
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
-    assert all(0 <= line["held_out_exact"] <= 1 for line in lines)
+    assert all(set(line["held_out_exact"]) == set(STAGE.tasks) for line in lines)
     other = tmp_path / "other.json"
     other.write_text(json.dumps(train.asdict(replace(short, seed=1))))
     result = app(other, *options)
