@@ -18,8 +18,8 @@ export TRANSFORMERS_NO_ADVISORY_WARNINGS = 1
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
-demo: $(VENV)/.demo  ## set up, and ask the shipped model about the shipped picture
-	$(VENV)/bin/vlcache generate demo --image demo --prompt "What is in the picture?"
+demo: $(VENV)/.demo  ## set up, and answer a question with all of the cache and with a tenth of it
+	$(VENV)/bin/vlcache compare demo --image demo
 
 test: $(VENV)/.test  ## set up, and run all tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadscope $(PYTEST)

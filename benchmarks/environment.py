@@ -37,15 +37,33 @@ def environment() -> dict[str, Any]:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result file, which appears whole or not at all."""
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, which appears whole or not at all; folders are made where they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.write_bytes(content)
     partial.replace(path)
+
+
+def keep_programs() -> None:
+    """Keep compiled programs in the user's cache folder, where `vlcache` keeps its own.
+
+    A folder that JAX was told of already (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    import jax
+
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(folder / "vlcache-jax" / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _module() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def _commit() -> str:

@@ -1,155 +1,188 @@
-"""Make the checkpoint and the picture that the package ships: `python -m benchmarks.make_demo`.
+"""Ship a trained model as the package's demo: `python -m benchmarks.make_demo RUN`.
 
-LLaVA-NeXT in shape, tiny in size, with random weights of a fixed seed, written by transformers'
-own classes. Running it again gives the same files.
+RUN is a folder that `python -m benchmarks.accuracy.train` has written. Its model goes into the
+package, with twelve pictures of the tasks, and its recipe and log go to benchmarks/results.
+The pictures follow from the tasks' names alone: none is chosen by what the model answers.
+`python -m benchmarks.readme --demo` then brings the documents up to date.
 """
 
-from collections.abc import Sequence
+import hashlib
+import io
+import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image, ImageDraw
+from PIL import Image
 
+import vlcache_jax
+from benchmarks.accuracy.tasks import IMAGE, TASKS, Item, make_item
+from benchmarks.environment import environment, write_result, write_whole
+from benchmarks.processor import IMAGE_TOKEN_ID, TILE, make_processor, make_tokenizer
+from convert.directory import whole_directory
 from vlcache_jax import demo
+from vlcache_jax.loading import describe
 
-IMAGE_TOKEN_ID = 4
-SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-TILE = 112
-PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE],
-             [TILE, 3 * TILE]]  # fmt: skip
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %} [/INST]"
-    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}</s>"
-    "{% endif %}{% endfor %}"
-)
-CORPUS = [
-    "What is in the picture? Where is the red circle? The red circle is left of the blue square.",
-    "How many green triangles are there? There are three yellow stars above the white line.",
-    "What is the largest number in the table? Which word stands in the second row?",
-    "[INST] Describe the picture. [/INST] A small house with a tree, the sun and a grey cloud.",
-]
+__all__ = ["IMAGE_TOKEN_ID", "TILE", "make_processor", "make_tokenizer"]  # for network.py
 
+RESULTS = Path(__file__).parent / "results" / "training"
+COUNT = 12
+"""Pictures, equally many of each task."""
 
-def make_picture() -> Image.Image:
-    """A house, a tree and the sun, 320 x 240 pixels."""
-    picture = Image.new("RGB", (320, 240), "#bfe3ff")
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle((0, 170, 320, 240), fill="#7cb85c")
-    draw.ellipse((240, 20, 295, 75), fill="#ffd23f")
-    draw.rectangle((60, 110, 160, 190), fill="#e8d3b0", outline="#5b4636", width=3)
-    draw.polygon(((50, 110), (110, 60), (170, 110)), fill="#c0392b")
-    draw.rectangle((98, 145, 122, 190), fill="#5b4636")
-    draw.rectangle((222, 130, 236, 195), fill="#6b4a2b")
-    draw.ellipse((195, 80, 263, 145), fill="#2e7d32")
-    return picture
+MOST_BYTES = 16 * 10**6
+"""Of the weights: what a package can well carry."""
+
+PLAIN = {"variant": "plain", "shape": "square"}
+LAST = {
+    "document": {"variant": "plain", "shape": "wide"},
+    "reading": {"variant": "question first", "shape": "square"},
+    "reasoning": {"variant": "plain", "shape": "tall"},
+    "caption": {"variant": "plain", "shape": "wide"},
+}
+"""How each task's last picture differs from the others, which are plain squares."""
 
 
-def make_tokenizer(corpus: Sequence[str] = CORPUS, size: int = 512) -> Any:
-    """A byte-level BPE tokenizer learned from a corpus: any text can be written with it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+def recipes(names: list[str]) -> list[dict[str, Any]]:
+    """The arguments of `make_item` for all pictures.
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    unk, bos, eos, pad, image = SPECIAL_TOKENS
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, SPECIAL_TOKENS.index(bos))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=unk,
-        bos_token=bos,
-        eos_token=eos,
-        pad_token=pad,
-        additional_special_tokens=[image],
-    )
+    Raises:
+        ValueError: a name is no task's, or there are not equally many pictures for all.
+    """
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names or len(set(names)) < len(names) or COUNT % len(names):
+        raise ValueError(
+            f"tasks {','.join(names)!r}: name 1 to 4 different ones of {', '.join(TASKS)}"
+        )
+    each = COUNT // len(names)
+    return [
+        {"task": name, "seed": seed, "split": "test", **(LAST[name] if seed == each - 1 else PLAIN)}
+        for name in names
+        for seed in range(each)
+    ]
 
 
-def make_processor(tokenizer: Any, pinpoints: list[list[int]]) -> Any:
-    """The processor of a model with tiles of `TILE` pixels."""
-    from transformers import LlavaNextProcessor
-    from transformers.models.llava_next.image_processing_pil_llava_next import (
-        LlavaNextImageProcessorPil,
-    )
-
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": TILE},
-        crop_size={"height": TILE, "width": TILE},
-        image_grid_pinpoints=pinpoints,
-    )
-    return LlavaNextProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+def draw(names: list[str]) -> list[tuple[dict[str, Any], Item]]:
+    """The pictures' entries in the index, each with its item."""
+    drawn = []
+    for number, recipe in enumerate(recipes(names), 1):
+        item = make_item(**recipe)
+        entry = {
+            "file": f"{number:02}.png",
+            "task": item.task,
+            "prompt": item.prompt.removeprefix(IMAGE),  # images come first anyway
+            "answer": item.answer,
+            "drawn": {name: recipe[name] for name in recipe if name != "task"},
+        }
+        drawn.append((entry, item))
+    return drawn
 
 
-def make_model(seed: int) -> Any:
-    """The demo model in bfloat16, with weights large enough for answers to depend on the input."""
-    import torch
-    from transformers import (
-        CLIPVisionConfig,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        MistralConfig,
-    )
+def write_pictures(names: list[str], folder: Path) -> None:
+    """Draw the pictures and write them with their index, each file whole or not at all."""
+    drawn = draw(names)
+    for entry, item in drawn:
+        png = io.BytesIO()
+        Image.fromarray(item.images[0]).save(png, "png", optimize=True)
+        write_whole(folder / entry["file"], png.getvalue())
+    index = json.dumps([entry for entry, _ in drawn], indent=1) + "\n"
+    write_whole(folder / demo.INDEX.name, index.encode())
 
-    vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=384,
-        num_hidden_layers=5,
-        num_attention_heads=3,
-        image_size=TILE,
-        patch_size=14,
-        initializer_range=0.3,
-    )
-    text = MistralConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        sliding_window=None,
-        initializer_range=0.3,
-    )
-    config = LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE_TOKEN_ID,
-        image_grid_pinpoints=PINPOINTS,
-        image_seq_length=(TILE // 14) ** 2,
-    )
-    torch.manual_seed(seed)
-    model: Any = LlavaNextForConditionalGeneration(config)
-    return model.to(torch.bfloat16).eval()
+
+def read_log(text: str) -> list[dict[str, Any]]:
+    """The lines of a run's log; of a step that was done twice the later one."""
+    lines = {line["step"]: line for line in map(json.loads, text.splitlines())}
+    return [lines[step] for step in sorted(lines)]
+
+
+def facts(model: Path) -> dict[str, Any]:
+    """What documents say of a checkpoint, once it is seen to be fit to be shipped.
+
+    Raises:
+        ValueError: it is too large, not in bfloat16, or damaged.
+        FileNotFoundError: a file is missing.
+    """
+    vlm = vlcache_jax.load(model)
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    if size > MOST_BYTES:
+        raise ValueError(f"the weights have {size:,} bytes: {MOST_BYTES:,} are the most to ship")
+    stored = describe(model)
+    if stored["dtype"] != "bfloat16":
+        raise ValueError(f"the model is stored in {stored['dtype']}: export it in bfloat16")
+    config = vlm.config
+    return {
+        "sha256": fingerprint(model),
+        "weights_bytes": size,
+        "dtype": stored["dtype"],
+        "parameters": stored["parameters"],
+        "vision": asdict(config.vision) | {"layers_run": config.vision_layers},
+        "text": asdict(config.text),
+        "grid_pinpoints": config.grid_pinpoints,
+    }
+
+
+def fingerprint(model: Path) -> str:
+    """SHA-256 of a checkpoint's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(model.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def make_demo(run: Path, names: list[str], *, package: Path, results: Path, force: bool) -> None:
+    """Put a run's model into the package, with its pictures, recipe and log.
+
+    The checkpoint is replaced whole or not at all, after everything was checked.
+
+    Args:
+        run: the run's folder.
+        names: tasks to show.
+        package: the demo's folder.
+        results: where recipe, log and facts go.
+        force: replace the checkpoint that is there.
+
+    Raises:
+        ValueError: the model is not fit to be shipped, or a file of the run is damaged.
+        FileNotFoundError: a file of the run is missing.
+        FileExistsError: there is a checkpoint, and it is not to be replaced.
+    """
+    recipes(names)  # bad names are refused before anything is done
+    recipe, log = ((run / name).read_text("utf-8") for name in ("recipe.json", "log.jsonl"))
+    try:
+        json.loads(recipe)
+        last = read_log(log)[-1]
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"recipe.json or log.jsonl of {run} cannot be read ({error}): wait until the training "
+            "has saved its state"
+        ) from None
+    package.mkdir(parents=True, exist_ok=True)
+    with whole_directory((package / demo.CHECKPOINT.name).resolve(), force) as folder:
+        # What is checked is the copy: a training that goes on may replace its model at any time.
+        shutil.copytree(run / "model", folder, dirs_exist_ok=True)
+        found = facts(folder)
+    write_pictures(names, package / demo.INDEX.parent.name)
+    write_whole(results / "recipe.json", recipe.encode())
+    write_whole(results / "log.jsonl", log.encode())
+    made = environment() | {"command": "python -m benchmarks.make_demo RUN"}
+    write_result(results / "model.json", {**made, "step": last["step"], "tasks": names, **found})
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = demo.CHECKPOINT.parent,
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 3,
+    run: Annotated[Path, typer.Argument(help="Folder of a run of benchmarks.accuracy.train.")],
+    tasks: Annotated[
+        str, typer.Option(help="Tasks to show, with commas between them: those that it learned.")
+    ] = ",".join(TASKS),
+    force: Annotated[bool, typer.Option("--force", help="Replace the demo that is there.")] = False,
 ) -> None:
-    """Write the demo checkpoint and its picture, replacing those that are there."""
-    checkpoint = out / demo.CHECKPOINT.name
-    make_model(seed).save_pretrained(checkpoint)
-    make_processor(make_tokenizer(), PINPOINTS).save_pretrained(checkpoint)
-    make_picture().save(out / demo.IMAGE.name, optimize=True)
+    """Make a trained model the package's demo."""
+    package = demo.CHECKPOINT.parent
+    try:
+        make_demo(run, tasks.split(","), package=package, results=RESULTS, force=force)
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo("now run: python -m benchmarks.readme --demo", err=True)
 
 
 if __name__ == "__main__":

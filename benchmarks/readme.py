@@ -7,50 +7,18 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from benchmarks.environment import environment, write_result
+from benchmarks import demo_model
+from benchmarks.accuracy import report
+from benchmarks.accuracy.experiments import sections
+from benchmarks.environment import write_result
+from benchmarks.make_demo import read_log
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-QUESTION = "What is in the picture?"
-
-
-def run_demo() -> dict[str, Any]:
-    """The shipped model's answer about the shipped picture, with the versions that gave it."""
-    import vlcache_jax
-    from vlcache_jax.demo import IMAGE
-
-    cache = vlcache_jax.VLCache()  # as `make demo` does: the command line's default, as a stream
-    stream = vlcache_jax.load("demo").stream(IMAGE, QUESTION, cache=cache)
-    for _ in stream:
-        pass
-    answer = stream.answer
-    return {
-        **environment(),
-        "question": QUESTION,
-        "answer": answer.text,
-        "tokens": answer.tokens,
-        "prompt_tokens": answer.prompt_tokens,
-        "visual_tokens": answer.visual_tokens,
-        "method": answer.cache.method,
-        "budget_requested": answer.cache.budget_requested,
-        "full_bytes": answer.cache.full_bytes,
-        "kept_bytes": answer.cache.kept_bytes,
-    }
-
-
-def demo_part(result: dict[str, Any]) -> str:
-    """Question and answer of the shipped demo."""
-    shown = json.dumps(result["answer"], ensure_ascii=True)
-    return (
-        f"Question: *{result['question']}* ({result['prompt_tokens']} prompt tokens, "
-        f"{result['visual_tokens']} of them visual; {result['method']} with a budget of "
-        f"{result['budget_requested']} keeps {result['kept_bytes']:,} of "
-        f"{result['full_bytes']:,} cache bytes)\n\nAnswer:\n\n```\n{shown}\n```"
-    )
 
 
 def conversion_part(result: dict[str, Any]) -> str:
@@ -91,32 +59,73 @@ def programs_part(result: dict[str, Any]) -> str:
     return f"VL-Cache at 10 %, bfloat16, jax {result['versions']['jax']}:\n\n" + "\n".join(rows)
 
 
-Part = tuple[str, Path, Callable[[dict[str, Any]], str]]
+class Part(NamedTuple):
+    """A generated part of a document.
+
+    Attributes:
+        name: what its comments call it.
+        make: the text, of what its files hold; None in place of one that is not there.
+        files: JSON or lines of JSON.
+        needed: how many of the files must be there.
+    """
+
+    name: str
+    make: Callable[..., str]
+    files: tuple[Path, ...]
+    needed: int = 1
+
+
+_DEMO = RESULTS / "cpu" / "demo.json"
 
 DOCUMENTS: dict[Path, tuple[Part, ...]] = {
     ROOT / "README.md": (
-        ("demo", RESULTS / "cpu" / "demo.json", demo_part),
-        ("conversion", RESULTS / "cpu" / "conversion.json", conversion_part),
+        Part("demo", demo_model.demo_part, (_DEMO, demo_model.MODEL)),
+        Part("conversion", conversion_part, (RESULTS / "cpu" / "conversion.json",)),
+    ),
+    ROOT / "docs" / "demo-model.md": (
+        Part("model", demo_model.model_part, (demo_model.MODEL,), needed=0),
+        Part("recipe", demo_model.recipe_part, (demo_model.RECIPE,), needed=0),
+        Part("log", demo_model.log_part, (demo_model.LOG, demo_model.RECIPE), needed=0),
+        Part(
+            "accuracy", demo_model.accuracy_part, (RESULTS / "accuracy" / "budgets.json",), needed=0
+        ),
+        Part("pictures", demo_model.pictures_part, (_DEMO,)),
+    ),
+    ROOT / "docs" / "accuracy.md": tuple(
+        Part(name, make, (file,), needed=0)
+        for name, file, make in (*report.SECTIONS, *sections.SECTIONS)
     ),
     ROOT / "docs" / "kernels.md": (
-        ("programs", RESULTS / "offline" / "programs-h200.json", programs_part),
+        Part("programs", programs_part, (RESULTS / "offline" / "programs-h200.json",)),
     ),
 }
-"""The generated parts of each document: name, result file, what makes the text of it."""
+"""The generated parts of each document."""
+
+
+def read(file: Path) -> Any:
+    """What a result file holds; None if it is not there."""
+    if not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    return read_log(text) if file.suffix == ".jsonl" else json.loads(text)
 
 
 def fill(document: Path) -> str:
-    """A document with every part generated anew from its result file.
+    """A document with every part generated anew from its result files.
 
     Raises:
+        FileNotFoundError: a result file is missing.
         ValueError: a part's comments are missing.
     """
     text = document.read_text(encoding="utf-8")
-    for name, file, make in DOCUMENTS[document]:
-        result = json.loads(file.read_text(encoding="utf-8"))
+    for name, make, files, needed in DOCUMENTS[document]:
+        for file in files[:needed]:
+            if not file.exists():
+                raise FileNotFoundError(f"part {name!r} of {document.name} is made of {file}")
+        made = make(*map(read, files))
         pattern = rf"(<!-- {name}: begin[^\n]*-->\n).*?(<!-- {name}: end -->)"
         text, count = re.subn(
-            pattern, lambda m, r=result, f=make: f"{m[1]}{f(r)}\n{m[2]}", text, flags=re.DOTALL
+            pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL
         )
         if count != 1:
             raise ValueError(f"{document.name} must have one part {name!r} between its comments")
@@ -126,11 +135,14 @@ def fill(document: Path) -> str:
 def main(
     demo: Annotated[bool, typer.Option("--demo", help="Run the shipped demo anew first.")] = False,
 ) -> None:
-    """Write the generated parts of the README and the docs."""
+    """Write the generated parts of the README and the docs, and the plots."""
     if demo:
-        write_result(RESULTS / "cpu" / "demo.json", run_demo())
+        write_result(_DEMO, demo_model.run_demo())
     for document in DOCUMENTS:
         document.write_text(fill(document), encoding="utf-8")
+    demo_model.write_plot()
+    report.write_plot()
+    sections.write_plots()
 
 
 if __name__ == "__main__":

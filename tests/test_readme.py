@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import vlcache_jax
+from benchmarks import demo_model
 from benchmarks.readme import DOCUMENTS, fill
 
 ROOT = Path(__file__).parent.parent
@@ -16,6 +17,13 @@ README = ROOT / "README.md"
 def test_generated_parts_are_up_to_date(document):
     text = document.read_text(encoding="utf-8")
     assert fill(document) == text, "run `python -m benchmarks.readme`"
+
+
+def test_the_plot_of_the_training_is_up_to_date():
+    source = demo_model.plot_source()
+    assert demo_model.PLOT.exists() == (source is not None), "run `python -m benchmarks.readme`"
+    if source:
+        assert source in demo_model.PLOT.read_text(encoding="utf-8")
 
 
 def test_the_ten_lines_of_python_run(capsys):
@@ -40,9 +48,9 @@ def test_the_code_in_the_guide_to_the_methods_runs(capsys, model_dir, monkeypatc
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "docs/architecture.md", "docs/kernels.md", "docs/methods.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
+    for document in (README, *(ROOT / "docs").glob("*.md")):
+        text = document.read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)|src=\"([^\"]+)\"", text):
-            assert (ROOT / name).parent.joinpath("".join(target)).exists(), target
+            assert document.parent.joinpath("".join(target)).exists(), target
         for path in re.findall(r"(?:vlcache_jax|pallas_kernels)/[\w/.]*[\w/]", text):
             assert (ROOT / path).exists(), path

@@ -1,13 +1,11 @@
-"""The command line: `vlcache generate`, `vlcache info`, and commands of other packages.
+"""The command line: `vlcache generate`, `compare`, `info`, and commands of other packages.
 
 What answers go to stdout; progress and errors go to stderr. Input is checked before the
 parameters are read. Heavy imports stand inside the commands, so that `--help` is quick.
 """
 
-import dataclasses
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from vlcache_jax.vlm import VLM, Answer, Stream
@@ -33,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_errors = Console(stderr=True, highlight=False)
+_errors = Console(stderr=True, highlight=False, emoji=False)  # "demo:x:" stays as it is
 
 Model = Annotated[
     str,
@@ -42,24 +38,47 @@ Model = Annotated[
         "llava-hf/llava-v1.6-mistral-7b-hf, or 'demo' for the tiny model in this package."
     ),
 ]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        help="The question. <image> marks say where images go; else they come first. Without it a "
+        "demo picture's own question is asked.",
+        show_default=False,
+    ),
+]
+Image = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="An image file, or one of the pictures in this package: 'demo' or demo:1, demo:2, ... "
+        "('vlcache info demo' lists them). Give the option once for each image.",
+        show_default=False,
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
+RawPrompt = Annotated[
+    bool,
+    typer.Option("--raw-prompt", help="Take the prompt as given, without the chat template."),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default."),
 ]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="What the cache keeps of the prompt: vl-cache, h2o, snapkv, pyramidkv, "
-        "streaming-llm, random, or full."
-    ),
+METHOD_HELP = (
+    "What the cache keeps of the prompt: vl-cache, h2o, snapkv, pyramidkv, streaming-llm, random, "
+    "or full."
+)
+BUDGET_HELP = (
+    "How much of it: a share of the cache such as 0.1, or tokens per layer such as 256tok. 0.1 by "
+    "default."
+)
+Method = Annotated[str, typer.Option(help=METHOD_HELP)]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(help=f"{METHOD_HELP} Give the option once for each; vl-cache by default."),
 ]
-KvBudget = Annotated[
-    str | None,
-    typer.Option(
-        help="How much of it: a share of the cache such as 0.1, or tokens per layer such as "
-        "256tok. 0.1 by default.",
-        show_default=False,
-    ),
+KvBudget = Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=False)]
+KvBudgets = Annotated[
+    list[str] | None, typer.Option(help=f"{BUDGET_HELP} Give the option once for each.")
 ]
 Backend = Annotated[
     str | None,
@@ -90,15 +109,9 @@ def _options(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[
-        str,
-        typer.Option(help="The question. <image> marks say where images go; else they come first."),
-    ],
-    image: Annotated[
-        list[str] | None,
-        typer.Option(help="An image file, or 'demo'. Give the option once for each image."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 128,
+    prompt: Prompt = None,
+    image: Image = None,
+    max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k most likely tokens.")] = None,
     top_p: Annotated[
@@ -117,10 +130,7 @@ def generate(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the trace file.")] = False,
-    raw_prompt: Annotated[
-        bool,
-        typer.Option("--raw-prompt", help="Take the prompt as given, without the chat template."),
-    ] = False,
+    raw_prompt: RawPrompt = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about images, or a question alone.
@@ -129,8 +139,9 @@ def generate(
 
     Another method or budget: --method, --kv-budget. The whole cache: --method full.
 
-    Example: vlcache generate demo --image demo --prompt "What is in the picture?" --kv-budget 0.2
+    Example: vlcache generate demo --image demo --kv-budget 0.2
     """
+    from vlcache_jax import display
     from vlcache_jax.cache.methods import make_method
     from vlcache_jax.cache.trace import check_target
 
@@ -138,11 +149,11 @@ def generate(
         cache = make_method(method, kv_budget)
         if trace is not None:
             check_target(trace, force=force)
-        images = [_image_path(name) for name in image or []]
+        images, question, right = _question(image or [], prompt)
         vlm, progress = _open(model, dtype, backend)
         stream = vlm.stream(
             images,
-            prompt,
+            question,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -158,10 +169,64 @@ def generate(
     if trace is not None and answer.trace is not None:
         with _user_errors():
             answer.trace.save(trace, force=force)
+    facts = display.answer_facts(answer)
     if as_json:
-        _print_json(_answer_json(answer, model))
+        _print_json({**facts, "model": model, "versions": display.versions()})
     else:
-        Console().print(_answer_table(answer))
+        rows = display.question_rows(question, right) | display.prompt_rows(facts)
+        Console().print(display.two_columns(rows | display.answer_rows(facts)))
+
+
+@app.command()
+def compare(
+    model: Model,
+    prompt: Prompt = None,
+    image: Image = None,
+    max_new_tokens: MaxNewTokens = 128,
+    dtype: Dtype = None,
+    method: Methods = None,
+    kv_budget: KvBudgets = None,
+    backend: Backend = None,
+    raw_prompt: RawPrompt = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question with the full cache and with compressed ones, side by side.
+
+    Shows whether the answers are the same, and what each cache takes.
+
+    Every method is run with every budget. Each token is the most likely one, never a draw.
+
+    Example: vlcache compare demo --image demo:2 --kv-budget 0.1 --kv-budget 0.05
+    """
+    from vlcache_jax import display
+    from vlcache_jax.cache.methods import FullCache, make_method
+
+    with _user_errors():
+        named = [
+            make_method(name, budget)
+            for name in method or ["vl-cache"]
+            for budget in kv_budget or [None]
+        ]
+        images, question, right = _question(image or [], prompt)
+        vlm, progress = _open(model, dtype, backend)
+        streams = [
+            vlm.stream(
+                images,
+                question,
+                max_new_tokens=max_new_tokens,
+                raw_prompt=raw_prompt,
+                cache=cache,
+            )
+            for cache in dict.fromkeys([FullCache(), *named])
+        ]
+        with progress:
+            vlm.params  # noqa: B018  reads them, with the progress bar shown
+    answers = [_drain(stream, echo=False) for stream in streams]
+    facts = display.comparison(question, right, answers)
+    if as_json:
+        _print_json({**facts, "model": model, "versions": display.versions()})
+    else:
+        Console().print(display.comparison_tables(facts))
 
 
 @app.command()
@@ -180,9 +245,11 @@ def info(
 ) -> None:
     """Show a model's size, its cache per token, its buckets, and the memory that it needs.
 
-    Reads the configuration only, never the weights.
+    Of the demo it also shows the pictures, with their questions and answers. Reads the
+    configuration only, never the weights.
     """
     from vlcache_jax.cache.methods import make_method
+    from vlcache_jax.display import info_tables
     from vlcache_jax.loading import describe
 
     with _user_errors():
@@ -193,7 +260,7 @@ def info(
     if as_json:
         _print_json(facts)
     else:
-        _print_info(facts)
+        Console().print(info_tables(facts))
 
 
 def main() -> None:
@@ -223,10 +290,21 @@ def _user_errors(kinds: tuple[type[Exception], ...] = _BAD_INPUT) -> Iterator[No
         raise typer.Exit(130) from None
 
 
-def _image_path(name: str) -> Path:
-    from vlcache_jax.demo import IMAGE
+def _question(images: list[str], prompt: str | None) -> tuple[list[Path], str, str | None]:
+    """The images, the prompt, and its right answer where the prompt is a demo picture's own."""
+    from vlcache_jax import demo
 
-    return IMAGE if name == "demo" and not Path(name).exists() else Path(name)
+    shown = [demo.find(name) for name in images]
+    files = [
+        picture.file if picture else Path(name) for picture, name in zip(shown, images, strict=True)
+    ]
+    if prompt is not None:
+        return files, prompt, None
+    if len(shown) == 1 and shown[0]:
+        return files, shown[0].prompt, shown[0].answer
+    raise ValueError(
+        "give a --prompt; only where the one --image is a demo picture is its own question asked"
+    )
 
 
 def _open(model: str, dtype: str | None, backend: str | None) -> tuple["VLM", Progress]:
@@ -262,89 +340,6 @@ def _drain(stream: "Stream", echo: bool) -> "Answer":
     if echo:
         sys.stdout.write("\n")
     return stream.answer
-
-
-def _answer_json(answer: "Answer", model: str) -> dict[str, Any]:
-    timings = answer.timings
-    return {
-        "text": answer.text,
-        "tokens": answer.tokens,
-        "prompt_tokens": answer.prompt_tokens,
-        "visual_tokens": answer.visual_tokens,
-        "timings": {
-            "compile_s": timings.compile_s,
-            "prefill_s": timings.prefill_s,
-            "decode_s": timings.decode_s,
-            "decode_tokens_per_s": timings.decode_tokens_per_s,
-        },
-        "kv": dataclasses.asdict(answer.cache),
-        "model": model,
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("vlcache-jax", "jax", "jaxlib", "flax", "transformers")
-    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
-
-
-def _answer_table(answer: "Answer") -> Table:
-    from vlcache_jax.report import human_bytes
-
-    cache, timings = answer.cache, answer.timings
-    visual, speed = answer.visual_tokens, timings.decode_tokens_per_s
-    rows = {
-        "prompt tokens": f"{answer.prompt_tokens} "
-        f"(visual {visual}, text {answer.prompt_tokens - visual})",
-        "time to first token": f"{timings.prefill_s:.3f} s",
-        "decode": "-" if speed is None else f"{speed:.1f} tokens/s",
-        "method": f"{cache.method}, budget {cache.budget_requested}",
-        "cache": f"{human_bytes(cache.kept_bytes)} of {human_bytes(cache.full_bytes)} "
-        f"({cache.kept_share:.1%}), allocated {human_bytes(cache.allocated_bytes)}, "
-        f"new tokens {human_bytes(cache.tail_bytes)}",
-        "kept per layer": f"{min(cache.layer_budgets)} to {max(cache.layer_budgets)} tokens, "
-        f"mean {cache.kept_visual:.1f} visual, {cache.kept_text:.1f} text",
-        "compilation, apart": f"{timings.compile_s:.1f} s",
-    }
-    return _two_columns(rows)
-
-
-def _print_info(facts: dict[str, Any]) -> None:
-    from vlcache_jax.report import human_bytes
-
-    console = Console()
-    parts = facts["parameters"]
-    need = facts["memory"]
-    rows = {
-        "model": f"{facts['model']} ({facts['family']}, {facts['dtype']})",
-        "parameters": f"{parts['total']:,} "
-        f"({', '.join(f'{name} {n:,}' for name, n in parts.items() if name != 'total')})",
-        "cache per token": human_bytes(facts["kv_bytes_per_token"]),
-        "positions": f"{facts['max_positions']:,}",
-        "visual tokens of a tile": f"{facts['tile_tokens']:,}",
-    }
-    console.print(_two_columns(rows))
-    console.print(
-        f"\nMemory for {need['context']} prompt tokens (bucket {need['bucket']}), batch "
-        f"{need['batch']}, {need['new_tokens']} new tokens, method {need['method']}, budget "
-        f"{need['budget_requested']}:"
-    )
-    names = ("parameters", "pool", "prefill", "tail", "activations", "total")
-    console.print(_two_columns({name: human_bytes(need[name]) for name in names}))
-    console.print("\nBuckets that shapes are padded to, with the mean share of padding of each:")
-    notes = {"prompt": "prompt tokens", "tiles": "image tiles"}
-    sizes = {
-        note: ", ".join(f"{b['size']} ({b['padding']:.0%})" for b in facts["buckets"][name])
-        for name, note in notes.items()
-    }
-    console.print(_two_columns(sizes))
-
-
-def _two_columns(rows: dict[str, str]) -> Table:
-    table = Table(show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    return table
 
 
 def _print_json(value: dict[str, Any]) -> None:

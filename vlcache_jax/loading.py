@@ -7,6 +7,7 @@ from typing import Any
 
 from pallas_kernels.backends import check_backend
 from pallas_kernels.prefill_attention.cudnn import require_gpu
+from vlcache_jax import demo
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets, padding_shares
 from vlcache_jax.cache.methods import CacheMethod, FullCache
 from vlcache_jax.checkpoint import Progress, load_params, open_checkpoint, resolve
@@ -100,6 +101,8 @@ def describe(
 ) -> dict[str, Any]:
     """Facts about a model from its configuration alone, as plain values for JSON.
 
+    Of the model in this package, the pictures that come with it too.
+
     Args:
         model: as in `load`.
         dtype: as in `load`; the type named by config.json by default.
@@ -125,6 +128,8 @@ def describe(
     rows = bucket_for(context, buckets.prompt)
     cache = cache or FullCache()
     need = memory_need(config, kind, cache, rows=rows, batch=batch, new_tokens=new_tokens)
+    shown = demo.pictures() if path == demo.CHECKPOINT else ()
+    pictures = [dataclasses.asdict(picture) | {"file": str(picture.file)} for picture in shown]
     return {
         "model": str(model),
         "family": config.family,
@@ -150,6 +155,7 @@ def describe(
             "budget_requested": str(cache.limit),
             **dataclasses.asdict(need),
         },
+        **({"pictures": pictures} if pictures else {}),
     }
 
 

@@ -1,7 +1,7 @@
 """Scores of answers, and how sure they are. Every score is between 0 and 1.
 
-The tasks' own: ANLS of `document`, exact match of `reading` and `reasoning`, token F1 and a
-CIDEr-like score of `caption`.
+The tasks' own: ANLS of `document`, exact match of `reading` and `reasoning`, a CIDEr-like score of
+`caption`.
 """
 
 import math
@@ -17,12 +17,12 @@ METRICS = {
     "document": ("anls", "exact"),
     "reading": ("exact", "anls"),
     "reasoning": ("exact", "anls"),
-    "caption": ("f1", "cider_like", "exact"),
+    "caption": ("cider_like", "f1", "exact"),
 }
 """The metrics of each task; the first is the task's score.
 
-The answers of other items score 0 to 1 % by those of the first three tasks, but an F1 of a half:
-captions share many words. Their CIDEr-like score, then a fifth, and exact match tell more.
+The answers of other items score 0 to 1 % by those of the first three tasks, but captions share many
+words: a fifth by their CIDEr-like score, which weighs rare words more, and a half by F1.
 """
 
 Z = 1.959963984540054

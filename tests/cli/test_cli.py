@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.tiny import picture
+from vlcache_jax import demo
 from vlcache_jax.cli import app
 
 
@@ -273,7 +274,10 @@ def test_info_refuses_more_than_the_model_has_positions_for(model_dir):
 def test_help_teaches():
     text = run("generate", "--help").stdout
     assert "--image" in text
-    assert "demo" in text
+    assert "demo:1" in text
+    text = run("compare", "--help").stdout
+    for word in ("side by side", "--kv-budget", "256tok", "Example: vlcache compare demo"):
+        assert word in text
 
 
 def test_the_shipped_demo_answers():
@@ -281,8 +285,79 @@ def test_the_shipped_demo_answers():
                  "--max-new-tokens", 4, "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
-    assert len(answer["tokens"]) == 4
+    assert len(answer["tokens"]) <= 4
     assert answer["visual_tokens"] > 200
+
+
+def test_a_comparison_is_with_the_full_cache(model_dir, image):
+    ask = (model_dir, "--image", image, "--prompt", "what?", "--max-new-tokens", 6)
+    options = ("--method", "vl-cache", "--method", "h2o", "--method", "full")
+    result = run("compare", *ask, *options, "--json")
+    assert result.exit_code == 0, result.output
+    compared = json.loads(result.stdout)
+    assert set(compared) == {"prompt", "right_answer", "answers", "model", "versions"}
+    assert (compared["prompt"], compared["right_answer"]) == ("what?", None)
+    answers = compared["answers"]
+    assert [answer["kv"]["method"] for answer in answers] == ["full", "vl-cache", "h2o"]
+    full, *kept = answers
+    assert full["agrees"]
+    for answer in kept:
+        same = answer["same_tokens"]
+        assert answer["tokens"][:same] == full["tokens"][:same]
+        assert answer["agrees"] == (answer["tokens"] == full["tokens"])
+        assert answer["agrees"] or answer["tokens"][same] != full["tokens"][same]
+        assert answer["kv"]["kept_bytes"] < 0.12 * answer["kv"]["full_bytes"]
+        assert answer["right"] is None
+    for answer, method in zip(answers, ("full", "vl-cache", "h2o"), strict=True):
+        alone = json.loads(run("generate", *ask, "--method", method, "--json").stdout)
+        assert (alone["tokens"], alone["kv"]) == (answer["tokens"], answer["kv"])
+
+
+def test_a_comparison_is_shown_side_by_side(model_dir):
+    args = ("compare", model_dir, "--image", "demo:2", "--max-new-tokens", 3)
+    result = run(*args, "--kv-budget", "0.9", "--kv-budget", "40tok")
+    assert result.exit_code == 0, result.output
+    for word in ("1.0", "0.9", "40tok", "as the full cache", "cache", "kept per layer", "decode",
+                 "right answer", demo.pictures()[1].answer):  # fmt: skip
+        assert word in result.stdout
+
+
+def test_a_demo_picture_brings_its_question(model_dir):
+    third = demo.pictures()[2]
+    args = ("generate", model_dir, "--image", "demo:3", "--max-new-tokens", 2)
+    own = run(*args)
+    assert own.exit_code == 0, own.output
+    assert third.prompt[:20] in own.stdout
+    assert third.answer in own.stdout
+
+    def tokens(*more):
+        return json.loads(run(*args, "--json", *more).stdout)["tokens"]
+
+    assert tokens() == tokens("--prompt", third.prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give a --prompt"),
+        (("--image", "demo", "--image", "demo:2"), "give a --prompt"),
+        (("--image", "demo:0"), "there is no picture demo:0: choose one of demo:1"),
+        (("--image", "demo", "--method", "fastv"), "fastv"),
+        (("--image", "demo", "--kv-budget", "0.1", "--kv-budget", "x"), "'x'"),
+        (("--image", "demo", "--method", "full", "--kv-budget", "0.1"), "keeps everything"),
+    ],
+)
+def test_comparisons_that_cannot_be_made(model_dir, options, message):
+    refused(message, "compare", model_dir, *options)
+
+
+def test_info_lists_the_demo_pictures():
+    facts = json.loads(run("info", "demo", "--json").stdout)
+    names = [shown.name for shown in demo.pictures()]
+    assert [shown["name"] for shown in facts["pictures"]] == names
+    table = run("info", "demo").stdout
+    for name in names:
+        assert name in table
 
 
 def test_compiled_programs_are_kept_between_runs(model_dir, tmp_path):

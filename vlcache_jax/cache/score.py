@@ -9,18 +9,25 @@ pay to each key, block by block, never as a T x T matrix.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.window_scores import WindowScores, average_pool, window_scores
-from vlcache_jax.cache.budget import Prompt
+from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.select import recent_rows
 
 
 class Window:
-    """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses."""
+    """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses.
+
+    Attributes:
+        by_budget: whether how many there are depends on the budget.
+    """
+
+    by_budget: ClassVar[bool] = True
 
     def most(self, prompt: Prompt) -> int:
         """The most rows that a prompt of this bucket can have in the window: static."""
@@ -46,6 +53,8 @@ class PostVisionRows(Window):
     Raises:
         ValueError: one of them is below 1.
     """
+
+    by_budget: ClassVar[bool] = False
 
     fallback: int = 32
     maximum: int = 512
@@ -93,6 +102,8 @@ class LastRows(Window):
 class AllRows(Window):
     """Every row of the prompt."""
 
+    by_budget: ClassVar[bool] = False
+
     def most(self, prompt: Prompt) -> int:
         """T."""
         return prompt.rows
@@ -121,9 +132,13 @@ class Layer:
     v: jax.Array
     prompt: Prompt
     backend: str | None = None
-    _watched: dict[Window, tuple[float | None, WindowScores]] = field(
+    _watched: dict[tuple[Window, Budget | None], tuple[float | None, WindowScores]] = field(
         default_factory=dict, repr=False
     )
+
+    def under(self, budget: Budget) -> "Layer":
+        """The same layer for a method of another budget; what both watch is computed once."""
+        return replace(self, prompt=replace(self.prompt, budget=budget))
 
     def watch(self, window: Window, threshold: float | None = None) -> WindowScores:
         """The attention that the window's rows pay; computed once for each window of a layer.
@@ -132,10 +147,11 @@ class Layer:
             window: the rows.
             threshold: also count the entries below that share of their row's maximum.
         """
-        done, found = self._watched.get(window, (None, None))
+        key = window, self.prompt.budget if window.by_budget else None
+        done, found = self._watched.get(key, (None, None))
         if found is None or threshold not in (None, done):
             found = self._watch(window, threshold)
-            self._watched[window] = threshold, found
+            self._watched[key] = threshold, found
         return found
 
     def _watch(self, window: Window, threshold: float | None) -> WindowScores:

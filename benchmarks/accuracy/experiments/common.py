@@ -1,0 +1,167 @@
+"""What the experiments share: items and methods to run, and comparisons item by item."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.accuracy.budgets import Plan
+from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
+from benchmarks.accuracy.metrics import METRICS, mean_interval, paired_difference, score
+from benchmarks.accuracy.scoring import DIGITS, summarise
+from benchmarks.accuracy.tasks import Item, make_item
+from vlcache_jax.cache.methods import CacheMethod
+from vlcache_jax.vlm import VLM
+
+Cell = tuple[str, str]
+"""A label and a budget: ("vl-cache", "0.1")."""
+
+WHOLE: Cell = (FULL, "1.0")
+"""The full cache's, which every run has."""
+
+Begin = Callable[[str, int], Callable[[int], object]]
+"""Told what begins and how many items it has; gives what is called with the items done."""
+
+
+class Refused(ValueError):
+    """What was asked for cannot be run; found out before anything was."""
+
+
+FACTS = (
+    "n", "score", "interval", "difference", "agreement", "kept", "kept_visual", "hit_rate",
+    "mass_recall", "answer_recall",
+)  # fmt: skip
+"""Those of `scoring.summarise` that a result tells."""
+
+AT_ONCE = 16
+"""Methods that share one prefill: more of them would need more memory than they save time."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What an experiment runs on.
+
+    Attributes:
+        evaluation: the model, ready to answer.
+        plan: tasks, budgets, and which items.
+        turns: different questions of a conversation, see `long`.
+        begin: to show how far it is.
+    """
+
+    evaluation: Evaluation
+    plan: Plan
+    turns: int = 12
+    begin: Begin = lambda what, total: lambda done: None
+
+    @property
+    def vlm(self) -> VLM:
+        """The model."""
+        return self.evaluation.vlm
+
+    @property
+    def tile(self) -> int:
+        """Pixels of a tile's side, for the items."""
+        return max(112, self.vlm.config.vision.image_size)
+
+    @property
+    def budgets(self) -> tuple[tuple[str, float], ...]:
+        """Each budget, and how files write it."""
+        return tuple((str(budget), budget) for budget in self.plan.budgets)
+
+    def items(self, *, split: str | None = None, **options: Any) -> list[Item]:
+        """The plan's items, or those of another split, with more options of `make_item`."""
+        plan = self.plan
+        return [
+            make_item(
+                task, plan.seed + index, split=split or plan.split, level=plan.level,
+                jitter=plan.jitter, tile=self.tile, **options,
+            )
+            for task in plan.tasks
+            for index in range(plan.n)
+        ]  # fmt: skip
+
+    def run(
+        self,
+        items: Sequence[Item],
+        cells: Mapping[Cell, CacheMethod],
+        what: str,
+        *,
+        at_once: int = AT_ONCE,
+    ) -> dict[Cell, Outcome]:
+        """Answer items by many methods: the outcomes of the full cache and of each cell."""
+        pairs = list(cells.items())
+        groups = [pairs[at : at + at_once] for at in range(0, len(cells), at_once)]
+        advance = self.begin(what, len(items) * len(groups))
+        found: dict[Cell, Outcome] = {}
+        for group in groups:
+            methods = {" at ".join(cell): method for cell, method in group}
+            outcomes = self.evaluation.run(items, methods, advance=advance)
+            found.setdefault(WHOLE, outcomes[FULL])
+            found |= {cell: outcomes[" at ".join(cell)] for cell, _ in group}
+        return found
+
+
+def compare(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> dict[str, Any]:
+    """Scores and measures of all cells, {task: {label: {budget: facts}}}; see `FACTS`."""
+    names = {cell: FULL if cell == WHOLE else " at ".join(cell) for cell in outcomes}
+    summary = summarise(items, {names[cell]: outcome for cell, outcome in outcomes.items()})
+    return {
+        task: nested(
+            {cell: {fact: of_task[name][fact] for fact in FACTS} for cell, name in names.items()}
+        )
+        for task, of_task in summary.items()
+    }
+
+
+def nested(facts: Mapping[Cell, Any]) -> dict[str, dict[str, Any]]:
+    """{label: {budget: facts}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for (label, budget), value in facts.items():
+        found.setdefault(label, {})[budget] = value
+    return found
+
+
+def differences(
+    items: Sequence[Item], outcome: Outcome, baseline: Outcome
+) -> dict[str, dict[str, float]]:
+    """By how much the first outcome scores better, item by item: {task: interval}."""
+    own, other = scores_of(items, outcome), scores_of(items, baseline)
+    return {task: difference(own[task], other[task]) for task in own}
+
+
+def scores_of(items: Sequence[Item], outcome: Outcome) -> dict[str, np.ndarray]:
+    """Scores of the items by the first metric of their task, float64 [n] for each task."""
+    found = {}
+    for task in dict.fromkeys(item.task for item in items):
+        rows = [row for row, item in enumerate(items) if item.task == task]
+        right = [items[row].answer for row in rows]
+        found[task] = lead(task, [outcome.answers[row] for row in rows], right)
+    return found
+
+
+def lead(task: str, answers: Sequence[str], right: Sequence[str]) -> np.ndarray:
+    """Scores by the first metric of a task, float64 [n]."""
+    return score(task, answers, right)[METRICS[task][0]]
+
+
+def facts_of(scores: np.ndarray, full: np.ndarray) -> dict[str, Any]:
+    """A mean score, its interval of 95 %, and its difference to the full cache item by item."""
+    found = mean_interval(scores)
+    return {
+        "n": scores.size,
+        "score": rounded(found.mean),
+        "interval": rounded([found.low, found.high]),
+        "difference": difference(scores, full),
+    }
+
+
+def difference(scores: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+    """The mean of score minus baseline, item by item, with its interval of 95 %."""
+    found = paired_difference(scores, baseline)
+    return {name: rounded(getattr(found, name)) for name in ("mean", "low", "high")}
+
+
+def rounded(values: Any) -> Any:
+    """Numbers as a file has them."""
+    return np.round(np.asarray(values, np.float64), DIGITS).tolist()

@@ -1,0 +1,366 @@
+"""Long outputs: whether the kept tokens stay right while a conversation goes on behind them.
+
+The answers of the tasks are short, so that a long output is a conversation: the cache is compressed
+behind the first question about a picture, other questions about it follow, and at last the first
+one again. No question but the first was there to be looked at when the tokens were chosen.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from benchmarks.accuracy.evaluate import FULL, ROW_STEP, TOKEN_STEP, prompt_tokens
+from benchmarks.accuracy.experiments.common import (
+    WHOLE,
+    Bench,
+    Cell,
+    Refused,
+    facts_of,
+    lead,
+    nested,
+    rounded,
+)
+from benchmarks.accuracy.experiments.conversation import (
+    Conversation,
+    Script,
+    Talk,
+    TurnOracle,
+    answers_of,
+    spans,
+)
+from benchmarks.accuracy.experiments.text import both, budget_of, made_by
+from benchmarks.accuracy.packing import MARK, render
+from benchmarks.accuracy.report import Result, per_cent, scored, table
+from benchmarks.accuracy.tasks import Item, questions_of_one_picture
+from vlcache_jax.anyres import num_tiles
+from vlcache_jax.buckets import Buckets
+from vlcache_jax.cache.methods import METHODS, CacheMethod, make_method
+from vlcache_jax.cache.state import round_up
+from vlcache_jax.vlm import VLM
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ORACLES = {"oracle, first answer": True, "oracle, all answers": False}
+"""Whether they know the attention of the first answer alone."""
+
+LOOKED_AT = 200
+"""Pictures that are looked at, at most, for each that is taken."""
+
+Dialogue = list[Item]
+"""Items of one picture, a turn each."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What a method said. n pictures, J turns.
+
+    Attributes:
+        answers: texts, [n][J].
+        recall: share of the full cache's attention to the prompt, while it gives the same answer,
+            that goes to kept tokens, float32 [n, J]; not a number where that answer has no words.
+    """
+
+    answers: list[list[str]]
+    recall: np.ndarray
+
+
+def run(bench: Bench) -> Result:
+    """Scores and kept attention by turn, for all methods and oracles.
+
+    Raises:
+        Refused: a task has too few questions about a picture.
+    """
+    cells: dict[Cell, CacheMethod] = {}
+    for text, budget in bench.budgets:
+        cells |= {(name, text): make_method(name, budget) for name in METHODS if name != FULL}
+        cells |= {
+            (name, text): TurnOracle(budget, first_only=first_only)
+            for name, first_only in ORACLES.items()
+        }
+    chosen = {task: dialogues(bench, task) for task in bench.plan.tasks}
+    result: Result = {"turns": bench.turns, "looked_at": {}, "before": {}, "details": {}}
+    for task, (pictures, looked_at) in chosen.items():
+        advance = bench.begin(task, len(pictures))
+        spoken, before = converse(bench.vlm, pictures, cells, bench.evaluation.batch, advance)
+        right = [[item.answer for item in items] for items in pictures]
+        result["looked_at"][task] = looked_at
+        result["before"][task] = rounded(before)
+        result["details"][task] = _facts(task, spoken, right)
+    return result
+
+
+def dialogues(bench: Bench, task: str) -> tuple[list[Dialogue], int]:
+    """Pictures on which as many different questions as asked for can be asked.
+
+    The first question is asked again at last. A question that was asked before could be answered
+    from the conversation, so that no other one is.
+
+    Returns:
+        The dialogues, and how many pictures were looked at to find them.
+
+    Raises:
+        Refused: such pictures are too rare.
+    """
+    plan, found = bench.plan, []
+    for looked_at in range(1, LOOKED_AT * plan.n + 1):
+        items = questions_of_one_picture(
+            task, plan.seed + looked_at - 1, bench.turns, split=plan.split, level=plan.level,
+            jitter=plan.jitter, variant="plain", manner="brief", tile=bench.tile,
+        )  # fmt: skip
+        if len({(item.answer, item.evidence) for item in items}) == bench.turns:
+            found.append([*items, items[0]])
+        if len(found) == plan.n:
+            return found, looked_at
+    raise Refused(
+        f"of {LOOKED_AT * plan.n} pictures of {task}, {len(found)} have {bench.turns} different "
+        "questions: ask fewer with --turns"
+    )
+
+
+def converse(
+    vlm: VLM,
+    pictures: Sequence[Dialogue],
+    cells: Mapping[Cell, CacheMethod],
+    batch: int,
+    advance: Callable[[int], object] = lambda done: None,
+) -> tuple[dict[Cell, Spoken], np.ndarray]:
+    """Hold the dialogues behind each method's cache.
+
+    Args:
+        vlm: the model.
+        pictures: dialogues of the same number of turns, with pictures of the same size.
+        cells: the methods.
+        batch: dialogues at a time.
+        advance: called with the number of dialogues done at a time.
+
+    Returns:
+        What each method said, the full cache among them; and how many tokens stand between the
+        prompt and the first word of each answer, and behind the last answer, the mean of the full
+        cache's dialogues, [J + 1].
+
+    Raises:
+        ValueError: a dialogue is longer than the model's positions.
+    """
+    turns, count = len(pictures[0]), len(pictures)
+    way, script = _plan(vlm, pictures)
+    groups: dict[int, list[Cell]] = defaultdict(list)
+    processor, rows = copy.copy(vlm.processor), _prompt_rows(vlm, pictures)
+    tiles = num_tiles(pictures[0][0].images[0].shape[:2], vlm.config)
+    processor.buckets = Buckets((rows,), (tiles * batch,))
+    for cell, method in cells.items():
+        groups[method.capacity(vlm.config.text.num_layers, rows)].append(cell)
+    prefill = jax.jit(partial(way.prefill, tuple(cells.values())))
+    talk, attend = jax.jit(way.talk), jax.jit(way.attend)
+    builds = [
+        jax.jit(partial(way.build, tuple(cells[cell] for cell in group)))
+        for group in groups.values()
+    ]
+    decode, params = vlm.processor.decode, vlm.params
+
+    answers: dict[Cell, list[list[str]]] = defaultdict(list)
+    recall: dict[Cell, list[np.ndarray]] = defaultdict(list)
+    before: list[np.ndarray] = []
+
+    def keep(cell: Cell, talk: Talk, shares: np.ndarray, some: int) -> None:
+        """Take down what the first `some` of a batch said, and the attention that was kept."""
+        for lane, said in enumerate(answers_of(talk, turns)[:some]):
+            answers[cell].append([decode(ids) for ids in said])
+            recall[cell].append(shares[:, lane])
+
+    for at in range(0, count, batch):
+        chosen = np.minimum(np.arange(at, at + batch), count - 1)  # the last one fills it up
+        some = min(batch, count - at)
+        first = [pictures[index][0] for index in chosen]
+        inputs = processor(
+            [list(item.images) for item in first], [render(item) for item in first], raw_prompt=True
+        )
+        own = Script(*(part[chosen] for part in script))
+        lanes = inputs.length, own
+        inputs = jax.device_put(inputs)
+        full, token, seen = prefill(params, inputs)
+        whole = jax.device_get(talk(params, full, token, *lanes))
+        begin, end = spans(whole, turns)
+        mass = attend(params, full, inputs, whole.tokens, begin, end)
+        shares = np.where(end > begin, 1.0, np.nan)
+        keep(WHOLE, whole, shares, some)
+        before += [_before(whole, lane, turns) for lane in range(some)]
+        saw = dict(zip(cells, seen, strict=True))
+        for group, build in zip(groups.values(), builds, strict=True):
+            pool, kept = build(full, inputs, [saw[cell] for cell in group], mass)
+            held = jax.device_get(talk(params, pool, *_repeated((token, *lanes), len(group))))
+            parts = zip(*(np.split(part, len(group)) for part in held), strict=True)
+            for cell, part, shares in zip(group, parts, np.asarray(kept), strict=True):
+                keep(cell, Talk(*part), shares, some)
+        advance(some)
+    spoken = {cell: Spoken(answers[cell], np.stack(recall[cell])) for cell in answers}
+    return spoken, np.mean(before, axis=0)
+
+
+def _repeated(arrays: Any, times: int) -> Any:
+    """Batches as the lanes of so many methods."""
+    return jax.tree.map(lambda part: np.concatenate([part] * times), arrays)
+
+
+def _plan(vlm: VLM, pictures: Sequence[Dialogue]) -> tuple[Conversation, Script]:
+    """The conversation's shape, and what its users say."""
+    turns = len(pictures[0])
+
+    def ids_of(text: str) -> list[int]:
+        return vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def asked(item: Item) -> list[int]:
+        return ids_of(render(replace(item, prompt=item.prompt.replace(MARK, ""))))
+
+    said = [[asked(item) for item in items[1:]] for items in pictures]
+    lengths = np.array([[0, *map(len, each)] for each in said], np.int32)
+    ends = np.cumsum(lengths, axis=1, dtype=np.int32)
+    tokens = np.zeros((len(pictures), max(1, int(ends.max()))), np.int32)
+    for row, each in enumerate(said):
+        tokens[row, : ends[row, -1]] = [token for ids in each for token in ids]
+    longest = max(len(ids_of(item.answer)) for items in pictures for item in items)
+    limit = round_up(longest + 1, TOKEN_STEP)
+    rows = round_up(tokens.shape[1] + turns * (limit + 1), 16)
+    most = max(prompt_tokens(items[0], vlm) for items in pictures)
+    if most + rows > vlm.config.text.max_positions:
+        raise ValueError(
+            f"prompts of {most} tokens and conversations of {rows} exceed the model's "
+            f"{vlm.config.text.max_positions} positions: ask fewer questions"
+        )
+    end = vlm.processor.eos_token_id
+    end = vlm.stop_ids[0] if end is None else end
+    way = Conversation(vlm.config, vlm.stop_ids, end, limit, rows, vlm.backend)
+    return way, Script(tokens, ends)
+
+
+def _prompt_rows(vlm: VLM, pictures: Sequence[Dialogue]) -> int:
+    longest = max(prompt_tokens(items[0], vlm) for items in pictures)
+    return min(round_up(longest, ROW_STEP), vlm.config.text.max_positions)
+
+
+def _before(talk: Talk, lane: int, turns: int) -> np.ndarray:
+    """Tokens of a conversation in front of each answer, or of where it would be, and in all."""
+    turn, said = np.asarray(talk.turn)[lane], np.asarray(talk.said)[lane]
+    asked = [np.sum((turn < index) | ((turn == index) & ~said)) for index in range(turns)]
+    # The end token behind an answer has the number of the turn that it makes way for.
+    return np.array([*asked, np.sum(turn < turns)])
+
+
+def _facts(
+    task: str, spoken: Mapping[Cell, Spoken], right: Sequence[Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    """{label: {budget: facts}}: of each of the "turns", and of the mean of all "follow_ups"."""
+    turns = len(right[0])
+    scores = {
+        cell: np.stack(
+            [
+                lead(task, [said[turn] for said in own.answers], [each[turn] for each in right])
+                for turn in range(turns)
+            ],
+            axis=1,
+        )
+        for cell, own in spoken.items()
+    }  # [n, J]
+
+    def facts(cell: Cell, columns: slice) -> dict[str, Any]:
+        own, full = (scores[each][:, columns].mean(1) for each in (cell, WHOLE))
+        shares = spoken[cell].recall[:, columns]
+        there = shares[~np.isnan(shares)]
+        recall = rounded(there.mean()) if there.size else None
+        return {**facts_of(own, full), "answer_recall": recall}
+
+    return nested(
+        {
+            cell: {
+                "turns": [facts(cell, slice(turn, turn + 1)) for turn in range(turns)],
+                "follow_ups": facts(cell, slice(1, turns - 1)),
+            }
+            for cell in spoken
+        }
+    )
+
+
+def section(result: Result) -> str:
+    """The part of docs/accuracy.md."""
+    parts, shown = [], result["budgets"][0]
+    for task, of_task in result["details"].items():
+        before = result["before"][task]
+        for budget in result["budgets"]:
+            rows = []
+            for label, of in of_task.items():
+                facts = of.get(budget) or of["1.0"]
+                three = [facts["turns"][0], facts["follow_ups"], facts["turns"][-1]]
+                cells = [scored(each) if label == FULL else both(each) for each in three]
+                rows.append([label, *cells, *(_recall(each) for each in three)])
+            kinds = ("first", "others", "first again")
+            head = ["method", *kinds, *(f"attention kept, {kind}" for kind in kinds)]
+            parts += [f"**{task}** at {budget_of(budget)}", table(head, rows)]
+        rows = []
+        for label, of in of_task.items():
+            facts = of.get(shown) or of["1.0"]
+            cells = [f"{per_cent(each['score'])}; {_recall(each)}" for each in facts["turns"]]
+            rows.append([label, *cells])
+        head = [f"{turn} ({tokens:.0f})" for turn, tokens in enumerate(before[:-1], 1)]
+        parts += [
+            f"**{task}** at {budget_of(shown)} by turn, with the tokens in front of the answer in "
+            f"brackets; {before[-1]:.0f} in all. Each cell has the score, and the share of the "
+            "attention that is kept.",
+            table(["method", *head], rows),
+        ]
+    looked_at = ", ".join(f"{count:,} of {task}" for task, count in result["looked_at"].items())
+    return "\n\n".join(
+        [
+            made_by(
+                result,
+                f"{result['n']:,} pictures of each task, the first of the split "
+                f"`{result['split']}` from seed {result['seed']} on about which "
+                f"{result['turns']} different questions were found (pictures looked at: "
+                f"{looked_at})",
+            ),
+            "The cache is compressed behind the first question. The others are asked one after "
+            "the other behind the compressed cache, each when the answer before it is there, and "
+            "at last the first one again. Questions are forced, answers are greedy, and both are "
+            "kept. 'others' is the mean of all questions but the first. The attention kept is "
+            "the share of what the full cache's answer to that question pays to the prompt. "
+            "Conversations of so many turns are longer than those of the training: compare with "
+            "the full cache. One oracle knows what the first answer attends to, the other what "
+            "all of them do. Each cell has the score, and the difference to the full cache.",
+            *parts,
+        ]
+    )
+
+
+def _recall(facts: dict[str, Any]) -> str:
+    return "-" if facts["answer_recall"] is None else per_cent(facts["answer_recall"])
+
+
+def draw(result: Result) -> "Figure":
+    """Scores and kept attention by the tokens in front of the answer."""
+    from matplotlib.figure import Figure
+
+    budget, details = result["budgets"][0], result["details"]
+    figure = Figure(figsize=(4.2 * len(details), 6), layout="constrained")
+    grid = figure.subplots(2, len(details), sharey="row", squeeze=False)
+    for column, (task, of_task) in enumerate(details.items()):
+        x = result["before"][task][:-1]
+        for label, of in of_task.items():
+            turns = (of.get(budget) or of["1.0"])["turns"]
+            style = {"label": label, "marker": ".", "linestyle": "--" if "oracle" in label else "-"}
+            grid[0, column].plot(x, [each["score"] for each in turns], **style)
+            shares = [each["answer_recall"] for each in turns]
+            there = [(place, share) for place, share in zip(x, shares, strict=True)
+                     if share is not None]  # fmt: skip
+            grid[1, column].plot(*(zip(*there, strict=True) if there else ([], [])), **style)
+        grid[0, column].set(title=f"{task} at {budget_of(budget)}", ylim=(0, 1.03))
+        grid[1, column].set(xlabel="tokens in front of the answer", ylim=(0, 1.03))
+    grid[0, 0].set_ylabel("score")
+    grid[1, 0].set_ylabel("share of the attention kept")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    return figure

@@ -1,0 +1,127 @@
+"""Rare against frequent glyphs: are letters lost sooner than digits?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.accuracy.evaluate import FULL, Outcome
+from benchmarks.accuracy.experiments.common import (
+    WHOLE,
+    Bench,
+    Cell,
+    Refused,
+    facts_of,
+    lead,
+    nested,
+)
+from benchmarks.accuracy.experiments.text import both, budget_of, made_by
+from benchmarks.accuracy.glyphs import DIGITS, LETTERS
+from benchmarks.accuracy.report import Result, scored, table
+from benchmarks.accuracy.tasks import Item
+from vlcache_jax.cache.methods import METHODS, make_method
+
+TASK = "document"  # of all tasks its values alone have letters and digits
+CLASSES = {"digits alone": False, "with letters": True}
+GLYPHS = {"digit": DIGITS, "letter": LETTERS}
+
+
+def run(bench: Bench) -> Result:
+    """Scores of the two kinds of values, and how many of each kind of glyph are right.
+
+    Raises:
+        Refused: another task is among those to be run.
+    """
+    if bench.plan.tasks != (TASK,):
+        raise Refused(f"only values of {TASK} have letters and digits: leave other tasks out")
+    items = bench.items()
+    cells = {
+        (name, text): make_method(name, budget)
+        for text, budget in bench.budgets
+        for name in METHODS
+        if name != FULL
+    }
+    return split_by_class(items, bench.run(items, cells, "methods"))
+
+
+def split_by_class(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> Result:
+    """The outcomes by what the values are made of; classes without an item are left out.
+
+    Returns:
+        "values" {class: {label: {budget: facts}}}, "characters" likewise of the mean share of an
+        answer's characters that stand at their place, and "glyphs", how often each is in the right
+        answers: {class: {"glyphs", "characters"}}.
+    """
+    right = [item.answer for item in items]
+    lettered = np.array([not set(answer) <= set(DIGITS) for answer in right])
+    scores = {cell: lead(TASK, outcome.answers, right) for cell, outcome in outcomes.items()}
+    values, characters = {}, {}
+    for name, has_letters in CLASSES.items():
+        chosen = lettered == has_letters
+        if chosen.any():
+            values[name] = _facts(scores, chosen)
+    for name, glyphs in GLYPHS.items():
+        chosen = np.array([bool(set(answer) & set(glyphs)) for answer in right])
+        if chosen.any():
+            shares = {
+                cell: np.array(
+                    [in_place(*pair, glyphs) for pair in zip(outcome.answers, right, strict=True)]
+                )
+                for cell, outcome in outcomes.items()
+            }
+            characters[name] = _facts(shares, chosen)
+    counts = {
+        name: {
+            "glyphs": len(glyphs),
+            "characters": sum(answer.count(glyph) for answer in right for glyph in glyphs),
+        }
+        for name, glyphs in GLYPHS.items()
+    }
+    return {"values": values, "characters": characters, "glyphs": counts}
+
+
+def _facts(scores: Mapping[Cell, np.ndarray], chosen: np.ndarray) -> dict[str, Any]:
+    full = scores[WHOLE][chosen]
+    return nested({cell: facts_of(own[chosen], full) for cell, own in scores.items()})
+
+
+def in_place(answer: str, right: str, glyphs: str) -> float:
+    """Share of the right answer's characters among `glyphs` that the answer has at their place.
+
+    Where there is none of them: 0, which is not counted.
+    """
+    places = [place for place, glyph in enumerate(right) if glyph in glyphs]
+    return sum(answer[place : place + 1] == right[place] for place in places) / max(len(places), 1)
+
+
+def section(result: Result) -> str:
+    """The part of docs/accuracy.md."""
+    parts = []
+    for kind, what in (
+        ("values", "ANLS of the values"),
+        ("characters", "Characters that stand at their place, the mean of the answers' shares"),
+    ):
+        of_kind = result[kind]
+        first = next(iter(of_kind.values()))
+        sizes = [f"{name} (n = {of[FULL]['1.0']['n']})" for name, of in of_kind.items()]
+        rows = [[FULL, "100 %", *(scored(of[FULL]["1.0"]) for of in of_kind.values())]]
+        rows += [
+            [name, budget_of(budget), *(both(of[name][budget]) for of in of_kind.values())]
+            for budget in result["budgets"]
+            for name in first
+            if name != FULL
+        ]
+        parts += [f"{what}:", table(["method", "budget", *sizes], rows)]
+    rates = {
+        name: counts["characters"] / counts["glyphs"] for name, counts in result["glyphs"].items()
+    }
+    often = f"{rates['digit'] / rates['letter']:.1f}" if rates["letter"] else "many"
+    return "\n\n".join(
+        [
+            made_by(result),
+            "Half of the values are digits alone, so that in the answers of these items, as in the "
+            f"training, a digit stands {often} times as often as a letter. Each cell has the "
+            "score, and the difference to the full cache on the same items.",
+            *parts,
+        ]
+    )

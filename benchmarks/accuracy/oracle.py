@@ -1,0 +1,149 @@
+"""The ceiling of every choice: keep what the full cache's own answer really attends to.
+
+prompt        0 . . . . . . . . . m     K and V as the prefill left them
+answer                               [ 0 . . . n ]     the rows fed while it is decoded
+attention     [ - - - - - - - - - ]  of these rows to the prompt: what a method has to keep
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.cache.allocate import Allocation, Uniform
+from vlcache_jax.cache.budget import Prompt
+from vlcache_jax.cache.methods import CacheMethod, Observation
+from vlcache_jax.cache.score import Layer, RecentScore, Score
+from vlcache_jax.cache.state import Pool
+from vlcache_jax.config import TextConfig
+from vlcache_jax.models.llama import Attend, Stream, rope_table, rotated
+from vlcache_jax.models.llava import Llava
+from vlcache_jax.processing import ModelInputs
+
+
+class Attended(NamedTuple):
+    """Attention of an answer's rows to the prompt, the mean over the query heads of a group.
+
+    Attributes:
+        first: of the first row, its own key left out, float32 [B, L, K, T]; rows sum to 1. It is
+            what CacheHitRate is about (`vlcache_jax.cache.trace.prompt_attention`).
+        mass: of all rows, added up, float32 [B, L, K, T].
+    """
+
+    first: jax.Array
+    mass: jax.Array
+
+
+def attention_of_answer(
+    model: Llava,
+    config: TextConfig,
+    full: Pool,
+    inputs: ModelInputs,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    backend: str | None = None,
+) -> Attended:
+    """Feed an answer to the model, all tokens at once, behind the full cache of its prompt.
+
+    Args:
+        model: the model.
+        config: its decoder.
+        full: the prompts' whole cache.
+        inputs: the prompts, T rows each.
+        tokens: the answers, int32 [B, R].
+        lengths: how many tokens each has, int32 [B]; one row is counted where it has none.
+        backend: of the norms.
+    """
+    count, width, answer = inputs.tokens.shape[1], config.head_dim, jnp.arange(tokens.shape[1])
+    table = rope_table(inputs.length[:, None] + answer, config)
+    before = (jnp.arange(count) < inputs.length[:, None])[:, None, None, None, :]
+    fed = (answer < jnp.maximum(lengths, 1)[:, None])[:, None, None, :, None]
+    exact = jax.lax.Precision.HIGHEST
+
+    def attend_layer(index: int) -> Attend[Attended]:
+        keys, values = (x[:, :, index * count : (index + 1) * count] for x in (full.k, full.v))
+
+        def attend(qkv: jax.Array) -> tuple[jax.Array, Attended]:
+            q, own_k, own_v = rotated(qkv, table)  # [B, R, N, H], [B, R, K, H]
+            kind, q = q.dtype, q.astype(jnp.float32) * width**-0.5
+            q = q.reshape(*q.shape[:2], own_k.shape[2], -1, width)
+
+            def logits(pattern: str, keys: jax.Array, seen: jax.Array) -> jax.Array:
+                found = jnp.einsum(pattern, q, keys.astype(jnp.float32), precision=exact)
+                return jnp.where(seen, found, -jnp.inf)
+
+            far = logits("brkgh,bkth->bkgrt", keys, before)
+            near = logits("brkgh,bskh->bkgrs", own_k, jnp.tri(answer.size, dtype=bool))
+            weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1)
+            far, near = weights[..., :count], weights[..., count:]
+            mixed = jnp.einsum("bkgrt,bkth->brkgh", far, values.astype(jnp.float32))
+            mixed += jnp.einsum("bkgrs,bskh->brkgh", near, own_v.astype(jnp.float32))
+            first = far[:, :, :, 0] / jnp.sum(far[:, :, :, 0], axis=-1, keepdims=True)
+            mass = jnp.sum(jnp.where(fed, far, 0.0), axis=3)
+            seen = Attended(jnp.mean(first, axis=2), jnp.mean(mass, axis=2))
+            return mixed.reshape(*qkv.shape[:2], -1, width).astype(kind), seen
+
+        return attend
+
+    stream, seen = Stream(model.embed(tokens)), []
+    for index, layer in enumerate(model.layers):
+        stream, own = layer(stream, attend_layer(index), backend=backend)
+        seen.append(own)
+    return Attended(*(jnp.stack(parts, axis=1) for parts in zip(*seen, strict=True)))
+
+
+@dataclass(frozen=True)
+class AnswerAttention(RecentScore):
+    """What the answer attends to: known after it was given, and so not a score of a prompt."""
+
+    recent_ratio: float = 0.0
+
+    def __call__(self, layer: Layer) -> None:
+        """Nothing yet: `Oracle.told` says it."""
+
+
+@dataclass(frozen=True)
+class MostAttention(Allocation):
+    """Layer sizes that keep the most attention in all, where each head keeps its own best tokens.
+
+    A layer's next token is worth what its heads would gain by it on average. These gains fall from
+    token to token, so taking the largest of all layers is the best that can be done.
+    """
+
+    def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
+        """How many of the largest gains are each layer's; `measured` is the mass [B, L, K, T]."""
+        assert measured is not None  # `Oracle.told` gives it
+        gains = jnp.mean(-jnp.sort(-measured, axis=-1), axis=2)  # [B, L, T]
+        batch, layers, rows = gains.shape
+        total = layers * prompt.budget.even_rows(prompt.length)
+        order = jnp.argsort(-gains.reshape(batch, -1), axis=-1)  # stable: lower layers first
+        chosen = jnp.argsort(order, axis=-1) < total[:, None]
+        return jnp.sum(chosen.reshape(batch, layers, rows), axis=-1).astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Oracle(CacheMethod):
+    """Keep what the full cache's own answer attends to most; for `evaluate.Evaluation` alone.
+
+    No method can know this. It tells what a budget allows, and so whether a loss is the budget's or
+    the method's.
+
+    Attributes:
+        budget: as in `CacheMethod`.
+        shared_heads: likewise.
+        allocation: how much each layer keeps.
+    """
+
+    name: ClassVar[str] = "oracle"
+
+    allocation: Allocation = field(default_factory=Uniform)
+
+    def rules(self) -> tuple[Score, Allocation]:
+        """See the class."""
+        return AnswerAttention(), self.allocation
+
+    def told(self, seen: Observation, mass: Any) -> Observation:
+        """What it saw of the prompt, with the attention of the answer, [B, L, K, T], beside it."""
+        knows = isinstance(self.allocation, MostAttention)
+        return Observation(mass, mass if knows else seen.measured)

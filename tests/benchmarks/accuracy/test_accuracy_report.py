@@ -1,0 +1,296 @@
+"""The command, its result file, and the document that is made of it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import vlcache_jax
+from benchmarks import environment, readme
+from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy import report, tasks
+from benchmarks.accuracy.budgets import EXTRA, Plan
+from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
+from benchmarks.accuracy.network import config_json, export, make_files
+from benchmarks.accuracy.scoring import agreement, summarise, variant_of
+from vlcache_jax.cache.methods import METHODS
+from vlcache_jax.config import LlavaConfig
+from vlcache_jax.models.llava import init_params
+
+VISION = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trained") / "model"
+    files = make_files((*tasks.VOCABULARY_WORDS, "INST"))
+    shape = config_json(VISION, TEXT, len(files.tokenizer))
+    export(path, shape, files, init_params(LlavaConfig.from_hf(shape), 0), "float32")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_cache_folder(monkeypatch):
+    """The tests leave the user's cache folder, and JAX's settings, alone."""
+    monkeypatch.setattr(command, "keep_programs", lambda: None)
+
+
+def run(*arguments):
+    return CliRunner().invoke(command.app, [str(argument) for argument in arguments])
+
+
+def outcome(answers, tokens, layers=2, share=1.0):
+    arrays = [np.full((len(answers), layers), share, np.float32) for _ in range(5)]
+    return Outcome(answers, tokens, *arrays)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Methods answer as right as their budget, the full cache always: no model is run."""
+    calls = []
+
+    def run(self, items, methods, *, max_new_tokens=None, advance=None):
+        calls.append((items, methods))
+        right = [item.answer for item in items]
+        ids = [[3, 4, 5]] * len(items)
+        found = {FULL: outcome(right, ids)}
+        for label, method in methods.items():
+            share = method.limit.share
+            some = [answer if i % 20 < 20 * share else "" for i, answer in enumerate(right)]
+            found[label] = outcome(some, [[3, 4, 6]] * len(items), share=share)
+        if advance:
+            advance(len(items))
+        return found
+
+    monkeypatch.setattr(Evaluation, "run", run)
+    return calls
+
+
+def test_a_run_from_the_command_to_the_file(model, tmp_path):
+    out = tmp_path / "deep" / "result.json"
+    arguments = (
+        "--model", model, "--tasks", "document", "--methods", "vl-cache", "--budgets", "0.1,1",
+        "--extra", "oracle", "--n", 3, "--batch", 2, "--variant", "plain", "--out", out,
+    )  # fmt: skip
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result == json.loads(out.read_text())
+    scores = result["tasks"]["document"]
+    assert list(scores) == ["full", "vl-cache"]
+    assert list(scores["full"]) == ["1.0"]
+    assert list(scores["vl-cache"]) == ["0.1", "1.0"]
+    assert scores["vl-cache"]["1.0"] == scores["full"]["1.0"]
+    assert list(result["extra"]["document"]["oracle"]) == ["0.1"]
+    assert result["n"] == 3
+    assert result["model"] == str(model)
+    assert result["versions"]["jax"] == jax.__version__
+    low, high = result["intervals"]["document"]["vl-cache"]["0.1"]
+    assert low <= scores["vl-cache"]["0.1"] <= high
+    facts = result["details"]["document"]["vl-cache"]["0.1"]
+    assert facts["kept"] == pytest.approx(0.1, abs=0.01)
+    assert facts["variants"].keys() == {"plain"}
+    assert len(facts["by_layer"]["kept"]) == 2
+    oracle = result["details"]["document"]["oracle"]["0.1"]
+    assert facts["answer_recall"] <= oracle["answer_recall"] < 1
+    assert result["seconds"]["total"] > 0
+    # And it is not written over.
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert "--force" in done.output
+
+
+def everything(model, out, *more):
+    done = run("--model", model, "--n", 40, "--out", out, "--force", *more)
+    assert done.exit_code == 0, done.output
+    return json.loads(out.read_text()), done.output
+
+
+def test_every_method_at_every_budget(model, pretended, tmp_path):
+    result, output = everything(model, tmp_path / "all.json")
+    budgets = ["0.01", "0.05", "0.1", "0.2", "0.4", "1.0"]
+    assert result["tasks"].keys() == tasks.TASKS.keys()
+    for task, scores in result["tasks"].items():
+        assert scores.keys() == METHODS.keys()
+        assert result["extra"][task].keys() == EXTRA.keys()
+        for name, by_budget in scores.items():
+            assert list(by_budget) == (["1.0"] if name == "full" else budgets)
+            assert by_budget["1.0"] == 1
+            assert result["intervals"][task][name].keys() == by_budget.keys()
+        assert scores["h2o"]["0.4"] == pytest.approx(0.4, abs=0.01)
+        assert task in output
+    ((items, methods),) = pretended  # all of it from one prefill of each item
+    assert len(items) == 40 * len(tasks.TASKS)
+    assert len(methods) == (len(METHODS) - 1 + len(EXTRA)) * 5
+    facts = result["details"]["reading"]["snapkv"]["0.4"]
+    assert facts["agreement"] == {"answers": 0, "tokens": pytest.approx(2 / 3, abs=1e-4)}
+    assert facts["difference"]["mean"] == pytest.approx(-0.6, abs=0.01)
+    assert sum(each["n"] for each in facts["variants"].values()) == 40
+
+
+def test_a_quick_run_is_a_small_one(model, pretended):
+    done = run("--model", model, "--quick", "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert (result["n"], result["quick"]) == (64, True)
+    assert list(result["tasks"]["caption"]["random"]) == ["0.1", "1.0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--tasks", "document,poems"), "'poems'"),
+        (("--methods", "fastv"), "'fastv'"),
+        (("--extra", "magic"), "'magic'"),
+        (("--budgets", "0.1,lots"), "'lots'"),
+        (("--budgets", "0"), "above 0"),
+        (("--budgets", "1.5"), "at most 1"),
+        (("--budgets", ""), "a budget"),
+        (("--n", 0), "n=0"),
+        (("--seed", -1), "seed"),
+        (("--split", "holdout"), "'holdout'"),
+        (("--level", 2), "level"),
+        (("--jitter", 9), "jitter"),
+        (("--variant", "upside down"), "'upside down'"),
+        (("--manner", "rude"), "'rude'"),
+        (("--batch", 0), "batch"),
+        (("--model", "no/such/folder"), "no/such/folder"),
+        (("--dtype", "int4"), "int4"),
+        (("--out", "result.txt"), "json"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(model, pretended, arguments, said):
+    done = run("--model", model, *arguments)
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.replace("│", " ").split())
+    assert "Traceback" not in done.output
+    assert not pretended
+
+
+def test_help_is_quick_and_shows_how():
+    done = run("--help")
+    assert done.exit_code == 0
+    assert "python -m benchmarks.accuracy --quick" in done.output
+
+
+def test_the_kind_of_a_prompt_is_seen():
+    for variant in tasks.VARIANTS:
+        for seed in range(3):
+            assert variant_of(tasks.make_item("reading", seed, variant=variant)) == variant
+
+
+@pytest.mark.parametrize(
+    ("tokens", "others", "expected"),
+    [([1, 2, 3], [1, 2, 3], 1), ([1, 2], [1, 2, 3, 4], 0.5), ([], [], 1), ([5, 2], [1, 2], 0.5)],
+)
+def test_agreement_of_tokens(tokens, others, expected):
+    assert agreement(tokens, others) == expected
+
+
+def test_facts_of_four_answers():
+    items = [tasks.make_item("reading", seed, variant="plain") for seed in range(4)]
+    right = [item.answer for item in items]
+    full = outcome([*right[:3], ""], [[1], [2], [3], [4]])
+    half = outcome([*right[:2], "", ""], [[1], [2], [9], [4]], share=0.5)
+    facts = summarise(items, {FULL: full, "half": half})["reading"]
+    assert facts[FULL]["score"] == 0.75
+    assert facts["half"]["score"] == 0.5
+    assert facts["half"]["difference"]["mean"] == -0.25
+    assert facts["half"]["metrics"]["exact"]["mean"] == 0.5
+    assert facts["half"]["agreement"] == {"answers": 0.75, "tokens": 0.75}
+    assert facts["half"]["kept_visual"] == 0.5
+    assert facts["half"]["by_layer"]["hit_rate"] == [0.5, 0.5]
+    assert facts["half"]["new_tokens"] == 1
+    assert facts["half"]["variants"]["plain"]["n"] == 4
+
+
+def test_every_part_says_what_the_file_says(model, pretended, tmp_path):
+    result, _ = everything(model, tmp_path / "all.json", "--level", 0.5)
+    parts = {section.name: section.make(result) for section in report.SECTIONS}
+    score = 100 * result["tasks"]["document"]["h2o"]["0.1"]
+    low, high = (100 * end for end in result["intervals"]["document"]["h2o"]["0.1"])
+    assert f"{score:.1f} ({low:.1f} to {high:.1f})" in parts["scores"]
+    change = 100 * result["details"]["reading"]["random"]["0.1"]["difference"]["mean"]
+    assert f"{change:+.1f} (" in parts["differences"]
+    assert "| `oracle` | 100% | 100% |" in parts["differences"]  # near the full cache nowhere else
+    assert "66.7" in parts["attention"]  # two of three tokens agree
+    assert "| 10.0 | 10.0 |" in parts["layers"]
+    assert "multi-turn (" in parts["variants"]
+    assert "level 0.5" in parts["run"]
+    assert result["command"] in parts["run"]
+    for text in parts.values():
+        assert report.NOT_MEASURED not in text
+
+
+def test_parts_of_a_run_of_little(model, pretended, tmp_path):
+    out, little = tmp_path / "little.json", ("--budgets", "0.2", "--methods", "full")
+    result, _ = everything(model, out, "--tasks", "caption", "--extra", "none", *little)
+    for section in report.SECTIONS:
+        assert section.make(result)
+    report.write_plot(out, tmp_path / "plot.svg")
+
+
+def test_what_was_not_measured_says_so(tmp_path):
+    for section in report.SECTIONS:
+        assert section.make(None) == report.NOT_MEASURED
+    plot = tmp_path / "plot.svg"
+    plot.write_text("of a result that is gone")
+    report.write_plot(tmp_path / "none.json", plot)
+    assert not plot.exists()
+
+
+def test_the_plot_is_of_its_file(model, pretended, tmp_path):
+    out, plot = tmp_path / "all.json", tmp_path / "plot.svg"
+    everything(model, out)
+    report.write_plot(out, plot)
+    text = plot.read_text()
+    assert report.plot_source(out) in text
+    assert "vl-cache" in text
+    report.write_plot(out, plot)
+    assert plot.read_text() == text
+
+
+def test_the_committed_plot_is_up_to_date():
+    source = report.plot_source()
+    assert report.PLOT.exists() == (source is not None), "run `python -m benchmarks.readme`"
+    if source:
+        assert source in report.PLOT.read_text(encoding="utf-8")
+
+
+def test_the_document_has_every_part():
+    names = {part.name for part in readme.DOCUMENTS[report.ROOT / "docs" / "accuracy.md"]}
+    assert names >= {section.name for section in report.SECTIONS}
+
+
+def test_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    name = "jax_compilation_cache_dir"
+    before = (
+        jax.config.values[name],
+        jax.config.values["jax_persistent_cache_min_compile_time_secs"],
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        jax.config.update(name, None)
+        environment.keep_programs()
+        assert jax.config.values[name] == str(tmp_path / "vlcache-jax" / "programs")
+        jax.config.update(name, "elsewhere")
+        environment.keep_programs()
+        assert jax.config.values[name] == "elsewhere"
+    finally:
+        jax.config.update(name, before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def test_a_plan_without_a_name_runs_everything():
+    cells = list(Plan().cells())
+    assert len({(name, budget) for name, budget, _ in cells}) == len(cells)
+    assert {name for name, _, _ in cells} == {*METHODS, *EXTRA} - {"full"}
+    assert vlcache_jax.VLCache(0.1) in [method for _, _, method in cells]

@@ -1,0 +1,449 @@
+"""Each experiment runs end to end; scores, layers and conversations are what plain numpy says."""
+
+import dataclasses
+import json
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import vlcache_jax
+from benchmarks.accuracy import evaluate, tasks
+from benchmarks.accuracy.budgets import Plan
+from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
+from benchmarks.accuracy.experiments import (
+    __main__,
+    ablation,
+    common,
+    layers,
+    long,
+    rare,
+    scores,
+    sections,
+    settings,
+    variants,
+)
+from benchmarks.accuracy.experiments.common import WHOLE, Bench
+from benchmarks.accuracy.experiments.conversation import answers_of, spans
+from benchmarks.accuracy.experiments.layers import OneLayer
+from benchmarks.accuracy.experiments.row_score import RowScore
+from benchmarks.accuracy.oracle import attention_of_answer
+from benchmarks.accuracy.packing import render
+from benchmarks.accuracy.report import NOT_MEASURED, per_cent, scored
+from tests.benchmarks.accuracy.test_evaluate import make_vlm
+from vlcache_jax import H2O, Custom, Generate, SnapKV, VLCache
+from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.methods import METHODS, Observation
+from vlcache_jax.cache.score import ColumnSum, Layer, PostVisionRows
+from vlcache_jax.models.llava import bind
+
+N = 4
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    return Evaluation(make_vlm(), batch=N)
+
+
+# Scores.
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """Two prompts of 40 rows; rows 3..20 and 2..30 are visual, the second ends after 36."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.normal(size=(2, 40, heads, 16)).astype(np.float32) * 2 for heads in (6, 2))
+    q[1, 36:], k[1, 36:] = np.nan, np.nan  # never to be read
+    visual = np.zeros((2, 40), bool)
+    visual[0, 3:21] = visual[1, 2:31] = True
+    prompt = Prompt(jnp.array([40, 36]), jnp.array(visual), 3, Budget.parse(0.5))
+    return Layer(0, jnp.array(q), jnp.array(k), jnp.array(k), prompt)
+
+
+def in_numpy(score, layer, b):
+    """The score of one prompt [K, m], row by row and head by head."""
+    m = int(layer.prompt.length[b])
+    q, k = (np.asarray(x[b, :m], np.float64) for x in (layer.q, layer.k))
+    first = max((21, 31)[b], m - score.last)
+    found = np.zeros((2, 3, m - first, m))
+    for head, row in np.ndindex(6, m - first):
+        logits = k[: first + row + 1, head // 3] @ q[first + row, head] / 4
+        weights = np.exp(logits - logits.max())
+        found[head // 3, head % 3, row, : first + row + 1] = weights / weights.sum()
+        if score.half_life:
+            found[head // 3, head % 3, row] *= 0.5 ** ((m - 1 - first - row) / score.half_life)
+    reduce = {"sum": np.sum, "max": np.max}
+    found = reduce[score.group](reduce[score.rows](found, axis=2), axis=1)
+    if score.heads == "max":
+        found[:] = found.max(axis=0)
+    if score.pool > 1:
+        side = score.pool // 2
+        padded = np.pad(found, ((0, 0), (side, side)))
+        found = np.stack([padded[:, i : i + score.pool].mean(1) for i in range(m)], axis=1)
+    return found
+
+
+@pytest.mark.parametrize("name", scores.SCORES)
+def test_a_score_is_what_numpy_says(name, layer):
+    score = scores.SCORES[name]
+    found = np.asarray(score(layer))
+    for b, m in enumerate(layer.prompt.length.tolist()):
+        np.testing.assert_allclose(found[b, :, :m], in_numpy(score, layer, b), rtol=1e-4, atol=1e-6)
+
+
+def test_without_changes_it_is_the_score_of_vl_cache(layer):
+    expected = ColumnSum(PostVisionRows())(layer)
+    np.testing.assert_allclose(RowScore()(layer)[0], expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(RowScore()(layer)[1, :, :36], expected[1, :, :36], rtol=1e-5)
+
+
+def test_the_question_is_kept_as_far_as_it_may(layer):
+    rows = jnp.array([[30, 10, 8], [30, 10, 2]])
+    for share, expected in (
+        (1.0, [[19, 10, 8], [5, 5, 2]]),
+        (0.5, [[15, 5, 4], [5, 5, 1]]),
+        (0.0, [[3, 1, 0], [3, 1, 0]]),
+    ):
+        first, last = RowScore(question=share).always(rows, layer.prompt)
+        assert not first.any()
+        np.testing.assert_array_equal(last, expected)
+
+
+@pytest.mark.parametrize("bad", [{"pool": 2}, {"half_life": 0}, {"question": 2}, {"last": 0}])
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=r"must be|pool"):
+        RowScore(**bad)
+
+
+# Layers.
+
+
+def test_one_layer_alone_is_compressed(layer):
+    prompt = layer.prompt
+    seen = Observation(jnp.array(np.random.default_rng(1).random((2, 3, 2, 40)), jnp.float32))
+    even = Custom(0.5, allocation="uniform").plan(seen, prompt)
+    method = OneLayer(0.5, allocation="uniform", layer=1)
+    plan = method.plan(seen, prompt)
+    np.testing.assert_array_equal(plan.budgets, [[40, 20, 40], [36, 18, 36]])
+    kept = np.asarray(plan.kept(prompt))
+    assert kept[0, [0, 2]].all()
+    assert kept[1, [0, 2], :, :36].all()
+    assert not kept[1, :, :, 36:].any()
+    np.testing.assert_array_equal(kept[:, 1], np.asarray(even.kept(prompt))[:, 1])
+    assert method.capacity(3, 40) >= 3 * 40
+
+
+# Ablation and settings.
+
+
+def test_the_pairs_hold_vl_cache(layer):
+    pair = Custom(
+        0.1, score=ablation.SCORES["post-vision"], allocation=ablation.ALLOCATIONS["sparsity"]
+    )
+    assert pair.rules() == VLCache(0.1).rules()
+    score, sizes = ablation.SCORES["full prompt"], ablation.ALLOCATIONS["uniform"]
+    assert Custom(0.1, score=score, allocation=sizes, recent_ratio=0.5).rules() == H2O(0.1).rules()
+
+
+def test_defaults_are_among_the_settings():
+    for setting, values in settings.SETTINGS.items():
+        assert sum(settings.label_of(setting, value) == settings.DEFAULT for value in values) == 1
+        for value in values:
+            VLCache(0.1, **{setting: value})
+
+
+# Rare glyphs.
+
+
+def outcome(answers):
+    return Outcome(answers, [[] for _ in answers], *[np.ones((len(answers), 1), np.float32)] * 5)
+
+
+def test_values_and_characters_are_told_apart():
+    item = tasks.make_item("document", 0, split="test", variant="plain")
+    right = ["1234", "A1B2", "99", "7QQ"]
+    items = [dataclasses.replace(item, answer=answer) for answer in right]
+    found = rare.split_by_class(
+        items, {WHOLE: outcome(right), ("some", "0.1"): outcome(["1234", "X1B", "9", ""])}
+    )
+    full, some = (
+        {name: of[label][budget] for name, of in found["values"].items()}
+        for label, budget in (WHOLE, ("some", "0.1"))
+    )
+    assert [facts["score"] for facts in full.values()] == [1, 1]
+    assert some["digits alone"]["score"] == 0.75  # 1 and 1/2, the least that counts
+    assert some["with letters"]["score"] == 0.25
+    assert some["with letters"]["difference"]["mean"] == -0.75
+    characters = {name: of["some"]["0.1"] for name, of in found["characters"].items()}
+    assert characters["digit"]["n"] == 4
+    assert characters["digit"]["score"] == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
+    assert characters["letter"]["score"] == pytest.approx((0.5 + 0) / 2)
+    assert found["glyphs"] == {
+        "digit": {"glyphs": 10, "characters": 9}, "letter": {"glyphs": 24, "characters": 4}
+    }  # fmt: skip
+
+
+# Conversations.
+
+TURNS = 3
+
+
+@pytest.fixture(scope="module")
+def talked(evaluation):
+    """Dialogues, and what was said behind the full cache, all of it kept, and a tenth."""
+    plan = Plan(("reading",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
+    pictures, _ = long.dialogues(Bench(evaluation, plan, TURNS), "reading")
+    cells = {("all", "1.0"): VLCache(1.0), ("vl-cache", "0.1"): VLCache(0.1)}
+    return pictures, *long.converse(evaluation.vlm, pictures, cells, 2)
+
+
+def test_a_dialogue_asks_nothing_twice_but_the_first(talked):
+    for items in talked[0]:
+        subjects = [(item.answer, item.evidence) for item in items]
+        assert len(items) == TURNS + 1
+        assert len(set(subjects)) == TURNS
+        assert subjects[0] == subjects[-1]
+        assert all(item.images[0] is items[0].images[0] for item in items)
+
+
+def test_everything_kept_says_what_the_full_cache_says(talked):
+    _, spoken, before = talked
+    full, everything, some = (spoken[cell] for cell in (WHOLE, ("all", "1.0"), ("vl-cache", "0.1")))
+    assert everything.answers == full.answers
+    words = ~np.isnan(full.recall)
+    np.testing.assert_allclose(everything.recall[words], 1, atol=1e-5)
+    assert (some.recall[words] < 0.9).all()
+    assert (np.diff(before) > 0).all()
+    assert before[0] < 1
+
+
+def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluation):
+    pictures, spoken, _ = talked
+    vlm = evaluation.vlm
+    way, script = long._plan(vlm, pictures)
+    inputs = vlm.processor(
+        [list(items[0].images) for items in pictures],
+        [render(items[0]) for items in pictures],
+        raw_prompt=True,
+    )
+    full, token, _ = jax.jit(partial(way.prefill, ()))(vlm.params, inputs)
+    talk = jax.device_get(jax.jit(way.talk)(vlm.params, full, token, inputs.length, script))
+    turns = TURNS + 1
+    begin, end = spans(talk, turns)
+    answers = answers_of(talk, turns)
+    for lane in range(2):
+        texts = [vlm.processor.decode(ids) for ids in answers[lane]]
+        assert texts == spoken[WHOLE].answers[lane]
+        fed = talk.tokens[lane][talk.turn[lane] < turns]
+        forced, at = [], 0
+        for turn, ids in enumerate(answers[lane]):  # each question, the answer, the end
+            asked = script.tokens[lane][at : script.ends[lane][turn]]
+            at = script.ends[lane][turn]
+            forced += [*asked, *ids, way.end]
+        assert fed.tolist() == forced[:-1]  # the last end is not fed
+    # In one piece: the prompt and all that was fed behind it.
+    m, rows = inputs.length, 1024
+    tokens = np.zeros((2, rows), np.int32)
+    visual = np.full_like(tokens, -1)
+    for lane in range(2):
+        own = talk.tokens[lane]
+        tokens[lane, : m[lane] + own.size] = [*inputs.tokens[lane, : m[lane]], *own]
+        visual[lane, : m[lane]] = inputs.visual_index[lane, : m[lane]]
+    longer = dataclasses.replace(inputs, tokens=tokens, visual_index=visual, length=m + way.rows)
+    logits = jax.jit(Generate(vlm.config).prompt_logits)(vlm.params, longer)
+    likeliest = np.asarray(jnp.argmax(logits, axis=-1))
+    for lane, turn in np.ndindex(2, turns):
+        ids = answers[lane][turn]
+        if ids:
+            first = m[lane] + (begin[turn, lane] if turn else -1)
+            expected = likeliest[lane, first : first + len(ids) + 1]
+            assert ids == expected[:-1].tolist()
+            assert expected[-1] in vlm.stop_ids or len(ids) == way.limit
+
+    @jax.jit
+    def attended(lengths):
+        model = bind(vlm.config)(vlm.params)
+        text = vlm.config.text
+        return attention_of_answer(model, text, full, inputs, talk.tokens, lengths).mass
+
+    mass = jax.jit(way.attend)(vlm.params, full, inputs, talk.tokens, begin, end)
+    first, last = attended(end[0]), attended(end[-1]) - attended(np.maximum(begin[-1], 1))
+    for lane in range(2):
+        for turn, expected in ((0, first), (-1, last)):
+            if end[turn, lane] > begin[turn, lane]:
+                np.testing.assert_allclose(mass[turn, lane], expected[lane], atol=1e-4)
+
+
+def test_too_many_questions_are_refused(evaluation, monkeypatch):
+    monkeypatch.setattr(long, "LOOKED_AT", 1)
+    plan = Plan(("caption",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
+    with pytest.raises(common.Refused, match="--turns"):
+        long.dialogues(Bench(evaluation, plan, 30), "caption")
+
+
+# The commands.
+
+
+@pytest.fixture
+def small(evaluation, monkeypatch, tmp_path):
+    """The tiny model behind the command, and experiments with less in them."""
+    monkeypatch.setattr(vlcache_jax, "load", lambda model, dtype: evaluation.vlm)
+    monkeypatch.setattr(evaluate, "Evaluation", lambda vlm, batch: evaluation)
+    monkeypatch.setattr(__main__, "keep_programs", lambda: None)
+    monkeypatch.setattr(settings, "SETTINGS", {"threshold": (0.01, 0.1, 0.2)})
+    monkeypatch.setattr(variants, "VARIANTS", {"plain": 1, "multi-turn": 1})
+    two = {name: METHODS[name] for name in (FULL, "snapkv")}
+    for module in (variants, long, rare):
+        monkeypatch.setattr(module, "METHODS", two)
+    monkeypatch.setattr(
+        scores, "SCORES", {"last row": RowScore(last=1), "pooled": RowScore(pool=3)}
+    )
+    monkeypatch.setattr(scores, "MANNERS", ("brief",))
+    monkeypatch.setattr(scores, "BEST", 1)
+    monkeypatch.setattr(sections, "RESULTS", tmp_path)
+    return tmp_path
+
+
+LABELS = {
+    "ablation": ["post-vision, sparsity", "full prompt, uniform", "allocation, under post-vision"],
+    "layers": ["layer 0", "layer 2", *layers.ALL],
+    "settings": ["0.01 (default)", "0.2"],
+    "variants": ["snapkv"],
+    "long": ["snapkv", *long.ORACLES],
+    "rare": ["snapkv"],
+    "scores": ["vl-cache", "oracle", "oracle-layers"],
+}
+
+
+@pytest.mark.parametrize("name", __main__.EXPERIMENTS)
+def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
+    task = {"rare": "document"}.get(name, "reading")
+    split = "test" if name != "scores" else "report"
+    arguments = [name, "--n", N, "--tasks", task, "--budgets", "0.1", "--split", split]
+    arguments += ["--batch", N, "--turns", TURNS, "--json", "--out", sections.result_file(name)]
+    done = CliRunner().invoke(__main__.app, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result == json.loads(sections.result_file(name).read_text())
+    assert {"versions", "commit", "model", "architecture", "seconds"} <= set(result)
+    assert (result["n"], result["split"], result["budgets"]) == (N, split, ["0.1"])
+
+    text = sections.part(name, result)
+    for label in LABELS[name]:
+        assert f"| {label} |" in text
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line[:1] == "|"]
+    assert min(widths) > 2
+    if name == "ablation":
+        assert scored(result["details"][task][FULL]["1.0"]) in text
+    if name == "scores":
+        (best,) = result["choice"]["chosen"]
+        facts = result["details"][task][best]["0.1"]
+        assert f"| {best} | {per_cent(facts['score'])}; " in text
+    plot = sections.plot_file(name, small)
+    sections.write_plots(small)
+    assert plot.exists() == (name in sections.PLOTS)
+    if plot.exists():
+        source = sections.plot_source(sections.result_file(name))
+        assert source is not None
+        assert source in plot.read_text()
+        sections.result_file(name).unlink()
+        sections.write_plots(small)
+        assert not plot.exists()
+
+
+@pytest.mark.parametrize("name", sections.PLOTS)
+def test_the_plots_are_up_to_date(name):
+    source = sections.plot_source(sections.result_file(name))
+    plot = sections.plot_file(name)
+    assert plot.exists() == (source is not None), "run `python -m benchmarks.readme`"
+    if source:
+        assert source in plot.read_text(encoding="utf-8")
+
+
+def test_what_was_not_measured_says_so():
+    for section in sections.SECTIONS:
+        assert section.make(None) == NOT_MEASURED
+    assert set(sections.TEXTS) == set(__main__.EXPERIMENTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ablation", "--budgets", "1.0"], "below 1"),
+        (["ablation", "--tasks", "nothing"], "nothing"),
+        (["layers", "--n", "0"], "at least 1"),
+        (["rare", "--tasks", "reading"], "letters"),
+        (["scores", "--split", "tune"], "tune"),
+        (["long", "--out", "here.txt"], "json"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_any_work(arguments, message, small, monkeypatch):
+    monkeypatch.setattr(Evaluation, "run", None)
+    out = ["--out", str(small / "result.json")] if "--out" not in arguments else []
+    done = CliRunner().invoke(__main__.app, [*arguments, *out], env={"COLUMNS": "400"})
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not list(small.iterdir())
+
+
+def test_a_file_is_kept_unless_forced(small):
+    file = small / "result.json"
+    file.write_text("{}")
+    done = CliRunner().invoke(__main__.app, ["ablation", "--out", str(file)])
+    assert done.exit_code == 2
+    assert file.read_text() == "{}"
+
+
+def test_scores_are_chosen_on_other_seeds_than_they_are_reported_on(evaluation, monkeypatch):
+    split_of, runs = {}, {}
+
+    def make_item(task, seed, *, split, **options):
+        item = tasks.make_item(task, seed, split=split, **options)
+        split_of[id(item)] = split, item  # held, so that no other item gets its id
+        return item
+
+    def run(self, items, cells, what, **options):
+        runs[what] = {split_of[id(item)][0] for item in items}, {label for label, _ in cells}
+        right = outcome([item.answer for item in items])
+        wrong = outcome(["" for _ in items])
+        good = "last row, pooled 3" if what == "choosing" else "vl-cache"
+        return {WHOLE: right} | {cell: right if cell[0] == good else wrong for cell in cells}
+
+    monkeypatch.setattr(common, "make_item", make_item)
+    monkeypatch.setattr(Bench, "run", run)
+    plan = Plan(("reading", "document"), methods=(), budgets=(0.05, 0.1), extra=(), n=3)
+    result = scores.run(Bench(evaluation, plan))
+    assert runs["choosing"][0] == {"tune"}
+    assert [splits for what, (splits, _) in runs.items() if what != "choosing"] == [{"report"}] * 4
+    assert result["choice"]["chosen"][0] == "last row, pooled 3"
+    assert len(result["choice"]["chosen"]) == scores.BEST
+    assert runs["choosing"][1] == set(scores.candidates(0.1))
+    for what in ("reporting", "full questions"):
+        assert runs[what][1] == {*scores.ceilings(0.1), *result["choice"]["chosen"]}
+    lengths = [of["rows"]["document"] for of in result["manners"].values()]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
+
+
+def test_many_methods_are_run_in_groups(evaluation, monkeypatch):
+    calls = []
+
+    def run(self, items, methods, *, advance):
+        calls.append(list(methods))
+        advance(len(items))
+        return {label: outcome([label] * len(items)) for label in (FULL, *methods)}
+
+    monkeypatch.setattr(Evaluation, "run", run)
+    plan = Plan(("reading",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
+    done = []
+    bench = Bench(evaluation, plan, begin=lambda what, total: done.append(total) or done.append)
+    items = bench.items()
+    found = bench.run(items, {(f"m{i}", "0.1"): SnapKV(0.1) for i in range(5)}, "some", at_once=2)
+    assert list(map(len, calls)) == [2, 2, 1]
+    assert done == [6, 2, 2, 2]
+    assert found["m3", "0.1"].answers == ["m3 at 0.1"] * 2
+    assert found[WHOLE].answers == [FULL] * 2
