@@ -178,7 +178,7 @@ def command_of(name: str) -> Callable[..., None]:
                 found = module.run(Bench(evaluation, plan, turns, begin))
             except Refused as error:
                 raise typer.BadParameter(str(error)) from None
-        seconds = {part: round(value, 2) for part, value in evaluation.seconds.items()}
+        seconds = {part: round(s, 2) for part, s in evaluation.seconds.items() if s}
         result = {
             **environment(),
             "experiment": name,

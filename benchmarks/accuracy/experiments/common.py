@@ -34,8 +34,8 @@ FACTS = (
 )  # fmt: skip
 """Those of `scoring.summarise` that a result tells."""
 
-AT_ONCE = 16
-"""Methods that share one prefill: more of them would need more memory than they save time."""
+AT_ONCE = 48
+"""Methods that share one prefill and, at one budget, one decoding."""
 
 
 @dataclass(frozen=True)
