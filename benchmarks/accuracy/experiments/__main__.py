@@ -115,11 +115,14 @@ def command_of(name: str) -> Callable[..., None]:
         ] = 1.0,
         jitter: Annotated[int, typer.Option(help="Pixels that a glyph may lie off its cell.")] = 2,
         turns: Annotated[
-            int,
+            int | None,
             typer.Option(
-                min=2, help="Different questions of a conversation.", hidden=name != "long"
+                min=2,
+                help="Different questions of a conversation; by default as many as take 300 tokens "
+                "and more.",
+                hidden=name != "long",
             ),
-        ] = 12,
+        ] = None,
         batch: Annotated[int, typer.Option(min=1, help="Items that are run at a time.")] = 16,
         dtype: Annotated[
             str | None,

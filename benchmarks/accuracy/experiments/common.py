@@ -45,13 +45,13 @@ class Bench:
     Attributes:
         evaluation: the model, ready to answer.
         plan: tasks, budgets, and which items.
-        turns: different questions of a conversation, see `long`.
+        turns: different questions of a conversation; None for `long.TURNS`.
         begin: to show how far it is.
     """
 
     evaluation: Evaluation
     plan: Plan
-    turns: int = 12
+    turns: int | None = None
     begin: Begin = lambda what, total: lambda done: None
 
     @property

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 ORACLES = {"oracle, first answer": True, "oracle, all answers": False}
 """Whether they know the attention of the first answer alone."""
 
+TURNS = {"document": 12, "reading": 8, "reasoning": 12, "caption": 8}
+"""Different questions that are asked: for 300 tokens and more, where pictures have so many."""
+
 LOOKED_AT = 200
 """Pictures that are looked at, at most, for each that is taken."""
 
@@ -85,8 +88,9 @@ def run(bench: Bench) -> Result:
             for name, first_only in ORACLES.items()
         }
     chosen = {task: dialogues(bench, task) for task in bench.plan.tasks}
-    result: Result = {"turns": bench.turns, "looked_at": {}, "before": {}, "details": {}}
+    result: Result = {"turns": {}, "looked_at": {}, "before": {}, "details": {}}
     for task, (pictures, looked_at) in chosen.items():
+        result["turns"][task] = len(pictures[0]) - 1
         advance = bench.begin(task, len(pictures))
         spoken, before = converse(bench.vlm, pictures, cells, bench.evaluation.batch, advance)
         right = [[item.answer for item in items] for items in pictures]
@@ -109,17 +113,18 @@ def dialogues(bench: Bench, task: str) -> tuple[list[Dialogue], int]:
         Refused: such pictures are too rare.
     """
     plan, found = bench.plan, []
+    turns = bench.turns or TURNS[task]
     for looked_at in range(1, LOOKED_AT * plan.n + 1):
         items = questions_of_one_picture(
-            task, plan.seed + looked_at - 1, bench.turns, split=plan.split, level=plan.level,
+            task, plan.seed + looked_at - 1, turns, split=plan.split, level=plan.level,
             jitter=plan.jitter, variant="plain", manner="brief", tile=bench.tile,
         )  # fmt: skip
-        if len({(item.answer, item.evidence) for item in items}) == bench.turns:
+        if len({(item.answer, item.evidence) for item in items}) == turns:
             found.append([*items, items[0]])
         if len(found) == plan.n:
             return found, looked_at
     raise Refused(
-        f"of {LOOKED_AT * plan.n} pictures of {task}, {len(found)} have {bench.turns} different "
+        f"of {LOOKED_AT * plan.n} pictures of {task}, {len(found)} have {turns} different "
         "questions: ask fewer with --turns"
     )
 
@@ -313,20 +318,23 @@ def section(result: Result) -> str:
             "attention that is kept.",
             table(["method", *head], rows),
         ]
-    looked_at = ", ".join(f"{count:,} of {task}" for task, count in result["looked_at"].items())
+    found = ", ".join(
+        f"{turns} of {task} (pictures looked at: {result['looked_at'][task]:,})"
+        for task, turns in result["turns"].items()
+    )
     return "\n\n".join(
         [
             made_by(
                 result,
                 f"{result['n']:,} pictures of each task, the first of the split "
-                f"`{result['split']}` from seed {result['seed']} on about which "
-                f"{result['turns']} different questions were found (pictures looked at: "
-                f"{looked_at})",
+                f"`{result['split']}` from seed {result['seed']} on that have enough different "
+                f"questions, {found}",
             ),
             "The cache is compressed behind the first question. The others are asked one after "
             "the other behind the compressed cache, each when the answer before it is there, and "
             "at last the first one again. Questions are forced, answers are greedy, and both are "
-            "kept. 'others' is the mean of all questions but the first. The attention kept is "
+            "kept. 'others' is the mean of all questions but the first. An answer to the first "
+            "one again can also be copied from the conversation. The attention kept is "
             "the share of what the full cache's answer to that question pays to the prompt. "
             "Conversations of so many turns are longer than those of the training: compare with "
             "the full cache. One oracle knows what the first answer attends to, the other what "

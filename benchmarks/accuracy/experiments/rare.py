@@ -49,8 +49,8 @@ def split_by_class(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> R
 
     Returns:
         "values" {class: {label: {budget: facts}}}, "characters" likewise of the mean share of an
-        answer's characters that stand at their place, and "glyphs", how often each is in the right
-        answers: {class: {"glyphs", "characters"}}.
+        answer's characters that stand at their place, see `in_place`, and "glyphs", how often each
+        is in the right answers: {class: {"glyphs", "characters"}}.
     """
     right = [item.answer for item in items]
     lettered = np.array([not set(answer) <= set(DIGITS) for answer in right])
@@ -61,7 +61,7 @@ def split_by_class(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> R
         if chosen.any():
             values[name] = _facts(scores, chosen)
     for name, glyphs in GLYPHS.items():
-        chosen = np.array([bool(set(answer) & set(glyphs)) for answer in right])
+        chosen = np.array([bool(set(answer[1:]) & set(glyphs)) for answer in right])
         if chosen.any():
             shares = {
                 cell: np.array(
@@ -88,9 +88,10 @@ def _facts(scores: Mapping[Cell, np.ndarray], chosen: np.ndarray) -> dict[str, A
 def in_place(answer: str, right: str, glyphs: str) -> float:
     """Share of the right answer's characters among `glyphs` that the answer has at their place.
 
-    Where there is none of them: 0, which is not counted.
+    The first one is left out: the prompt itself predicts it, before anything is compressed. Where
+    there is no other: 0, which is not counted.
     """
-    places = [place for place, glyph in enumerate(right) if glyph in glyphs]
+    places = [place for place, glyph in enumerate(right) if place and glyph in glyphs]
     return sum(answer[place : place + 1] == right[place] for place in places) / max(len(places), 1)
 
 
@@ -99,7 +100,11 @@ def section(result: Result) -> str:
     parts = []
     for kind, what in (
         ("values", "ANLS of the values"),
-        ("characters", "Characters that stand at their place, the mean of the answers' shares"),
+        (
+            "characters",
+            "Characters that stand at their place, the mean of the answers' shares; the first one "
+            "of an answer, which is predicted before anything is compressed, is left out",
+        ),
     ):
         of_kind = result[kind]
         first = next(iter(of_kind.values()))

@@ -94,10 +94,10 @@ def _shown(value: Any) -> str:
 
 
 def draw(result: Result) -> "Figure":
-    """Scores by the settings that are numbers, at the smallest budget."""
+    """Scores by the settings that are numbers, at the largest budget."""
     from matplotlib.figure import Figure
 
-    budget = min(result["budgets"], key=float)
+    budget = max(result["budgets"], key=float)
     numbers = {name: labels for name, labels in result["settings"].items() if len(labels) > 2}
     figure = Figure(figsize=(3.2 * len(numbers), 3.2), layout="constrained")
     all_axes = figure.subplots(1, len(numbers), sharey=True, squeeze=False)[0]

@@ -179,9 +179,9 @@ def test_values_and_characters_are_told_apart():
     assert some["with letters"]["score"] == 0.25
     assert some["with letters"]["difference"]["mean"] == -0.75
     characters = {name: of["some"]["0.1"] for name, of in found["characters"].items()}
-    assert characters["digit"]["n"] == 4
-    assert characters["digit"]["score"] == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
-    assert characters["letter"]["score"] == pytest.approx((0.5 + 0) / 2)
+    assert characters["digit"]["n"] == 3  # behind the first character
+    assert characters["digit"]["score"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert characters["letter"]["score"] == pytest.approx((1 + 0) / 2)
     assert found["glyphs"] == {
         "digit": {"glyphs": 10, "characters": 9}, "letter": {"glyphs": 24, "characters": 4}
     }  # fmt: skip
