@@ -3,30 +3,30 @@
 `python -m benchmarks.readme` puts these parts into README.md and docs/demo-model.md.
 """
 
-import hashlib
 import json
 import statistics
 import subprocess
 import sys
 from datetime import datetime
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 import vlcache_jax
 from benchmarks.accuracy.metrics import METRICS, exact_match
 from benchmarks.accuracy.tasks import TASKS
+from benchmarks.documents import NOT_MEASURED, ROOT, source_of, table, write_figure
 from benchmarks.environment import environment
 from benchmarks.make_demo import RESULTS as TRAINING
 from benchmarks.make_demo import fingerprint, read_log
 from vlcache_jax import demo
 from vlcache_jax.display import comparison_tables
 
-ROOT = Path(__file__).parent.parent
 RECIPE, LOG, MODEL = (TRAINING / name for name in ("recipe.json", "log.jsonl", "model.json"))
 PLOT = ROOT / "docs" / "demo-training.svg"
-NOT_MEASURED = "Not measured."
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Result = dict[str, Any]
 
@@ -97,13 +97,14 @@ def pictures_part(result: Result) -> str:
         text = "".join(c if c.isprintable() and c not in "`|" else "?" for c in text)
         return f"`{' '.join(text.split()) or ' '}`"
 
-    rows = ["| picture | task | right answer | full cache | a tenth |", "|---|---|---|---|---|"]
+    rows = []
     files = {picture.name: picture.file for picture in demo.pictures()}
     for row in result["pictures"]:
-        answers = " | ".join(cell(row[name]) for name in ("right_answer", "full", "kept"))
+        answers = (cell(row[name]) for name in ("right_answer", "full", "kept"))
         file = f"../{files[row['name']].relative_to(ROOT).as_posix()}"
-        rows.append(f"| [{row['name']}]({file}) | {row['task']} | {answers} |")
-    return f"{_right(result)}\n\n" + "\n".join(rows)
+        rows.append([f"[{row['name']}]({file})", row["task"], *answers])
+    head = ["picture", "task", "right answer", "full cache", "a tenth"]
+    return f"{_right(result)}\n\n{table(head, rows)}"
 
 
 def model_part(model: Result | None) -> str:
@@ -125,14 +126,13 @@ def model_part(model: Result | None) -> str:
         f"{text['intermediate_size']}",
         "head": f"the last norm; the output projection is {tied}",
     }
-    rows = ["| part | shape | parameters |", "|---|---|---|"]
-    rows += [f"| {name} | {shape} | {counts[name]:,} |" for name, shape in shapes.items()]
-    rows.append(f"| all | {model['weights_bytes'] / 1e6:.1f} MB | {counts['total']:,} |")
+    rows = [[name, shape, f"{counts[name]:,}"] for name, shape in shapes.items()]
+    rows.append(["all", f"{model['weights_bytes'] / 1e6:.1f} MB", f"{counts['total']:,}"])
     left_out = [task for task in TASKS if task not in model["tasks"]]
     shown = f"It is shipped for the tasks {_listed(model['tasks'])}."
     if left_out:
         shown += f" It has not learned {_listed(left_out)} well enough to be shown."
-    return "\n".join(rows) + f"\n\n{shown}"
+    return f"{table(['part', 'shape', 'parameters'], rows)}\n\n{shown}"
 
 
 def recipe_part(recipe: Result | None) -> str:
@@ -140,18 +140,18 @@ def recipe_part(recipe: Result | None) -> str:
     if recipe is None:
         return NOT_MEASURED
     stages = recipe["stages"]
-    numbers = range(1, len(stages) + 1)
+    numbers = map(str, range(1, len(stages) + 1))
     names = dict.fromkeys(name for stage in stages for name in stage)
-    rows = ["| stage | " + " | ".join(map(str, numbers)) + " |", "|---" * (len(stages) + 1) + "|"]
-    for name in names:
-        cells = " | ".join(_shown(stage.get(name)) for stage in stages)
-        rows.append(f"| {name.replace('_', ' ')} | {cells} |")
+    rows = (
+        [name.replace("_", " "), *(_shown(stage.get(name)) for stage in stages)] for name in names
+    )
     rest = "; ".join(
         f"{name.replace('_', ' ')} {_shown(value)}"
         for name, value in recipe.items()
         if name not in ("stages", "vision", "text")
     )
-    return "\n".join(rows) + f"\n\nOf all stages: {rest}.\n\n{_guidance(stages)}"
+    stages_table = table(["stage", *numbers], rows)
+    return f"{stages_table}\n\nOf all stages: {rest}.\n\n{_guidance(stages)}"
 
 
 def _guidance(stages: list[Result]) -> str:
@@ -216,13 +216,14 @@ def accuracy_part(run: Result | None) -> str:
     found = {share for methods in run["tasks"].values() for share in methods["vl-cache"]}
     kept = sorted((share for share in found if float(share) < 1), key=float, reverse=True)
     heads = ["task", "score", "full cache", *(f"VL-Cache, {float(share):.0%}" for share in kept)]
-    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for task, methods in run["tasks"].items():
         scores = [methods["full"]["1.0"], *(methods["vl-cache"].get(share) for share in kept)]
-        cells = " | ".join("-" if score is None else f"{score:.1%}" for score in scores)
-        rows.append(f"| {task} | {METRICS[task][0]} | {cells} |")
-    return f"{run['n']:,} items of each task, by `python -m benchmarks.accuracy`:\n\n" + "\n".join(
-        rows
+        cells = ("-" if score is None else f"{score:.1%}" for score in scores)
+        rows.append([task, METRICS[task][0], *cells])
+    return (
+        f"{run['n']:,} items of each task, by `python -m benchmarks.accuracy`:\n\n"
+        f"{table(heads, rows)}"
     )
 
 
@@ -244,18 +245,16 @@ def _listed(words: Any) -> str:
 
 def plot_source() -> str | None:
     """A fingerprint of what the plot is made of, which is written into it; None without a log."""
-    if not LOG.is_file():
-        return None
-    return hashlib.sha256(RECIPE.read_bytes() + LOG.read_bytes()).hexdigest()
+    return source_of(RECIPE, LOG)
 
 
 def write_plot() -> None:
     """Draw the curves of the training; without a log there is no plot."""
-    source = plot_source()
-    if source is None:
-        PLOT.unlink(missing_ok=True)
-        return
-    import matplotlib as mpl
+    write_figure(PLOT, [RECIPE, LOG], draw_training, salt="demo")
+
+
+def draw_training() -> "Figure":
+    """Losses and accuracies over the steps, with the ends of the stages."""
     from matplotlib.figure import Figure
 
     log = read_log(LOG.read_text(encoding="utf-8"))
@@ -277,6 +276,4 @@ def write_plot() -> None:
         axes.legend(fontsize="small")
     losses.set_yscale("log")
     shares.set_ylim(0, 1.02)
-    # Nothing in the file depends on when or where it was drawn.
-    with mpl.rc_context({"svg.hashsalt": "demo", "svg.fonttype": "none"}):
-        figure.savefig(PLOT, metadata={"Date": None, "Description": source})
+    return figure

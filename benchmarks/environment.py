@@ -48,19 +48,6 @@ def write_whole(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def keep_programs() -> None:
-    """Keep compiled programs in the user's cache folder, where `vlcache` keeps its own.
-
-    A folder that JAX was told of already (JAX_COMPILATION_CACHE_DIR) stays.
-    """
-    import jax
-
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(folder / "vlcache-jax" / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def _module() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem

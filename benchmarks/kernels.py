@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.ahead_of_time import GPUS
+from benchmarks.command import check_out
 from benchmarks.environment import environment, write_result
 from benchmarks.triton_offline import KernelError, compile_kernels
 from pallas_kernels import (
@@ -249,8 +250,7 @@ def main(
     """
     if not offline:
         raise typer.BadParameter("give --offline; on a GPU run: python -m benchmarks.gpu_suite")
-    if out is not None and out.exists() and not force:
-        raise typer.BadParameter(f"{out} exists: choose another name, or overwrite it with --force")
+    check_out(out, force=force)
     chosen = [case for case in cases() if not some or representative(case)]
     errors = Console(stderr=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is done in other processes

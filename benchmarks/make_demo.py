@@ -19,13 +19,11 @@ from PIL import Image
 
 import vlcache_jax
 from benchmarks.accuracy.tasks import IMAGE, TASKS, Item, make_item
+from benchmarks.command import bad_input
 from benchmarks.environment import environment, write_result, write_whole
-from benchmarks.processor import IMAGE_TOKEN_ID, TILE, make_processor, make_tokenizer
 from convert.directory import whole_directory
 from vlcache_jax import demo
 from vlcache_jax.loading import describe
-
-__all__ = ["IMAGE_TOKEN_ID", "TILE", "make_processor", "make_tokenizer"]  # for network.py
 
 RESULTS = Path(__file__).parent / "results" / "training"
 COUNT = 12
@@ -178,10 +176,8 @@ def main(
 ) -> None:
     """Make a trained model the package's demo."""
     package = demo.CHECKPOINT.parent
-    try:
+    with bad_input():
         make_demo(run, tasks.split(","), package=package, results=RESULTS, force=force)
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise typer.BadParameter(str(error)) from None
     typer.echo("now run: python -m benchmarks.readme --demo", err=True)
 
 

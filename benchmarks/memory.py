@@ -29,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies
+from benchmarks.command import check_out
 from benchmarks.environment import environment, write_result
 from benchmarks.models import MODELS, abstract_inputs
 from vlcache_jax.cache.methods import FullCache, VLCache
@@ -262,8 +263,7 @@ def main(
 
     Example: python -m benchmarks.memory --model llava-v1.6-mistral-7b --context 8192 --batch 64
     """
-    if out is not None and out.exists() and not force:
-        raise typer.BadParameter(f"{out} exists: choose another name, or overwrite it with --force")
+    check_out(out, force=force)
     one = Program(device, model, context, batch, budget, stage=stage, backend=backend)
     programs, errors = ALL if everything else (one,), Console(stderr=True)
     try:

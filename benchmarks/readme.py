@@ -14,16 +14,16 @@ import typer
 from benchmarks import demo_model
 from benchmarks.accuracy import report
 from benchmarks.accuracy.experiments import sections
+from benchmarks.documents import ROOT, table
 from benchmarks.environment import write_result
 from benchmarks.make_demo import read_log
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 
 def conversion_part(result: dict[str, Any]) -> str:
     """Time and memory of converting and loading a checkpoint of the 7B shapes."""
-    rows = ["| step | time | peak anonymous memory |", "|---|---|---|"]
+    rows = []
     for key, name in (
         ("convert", "convert to Orbax"),
         ("load_safetensors", "load the Hugging Face directory"),
@@ -31,32 +31,39 @@ def conversion_part(result: dict[str, Any]) -> str:
     ):
         step = result[key]
         peak = step["peak_rss_anon_bytes"] / 1e9
-        rows.append(f"| {name} | {step['process_s']:.0f} s | {peak:.1f} GB |")
+        rows.append([name, f"{step['process_s']:.0f} s", f"{peak:.1f} GB"])
     size = result["parameter_bytes"] / 1e9
     machine = result["machine"]
     return (
         f"{result['model']}, {size:.1f} GB of parameters, on {machine['cores']} cores "
-        f"({machine['cpu']}):\n\n" + "\n".join(rows)
+        f"({machine['cpu']}):\n\n{table(['step', 'time', 'peak anonymous memory'], rows)}"
     )
 
 
 def programs_part(result: dict[str, Any]) -> str:
     """Whole programs compiled for a GPU that is not there."""
-    rows = [
-        "| model | program | prompt x batch | cache, of full | temporaries "
-        "| cache copies in the loop | launches per layer | one command buffer | compile |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = [
+        "model", "program", "prompt x batch", "cache, of full", "temporaries",
+        "cache copies in the loop", "launches per layer", "one command buffer", "compile",
+    ]  # fmt: skip
+    rows = []
     for row in result["rows"]:
         share = row["cache_bytes"] / row["full_cache_bytes"]
         rows.append(
-            f"| {row['model']} | {row['stage']} | {row['context']} x {row['batch']} "
-            f"| {row['cache_bytes'] / 2**20:,.0f} MiB, {share:.1%} "
-            f"| {row['temp_bytes'] / 2**20:,.1f} MiB | {row['cache_copies_in_loop']} "
-            f"| {row['launches_per_layer']:g} | {'yes' if row['one_command_buffer'] else 'no'} "
-            f"| {row['compile_s']:.0f} s |"
+            [
+                row["model"],
+                row["stage"],
+                f"{row['context']} x {row['batch']}",
+                f"{row['cache_bytes'] / 2**20:,.0f} MiB, {share:.1%}",
+                f"{row['temp_bytes'] / 2**20:,.1f} MiB",
+                str(row["cache_copies_in_loop"]),
+                f"{row['launches_per_layer']:g}",
+                "yes" if row["one_command_buffer"] else "no",
+                f"{row['compile_s']:.0f} s",
+            ]
         )
-    return f"VL-Cache at 10 %, bfloat16, jax {result['versions']['jax']}:\n\n" + "\n".join(rows)
+    versions = result["versions"]
+    return f"VL-Cache at 10 %, bfloat16, jax {versions['jax']}:\n\n{table(head, rows)}"
 
 
 class Part(NamedTuple):

@@ -5,7 +5,6 @@ parameters are read. Heavy imports stand inside the commands, so that `--help` i
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,12 +97,10 @@ def _options(
         bool, typer.Option(help="Keep compiled programs in the user's cache folder.")
     ] = True,
 ) -> None:
-    import jax
+    from vlcache_jax.programs import keep_programs
 
-    if compilation_cache and not jax.config.values["jax_compilation_cache_dir"]:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(folder / "vlcache-jax" / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if compilation_cache:
+        keep_programs()
 
 
 @app.command()
@@ -163,8 +160,7 @@ def generate(
             cache=cache,
             trace=trace is not None,
         )
-        with progress:
-            vlm.params  # noqa: B018  reads them, with the progress bar shown
+        _read(vlm, progress)
     answer = _drain(stream, echo=not as_json)
     if trace is not None and answer.trace is not None:
         with _user_errors():
@@ -219,8 +215,7 @@ def compare(
             )
             for cache in dict.fromkeys([FullCache(), *named])
         ]
-        with progress:
-            vlm.params  # noqa: B018  reads them, with the progress bar shown
+        _read(vlm, progress)
     answers = [_drain(stream, echo=False) for stream in streams]
     facts = display.comparison(question, right, answers)
     if as_json:
@@ -325,6 +320,12 @@ def _open(model: str, dtype: str | None, backend: str | None) -> tuple["VLM", Pr
         progress.update(task, description=piece, completed=done, total=total)
 
     return load(model, dtype, backend=backend, lazy=True, progress=show), progress
+
+
+def _read(vlm: "VLM", progress: Progress) -> None:
+    """Read the parameters, with the bar shown."""
+    with progress:
+        _ = vlm.params  # read where they are first asked for
 
 
 def _drain(stream: "Stream", echo: bool) -> "Answer":

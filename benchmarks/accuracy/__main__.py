@@ -7,11 +7,22 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.accuracy.tasks import SPLITS, TASKS, VARIANTS
-from benchmarks.environment import environment, keep_programs, write_result
+from benchmarks.accuracy.options import (
+    Batch,
+    Dtype,
+    Force,
+    Jitter,
+    Level,
+    Seed,
+    Split,
+    check_json,
+    names,
+)
+from benchmarks.accuracy.tasks import TASKS, VARIANTS
+from benchmarks.command import bad_input, counting_bar
+from benchmarks.environment import environment, write_result
 
 METHOD_NAMES = "full, vl-cache, h2o, snapkv, pyramidkv, streaming-llm, random"
 QUICK = {"n": 64, "budgets": (0.1, 1.0)}
@@ -59,18 +70,10 @@ def main(
         ),
     ] = None,
     n: Annotated[int | None, typer.Option(help="Items of each task; 500 by default.")] = None,
-    seed: Annotated[int, typer.Option(help="The first item's seed; the others follow it.")] = 0,
-    split: Annotated[
-        str,
-        typer.Option(
-            help=f"One of {', '.join(SPLITS)}: pictures that no other split has. Choose settings "
-            "on 'tune' or 'test', report on 'report'."
-        ),
-    ] = "report",
-    level: Annotated[
-        float, typer.Option(help="Difficulty, 0 to 1; below 1 for a model in training.")
-    ] = 1.0,
-    jitter: Annotated[int, typer.Option(help="Pixels that a glyph may lie off its cell.")] = 2,
+    seed: Seed = 0,
+    split: Split = "report",
+    level: Level = 1.0,
+    jitter: Jitter = 2,
     variant: Annotated[
         str | None,
         typer.Option(help=f"One of {', '.join(VARIANTS)}; all by default, told apart in the JSON."),
@@ -78,11 +81,8 @@ def main(
     manner: Annotated[
         str, typer.Option(help="How questions are put: full, brief or terse.")
     ] = "full",
-    batch: Annotated[int, typer.Option(min=1, help="Items that are run at a time.")] = 16,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default."),
-    ] = None,
+    batch: Batch = 16,
+    dtype: Dtype = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
@@ -90,7 +90,7 @@ def main(
         Path | None,
         typer.Option(dir_okay=False, metavar="FILE.json", help="Also write the JSON to this file."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    force: Force = False,
 ) -> None:
     """Ask a model about drawn pictures, with every cache method at every budget.
 
@@ -108,24 +108,21 @@ def main(
 
     Example: python -m benchmarks.accuracy --tasks document --methods vl-cache,snapkv --budgets 0.05
     """
-    if out is not None:
-        if out.exists() and not force:
-            raise typer.BadParameter(
-                f"{out} exists: choose another name, or overwrite it with --force"
-            )
-        if out.suffix != ".json":
-            raise typer.BadParameter(f"the file {out} must end in .json")
+    check_json(out, force=force)
     errors = Console(stderr=True, highlight=False)
     began = time.perf_counter()
     with errors.status("loading ..."):  # heavy imports, too: --help need not wait for them
         import vlcache_jax
         from benchmarks.accuracy.budgets import Plan, measure
+        from vlcache_jax.programs import keep_programs
 
         keep_programs()
         chosen: dict[str, Any] = dict(QUICK) if quick else {}
         given = {"tasks": tasks, "methods": methods, "budgets": budgets, "extra": extra}
-        try:
-            chosen |= {name: _names(text) for name, text in given.items() if text is not None}
+        with bad_input():
+            chosen |= {name: names(text) for name, text in given.items() if text is not None}
+            if extra is not None:
+                chosen["extra"] = () if chosen["extra"] == ("none",) else chosen["extra"]
             if budgets is not None:
                 chosen["budgets"] = tuple(map(_share, chosen["budgets"]))
             if n is not None:
@@ -133,16 +130,7 @@ def main(
             chosen |= {"level": level, "jitter": jitter, "variant": variant, "manner": manner}
             plan = Plan(**chosen, seed=seed, split=split)
             vlm = vlcache_jax.load(model, dtype)
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise typer.BadParameter(str(error)) from None
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    hidden = not errors.is_terminal
-    with Progress(*columns, console=errors, transient=True, disable=hidden) as bar:
+    with counting_bar(errors, transient=True) as bar:
         task = bar.add_task("items", total=plan.n * len(plan.tasks))
         found = measure(vlm, plan, batch=batch, advance=lambda done: bar.advance(task, done))
     found["seconds"]["with start"] = round(time.perf_counter() - began, 2)
@@ -153,11 +141,6 @@ def main(
         print(json.dumps(result))
     else:
         _show(result)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    return () if names == ("none",) else tuple(dict.fromkeys(names))
 
 
 def _share(text: str) -> float:

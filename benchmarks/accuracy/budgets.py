@@ -128,7 +128,7 @@ def measure(
         `scoring.summarise`; what was run, and the seconds that it took.
     """
     began = time.perf_counter()
-    items = plan.items(max(112, vlm.config.vision.image_size))
+    items = plan.items(tile_of(vlm))
     drawn = time.perf_counter()
     evaluation = Evaluation(vlm, batch=batch)
     cells = {f"{name} {budget}": (name, budget, method) for name, budget, method in plan.cells()}
@@ -184,6 +184,11 @@ def _by_budget(
     for name in {FULL, *(plan.methods if 1 in plan.budgets else ())}:
         found[name]["1.0"] = facts[FULL]
     return found
+
+
+def tile_of(vlm: VLM) -> int:
+    """Pixels of a tile's side that suit a model's pictures."""
+    return max(112, vlm.config.vision.image_size)
 
 
 def architecture(vlm: VLM) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from benchmarks.accuracy.tasks import Item
 from vlcache_jax.anyres import max_tiles, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import CacheMethod, FullCache, Observation
+from vlcache_jax.cache.methods import CacheMethod, FullCache, Observation, Plan
 from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.state import Pool, empty_tail, round_up
 from vlcache_jax.cache.trace import attention_mass_recall, cache_hit_rate
@@ -147,7 +147,7 @@ class Evaluation:
         if FULL in methods and not methods[FULL].limit.keeps_all:
             raise ValueError(f"the label {FULL!r} is the full cache's, not one of {methods[FULL]}")
         limits = self._limits(items, max_new_tokens)
-        stages = _Stages(
+        stages = Stages(
             self.vlm.config, self.vlm.stop_ids, self.vlm.backend, round_up(limits.max(), 16)
         )
         some = {label: method for label, method in methods.items() if not method.limit.keeps_all}
@@ -219,7 +219,7 @@ class Evaluation:
 
     def _run_batch(
         self,
-        stages: "_Stages",
+        stages: "Stages",
         methods: dict[str, CacheMethod],
         inputs: ModelInputs,
         limit: np.ndarray,
@@ -227,8 +227,8 @@ class Evaluation:
         """The answers of each method to a batch, on the host."""
         params, length = self.vlm.params, inputs.length
         inputs = jax.device_put(inputs)
-        watch = Together(methods=tuple(methods.values()))
-        full, token, seen = self._do("prefill", stages, watch)(params, inputs)
+        watching = tuple(methods.values())
+        full, token, seen = self._do("prefill", stages, watching)(params, inputs)
         answer = self._do("decode", stages, full=True)
         tokens, lengths = answer(params, full, token, length, limit)
         attended = self._do("attend", stages)(params, full, inputs, tokens, lengths)
@@ -251,7 +251,7 @@ class Evaluation:
                 answers[label] = Answers(tokens[index], lengths[index], own)
         return answers
 
-    def _do(self, name: str, stages: "_Stages", *static: Any, full: bool = False) -> Any:
+    def _do(self, name: str, stages: "Stages", *static: Any, full: bool = False) -> Any:
         """A stage as a function that is compiled when it must be and whose time is counted."""
         key = name, stages, static
         if key not in self._programs:
@@ -288,20 +288,20 @@ class Together(CacheMethod):
 
 
 @dataclass(frozen=True)
-class _Stages:
+class Stages:
     """The parts of a batch's way that are compiled, each a pure function of arrays.
 
     Attributes:
         config: the model.
         stop_ids: tokens that end an answer.
         backend: attention backend.
-        tokens: most tokens of any answer, R.
+        rows: most tokens behind a prompt, R.
     """
 
     config: LlavaConfig
     stop_ids: tuple[int, ...]
     backend: str | None
-    tokens: int
+    rows: int
 
     @property
     def layers(self) -> int:
@@ -309,18 +309,16 @@ class _Stages:
         return self.config.text.num_layers
 
     def _generate(self, cache: CacheMethod) -> Generate:
-        return Generate(
-            self.config, cache, self.tokens, stop_ids=self.stop_ids, backend=self.backend
-        )
+        return Generate(self.config, cache, self.rows, stop_ids=self.stop_ids, backend=self.backend)
 
     def _prompt(self, inputs: ModelInputs, method: CacheMethod) -> Prompt:
         return Prompt(inputs.length, inputs.visual_index >= 0, self.layers, method.limit)
 
     def prefill(
-        self, watch: Together, params: Params, inputs: ModelInputs
+        self, methods: tuple[CacheMethod, ...], params: Params, inputs: ModelInputs
     ) -> tuple[Pool, jax.Array, tuple[Observation, ...]]:
         """The full cache, the first token [B], and what each method saw."""
-        generate, full = self._generate(watch), FullCache()
+        generate, full = self._generate(Together(methods=methods)), FullCache()
         prefilled = generate.prefill(params, inputs)
         token = generate.start(params, prefilled, inputs, jax.random.key(0)).token
         prompt = self._prompt(inputs, full)
@@ -340,12 +338,8 @@ class _Stages:
         pools, measures = [], []
         visual = jnp.sum(inputs.visual_index >= 0, axis=-1)
         for method, own in zip(methods, seen, strict=True):
-            prompt = self._prompt(inputs, method)
-            if isinstance(method, Oracle):
-                own = method.told(own, attended.mass)
-            plan = method.plan(own, prompt)
-            pool = method.build(full.k, full.v, plan, prompt)
-            kept = jnp.broadcast_to(plan.kept(prompt), attended.first.shape)
+            pool, plan, kept = self.compressed(method, full, inputs, own, attended.mass)
+            kept = jnp.broadcast_to(kept, attended.first.shape)
             count = jnp.broadcast_to(plan.budgets[:, :, None], kept.shape[:3])
             pools.append(pool)
             measures.append(
@@ -359,6 +353,29 @@ class _Stages:
             )
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *measures)
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pools), stacked
+
+    def compressed(
+        self,
+        method: CacheMethod,
+        full: Pool,
+        inputs: ModelInputs,
+        seen: Observation,
+        mass: jax.Array,
+    ) -> tuple[Pool, Plan, jax.Array]:
+        """A method's pool, its plan, and which tokens that keeps, bool [B, L, K or 1, T].
+
+        Args:
+            method: the method.
+            full: the full cache.
+            inputs: the prompts.
+            seen: what the method saw of them.
+            mass: attention of what follows the prompts, which an oracle is told.
+        """
+        prompt = self._prompt(inputs, method)
+        if isinstance(method, Oracle):
+            seen = method.told(seen, mass)
+        plan = method.plan(seen, prompt)
+        return method.build(full.k, full.v, plan, prompt), plan, plan.kept(prompt)
 
     def attend(
         self,
@@ -386,16 +403,16 @@ class _Stages:
         generate = self._generate(FullCache())
         ended = jnp.any(token[:, None] == jnp.array(self.stop_ids, jnp.int32), axis=-1)
         count = jnp.where(ended, 0, 1)
-        tail = empty_tail(self.config.text, token.shape[0], self.tokens, pool.k.dtype)
+        tail = empty_tail(self.config.text, token.shape[0], self.rows, pool.k.dtype)
         state = DecodeState(
             tail, token, position, count, ended | (count >= limit), jax.random.key(0)
         )
-        tokens = jnp.zeros((token.shape[0], self.tokens), jnp.int32).at[:, 0].set(token)
+        tokens = jnp.zeros((token.shape[0], self.rows), jnp.int32).at[:, 0].set(token)
         segments = pool.segments()
 
         def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
             index, state, _ = carry
-            return (index < self.tokens) & ~jnp.all(state.done)
+            return (index < self.rows) & ~jnp.all(state.done)
 
         def step(
             carry: tuple[jax.Array, DecodeState, jax.Array],

@@ -201,9 +201,10 @@ def _attend(
     mixed = mixed.reshape(pictures, kv_heads, questions, group, rows, width)
     second = mixed.transpose(0, 2, 4, 1, 3, 5).reshape(pictures, -1, heads, width)
 
-    mass = (far / weight).reshape(pictures, kv_heads, questions, group, rows, prefix_rows)
-    mass = mass[:, :, :, 0]  # [P, K, Q, R, T]
-    paid = jnp.take_along_axis(mass, jnp.maximum(sources, 0)[:, None, ..., None], axis=-1)[..., 0]
+    heads_apart = pictures, kv_heads, questions, group, rows, -1
+    mass, weight = (x.reshape(heads_apart)[:, :, :, 0] for x in (far, weight))  # [P, K, Q, R, T]
+    paid = jnp.take_along_axis(mass, jnp.maximum(sources, 0)[:, None, ..., None], axis=-1)
+    paid = (paid / weight)[..., 0]
     asked = (sources >= 0)[:, None]
     loss = jnp.sum(jnp.where(asked, -jnp.log(paid + 1e-6), 0.0), axis=(0, 2, 3))
     guide = jnp.mean(loss) / jnp.maximum(jnp.sum(asked), 1)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.make_demo import IMAGE_TOKEN_ID, TILE, make_processor, make_tokenizer
+from benchmarks.processor import IMAGE_TOKEN_ID, TILE, make_processor, make_tokenizer
 from convert.directory import whole_directory
 from convert.safetensors_writer import write_tensors
 from vlcache_jax.buckets import Buckets

@@ -26,8 +26,9 @@ WORDING = Wording(
     _QUESTIONS,
     _FORMATS,
 )
-DIRECTIONS = {"row": "from left to right", "column": "from top to bottom"}
-TEXTS = (*WORDING.texts, *DIRECTIONS, *DIRECTIONS.values())
+DIRECTION = "from left to right"
+TEXTS = (*WORDING.texts, DIRECTION, "row column from top to bottom")
+"""Columns are not asked for, but the shipped tokenizer has the words."""
 
 
 class Reading:
@@ -38,16 +39,14 @@ class Reading:
 
     def __init__(self, rng: random.Random, sizes: Sequence[tuple[int, int]], level: float):
         self.pages = make_pages(sizes)
-        self._lines: list[tuple[Page, str, str, str, tuple[Cell, ...]]] = []
+        self._rows: list[tuple[Page, str, str, tuple[Cell, ...]]] = []
         for page in self.pages:
             self._write_grid(rng, page, level)
 
     def ask(self, rng: random.Random, manner: Manner) -> Question:
-        """The characters of a random row or column."""
-        page, kind, label, answer, cells = rng.choice(self._lines)
-        text = WORDING.put(
-            rng, manner, line=f"{kind} {label}", where=page.where, direction=DIRECTIONS[kind]
-        )
+        """The digits of a random row."""
+        page, label, answer, cells = rng.choice(self._rows)
+        text = WORDING.put(rng, manner, line=f"row {label}", where=page.where, direction=DIRECTION)
         return Question(text, answer, cells)
 
     def _write_grid(self, rng: random.Random, page: Page, level: float) -> None:
@@ -71,7 +70,7 @@ class Reading:
             page.put(top - border, left + i * col_step, names[depth + i])
         for j in range(depth):
             answer = content[j * width : (j + 1) * width]
-            self._lines.append((page, "row", names[j], answer, tuple(grid[j])))
+            self._rows.append((page, names[j], answer, tuple(grid[j])))
 
 
 def _extent(rng: random.Random, room: int, level: float, in_corner: bool) -> tuple[int, int, int]:

@@ -5,19 +5,21 @@ experiment is a further entry of `SECTIONS`: a name, the file of its result, and
 makes the text of it. What was not measured says so.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent.parent
+from benchmarks.documents import NOT_MEASURED, ROOT, table, write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 BUDGETS = RESULTS / "budgets.json"
 """What `python -m benchmarks.accuracy --out` wrote."""
 
 PLOT = ROOT / "docs" / "accuracy-budgets.svg"
-NOT_MEASURED = "Not measured."
 SHOWN = "0.1"
 """The budget that the paper reports most, and of which most is told here."""
 
@@ -40,12 +42,6 @@ class Section(NamedTuple):
     name: str
     file: Path
     make: Callable[[Result | None], str]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def scored(facts: Facts | None) -> str:
@@ -225,21 +221,19 @@ SECTIONS: tuple[Section, ...] = (
 """The generated parts of docs/accuracy.md."""
 
 
-def plot_source(file: Path = BUDGETS) -> str | None:
-    """A fingerprint of what the plot is made of, written into it; None without a result."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-
 def write_plot(file: Path = BUDGETS, plot: Path = PLOT) -> None:
     """Draw scores and kept attention by budget; without a result there is no plot."""
-    source = plot_source(file)
-    if source is None:
-        plot.unlink(missing_ok=True)
-        return
-    import matplotlib as mpl
+
+    def draw() -> "Figure":
+        return draw_budgets(json.loads(file.read_text(encoding="utf-8"))["details"])
+
+    write_figure(plot, [file], draw, salt="accuracy")
+
+
+def draw_budgets(details: Result) -> "Figure":
+    """Scores and kept attention by budget, a column for each task."""
     from matplotlib.figure import Figure
 
-    details = json.loads(file.read_text(encoding="utf-8"))["details"]
     figure = Figure(figsize=(3.2 * len(details), 6), layout="constrained")
     grid = figure.subplots(2, len(details), sharex=True, sharey="row", squeeze=False)
     for column, (task, of_task) in enumerate(details.items()):
@@ -264,6 +258,4 @@ def write_plot(file: Path = BUDGETS, plot: Path = PLOT) -> None:
     grid[1, 0].set_ylabel("share of the answer's attention kept")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
-    # Nothing in the file depends on when or where it was drawn.
-    with mpl.rc_context({"svg.hashsalt": "accuracy", "svg.fonttype": "none"}):
-        figure.savefig(plot, metadata={"Date": None, "Description": source})
+    return figure

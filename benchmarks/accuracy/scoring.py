@@ -72,17 +72,17 @@ def _facts(
     tokens, right = ([each.tokens[row] for row in rows] for each in (outcome, full))
     variants = np.array([variant_of(item) for item in items])
     return {
-        **_scored(scores[lead], full_scores[lead]),
-        "metrics": {name: _named(mean_interval(values)) for name, values in scores.items()},
+        **facts_of(scores[lead], full_scores[lead]),
+        "metrics": {name: interval(mean_interval(values)) for name, values in scores.items()},
         "agreement": {
-            "answers": _rounded(np.mean([a == b for a, b in zip(tokens, right, strict=True)])),
-            "tokens": _rounded(np.mean(list(map(agreement, tokens, right)))),
+            "answers": rounded(np.mean([a == b for a, b in zip(tokens, right, strict=True)])),
+            "tokens": rounded(np.mean(list(map(agreement, tokens, right)))),
         },
-        **{name: _rounded(values.mean()) for name, values in measures.items()},
-        "by_layer": {name: _rounded(measures[name].mean(0)) for name in BY_LAYER},
-        "new_tokens": _rounded(np.mean(list(map(len, tokens)))),
+        **{name: rounded(values.mean()) for name, values in measures.items()},
+        "by_layer": {name: rounded(measures[name].mean(0)) for name in BY_LAYER},
+        "new_tokens": rounded(np.mean(list(map(len, tokens)))),
         "variants": {
-            variant: _scored(scores[lead][chosen], full_scores[lead][chosen])
+            variant: facts_of(scores[lead][chosen], full_scores[lead][chosen])
             for variant in VARIANTS
             for chosen in [variants == variant]
             if chosen.any()
@@ -97,19 +97,27 @@ def agreement(tokens: Sequence[int], others: Sequence[int]) -> float:
     return same / longer if longer else 1.0
 
 
-def _scored(scores: np.ndarray, full: np.ndarray) -> dict[str, Any]:
+def facts_of(scores: np.ndarray, full: np.ndarray) -> dict[str, Any]:
+    """A mean score, its interval of 95 %, and its difference to the full cache item by item."""
     found = mean_interval(scores)
     return {
         "n": scores.size,
-        "score": _rounded(found.mean),
-        "interval": _rounded([found.low, found.high]),
-        "difference": _named(paired_difference(scores, full)),
+        "score": rounded(found.mean),
+        "interval": rounded([found.low, found.high]),
+        "difference": difference(scores, full),
     }
 
 
-def _named(found: Interval) -> dict[str, float]:
-    return {"mean": _rounded(found.mean), "low": _rounded(found.low), "high": _rounded(found.high)}
+def difference(scores: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+    """The mean of score minus baseline, item by item, with its interval of 95 %."""
+    return interval(paired_difference(scores, baseline))
 
 
-def _rounded(values: Any) -> Any:
+def interval(found: Interval) -> dict[str, float]:
+    """An interval as a file has it."""
+    return {"mean": rounded(found.mean), "low": rounded(found.low), "high": rounded(found.high)}
+
+
+def rounded(values: Any) -> Any:
+    """Numbers as a file has them."""
     return np.round(np.asarray(values, np.float64), DIGITS).tolist()

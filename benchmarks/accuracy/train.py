@@ -24,7 +24,6 @@ import optax
 import orbax.checkpoint as ocp
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.accuracy import tasks
 from benchmarks.accuracy.glyphs import CLASSES
@@ -32,6 +31,7 @@ from benchmarks.accuracy.loss import Scores, make_loss
 from benchmarks.accuracy.network import config_json, export, make_files, make_inputs
 from benchmarks.accuracy.packing import Batch, pack
 from benchmarks.accuracy.scene import Manner
+from benchmarks.command import counting_bar
 from benchmarks.environment import write_result
 from vlcache_jax.checkpoint import quiet_orbax
 from vlcache_jax.config import LlavaConfig
@@ -158,7 +158,7 @@ class Recipe:
         )
 
 
-@dataclass(eq=False)
+@dataclass
 class Trainer:
     """A training with its state.
 
@@ -180,6 +180,7 @@ class Trainer:
         self.config = LlavaConfig.from_hf(self.config_json)
         self.processor: Processor = make_inputs(self.config, self.files, PREFIX_ROWS)
         self.optimizer = self.recipe.optimizer()
+        self._programs = cache(self._compiled)
         if not self.state:
             learned = {
                 "model": init_params(self.config, self.recipe.seed),
@@ -219,8 +220,7 @@ class Trainer:
             groups, self.processor, blanks=stage.blanks, rng=some, sight=stage.sight
         )
 
-    @cache  # noqa: B019
-    def _programs(self, sight: bool, answers: bool) -> tuple[Any, Any]:
+    def _compiled(self, sight: bool, answers: bool) -> tuple[Any, Any]:
         """One step, and the scores of a batch, compiled."""
         dtype = jnp.dtype(self.recipe.dtype)
         loss = make_loss(self.config, dtype, sight=sight, answers=answers)
@@ -355,13 +355,7 @@ def main(
     if trainer.restore(out):
         errors.print(f"going on at step {trainer.step}")
     until = time.monotonic() + (minutes * 60 if minutes else float("inf"))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
+    with counting_bar(errors) as bar:
         task = bar.add_task("", total=what.steps, completed=trainer.step)
         for batch in drawn_ahead(trainer.batch, trainer.step, what.steps):
             scores = trainer.advance(batch)

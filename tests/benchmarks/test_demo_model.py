@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks import demo_model
-from benchmarks.demo_model import NOT_MEASURED, accuracy_part, log_part, model_part, recipe_part
+from benchmarks.demo_model import accuracy_part, log_part, model_part, recipe_part
+from benchmarks.documents import NOT_MEASURED
 
 
 def test_what_is_not_there_is_not_measured():

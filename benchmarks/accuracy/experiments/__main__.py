@@ -9,10 +9,21 @@ from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.accuracy.tasks import SPLITS, TASKS
-from benchmarks.environment import environment, keep_programs, write_result
+from benchmarks.accuracy.options import (
+    Batch,
+    Dtype,
+    Force,
+    Jitter,
+    Level,
+    Seed,
+    Split,
+    check_json,
+    names,
+)
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.command import bad_input, counting_bar
+from benchmarks.environment import environment, write_result
 
 FOLDER = Path(__file__).parents[2] / "results" / "accuracy"
 
@@ -102,18 +113,10 @@ def command_of(name: str) -> Callable[..., None]:
             str, typer.Option(metavar="X,Y", help="Shares of the cache to keep, below 1.")
         ] = ",".join(map(str, defaults.budgets)),
         n: Annotated[int, typer.Option(help="Items of each task.")] = 200,
-        seed: Annotated[int, typer.Option(help="The first item's; the others follow it.")] = 0,
-        split: Annotated[
-            str,
-            typer.Option(
-                help=f"One of {', '.join(SPLITS)}: pictures that no other split has. Choose "
-                "settings on 'tune' or 'test'; on 'report' nothing is chosen."
-            ),
-        ] = "report",
-        level: Annotated[
-            float, typer.Option(help="Difficulty, 0 to 1; below 1 for a model in training.")
-        ] = 1.0,
-        jitter: Annotated[int, typer.Option(help="Pixels that a glyph may lie off its cell.")] = 2,
+        seed: Seed = 0,
+        split: Split = "report",
+        level: Level = 1.0,
+        jitter: Jitter = 2,
         turns: Annotated[
             int | None,
             typer.Option(
@@ -123,11 +126,8 @@ def command_of(name: str) -> Callable[..., None]:
                 hidden=name != "long",
             ),
         ] = None,
-        batch: Annotated[int, typer.Option(min=1, help="Items that are run at a time.")] = 16,
-        dtype: Annotated[
-            str | None,
-            typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default."),
-        ] = None,
+        batch: Batch = 16,
+        dtype: Dtype = None,
         as_json: Annotated[
             bool, typer.Option("--json", help="Print the result as one JSON object, not as text.")
         ] = False,
@@ -135,14 +135,9 @@ def command_of(name: str) -> Callable[..., None]:
             Path,
             typer.Option(dir_okay=False, metavar="FILE.json", help="Where the result is written."),
         ] = FOLDER / f"experiment-{name}.json",
-        force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+        force: Force = False,
     ) -> None:
-        if out.exists() and not force:
-            raise typer.BadParameter(
-                f"{out} exists: choose another name with --out, or overwrite it with --force"
-            )
-        if out.suffix != ".json":
-            raise typer.BadParameter(f"the file {out} must end in .json")
+        check_json(out, force=force)
         errors = Console(stderr=True, highlight=False)
         began = time.perf_counter()
         with errors.status("loading ..."):  # heavy imports, too: --help need not wait for them
@@ -151,27 +146,19 @@ def command_of(name: str) -> Callable[..., None]:
             from benchmarks.accuracy.evaluate import Evaluation
             from benchmarks.accuracy.experiments.common import Bench, Refused
             from benchmarks.accuracy.metrics import METRICS
+            from vlcache_jax.programs import keep_programs
 
             module = import_module(f"benchmarks.accuracy.experiments.{name}")
             keep_programs()
-            try:
-                shares = tuple(map(_share, _names(budgets)))
+            with bad_input():
+                shares = tuple(map(_share, names(budgets)))
                 plan = Plan(
-                    _names(tasks), methods=(), budgets=shares, extra=(), n=n, seed=seed,
+                    names(tasks), methods=(), budgets=shares, extra=(), n=n, seed=seed,
                     split=split, level=level, jitter=jitter,
                 )  # fmt: skip
                 vlm = vlcache_jax.load(model, dtype)
-            except (ValueError, OSError, NotImplementedError) as error:
-                raise typer.BadParameter(str(error)) from None
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
         evaluation = Evaluation(vlm, batch=batch)
-        hidden = not errors.is_terminal
-        with Progress(*columns, console=errors, transient=True, disable=hidden) as bar:
+        with counting_bar(errors, transient=True) as bar:
 
             def begin(what: str, total: int) -> Callable[[int], object]:
                 task = bar.add_task(what, total=total)
@@ -202,10 +189,6 @@ def command_of(name: str) -> Callable[..., None]:
         print(json.dumps(result) if as_json else module.section(result))
 
     return command
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def _share(text: str) -> float:

@@ -6,7 +6,8 @@ from typing import Any
 from benchmarks.accuracy.evaluate import FULL
 from benchmarks.accuracy.experiments.common import Bench, compare, differences
 from benchmarks.accuracy.experiments.text import budget_of, change, made_by
-from benchmarks.accuracy.report import Result, scored, table
+from benchmarks.accuracy.report import Result, scored
+from benchmarks.documents import table
 from vlcache_jax.cache.allocate import Allocation, Sparsity, Uniform
 from vlcache_jax.cache.methods import Custom
 from vlcache_jax.cache.score import AllRows, ColumnSum, PostVisionRows, Score

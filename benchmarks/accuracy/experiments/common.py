@@ -1,17 +1,17 @@
 """What the experiments share: items and methods to run, and comparisons item by item."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.budgets import Plan
+from benchmarks.accuracy.budgets import Plan, tile_of
 from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
-from benchmarks.accuracy.metrics import METRICS, mean_interval, paired_difference, score
-from benchmarks.accuracy.scoring import DIGITS, summarise
-from benchmarks.accuracy.tasks import Item, make_item
-from vlcache_jax.cache.methods import CacheMethod
+from benchmarks.accuracy.metrics import METRICS, score
+from benchmarks.accuracy.scoring import difference, summarise
+from benchmarks.accuracy.tasks import Item
+from vlcache_jax.cache.methods import METHODS, CacheMethod, make_method
 from vlcache_jax.vlm import VLM
 
 Cell = tuple[str, str]
@@ -60,26 +60,22 @@ class Bench:
         return self.evaluation.vlm
 
     @property
-    def tile(self) -> int:
-        """Pixels of a tile's side, for the items."""
-        return max(112, self.vlm.config.vision.image_size)
-
-    @property
     def budgets(self) -> tuple[tuple[str, float], ...]:
         """Each budget, and how files write it."""
         return tuple((str(budget), budget) for budget in self.plan.budgets)
 
-    def items(self, *, split: str | None = None, **options: Any) -> list[Item]:
-        """The plan's items, or those of another split, with more options of `make_item`."""
-        plan = self.plan
-        return [
-            make_item(
-                task, plan.seed + index, split=split or plan.split, level=plan.level,
-                jitter=plan.jitter, tile=self.tile, **options,
-            )
-            for task in plan.tasks
-            for index in range(plan.n)
-        ]  # fmt: skip
+    def methods(self) -> dict[Cell, CacheMethod]:
+        """Every method at every budget, the full cache left out."""
+        return {
+            (name, text): make_method(name, budget)
+            for text, budget in self.budgets
+            for name in METHODS
+            if name != FULL
+        }
+
+    def items(self, **changes: Any) -> list[Item]:
+        """The items of the plan, or of one that is changed: another split, variant, manner."""
+        return replace(self.plan, **changes).items(tile_of(self.vlm))
 
     def run(
         self,
@@ -143,25 +139,3 @@ def scores_of(items: Sequence[Item], outcome: Outcome) -> dict[str, np.ndarray]:
 def lead(task: str, answers: Sequence[str], right: Sequence[str]) -> np.ndarray:
     """Scores by the first metric of a task, float64 [n]."""
     return score(task, answers, right)[METRICS[task][0]]
-
-
-def facts_of(scores: np.ndarray, full: np.ndarray) -> dict[str, Any]:
-    """A mean score, its interval of 95 %, and its difference to the full cache item by item."""
-    found = mean_interval(scores)
-    return {
-        "n": scores.size,
-        "score": rounded(found.mean),
-        "interval": rounded([found.low, found.high]),
-        "difference": difference(scores, full),
-    }
-
-
-def difference(scores: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
-    """The mean of score minus baseline, item by item, with its interval of 95 %."""
-    found = paired_difference(scores, baseline)
-    return {name: rounded(getattr(found, name)) for name in ("mean", "low", "high")}
-
-
-def rounded(values: Any) -> Any:
-    """Numbers as a file has them."""
-    return np.round(np.asarray(values, np.float64), DIGITS).tolist()

@@ -10,21 +10,19 @@ Each sequence has its script, so that a step feeds one token to every one of the
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.accuracy.evaluate import Together
+from benchmarks.accuracy.evaluate import Stages
 from benchmarks.accuracy.oracle import Oracle, attention_of_answer
-from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.methods import CacheMethod, FullCache, Observation
 from vlcache_jax.cache.state import Pool, empty_tail
 from vlcache_jax.cache.trace import attention_mass_recall
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.generate import DecodeState, Generate
+from vlcache_jax.generate import DecodeState
 from vlcache_jax.models.llava import Params, bind
 from vlcache_jax.processing import ModelInputs
 
@@ -86,35 +84,20 @@ class TurnOracle(Oracle):
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Conversation(Stages):
     """The stages of a conversation, each a pure function of arrays.
 
     Attributes:
         config: the model.
         stop_ids: tokens that end an answer.
+        backend: attention backend.
+        rows: most tokens of all turns, R.
         end: the token that is fed behind an answer, however it ended.
         limit: most tokens of an answer.
-        rows: most tokens of all turns, R.
-        backend: attention backend.
     """
 
-    config: LlavaConfig
-    stop_ids: tuple[int, ...]
     end: int
     limit: int
-    rows: int
-    backend: str | None = None
-
-    def prefill(
-        self, methods: tuple[CacheMethod, ...], params: Params, inputs: ModelInputs
-    ) -> tuple[Pool, jax.Array, tuple[Observation, ...]]:
-        """The full cache, the first token [B], and what each method saw."""
-        generate, full = self._generate(Together(methods=methods)), FullCache()
-        prefilled = generate.prefill(params, inputs)
-        token = generate.start(params, prefilled, inputs, jax.random.key(0)).token
-        prompt = self._prompt(inputs, full)
-        pool = full.build(prefilled.k, prefilled.v, full.plan(Observation(), prompt), prompt)
-        return pool, token, cast(Any, prefilled.seen)
 
     def build(
         self,
@@ -139,12 +122,9 @@ class Conversation:
         """
         pools, shares = [], []
         for method, own in zip(methods, seen, strict=True):
-            prompt = self._prompt(inputs, method)
-            if isinstance(method, Oracle):
-                own = method.told(own, mass)
-            plan = method.plan(own, prompt)
-            kept = jnp.broadcast_to(plan.kept(prompt), mass.shape[1:])
-            pools.append(method.build(full.k, full.v, plan, prompt))
+            pool, _, kept = self.compressed(method, full, inputs, own, mass)
+            kept = jnp.broadcast_to(kept, mass.shape[1:])
+            pools.append(pool)
             shares.append(jnp.mean(attention_mass_recall(mass, kept), axis=(2, 3)))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pools), jnp.stack(shares)
 
@@ -239,13 +219,6 @@ class Conversation:
         before, after = jnp.split(sums, 2)
         some, earlier = (x[:, :, None, None, None] for x in (end > begin, begin > 0))
         return jnp.where(some, after - jnp.where(earlier, before, 0.0), 0.0)
-
-    def _generate(self, cache: CacheMethod) -> Generate:
-        return Generate(self.config, cache, self.rows, backend=self.backend)
-
-    def _prompt(self, inputs: ModelInputs, method: CacheMethod) -> Prompt:
-        layers = self.config.text.num_layers
-        return Prompt(inputs.length, inputs.visual_index >= 0, layers, method.limit)
 
 
 def spans(talk: Talk, turns: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from benchmarks.accuracy.evaluate import FULL
 from benchmarks.accuracy.experiments.common import Bench, Cell, compare
 from benchmarks.accuracy.experiments.text import both, budget_of, made_by
-from benchmarks.accuracy.report import Result, scored, table
+from benchmarks.accuracy.report import Result, scored
+from benchmarks.documents import table
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.methods import CacheMethod, Custom, FullCache, Observation, Plan, VLCache
 

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from benchmarks.accuracy.budgets import tile_of
 from benchmarks.accuracy.evaluate import FULL, ROW_STEP, TOKEN_STEP, prompt_tokens
 from benchmarks.accuracy.experiments.common import (
     WHOLE,
     Bench,
     Cell,
     Refused,
-    facts_of,
     lead,
     nested,
-    rounded,
 )
 from benchmarks.accuracy.experiments.conversation import (
     Conversation,
@@ -36,11 +35,13 @@ from benchmarks.accuracy.experiments.conversation import (
 )
 from benchmarks.accuracy.experiments.text import both, budget_of, made_by
 from benchmarks.accuracy.packing import MARK, render
-from benchmarks.accuracy.report import Result, per_cent, scored, table
+from benchmarks.accuracy.report import Result, per_cent, scored
+from benchmarks.accuracy.scoring import facts_of, rounded
 from benchmarks.accuracy.tasks import Item, questions_of_one_picture
+from benchmarks.documents import table
 from vlcache_jax.anyres import num_tiles
 from vlcache_jax.buckets import Buckets
-from vlcache_jax.cache.methods import METHODS, CacheMethod, make_method
+from vlcache_jax.cache.methods import CacheMethod
 from vlcache_jax.cache.state import round_up
 from vlcache_jax.vlm import VLM
 
@@ -80,13 +81,11 @@ def run(bench: Bench) -> Result:
     Raises:
         Refused: a task has too few questions about a picture.
     """
-    cells: dict[Cell, CacheMethod] = {}
-    for text, budget in bench.budgets:
-        cells |= {(name, text): make_method(name, budget) for name in METHODS if name != FULL}
-        cells |= {
-            (name, text): TurnOracle(budget, first_only=first_only)
-            for name, first_only in ORACLES.items()
-        }
+    cells = bench.methods() | {
+        (name, text): TurnOracle(budget, first_only=first_only)
+        for text, budget in bench.budgets
+        for name, first_only in ORACLES.items()
+    }
     chosen = {task: dialogues(bench, task) for task in bench.plan.tasks}
     result: Result = {"turns": {}, "looked_at": {}, "before": {}, "details": {}}
     for task, (pictures, looked_at) in chosen.items():
@@ -117,7 +116,7 @@ def dialogues(bench: Bench, task: str) -> tuple[list[Dialogue], int]:
     for looked_at in range(1, LOOKED_AT * plan.n + 1):
         items = questions_of_one_picture(
             task, plan.seed + looked_at - 1, turns, split=plan.split, level=plan.level,
-            jitter=plan.jitter, variant="plain", manner="brief", tile=bench.tile,
+            jitter=plan.jitter, variant="plain", manner="brief", tile=tile_of(bench.vlm),
         )  # fmt: skip
         if len({(item.answer, item.evidence) for item in items}) == turns:
             found.append([*items, items[0]])
@@ -240,7 +239,7 @@ def _plan(vlm: VLM, pictures: Sequence[Dialogue]) -> tuple[Conversation, Script]
         )
     end = vlm.processor.eos_token_id
     end = vlm.stop_ids[0] if end is None else end
-    way = Conversation(vlm.config, vlm.stop_ids, end, limit, rows, vlm.backend)
+    way = Conversation(vlm.config, vlm.stop_ids, vlm.backend, rows, end, limit)
     return way, Script(tokens, ends)
 
 

@@ -11,15 +11,15 @@ from benchmarks.accuracy.experiments.common import (
     Bench,
     Cell,
     Refused,
-    facts_of,
     lead,
     nested,
 )
 from benchmarks.accuracy.experiments.text import both, budget_of, made_by
 from benchmarks.accuracy.glyphs import DIGITS, LETTERS
-from benchmarks.accuracy.report import Result, scored, table
+from benchmarks.accuracy.report import Result, scored
+from benchmarks.accuracy.scoring import facts_of
 from benchmarks.accuracy.tasks import Item
-from vlcache_jax.cache.methods import METHODS, make_method
+from benchmarks.documents import table
 
 TASK = "document"  # of all tasks its values alone have letters and digits
 CLASSES = {"digits alone": False, "with letters": True}
@@ -35,13 +35,7 @@ def run(bench: Bench) -> Result:
     if bench.plan.tasks != (TASK,):
         raise Refused(f"only values of {TASK} have letters and digits: leave other tasks out")
     items = bench.items()
-    cells = {
-        (name, text): make_method(name, budget)
-        for text, budget in bench.budgets
-        for name in METHODS
-        if name != FULL
-    }
-    return split_by_class(items, bench.run(items, cells, "methods"))
+    return split_by_class(items, bench.run(items, bench.methods(), "methods"))
 
 
 def split_by_class(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> Result:

@@ -8,14 +8,16 @@ from typing import Any, get_args
 import numpy as np
 
 from benchmarks.accuracy.evaluate import FULL
-from benchmarks.accuracy.experiments.common import WHOLE, Bench, Cell, Refused, compare, rounded
+from benchmarks.accuracy.experiments.common import WHOLE, Bench, Cell, Refused, compare
 from benchmarks.accuracy.experiments.row_score import RowScore
 from benchmarks.accuracy.experiments.text import both, budget_of, full_cache, made_by
 from benchmarks.accuracy.oracle import MostAttention, Oracle
 from benchmarks.accuracy.packing import MARK, render
-from benchmarks.accuracy.report import Result, per_cent, scored, table
+from benchmarks.accuracy.report import Result, per_cent, scored
 from benchmarks.accuracy.scene import Manner
+from benchmarks.accuracy.scoring import rounded
 from benchmarks.accuracy.tasks import Item
+from benchmarks.documents import table
 from vlcache_jax.cache.methods import CacheMethod, Custom, SnapKV, VLCache
 from vlcache_jax.vlm import VLM
 
@@ -118,7 +120,7 @@ def run(bench: Bench) -> Result:
     return {
         "choice": {
             "split": CHOSEN_ON, "seed": plan.seed, "n": plan.n, "chosen": chosen,
-            "means": rounded_values(means), "details": tuned,
+            "means": {label: rounded(mean) for label, mean in means.items()}, "details": tuned,
         },
         "details": reported,
         "manners": manners,
@@ -135,11 +137,6 @@ def mean_scores(details: dict[str, Any]) -> dict[str, float]:
         for label in first
         if label != WHOLE[0]
     }
-
-
-def rounded_values(numbers: dict[str, float]) -> dict[str, float]:
-    """Numbers as a file has them."""
-    return {name: rounded(number) for name, number in numbers.items()}
 
 
 def post_vision_rows(item: Item, vlm: VLM) -> int:

@@ -1,6 +1,5 @@
 """The experiments' parts of docs/accuracy.md, and their plots."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,8 @@ from benchmarks.accuracy.experiments import (
     settings,
     variants,
 )
-from benchmarks.accuracy.report import NOT_MEASURED, RESULTS, ROOT, Result, Section
+from benchmarks.accuracy.report import RESULTS, Result, Section
+from benchmarks.documents import NOT_MEASURED, ROOT, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,22 +61,12 @@ SECTIONS = tuple(
 """Further parts of docs/accuracy.md, as those of `report.SECTIONS`."""
 
 
-def plot_source(file: Path) -> str | None:
-    """A fingerprint of what a plot is made of, written into it; None without a result."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-
 def write_plots(folder: Path = ROOT / "docs") -> None:
     """Draw each experiment that has a plot; without a result there is none."""
     for name, draw in PLOTS.items():
-        file, plot = result_file(name), plot_file(name, folder)
-        source = plot_source(file)
-        if source is None:
-            plot.unlink(missing_ok=True)
-            continue
-        import matplotlib as mpl
+        file = result_file(name)
 
-        figure = draw(json.loads(file.read_text(encoding="utf-8")))
-        # Nothing in the file depends on when or where it was drawn.
-        with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-            figure.savefig(plot, metadata={"Date": None, "Description": source})
+        def drawn(file: Path = file, draw: "Callable[[Result], Figure]" = draw) -> "Figure":
+            return draw(json.loads(file.read_text(encoding="utf-8")))
+
+        write_figure(plot_file(name, folder), [file], drawn, salt=name)

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.accuracy.experiments.common import Bench, Cell, compare, differences
 from benchmarks.accuracy.experiments.text import budget_of, change, full_cache, made_by
-from benchmarks.accuracy.report import Result, scored, table
+from benchmarks.accuracy.report import Result, scored
+from benchmarks.documents import table
 from vlcache_jax.cache.methods import VLCache
 
 if TYPE_CHECKING:

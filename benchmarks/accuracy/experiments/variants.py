@@ -3,19 +3,14 @@
 from benchmarks.accuracy.evaluate import FULL
 from benchmarks.accuracy.experiments.common import Bench, compare
 from benchmarks.accuracy.experiments.text import both, budget_of, made_by
-from benchmarks.accuracy.report import Result, scored, table
+from benchmarks.accuracy.report import Result, scored
 from benchmarks.accuracy.tasks import VARIANTS
-from vlcache_jax.cache.methods import METHODS, make_method
+from benchmarks.documents import table
 
 
 def run(bench: Bench) -> Result:
     """Scores of all methods on each kind of prompt."""
-    cells = {
-        (name, text): make_method(name, budget)
-        for text, budget in bench.budgets
-        for name in METHODS
-        if name != FULL
-    }
+    cells = bench.methods()
     variants = {}
     for variant in VARIANTS:
         items = bench.items(variant=variant)

@@ -8,16 +8,19 @@ import pytest
 from typer.testing import CliRunner
 
 import vlcache_jax
-from benchmarks import environment, readme
+from benchmarks import readme
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import report, tasks
 from benchmarks.accuracy.budgets import EXTRA, Plan
 from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
 from benchmarks.accuracy.network import config_json, export, make_files
 from benchmarks.accuracy.scoring import agreement, summarise, variant_of
+from benchmarks.documents import NOT_MEASURED, ROOT, source_of
+from vlcache_jax import programs
 from vlcache_jax.cache.methods import METHODS
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llava import init_params
+from vlcache_jax.programs import keep_programs
 
 VISION = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -40,7 +43,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_cache_folder(monkeypatch):
     """The tests leave the user's cache folder, and JAX's settings, alone."""
-    monkeypatch.setattr(command, "keep_programs", lambda: None)
+    monkeypatch.setattr(programs, "keep_programs", lambda: None)
 
 
 def run(*arguments):
@@ -227,7 +230,7 @@ def test_every_part_says_what_the_file_says(model, pretended, tmp_path):
     assert "level 0.5" in parts["run"]
     assert result["command"] in parts["run"]
     for text in parts.values():
-        assert report.NOT_MEASURED not in text
+        assert NOT_MEASURED not in text
 
 
 def test_parts_of_a_run_of_little(model, pretended, tmp_path):
@@ -240,7 +243,7 @@ def test_parts_of_a_run_of_little(model, pretended, tmp_path):
 
 def test_what_was_not_measured_says_so(tmp_path):
     for section in report.SECTIONS:
-        assert section.make(None) == report.NOT_MEASURED
+        assert section.make(None) == NOT_MEASURED
     plot = tmp_path / "plot.svg"
     plot.write_text("of a result that is gone")
     report.write_plot(tmp_path / "none.json", plot)
@@ -252,21 +255,21 @@ def test_the_plot_is_of_its_file(model, pretended, tmp_path):
     everything(model, out)
     report.write_plot(out, plot)
     text = plot.read_text()
-    assert report.plot_source(out) in text
+    assert source_of(out) in text
     assert "vl-cache" in text
     report.write_plot(out, plot)
     assert plot.read_text() == text
 
 
 def test_the_committed_plot_is_up_to_date():
-    source = report.plot_source()
+    source = source_of(report.BUDGETS)
     assert report.PLOT.exists() == (source is not None), "run `python -m benchmarks.readme`"
     if source:
         assert source in report.PLOT.read_text(encoding="utf-8")
 
 
 def test_the_document_has_every_part():
-    names = {part.name for part in readme.DOCUMENTS[report.ROOT / "docs" / "accuracy.md"]}
+    names = {part.name for part in readme.DOCUMENTS[ROOT / "docs" / "accuracy.md"]}
     assert names >= {section.name for section in report.SECTIONS}
 
 
@@ -279,10 +282,10 @@ def test_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
         jax.config.update(name, None)
-        environment.keep_programs()
+        keep_programs()
         assert jax.config.values[name] == str(tmp_path / "vlcache-jax" / "programs")
         jax.config.update(name, "elsewhere")
-        environment.keep_programs()
+        keep_programs()
         assert jax.config.values[name] == "elsewhere"
     finally:
         jax.config.update(name, before[0])

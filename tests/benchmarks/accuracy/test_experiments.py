@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vlcache_jax
-from benchmarks.accuracy import evaluate, tasks
+from benchmarks.accuracy import budgets, evaluate, tasks
 from benchmarks.accuracy.budgets import Plan
 from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
 from benchmarks.accuracy.experiments import (
@@ -33,9 +33,10 @@ from benchmarks.accuracy.experiments.layers import OneLayer
 from benchmarks.accuracy.experiments.row_score import RowScore
 from benchmarks.accuracy.oracle import attention_of_answer
 from benchmarks.accuracy.packing import render
-from benchmarks.accuracy.report import NOT_MEASURED, per_cent, scored
+from benchmarks.accuracy.report import per_cent, scored
+from benchmarks.documents import NOT_MEASURED, source_of
 from tests.benchmarks.accuracy.test_evaluate import make_vlm
-from vlcache_jax import H2O, Custom, Generate, SnapKV, VLCache
+from vlcache_jax import H2O, Custom, Generate, SnapKV, VLCache, programs
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.methods import METHODS, Observation
 from vlcache_jax.cache.score import ColumnSum, Layer, PostVisionRows
@@ -293,12 +294,11 @@ def small(evaluation, monkeypatch, tmp_path):
     """The tiny model behind the command, and experiments with less in them."""
     monkeypatch.setattr(vlcache_jax, "load", lambda model, dtype: evaluation.vlm)
     monkeypatch.setattr(evaluate, "Evaluation", lambda vlm, batch: evaluation)
-    monkeypatch.setattr(__main__, "keep_programs", lambda: None)
+    monkeypatch.setattr(programs, "keep_programs", lambda: None)
     monkeypatch.setattr(settings, "SETTINGS", {"threshold": (0.01, 0.1, 0.2)})
     monkeypatch.setattr(variants, "VARIANTS", {"plain": 1, "multi-turn": 1})
     two = {name: METHODS[name] for name in (FULL, "snapkv")}
-    for module in (variants, long, rare):
-        monkeypatch.setattr(module, "METHODS", two)
+    monkeypatch.setattr(common, "METHODS", two)
     monkeypatch.setattr(
         scores, "SCORES", {"last row": RowScore(last=1), "pooled": RowScore(pool=3)}
     )
@@ -347,7 +347,7 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
     sections.write_plots(small)
     assert plot.exists() == (name in sections.PLOTS)
     if plot.exists():
-        source = sections.plot_source(sections.result_file(name))
+        source = source_of(sections.result_file(name))
         assert source is not None
         assert source in plot.read_text()
         sections.result_file(name).unlink()
@@ -357,7 +357,7 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
 
 @pytest.mark.parametrize("name", sections.PLOTS)
 def test_the_plots_are_up_to_date(name):
-    source = sections.plot_source(sections.result_file(name))
+    source = source_of(sections.result_file(name))
     plot = sections.plot_file(name)
     assert plot.exists() == (source is not None), "run `python -m benchmarks.readme`"
     if source:
@@ -413,7 +413,7 @@ def test_scores_are_chosen_on_other_seeds_than_they_are_reported_on(evaluation, 
         good = "last row, pooled 3" if what == "choosing" else "vl-cache"
         return {WHOLE: right} | {cell: right if cell[0] == good else wrong for cell in cells}
 
-    monkeypatch.setattr(common, "make_item", make_item)
+    monkeypatch.setattr(budgets, "make_item", make_item)
     monkeypatch.setattr(Bench, "run", run)
     plan = Plan(("reading", "document"), methods=(), budgets=(0.05, 0.1), extra=(), n=3)
     result = scores.run(Bench(evaluation, plan))
