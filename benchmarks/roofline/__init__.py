@@ -1,0 +1,289 @@
+"""The limit: bytes that must move and operations that must run, and what they cost on a device.
+
+Pure arithmetic on a model's shapes; nothing is compiled and nothing is allocated. A context may be
+longer than the model has positions for. Of the model only the decoder counts: the floors are those
+of the language model, from embedded prompts on, in bfloat16.
+
+    prefill ─► scoring, selection, compaction ─► decode step ─► decode step ...
+
+What counts, everywhere: all weights of the language model once (its embedding table too, though a
+step reads one row of it for each token), keys and values once, products at two operations for each
+weight and token, causal attention at the entries that the mask leaves. What a program stores and
+reads again in between is no part of the limit, and no rows are padded.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from benchmarks.ahead_of_time import GPUS
+from vlcache_jax.config import LlavaConfig
+from vlcache_jax.report import count_parameters, token_bytes
+
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+SCALE_BYTES = 2 * BFLOAT16.itemsize
+"""Scale and offset of one quantised group."""
+
+SCORE_BYTES = INDEX_BYTES = 4  # float32 and int32
+
+TAIL_ROWS = 128
+"""Rows for new tokens that every sequence is given room for."""
+
+WORKSPACE = 2 * 10**9
+"""Bytes of device memory left to temporaries where the largest batch is asked for."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device can do.
+
+    Attributes:
+        name: for people.
+        bandwidth: bytes per second that its memory moves, reads and writes together.
+        flops: bfloat16 operations of matrix products per second.
+        memory: bytes that a program may use.
+        source: where the numbers come from: "measured", "vendor peak", or which ones were given.
+
+    Raises:
+        ValueError: a number is not above 0.
+    """
+
+    name: str
+    bandwidth: float
+    flops: float
+    memory: float
+    source: str
+
+    def __post_init__(self):
+        for field in ("bandwidth", "flops", "memory"):
+            value = getattr(self, field)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{field}={value:g} of a device must be above 0")
+
+
+def _vendor_peak(gpu: str, flops: float) -> Device:
+    found = GPUS[gpu]
+    return Device(found.name, found.bandwidth, flops, found.memory, "vendor peak")
+
+
+DEVICES: Mapping[str, Device] = {
+    "h200": Device(GPUS["h200"].name, 4.3e12, 790e12, 139 * 2**30, "measured"),
+    "h100": _vendor_peak("h100", 989.4e12),
+    "a100": _vendor_peak("a100", 312e12),
+}
+"""The devices that can be named. Measured: a copy and a product of large arrays. Peaks: of data
+sheets, products without sparsity; no program reaches them. Their memory is all that the driver
+shows."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What must be done at least.
+
+    Attributes:
+        bytes: moved from and to the device's memory.
+        operations: of matrix products; a multiplication and an addition are two.
+    """
+
+    bytes: float
+    operations: float = 0.0
+
+    def floor(self, device: Device) -> float:
+        """Seconds that nothing can beat, with bytes and operations side by side."""
+        return max(self.bytes / device.bandwidth, self.operations / device.flops)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Works that come one after the other, each needing what the one before it made.
+
+    Attributes:
+        parts: the works by their names.
+    """
+
+    parts: Mapping[str, Work]
+
+    @property
+    def bytes(self) -> float:
+        """Of all parts."""
+        return sum(part.bytes for part in self.parts.values())
+
+    @property
+    def operations(self) -> float:
+        """Of all parts."""
+        return sum(part.operations for part in self.parts.values())
+
+    def floor(self, device: Device) -> float:
+        """Seconds that nothing can beat: one part after the other."""
+        return sum(part.floor(device) for part in self.parts.values())
+
+
+def prefill(config: LlavaConfig, context: int, batch: int = 1) -> Stage:
+    """Run prompts of `context` tokens through the decoder; the head multiplies their last rows."""
+    text, rows = config.text, batch * context
+    layers, head = _multiplied(config)
+    kept = rows * token_bytes(text, BFLOAT16)
+    entries = batch * _window_entries(context, context)
+    return Stage(
+        {
+            "products": Work(language_bytes(config) + kept, 2 * (rows * layers + batch * head)),
+            "attention": Work(kept, 4 * entries * _heads_width(config)),
+        }
+    )
+
+
+def scoring(
+    config: LlavaConfig,
+    context: int,
+    batch: int = 1,
+    budget: float = 0.1,
+    bits: float = 16,
+    *,
+    window: int = 50,
+) -> Stage:
+    """What a method adds to the prefill: score by the prompt's last rows, select, compact.
+
+    Args:
+        config: the model.
+        context: tokens of a prompt, m.
+        batch: prompts.
+        budget: share of the cache that is kept.
+        bits: `stored_bits` of a value of the pool.
+        window: rows that the score watches; 50 in the paper's table of speeds.
+    """
+    text = config.text
+    window = min(window, context)
+    heads = batch * text.num_layers * text.num_kv_heads
+    cache = batch * context * token_bytes(text, BFLOAT16)
+    queries = batch * window * _heads_width(config) * BFLOAT16.itemsize
+    scores, order = heads * context * SCORE_BYTES, heads * budget * context * INDEX_BYTES
+    entries = batch * _window_entries(context, window)
+    return Stage(
+        {
+            "scores": Work(cache / 2 + queries + scores, 2 * entries * _heads_width(config)),
+            "selection": Work(scores + order),
+            "compaction": Work(order + cache * budget * (1 + bits / 16)),
+        }
+    )
+
+
+def decode_step(
+    config: LlavaConfig,
+    context: int,
+    batch: int = 1,
+    budget: float = 1.0,
+    bits: float = 16,
+    *,
+    tail: int = 0,
+) -> Stage:
+    """One token for every sequence.
+
+    Args:
+        config: the model.
+        context: tokens of a prompt, m.
+        batch: sequences.
+        budget: share of the prompts' cache that is kept; 1 is the full cache.
+        bits: `stored_bits` of a value of the pool: 16, or 2.5 rather than 2.
+        tail: rows of new tokens that a sequence has by now, in bfloat16.
+    """
+    layers, head = _multiplied(config)
+    entries = batch * (context * budget + tail)
+    return Stage(
+        {
+            "products": Work(language_bytes(config), 2 * batch * (layers + head)),
+            "attention": Work(
+                batch * sequence_bytes(config, context, budget, bits, tail=tail),
+                4 * entries * _heads_width(config),
+            ),
+        }
+    )
+
+
+def stored_bits(bits: int, rows: float, *, group: int = 64, exact_rows: int = 0) -> float:
+    """Bits that a value takes in the pool, with all that belongs to it.
+
+    Args:
+        bits: of a quantised value; 16 is bfloat16, without scales.
+        rows: rows that a layer keeps.
+        group: values that share a scale and an offset, bfloat16 both.
+        exact_rows: rows among them that stay bfloat16.
+
+    Raises:
+        ValueError: bits are not from 1 to 16, or there are no such rows or groups.
+    """
+    if not 1 <= bits <= 16 or group < 1 or exact_rows < 0:
+        raise ValueError(
+            f"{bits=} must be from 1 to 16, {group=} above 0 and {exact_rows=} at least 0"
+        )
+    if bits == 16:
+        return 16.0
+    exact = min(1.0, exact_rows / rows)
+    return exact * 16 + (1 - exact) * (bits + 8 * SCALE_BYTES / group)
+
+
+def sequence_bytes(
+    config: LlavaConfig, context: int, budget: float = 1.0, bits: float = 16, *, tail: int = 0
+) -> float:
+    """Bytes of one sequence's cache: its share of the prompt, and a tail in bfloat16."""
+    return (context * budget * bits / 16 + tail) * token_bytes(config.text, BFLOAT16)
+
+
+def largest_batch(
+    device: Device, config: LlavaConfig, context: int, budget: float = 1.0, bits: float = 16
+) -> int:
+    """Most sequences whose caches fit beside the whole model; 0 where not even the model fits.
+
+    `WORKSPACE` is left to temporaries, and every sequence has a tail of `TAIL_ROWS`. The prefill of
+    such a batch runs a few sequences at a time.
+    """
+    room = device.memory - language_bytes(config) - vision_bytes(config) - WORKSPACE
+    each = sequence_bytes(config, context, budget, bits, tail=TAIL_ROWS)
+    return max(0, math.floor(room / each))
+
+
+def tokens_per_second(
+    device: Device,
+    config: LlavaConfig,
+    context: int,
+    batch: int,
+    budget: float = 1.0,
+    bits: float = 16,
+) -> float:
+    """Tokens of all sequences together, at most, with `TAIL_ROWS` new ones of each in the cache."""
+    step = decode_step(config, context, batch, budget, bits, tail=TAIL_ROWS)
+    return batch / step.floor(device)
+
+
+def language_bytes(config: LlavaConfig) -> int:
+    """Bytes of the decoder's weights: embedding, layers and head."""
+    count = _parameters(config)
+    return BFLOAT16.itemsize * (count["embed"] + count["layers"] + count["head"])
+
+
+def vision_bytes(config: LlavaConfig) -> int:
+    """Bytes of the weights that only a prompt's images need: tower and projector."""
+    count = _parameters(config)
+    return BFLOAT16.itemsize * (count["vision"] + count["projector"])
+
+
+_parameters = functools.cache(count_parameters)
+
+
+def _multiplied(config: LlavaConfig) -> tuple[int, int]:
+    """Weights that a token is multiplied with: of the layers, and of the head."""
+    count = _parameters(config)
+    return count["layers"], count["embed" if config.text.tie_embeddings else "head"]
+
+
+def _heads_width(config: LlavaConfig) -> int:
+    """Width of the query heads of all layers, L * N * H."""
+    text = config.text
+    return text.num_layers * text.num_heads * text.head_dim
+
+
+def _window_entries(context: int, window: int) -> float:
+    """Entries of the attention of a prompt's last `window` rows that the causal mask leaves."""
+    return window * (context - (window - 1) / 2)

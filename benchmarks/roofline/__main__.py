@@ -1,0 +1,275 @@
+"""How fast a model can be at best, and how much fits: `python -m benchmarks.roofline`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.command import bad_input, check_out
+from benchmarks.environment import environment, write_result
+from benchmarks.models import MODELS
+from benchmarks.roofline import (
+    DEVICES,
+    TAIL_ROWS,
+    Device,
+    Stage,
+    decode_step,
+    largest_batch,
+    prefill,
+    scoring,
+    sequence_bytes,
+    stored_bits,
+    tokens_per_second,
+)
+from vlcache_jax.config import LlavaConfig
+from vlcache_jax.report import human_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Caches = Mapping[str, tuple[float, float]]
+"""Budget and stored bits of a value, by the cache's name."""
+
+PLOTTED = tuple(2**power for power in range(11, 18))
+"""Contexts of the plot, 2k to 128k."""
+
+
+def caches(budget: float, bits: int, stored: float) -> Caches:
+    """The caches that are compared: full, the budget, and the budget at fewer bits."""
+    share, found = f"{100 * budget:g} %", {"full": (1.0, 16.0)}
+    if budget < 1:
+        found[share] = (budget, 16.0)
+    if bits < 16:
+        found[f"{share} at {bits} bit"] = (budget, stored)
+    return found
+
+
+def stage_rows(
+    device: Device, config: LlavaConfig, context: int, batch: int, compared: Caches, window: int
+) -> list[dict[str, Any]]:
+    """Bytes, operations and floor of every stage and its parts; decoding with every cache."""
+    rows = [_stage_row("prefill", "", prefill(config, context, batch), device)]
+    for name, (budget, bits) in compared.items():
+        if budget < 1:
+            method = scoring(config, context, batch, budget, bits, window=window)
+            rows.append(_stage_row("scoring", name, method, device))
+    for name, (budget, bits) in compared.items():
+        step = decode_step(config, context, batch, budget, bits)
+        rows.append(_stage_row("decode", name, step, device))
+    return rows
+
+
+def _stage_row(stage: str, cache: str, found: Stage, device: Device) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "cache": cache,
+        "bytes": round(found.bytes),
+        "operations": round(found.operations),
+        "floor_s": found.floor(device),
+        "parts": {
+            name: {
+                "bytes": round(part.bytes),
+                "operations": round(part.operations),
+                "floor_s": part.floor(device),
+            }
+            for name, part in found.parts.items()
+        },
+    }
+
+
+def capacity_rows(
+    device: Device, config: LlavaConfig, context: int, batch: int, compared: Caches
+) -> list[dict[str, Any]]:
+    """What every cache allows: faster steps at the same batch, and a larger batch."""
+    rows, full = [], decode_step(config, context, batch).floor(device)
+    for name, (budget, bits) in compared.items():
+        step = decode_step(config, context, batch, budget, bits).floor(device)
+        most = largest_batch(device, config, context, budget, bits)
+        rate = tokens_per_second(device, config, context, most, budget, bits) if most else 0.0
+        rows.append(
+            {
+                "cache": name,
+                "budget": budget,
+                "stored_bits": bits,
+                "sequence_bytes": round(sequence_bytes(config, context, budget, bits)),
+                "speedup": full / step,
+                "fits": batch <= most,
+                "largest_batch": most,
+                "tokens_per_s": rate,
+            }
+        )
+    return rows
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Both tables for a terminal."""
+    device = result["device"]
+    console.print(
+        f"{result['model']}, {result['context']} tokens x {result['batch']}, on {device['name']} "
+        f"({device['source']}: {device['bandwidth'] / 1e12:.3g} TB/s, {device['flops'] / 1e12:.4g} "
+        f"TFLOP/s, {device['memory'] / 2**30:.4g} GiB)",
+        highlight=False,
+    )
+    stages = Table("stage", "cache")
+    for name in ("bytes", "operations", "at least", "of it"):
+        stages.add_column(name, justify="right")
+    for row in result["rows"]:
+        parts = row["parts"].items()
+        stages.add_row(
+            row["stage"],
+            row["cache"],
+            human_bytes(row["bytes"]),
+            f"{row['operations'] / 1e12:,.2f} T",
+            f"{row['floor_s'] * 1e3:,.3f} ms",
+            "\n".join(f"{name} {part['floor_s'] / row['floor_s']:4.0%}" for name, part in parts),
+        )
+    fits = Table("cache")
+    for name in ("of a sequence", "speed-up", "fits", "largest batch", "tokens/s then"):
+        fits.add_column(name, justify="right")
+    for row in result["capacity"]:
+        fits.add_row(
+            row["cache"],
+            human_bytes(row["sequence_bytes"]),
+            f"{row['speedup']:.2f}x",
+            "yes" if row["fits"] else "no",
+            f"{row['largest_batch']:,}",
+            f"{row['tokens_per_s']:,.0f}",
+        )
+    console.print(stages, fits)
+
+
+def draw(
+    device: Device, name: str, batch: int, compared: Caches, contexts: tuple[int, ...] = PLOTTED
+) -> "Figure":
+    """The floor of a decode step against the context, dotted where the cache does not fit."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    config = MODELS[name]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, (cache, (budget, bits)) in enumerate(compared.items()):
+        times = [
+            1e3 * decode_step(config, context, batch, budget, bits).floor(device)
+            for context in contexts
+        ]
+        fitting = sum(
+            batch <= largest_batch(device, config, context, budget, bits) for context in contexts
+        )
+        style: dict[str, Any] = {"color": f"C{index}", "marker": "."}
+        axes.plot(contexts, times, linestyle=":", zorder=1, **style)
+        axes.plot(contexts[:fitting], times[:fitting], label=cache, zorder=2, **style)
+    axes.set(
+        title=f"{name} x {batch}, {device.name} ({device.source})",
+        xlabel="context (dotted: does not fit)",
+        ylabel="decode step, at least (ms)",
+        xscale="log",
+        yscale="log",
+    )
+    axes.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(title="cache")
+    return figure
+
+
+def _named(kind: str, known: Mapping[str, Any], name: str) -> Any:
+    if name not in known:
+        raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
+    return known[name]
+
+
+def main(
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")] = "h200",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = (
+        "llava-v1.6-mistral-7b"
+    ),
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prompt; may exceed the model's positions.")
+    ] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    budget: Annotated[float, typer.Option(help="Share of the cache kept; 1 keeps all.")] = 0.1,
+    bits: Annotated[int, typer.Option(help="Bits of a quantised value; 16 for none.")] = 16,
+    group: Annotated[int, typer.Option(help="Values that share a scale and an offset.")] = 64,
+    exact_rows: Annotated[
+        int, typer.Option(help="Rows of a layer that stay at 16 bit beside the quantised ones.")
+    ] = 0,
+    window: Annotated[int, typer.Option(min=1, help="Rows of the prompt that score.")] = 50,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Bytes per second, measured, instead of the device's.")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="bf16 operations per second, measured, likewise.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="Bytes of memory, likewise.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw decode time against context into this SVG file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the files.")] = False,
+) -> None:
+    """Say how fast a model can be at best on a device, and how many sequences fit.
+
+    It counts the bytes that must move and the operations that must run; nothing is measured.
+
+    Example: python -m benchmarks.roofline --model llava-v1.6-34b --context 8192 --batch 32
+
+    With 2 bit, and a plot: python -m benchmarks.roofline --bits 2 --plot decode.svg
+
+    Your own device: python -m benchmarks.roofline --bandwidth 2e12 --flops 2e14 --memory 4e10
+    """
+    check_out(out, force=force)
+    check_out(plot, force=force)
+    with bad_input():
+        chosen: Device = _named("device", DEVICES, device)
+        config: LlavaConfig = _named("model", MODELS, model)
+        given = {"bandwidth": bandwidth, "flops": flops, "memory": memory}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) == 3:
+            chosen = Device("a device", source="given", **given)
+        elif given:
+            source = f"{', '.join(given)} given, else {chosen.source}"
+            chosen = replace(chosen, source=source, **given)
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget={budget:g} must be above 0 and at most 1 (0.1 keeps 10 %)")
+        stored = stored_bits(bits, context * budget, group=group, exact_rows=exact_rows)
+    compared = caches(budget, bits, stored)
+    result = {
+        "device": asdict(chosen),
+        "model": model,
+        "context": context,
+        "beyond_positions": context > config.text.max_positions,
+        "batch": batch,
+        "window": window,
+        "tail_rows_at_largest_batch": TAIL_ROWS,
+        "rows": stage_rows(chosen, config, context, batch, compared, window),
+        "capacity": capacity_rows(chosen, config, context, batch, compared),
+    }
+    if out is not None:
+        write_result(out, {**environment(), **result})
+    if plot is not None:
+        _save(draw(chosen, model, batch, compared), plot)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show(result, Console(width=max(90, Console().width)))
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    import matplotlib as mpl
+
+    # Nothing in the file depends on when it was drawn.
+    with mpl.rc_context({"svg.hashsalt": "roofline", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    typer.run(main)

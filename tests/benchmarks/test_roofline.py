@@ -1,0 +1,305 @@
+"""The limit as arithmetic: the published tables of this project, and the command."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.models import MODELS
+from benchmarks.roofline import (
+    DEVICES,
+    Device,
+    Work,
+    decode_step,
+    language_bytes,
+    largest_batch,
+    prefill,
+    scoring,
+    sequence_bytes,
+    stored_bits,
+    tokens_per_second,
+)
+from benchmarks.roofline.__main__ import main
+
+MISTRAL = MODELS["llava-v1.6-mistral-7b"]
+VICUNA = MODELS["llava-1.5-7b"]
+YI = MODELS["llava-v1.6-34b"]
+H200 = DEVICES["h200"]
+TWO_BIT = stored_bits(2, 1000)
+
+# One step on an H200: full cache → 10 %, in ms, and their ratio; † where the full cache does not
+# fit. Columns: Mistral-7B, Vicuna-7B, Yi-34B.
+DECODE = """
+| 2k, 1 | 3.43→3.38 (1.02x) | 3.39→3.16 (1.07x) | 16.1→16.0 (1.01x) |
+| 2k, 32 | 5.37→3.57 (1.50x) | 11.1→3.94 (2.83x) | 19.8→16.4 (1.21x) |
+| 2k, 64 | 7.37→3.77 (1.95x) | 19.1→4.74 (4.04x) | 23.5→16.8 (1.40x) |
+| 8k, 8 | 5.37→3.57 (1.50x) | 11.1→3.94 (2.83x) | 19.8→16.4 (1.21x) |
+| 8k, 64 | 19.4→4.97 (3.89x) | 67.1→9.53 (7.04x)† | 46.0→19.0 (2.42x)† |
+| 32k, 8 | 11.4→4.17 (2.72x) | 35.1→6.34 (5.54x)† | 31.0→17.5 (1.77x) |
+| 128k, 1 | 7.37→3.77 (1.95x) | 19.1→4.74 (4.04x) | 23.5→16.8 (1.40x) |
+"""
+
+# Sequences in 139 GiB: full, 10 %, 10 % at 2 bit.
+LARGEST = [
+    (MISTRAL, 2, (463, 3028, 6299)),
+    (MISTRAL, 8, (121, 1064, 3936)),
+    (MISTRAL, 32, (30, 296, 1574)),
+    (VICUNA, 2, (116, 762, 1586)),
+    (VICUNA, 8, (30, 268, 991)),
+    (VICUNA, 32, (7, 74, 396)),
+    (YI, 8, (38, 334, 1236)),
+]
+
+
+def within_a_percent(value):
+    return pytest.approx(value, rel=0.01)
+
+
+def decode_table():
+    cell = re.compile(r"([\d.]+)→([\d.]+) \(([\d.]+)x\)(†?)")
+    for line in DECODE.split("\n")[1:-1]:
+        thousands, batch = re.findall(r"(\d+)k, (\d+)", line)[0]
+        cells = cell.findall(line)
+        for model, (full, kept, ratio, dagger) in zip((MISTRAL, VICUNA, YI), cells, strict=True):
+            shape = model, int(thousands) * 1024, int(batch)
+            yield *shape, float(full), float(kept), float(ratio), not dagger
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "batch", "full", "kept", "ratio", "fits"), list(decode_table())
+)
+def test_decode_steps_equal_the_table(config, context, batch, full, kept, ratio, fits):
+    step = decode_step(config, context, batch).floor(H200)
+    compressed = decode_step(config, context, batch, 0.1).floor(H200)
+    assert 1e3 * step == within_a_percent(full)
+    assert 1e3 * compressed == within_a_percent(kept)
+    assert step / compressed == within_a_percent(ratio)
+    assert (batch <= largest_batch(H200, config, context)) is fits
+
+
+@pytest.mark.parametrize(("config", "thousands", "batches"), LARGEST)
+def test_the_largest_batches_equal_the_table(config, thousands, batches):
+    context = 1024 * thousands
+    found = [
+        largest_batch(H200, config, context, budget, bits)
+        for budget, bits in ((1.0, 16.0), (0.1, 16.0), (0.1, TWO_BIT))
+    ]
+    assert found == [within_a_percent(batch) for batch in batches]
+
+
+@pytest.mark.parametrize(("config", "thousands", "ratio"), [(MISTRAL, 32, 9.1), (VICUNA, 8, 8.4)])
+def test_rates_at_the_largest_batch_equal_the_table(config, thousands, ratio):
+    def rate(budget):
+        batch = largest_batch(H200, config, 1024 * thousands, budget)
+        return tokens_per_second(H200, config, 1024 * thousands, batch, budget)
+
+    assert rate(0.1) / rate(1.0) == within_a_percent(ratio)
+
+
+@pytest.mark.parametrize(
+    ("config", "thousands", "seconds", "digits"),
+    [(MISTRAL, 2, 0.038, 3), (MISTRAL, 8, 0.167, 3), (MISTRAL, 32, 0.94, 2), (YI, 2, 0.178, 3)],
+)
+def test_prefill_equals_the_table_in_its_digits(config, thousands, seconds, digits):
+    assert round(prefill(config, 1024 * thousands).floor(H200), digits) == seconds
+
+
+@pytest.mark.parametrize(("thousands", "percent"), [(2, 4), (8, 13), (32, 38), (128, 71)])
+def test_the_share_of_attention_in_prefill_equals_the_table(thousands, percent):
+    found = prefill(MISTRAL, 1024 * thousands)
+    assert round(100 * found.parts["attention"].floor(H200) / found.floor(H200)) == percent
+
+
+@pytest.mark.parametrize(("config", "full_bytes"), [(MISTRAL, 99e9), (VICUNA, 92e9)])
+def test_from_which_cache_on_two_bit_allows_the_published_speedup(config, full_bytes):
+    def speedup(share):
+        context = round(share * full_bytes / sequence_bytes(config, 1))  # of one long sequence
+        kept = decode_step(config, context, 1, 0.1, TWO_BIT)
+        return decode_step(config, context).floor(H200) / kept.floor(H200)
+
+    assert speedup(1.0) == within_a_percent(7.08)
+    assert speedup(0.98) < 7.08 < speedup(1.02)
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "token"), [(MISTRAL, 14.5, 128), (VICUNA, 13.5, 512), (YI, 68.8, 240)]
+)
+def test_weights_and_bytes_of_a_token(config, weights, token):
+    assert language_bytes(config) / 1e9 == within_a_percent(weights)
+    assert sequence_bytes(config, 1) == token * 1024
+
+
+def test_a_large_batch_is_bound_by_operations():
+    parts = decode_step(MISTRAL, 2048, 1024).parts
+    products, attention = parts["products"], parts["attention"]
+    assert products.floor(H200) == products.operations / H200.flops
+    assert attention.floor(H200) == attention.bytes / H200.bandwidth
+
+
+def test_a_stage_is_its_parts_one_after_the_other():
+    step = decode_step(MISTRAL, 8192, 64, 0.1, tail=128)
+    assert step.bytes == sum(part.bytes for part in step.parts.values())
+    assert step.floor(H200) > Work(step.bytes, step.operations).floor(H200) * (1 - 1e-9)
+    tail = step.bytes - decode_step(MISTRAL, 8192, 64, 0.1).bytes
+    assert tail == pytest.approx(64 * 128 * 128 * 1024)
+
+
+def test_causal_attention_counts_the_entries_that_the_mask_leaves():
+    one, text = prefill(MISTRAL, 3).parts["attention"], MISTRAL.text
+    entries = 1 + 2 + 3
+    assert one.operations == 4 * entries * text.num_layers * text.num_heads * text.head_dim
+
+
+def test_scoring_by_hand():
+    text, rows, kept = MISTRAL.text, 1000, 100
+    found = scoring(MISTRAL, rows, 2, 0.1, window=10).parts
+    heads, width = 2 * 32 * 8, text.head_dim * 2
+    queries = 2 * 10 * 32 * 32 * width
+    assert found["scores"].bytes == heads * rows * (width + 4) + queries
+    entries = sum(range(991, 1001))
+    assert found["scores"].operations == 2 * 2 * entries * 32 * 32 * text.head_dim
+    assert found["selection"].bytes == heads * 4 * (rows + kept)
+    assert found["compaction"].bytes == heads * kept * (4 + 4 * width)
+
+
+def test_a_window_is_never_longer_than_the_prompt():
+    assert scoring(MISTRAL, 8, window=50) == scoring(MISTRAL, 8, window=8)
+
+
+def test_scoring_is_a_small_part_of_prefill():
+    for thousands, bar in ((2, 0.03), (32, 0.005)):
+        share = scoring(MISTRAL, 1024 * thousands).floor(H200)
+        assert share < bar * prefill(MISTRAL, 1024 * thousands).floor(H200)
+
+
+def test_stored_bits_count_scales_and_exact_rows():
+    assert TWO_BIT == 2.5
+    assert stored_bits(16, 100, group=32, exact_rows=3) == 16
+    assert stored_bits(2, 100, group=128) == 2.25
+    assert stored_bits(4, 100, group=32, exact_rows=25) == 0.25 * 16 + 0.75 * 5
+    assert stored_bits(2, 100, exact_rows=500) == 16
+    for bits, group, exact in ((0, 64, 0), (17, 64, 0), (2, 0, 0), (2, 64, -1)):
+        with pytest.raises(ValueError, match="must be"):
+            stored_bits(bits, 100, group=group, exact_rows=exact)
+
+
+def test_tied_embeddings_are_multiplied_once_and_stored_once():
+    small = replace(MISTRAL, text=replace(MISTRAL.text, num_layers=1))
+    tied = replace(small, text=replace(small.text, tie_embeddings=True))
+    table = small.text.vocab_size * small.text.hidden_size
+    assert language_bytes(small) - language_bytes(tied) == 2 * table
+    both = [decode_step(config, 10).operations for config in (small, tied)]
+    assert both[0] == pytest.approx(both[1], rel=1e-4)
+
+
+def test_a_model_that_does_not_fit_holds_no_sequence():
+    assert largest_batch(DEVICES["a100"], YI, 2048) > 0
+    assert largest_batch(replace(H200, memory=60e9), YI, 2048) == 0
+
+
+@pytest.mark.parametrize("field", ["bandwidth", "flops", "memory"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_device_without_a_number_is_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        replace(H200, **{field: value})
+
+
+# The command.
+
+
+def run(*arguments):
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def printed(*arguments):
+    done = run("--json", *arguments)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_json_holds_every_stage_and_cache():
+    found = printed("--context", "8192", "--batch", "64", "--bits", "2")
+    names = ["full", "10 %", "10 % at 2 bit"]
+    assert [(row["stage"], row["cache"]) for row in found["rows"]] == [
+        ("prefill", ""),
+        *(("scoring", name) for name in names[1:]),
+        *(("decode", name) for name in names),
+    ]
+    for row in found["rows"]:
+        for field in ("bytes", "operations", "floor_s"):
+            total = sum(part[field] for part in row["parts"].values())
+            assert row[field] == pytest.approx(total, rel=1e-9, abs=2)
+    full, kept, packed = found["capacity"]
+    assert [row["cache"] for row in found["capacity"]] == names
+    assert (full["largest_batch"], kept["largest_batch"]) == (121, 1064)
+    assert kept["speedup"] == within_a_percent(3.89)
+    assert packed["stored_bits"] == 2.5
+    assert full["fits"] is True
+    assert found["beyond_positions"] is False
+    assert found["device"]["source"] == "measured"
+
+
+def test_a_context_beyond_the_positions_is_marked():
+    found = printed("--model", "llava-1.5-7b", "--context", "8192", "--batch", "64")
+    assert found["beyond_positions"] is True
+    assert [row["fits"] for row in found["capacity"]] == [False, True]
+
+
+def test_the_full_cache_alone_has_no_scoring():
+    found = printed("--budget", "1")
+    assert [row["stage"] for row in found["rows"]] == ["prefill", "decode"]
+    assert len(found["capacity"]) == 1
+
+
+def test_given_numbers_replace_the_device():
+    given = printed("--bandwidth", "2e12", "--flops", "1e14", "--memory", "1e9")
+    assert given["device"] == vars(Device("a device", 2e12, 1e14, 1e9, "given"))
+    assert given["capacity"][0]["largest_batch"] == given["capacity"][0]["tokens_per_s"] == 0
+    partly = printed("--device", "h100", "--bandwidth", "3e12")["device"]
+    assert (partly["source"], partly["flops"]) == ("bandwidth given, else vendor peak", 989.4e12)
+
+
+def test_the_files_are_written_and_not_overwritten(tmp_path):
+    out, plot = tmp_path / "limit.json", tmp_path / "limit.svg"
+    printed("--out", str(out), "--plot", str(plot))
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert {"commit", "command", "date", "machine", "versions", "device", "rows"} <= result.keys()
+    first = plot.read_bytes()
+    assert b"</svg>" in first
+    assert b"does not fit" in first
+    for option, file in (("--out", out), ("--plot", plot)):
+        refused = run(option, str(file))
+        assert refused.exit_code == 2
+        assert "--force" in refused.output
+    printed("--plot", str(plot), "--force")
+    assert plot.read_bytes() == first
+
+
+def test_the_tables_name_the_numbers():
+    shown = run("--context", "8192", "--batch", "64", "--bits", "2")
+    assert shown.exit_code == 0
+    for text in ("NVIDIA H200 (measured", "4.967 ms", "3.90x", "1,064", "10 % at 2 bit"):
+        assert text in shown.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [
+        ("--device", "b9000", "h200"),
+        ("--model", "gpt", "llava-1.5-7b"),
+        ("--budget", "0", "budget"),
+        ("--budget", "1.5", "budget"),
+        ("--bits", "17", "bits=17"),
+        ("--memory", "0", "memory"),
+        ("--context", "0", "context"),
+    ],
+)
+def test_bad_input_is_refused(option, value, word):
+    done = run(option, value)
+    assert done.exit_code == 2
+    assert word in done.output
