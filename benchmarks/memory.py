@@ -15,8 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -202,6 +202,51 @@ def run(program: Program) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def largest_batch(
+    program: Program, compiled: Callable[[Program], dict[str, Any]] = run
+) -> tuple[int, list[dict[str, Any]]]:
+    """The largest batch whose program fits the device's memory, to a hundredth of it.
+
+    What a program needs grows almost in a line with its batch: each batch that is tried is where a
+    line through the last two would meet the memory.
+
+    Args:
+        program: all but its batch.
+        compiled: gives the row of a program.
+
+    Returns:
+        The batch, 0 where not even one sequence fits; and the rows of all that were compiled.
+    """
+    memory, rows = GPUS[program.device].memory, {}
+
+    def fits(batch: int) -> bool:
+        rows[batch] = compiled(replace(program, batch=batch))
+        return rows[batch]["fits"]
+
+    fitting, failing = 0, None
+    batch = program.batch
+    while batch != fitting:
+        if fits(batch):
+            fitting = batch
+        else:
+            failing = batch
+        if failing is not None and failing - fitting <= max(1, fitting // 100):
+            break
+        batch = _next_batch({b: row["peak_bytes"] for b, row in rows.items()}, memory)
+        batch = max(fitting + 1, batch if failing is None else min(failing - 1, batch))
+    return fitting, list(rows.values())
+
+
+def _next_batch(peaks: dict[int, int], memory: int) -> int:
+    """Where the line through the last two peaks meets the memory; one further where it has."""
+    if len(peaks) == 1:
+        ((batch, peak),) = peaks.items()
+        return 2 * batch if peak <= memory else batch // 2
+    (a, first), (b, second) = list(peaks.items())[-2:]
+    meets = a + int((memory - first) * (b - a) / (second - first))
+    return meets + 1 if meets in peaks else meets
+
+
 def show(rows: list[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
     table = Table()
@@ -243,7 +288,10 @@ def main(
     ] = "llava-v1.6-mistral-7b",
     context: Annotated[int, typer.Option(min=1, help="Prompt rows of a sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    budget: Annotated[float, typer.Option(help="Share of the cache kept; 1 keeps all.")] = 0.1,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the cache kept, 1 keeps all; may be repeated; 0.1 by default."),
+    ] = None,
     stage: Annotated[
         str,
         typer.Option(
@@ -252,6 +300,10 @@ def main(
         ),
     ] = "decode",
     backend: Annotated[str | None, typer.Option(help="triton or xla; the best by default.")] = None,
+    largest: Annotated[
+        bool,
+        typer.Option("--largest-batch", help="Search the largest batch that fits, from --batch."),
+    ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="The rows of the committed table instead.")
     ] = False,
@@ -264,20 +316,38 @@ def main(
     Example: python -m benchmarks.memory --model llava-v1.6-mistral-7b --context 8192 --batch 64
     """
     check_out(out, force=force)
-    one = Program(device, model, context, batch, budget, stage=stage, backend=backend)
-    programs, errors = ALL if everything else (one,), Console(stderr=True)
+    shares = budget or [0.1]
+    if any(not 0 < share <= 1 for share in shares):
+        raise typer.BadParameter(f"--budget {shares} must be above 0 and at most 1 (0.1 is 10 %)")
+    asked = [
+        Program(device, model, context, batch, share, stage=stage, backend=backend)
+        for share in shares
+    ]
+    errors = Console(stderr=True)
+    found: dict[str, Any] = {}
     try:
-        bar = track(programs, "compiling", console=errors, transient=True)
-        rows = [run(program) for program in bar]
+        bar = track(ALL if everything else asked, "compiling", console=errors, transient=True)
+        if largest and not everything:
+            found = {"largest_batch": {}, "rows": []}
+            for program in bar:
+                most, rows = largest_batch(program)
+                found["largest_batch"][f"{program.budget:g}"] = most
+                found["rows"] += rows
+        else:
+            found = {"rows": [run(program) for program in bar]}
     except RuntimeError as error:
         errors.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
     if out is not None:
-        write_result(out, {**environment(), "rows": rows})
+        write_result(out, {**environment(), **found})
     if as_json:
-        print(json.dumps({"rows": rows} if everything else rows[0]))
+        single = len(found["rows"]) == 1 and not largest
+        print(json.dumps(found["rows"][0] if single else found))
     else:
-        Console(width=max(130, errors.width)).print(show(rows))
+        console = Console(width=max(130, errors.width))
+        console.print(show(found["rows"]))
+        for share, most in found.get("largest_batch", {}).items():
+            console.print(f"largest batch that fits at a budget of {share}: {most}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 import benchmarks
 from benchmarks import memory
-from benchmarks.ahead_of_time import plugin_version
-from benchmarks.memory import ALL, Program, run, step_launches
+from benchmarks.ahead_of_time import GPUS, plugin_version
+from benchmarks.memory import ALL, Program, largest_batch, run, step_launches
 
 RESULT = Path(benchmarks.__file__).parent / "results" / "offline" / "programs-h200.json"
 MOST_LAUNCHES = 12
@@ -111,3 +111,24 @@ def app():
     app = typer.Typer()
     app.command()(memory.main)
     return app
+
+
+@pytest.mark.parametrize("start", [1, 3, 700])
+@pytest.mark.parametrize(
+    ("fixed", "each", "bend"), [(15e9, 1e9, 0), (15e9, 3e8, 2e4), (15e9, 80e9, 0)]
+)
+def test_the_largest_batch_is_found_in_a_few_compilations(start, fixed, each, bend):
+    def compiled(program):
+        peak = int(fixed + program.batch * each + program.batch**2 * bend)
+        return {"peak_bytes": peak, "fits": peak <= GPUS["h200"].memory}
+
+    found, rows = largest_batch(Program(batch=start), compiled)
+    peaks = [fixed + batch * each + batch**2 * bend for batch in (found, found + found // 100 + 1)]
+    assert peaks[0] <= GPUS["h200"].memory < peaks[1]
+    assert len(rows) <= 12
+
+
+def test_where_not_even_one_sequence_fits():
+    found, rows = largest_batch(Program(), lambda program: {"peak_bytes": 10**12, "fits": False})
+    assert found == 0
+    assert len(rows) == 1
