@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from benchmarks import demo_model
-from benchmarks.accuracy import report
+from benchmarks.accuracy import parity, report
 from benchmarks.accuracy.experiments import sections
 from benchmarks.documents import ROOT, table
 from benchmarks.environment import write_result
@@ -100,7 +100,7 @@ DOCUMENTS: dict[Path, tuple[Part, ...]] = {
     ),
     ROOT / "docs" / "accuracy.md": tuple(
         Part(name, make, (file,), needed=0)
-        for name, file, make in (*report.SECTIONS, *sections.SECTIONS)
+        for name, file, make in (*report.SECTIONS, parity.SECTION, *sections.SECTIONS)
     ),
     ROOT / "docs" / "kernels.md": (
         Part("programs", programs_part, (RESULTS / "offline" / "programs-h200.json",)),

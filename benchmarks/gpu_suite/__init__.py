@@ -7,8 +7,8 @@ its own as soon as it ends, so that a run that is cut off is gone on with by the
     __main__    the command, the tables at its end
     supervisor  runs the stages in a process of its own: a crash or a hang costs one stage
     stages      the stages, and the loop over them
-    measure     how times are taken: ceilings, speed, speed_prompt, torch_sdpa, sweep
     checks      how results are compared: correctness, correctness_cache, long, model
+    end_to_end  whole models: the paper's rows, decode steps, Hugging Face, the largest batch
     bars        what must be reached
 
 `--dry-run` runs all of it on a CPU in tiny sizes: a typo is found where no GPU is.

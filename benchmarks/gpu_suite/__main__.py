@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.device import NoGpu
 from benchmarks.environment import environment
 from benchmarks.gpu_suite import bars, stages
-from benchmarks.gpu_suite.stages import STAGES, NoGpu, Order
+from benchmarks.gpu_suite.stages import STAGES, Order
 from benchmarks.gpu_suite.supervisor import NO_GPU, launch, supervise
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -80,7 +81,7 @@ def _work(order: dict[str, Any]) -> None:
         found = Order(**{**order, "stages": tuple(order["stages"])})
         stages.work(found, lambda event: print(json.dumps(event), flush=True))
     except NoGpu as error:
-        print(error, file=sys.stderr)
+        print(f"{error}, or try the suite without one by --dry-run", file=sys.stderr)
         raise typer.Exit(NO_GPU) from None
 
 

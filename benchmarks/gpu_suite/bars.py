@@ -119,6 +119,39 @@ def automatic(results: Results) -> tuple[float, str] | None:
     return shares[worst], f"worst: {worst}"
 
 
+def step_share(*sizes: tuple[int, int]) -> Callable[[Results], tuple[float, str] | None]:
+    """The least share of its limit that a whole decode step reaches, at (context, batch)."""
+
+    def measured(results: Results) -> tuple[float, str] | None:
+        rows = [row for row in _steps(results) if (row["context"], row["batch"]) in sizes]
+        if not rows:
+            return None
+        worst = min(rows, key=lambda row: row["share"])
+        return worst["share"], f"worst: {_size(worst)}, budget {worst['budget']}"
+
+    return measured
+
+
+def speedup_share(results: Results) -> tuple[float, str] | None:
+    """The least share of the ideal that a tenth's speed-up reaches."""
+    rows = [row for row in _steps(results) if "share_of_ideal" in row]
+    if not rows:
+        return None
+    worst = min(rows, key=lambda row: row["share_of_ideal"])
+    return worst["share_of_ideal"], f"worst: {worst['speedup']:.2f}x at {_size(worst)}"
+
+
+def _steps(results: Results) -> list[dict[str, Any]]:
+    """Decode steps of the 7B model that were measured."""
+    stages = ("model_decode", "paper_decode")
+    rows = [row for stage in stages for row in results.get(stage, {}).get("rows", [])]
+    return [row for row in rows if row.get("share")]
+
+
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['context']} x {row['batch']}"
+
+
 def _timed(result: dict[str, Any], backend: str) -> list[dict[str, Any]]:
     rows = result.get("rows", [])
     return [row for row in rows if row["ok"] and row.get("backend") == backend]
@@ -129,7 +162,13 @@ BARS = (
     Bar("decode attention, 512 MB or more: share of the copy", 0.85, 0.95, percent, decode_share),
     Bar("prefill attention, 8192 tokens, Triton: TFLOP/s", 390e12, 490e12, tera, prefill_rate),
     Bar("prefill attention, automatic choice: speed to cuDNN's", 0.95, 1.0, percent, automatic),
-)
+    Bar("decode step, 7B, batch 1: share of the limit", 0.75, 0.85, percent, step_share((2048, 1))),
+    Bar(
+        "decode step, 7B, batch 32 and 64: share of the limit", 0.8, 0.9, percent,
+        step_share((2048, 32), (2048, 64), (8192, 64)),
+    ),
+    Bar("decode speed-up of 10 %: share of the ideal", 0.9, 0.97, percent, speedup_share),
+)  # fmt: skip
 
 
 def table(results: Results) -> list[dict[str, Any]]:

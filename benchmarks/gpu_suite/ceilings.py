@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks.gpu_suite import measure
+from benchmarks import measure
 from benchmarks.gpu_suite.stages import Context
 
 COPIES: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {

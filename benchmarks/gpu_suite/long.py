@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.gpu_suite import checks, measure
+from benchmarks import device, measure
+from benchmarks.gpu_suite import checks
 from benchmarks.gpu_suite.checks import BOUNDS, Errors, Group
-from benchmarks.gpu_suite.stages import Context, memory_limit
+from benchmarks.gpu_suite.stages import Context
 from pallas_kernels import prefill_attention as prefill_op
 from pallas_kernels import ragged_decode_attention as decode_op
 from pallas_kernels import window_scores as scores_op
@@ -35,7 +36,7 @@ def long(context: Context) -> dict[str, Any]:
         makers.append(functools.partial(_scores_group, context, length, min(50, length)))
     makers.append(functools.partial(_scores_group, context, lengths[0], lengths[0]))
     result: dict[str, Any] = {"rows": []}
-    limit = memory_limit()
+    limit = device.memory_limit()
     for kv_heads in (8,) if context.dry else (1, 8):
         if limit is None or limit >= NEEDED_BYTES:
             makers.insert(1, functools.partial(_large_pool_group, context, kv_heads))

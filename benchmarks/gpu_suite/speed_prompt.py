@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_suite import ceilings, measure
+from benchmarks import measure
+from benchmarks.gpu_suite import ceilings
 from benchmarks.gpu_suite.ceilings import Ceilings
 from benchmarks.gpu_suite.checks import NOT_RUN
 from benchmarks.gpu_suite.speed import (

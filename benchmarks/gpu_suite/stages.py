@@ -6,9 +6,6 @@ import importlib
 import itertools
 import json
 import os
-import re
-import shutil
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,17 +15,13 @@ from typing import Any
 
 import jax
 
+from benchmarks import device, measure
 from benchmarks.environment import write_result
-from benchmarks.gpu_suite import measure
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 Emit = Callable[[dict[str, Any]], None]
-
-
-class NoGpu(RuntimeError):
-    """There is no GPU, and no dry run was asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +34,15 @@ class Stage:
             saved, with a one-line "headline". "ok": False in it says that something is wrong.
         need_s: it is not begun with less time than this.
         most_s: when it should stop by itself. It is killed `supervisor.GRACE_S` later.
+        alone: it starts processes of its own that want the GPU's memory: so it is run in one that
+            takes next to nothing of it.
     """
 
     name: str
     function: str
     need_s: float
     most_s: float
+    alone: bool = False
 
     def run(self, context: "Context") -> dict[str, Any]:
         """Call the function; imported here, so that one that does not import fails alone."""
@@ -70,6 +66,12 @@ STAGES = (
     Stage("sweep_prefill", "sweep:prefill", 20, 100),
     Stage("sweep_scores", "sweep:scores", 20, 80),
     Stage("sweep_norm", "sweep:norm", 10, 40),
+    Stage("paper_decode", "end_to_end:paper_decode", 60, 240),
+    Stage("model_decode", "end_to_end:decode", 60, 200),
+    Stage("peers", "end_to_end:peers", 120, 360, alone=True),
+    Stage("throughput", "end_to_end:throughput", 90, 240),
+    Stage("profile", "end_to_end:profile", 40, 120),
+    Stage("paper_whole", "end_to_end:paper_whole", 120, 420),
 )
 """Later ones are appended. Several small stages lose less to a crash than a large one."""
 
@@ -153,8 +155,8 @@ def work(order: Order, emit: Emit) -> None:
     """
     if order.dry:
         jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
-    about = device(dry=order.dry)
-    out = Path(order.out) if order.out else RESULTS / slug(about["device"])
+    about = device.describe(need_gpu=not order.dry)
+    out = Path(order.out) if order.out else RESULTS / device.slug(about["device"])
     head = {**order.environment, **about, "source": source(), "dry_run": order.dry}
     emit({"event": "out", "out": str(out), "device": about["device"]})
     for stage in (stage for stage in STAGES if stage.name in order.stages):
@@ -217,65 +219,10 @@ def source() -> str:
     of the code without its history has none.
     """
     digest = hashlib.sha256()
-    for folder in ("benchmarks/gpu_suite", "pallas_kernels", "vlcache_jax"):
-        for file in sorted((ROOT / folder).rglob("*")):
+    measuring = ("measure.py", "roofline", "speed", "peers", "throughput.py", "gpu_suite")
+    parts = (*(f"benchmarks/{name}" for name in measuring), "pallas_kernels", "vlcache_jax")
+    for part in map(ROOT.joinpath, parts):
+        for file in [part] if part.is_file() else sorted(part.rglob("*")):
             if file.suffix == ".py" or file.name == "measured.json":
                 digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def slug(name: str) -> str:
-    """A device's kind as a folder's name: "NVIDIA H200" → "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def device(*, dry: bool) -> dict[str, Any]:
-    """What the results ran on.
-
-    Raises:
-        NoGpu: JAX sees no GPU, and this is no dry run.
-    """
-    try:
-        found: Any = jax.devices()[0]
-    except RuntimeError as error:
-        raise NoGpu(_no_gpu(str(error).splitlines()[0])) from None
-    if found.platform != "gpu" and not dry:
-        raise NoGpu(_no_gpu(f"JAX sees {found.platform} alone"))
-    return {
-        "device": found.device_kind,
-        "driver": _driver(),
-        "platform_version": found.client.platform_version,
-        "memory_limit_bytes": memory_limit(),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", ""),
-    }
-
-
-def memory_limit() -> int | None:
-    """Bytes that JAX may use of the device's memory; None where it does not say."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
-def _no_gpu(reason: str) -> str:
-    return (
-        f"no GPU here ({reason}): run this on a machine with an NVIDIA GPU, with vlcache-jax[cuda] "
-        "installed and JAX_PLATFORMS unset, or try the suite without one by --dry-run"
-    )
-
-
-def _driver() -> str | None:
-    """Version of the GPU's driver, as far as anything here knows it."""
-    if program := shutil.which("nvidia-smi"):
-        query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.split()[0]
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", text)
-    return found[0] if found else None

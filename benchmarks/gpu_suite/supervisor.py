@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import write_result
-from benchmarks.gpu_suite.stages import ROOT, Emit, Order
+from benchmarks.gpu_suite.stages import ROOT, STAGES, Emit, Order
 
 GRACE_S = 60
 """Seconds after its time in which a stage may still end by itself."""
 
 NO_GPU = 2
 """Exit code where there is none."""
+
+ALONE = {stage.name for stage in STAGES if stage.alone}
+"""Stages that are run in a process of their own."""
 
 Launch = Callable[[Order, Emit], int]
 
@@ -39,7 +42,11 @@ def launch(order: Order, emit: Emit) -> int:
     """
     command = [sys.executable, "-m", "benchmarks.gpu_suite"]
     command += ["--worker", json.dumps(dataclasses.asdict(order))]
-    environment = {**os.environ, **({"JAX_PLATFORMS": "cpu"} if order.dry else {})}
+    environment = dict(os.environ)
+    if order.dry:
+        environment["JAX_PLATFORMS"] = "cpu"
+    if set(order.stages) & ALONE:
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     pipe: Any = {"stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipe) as child:
         timer: threading.Timer | None = None
@@ -93,7 +100,7 @@ def supervise(order: Order, emit: Emit, start: Launch) -> int:
 
     while waiting:
         before = len(waiting)
-        code = start(replace(order, stages=tuple(waiting)), listen)
+        code = start(replace(order, stages=_together(waiting)), listen)
         if running is not None and out is not None:
             why = f"the process ended with code {code} in this stage"
             _mark(out / f"{running}.json", why)
@@ -101,6 +108,12 @@ def supervise(order: Order, emit: Emit, start: Launch) -> int:
         elif len(waiting) == before:
             return code or 1  # it cannot even begin
     return 0
+
+
+def _together(waiting: list[str]) -> tuple[str, ...]:
+    """The first of the stages, and those behind it that one process can run with it."""
+    alone = [index for index, name in enumerate(waiting) if name in ALONE]
+    return tuple(waiting[: max(1, alone[0])] if alone else waiting)
 
 
 def _mark(path: Path, why: str) -> None:

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import measure
 from benchmarks.environment import write_result
-from benchmarks.gpu_suite import checks, measure, speed, speed_prompt
+from benchmarks.gpu_suite import checks, speed, speed_prompt
 from benchmarks.gpu_suite.stages import Context
 from pallas_kernels import tiles, tuning
 from pallas_kernels.add_rms_norm import config as norm_config

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import device, measure
 from benchmarks.gpu_suite import __main__ as command
-from benchmarks.gpu_suite import bars, ceilings, checks, measure, stages, supervisor
+from benchmarks.gpu_suite import bars, ceilings, checks, stages, supervisor
 from benchmarks.gpu_suite.stages import STAGES, Context, Order
 from pallas_kernels.prefill_attention.config import Config
 
@@ -134,6 +135,20 @@ def test_a_stage_that_ends_its_process_costs_that_stage_alone(tmp_path):
     assert "code -6" in result["error"]
 
 
+def test_a_stage_with_processes_of_its_own_gets_one_for_itself(tmp_path):
+    started = []
+
+    def start(order, emit):
+        started.append(order.stages)
+        for name in order.stages:
+            emit({"event": "end", "stage": name, "status": "ok", "seconds": 1})
+        return 0
+
+    names = ("ceilings", "profile", "peers", "throughput")
+    assert supervisor.supervise(order(tmp_path, *names), lambda event: None, start) == 0
+    assert started == [("ceilings", "profile"), ("peers",), ("throughput",)]
+
+
 def test_a_process_that_cannot_begin_is_not_started_again(tmp_path):
     assert supervisor.supervise(order(tmp_path, "a"), lambda event: None, lambda *_: 2) == 2
 
@@ -181,8 +196,8 @@ def test_an_unknown_stage_is_named():
 
 
 def test_names_of_folders():
-    assert stages.slug("NVIDIA H200") == "nvidia-h200"
-    assert stages.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert device.slug("NVIDIA H200") == "nvidia-h200"
+    assert device.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
 # Comparisons.

@@ -15,10 +15,13 @@ import vlcache_jax
 from benchmarks.accuracy import tasks, train
 from benchmarks.accuracy.glyphs import CLASSES
 from benchmarks.accuracy.loss import answer_logits, attend_patches
+from benchmarks.accuracy.network import config_json
 from benchmarks.accuracy.packing import pack, render
 from benchmarks.accuracy.train import Recipe, Stage, Trainer, drawn_ahead
+from vlcache_jax.config import LlavaConfig
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import bind
+from vlcache_jax.report import count_parameters
 
 STAGE = Stage(
     steps=40,
@@ -244,10 +247,13 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
 
 def test_the_committed_recipes_are_recipes():
     folder = train.Path(train.__file__).parent / "recipes"
-    recipes = [Recipe.read(file) for file in folder.glob("*.json")]
-    assert recipes
-    for recipe in recipes:
+    sizes = {}
+    for name in ("cpu", "gpu"):
+        recipe = Recipe.read(folder / f"{name}.json")
         assert recipe.text["num_hidden_layers"] >= 8
         assert recipe.text["num_key_value_heads"] < recipe.text["num_attention_heads"]
         assert recipe.stage(0) == recipe.stages[0]
         assert recipe.stage(recipe.steps - 1) == recipe.stages[-1]
+        shape = LlavaConfig.from_hf(config_json(recipe.vision, recipe.text, 978))
+        sizes[name] = count_parameters(shape)["total"]
+    assert sizes["gpu"] > 10 * sizes["cpu"]

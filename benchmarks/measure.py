@@ -10,7 +10,8 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,36 @@ class Timing:
             "calls_per_program": self.calls,
             "programs_per_sample": self.programs,
         }
+
+
+def difference(longer: Timing, shorter: Timing, parts: int = 1) -> Timing:
+    """What a program costs more than another one that took turns with it, sample by sample.
+
+    Args:
+        longer: its times.
+        shorter: those of the other one.
+        parts: equal parts that it does more, of which one is asked for.
+    """
+    pairs = zip(longer.samples, shorter.samples, strict=True)
+    compile_s = max(longer.compile_s, shorter.compile_s)
+    samples = [(long - short) / parts for long, short in pairs]
+    return Timing(samples, compile_s, parts, longer.programs)
+
+
+@contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Seconds of every program that XLA compiles inside of the block."""
+    seen: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))

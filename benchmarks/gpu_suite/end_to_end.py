@@ -1,0 +1,128 @@
+"""Whole models of the published shapes, random weights: the full cache against a tenth of it.
+
+The cases, programs and rows are those of `benchmarks.speed`, `benchmarks.throughput` and
+`benchmarks.peers`; here is what a GPU's ten minutes are spent on, the worthiest first.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.device import memory_limit
+from benchmarks.gpu_suite import ceilings
+from benchmarks.gpu_suite.stages import Context
+from benchmarks.peers.compare import Plan as Peers
+from benchmarks.peers.compare import compare
+from benchmarks.roofline import Device
+from benchmarks.speed import presets
+from benchmarks.speed.__main__ import Plan, measure_all
+from benchmarks.speed.cases import FULL, Case
+from benchmarks.speed.presets import PAPER_MODEL, TENTH
+
+DRY_SCALE = 16
+"""What a dry run divides the paper's contexts by; it runs one of its rows."""
+
+DECODE = ((2048, 1), (2048, 32), (2048, 64), (8192, 64))
+"""Context and batch of the decode steps that the bars are about."""
+
+
+def paper_decode(context: Context) -> dict[str, Any]:
+    """The stage: decode steps of the paper's five rows."""
+    return _paper(context, ("decode",))
+
+
+def paper_whole(context: Context) -> dict[str, Any]:
+    """The stage: prefill, what the method adds to it, and whole answers of the paper's rows."""
+    return _paper(context, ("prefill", "end-to-end"))
+
+
+def _paper(context: Context, stages: tuple[str, ...]) -> dict[str, Any]:
+    dtype, scale = ("float32", DRY_SCALE) if context.dry else ("bfloat16", 1)
+    cases = presets.paper_cases(dtype, scale, [2048] if context.dry else [], [])
+    if context.dry:
+        cases = dict(list(cases.items())[:1])
+    limit = _limit(context)
+    result = _measure(context, cases, stages, limit)
+    ratios = []
+    for key, case in cases.items():
+        size = case.context, case.batch
+        own = [row for row in result["rows"] if (row["context"], row["batch"]) == size]
+        ratios += presets.paper_ratios(key, case, own, limit)
+    ratios = [row for row in ratios if row["ours"]]
+    headline = "nothing ran"
+    if ratios:
+        best = max(ratios, key=lambda row: row["ours"])
+        headline = (
+            f"{best['stage']} {best['ours']:.2f}x at {best['context']} x {best['batch']}, "
+            f"ideal {best['ideal']:.2f}x"
+        )
+    return {**result, "paper": ratios, "headline": headline}
+
+
+def decode(context: Context) -> dict[str, Any]:
+    """The stage: a decode step of the 7B model, full and a tenth."""
+    sizes = ((128, 2),) if context.dry else DECODE
+    cases = {size: _case(context, *size) for size in sizes}
+    result = _measure(context, cases, ("decode",), _limit(context))
+    shares = [row["share"] for row in result["rows"] if row.get("share")]
+    headline = f"{100 * min(shares):.0f} % of the limit at the least" if shares else "nothing ran"
+    return {**result, "headline": headline}
+
+
+def profile(context: Context) -> dict[str, Any]:
+    """The stage: where the time of a decode step and of a prefill goes, by named scope."""
+    cases = {0: _case(context, *((128, 1) if context.dry else (8192, 8)))}
+    with tempfile.TemporaryDirectory() as folder:
+        result = _measure(context, cases, (), _limit(context), Path(folder))
+    return {**result, "headline": f"{len(result['profiles'])} programs traced"}
+
+
+def peers(context: Context) -> dict[str, Any]:
+    """The stage: Hugging Face transformers and ours in turns, each in a process of its own."""
+    plan = (
+        Peers(context=128, new_tokens=3, repeats=2, static=False)
+        if context.dry
+        else Peers(PAPER_MODEL, 8192, 4, "bfloat16", static=False, repeats=10)
+    )
+    done = iter(range(1, plan.steps + 1))
+    found = compare(plan, step=lambda: context.progress(next(done), plan.steps))
+    times = [row for row in found["ratios"] if row["stage"] == "decode" and row["speedup"]]
+    headline = ", ".join(f"{row['ratio']} {row['speedup']:.2f}x" for row in times)
+    return {**found, "headline": headline or "nothing ran"}
+
+
+def _case(context: Context, rows: int, batch: int) -> Case:
+    if context.dry:
+        return Case("demo", rows, batch, "float32", chunk=2, new_tokens=4)
+    return Case(PAPER_MODEL, rows, batch, "bfloat16")
+
+
+def _limit(context: Context) -> Device:
+    """This device as measured in this process."""
+    found = ceilings.quick(context)
+    memory = memory_limit() or 2**30
+    return Device(str(context.head.get("device")), found.copy, found.matmul, memory, "measured")
+
+
+def _measure(
+    context: Context,
+    cases: dict[Any, Case],
+    stages: Sequence[str],
+    limit: Device,
+    trace: Path | None = None,
+) -> dict[str, Any]:
+    """Run cases one by one while there is time: "rows", "profiles", how many were "not_run"."""
+    result: dict[str, Any] = {"limit": asdict(limit), "rows": [], "profiles": [], "not_run": 0}
+    for done, (key, case) in enumerate(cases.items()):
+        context.progress(done, len(cases))
+        if context.late():
+            result["not_run"] += 1
+            continue
+        plan = Plan({key: case}, (FULL, TENTH), tuple(stages), context.effort)
+        found = measure_all(plan, limit, trace=trace)
+        for part in ("rows", "profiles"):
+            result[part] += found[part]
+        context.save(**result)
+    return result
