@@ -210,7 +210,8 @@ class Generate:
                 lax.dynamic_update_slice(buffer, part.swapaxes(1, 2), at)
                 for buffer, part in zip(buffers, (k, v), strict=True)
             )
-            new = self.cache.observe(Layer(index, q, k, v, prompt, self.cache_backend))
+            with jax.named_scope("scores"):
+                new = self.cache.observe(Layer(index, q, k, v, prompt, self.cache_backend))
             # Else XLA does all of this after the last layer: every layer's q, k, v live until then.
             stream, buffers, new = lax.optimization_barrier((stream, buffers, new))
             seen.append(new)
@@ -240,8 +241,10 @@ class Generate:
         def attend(
             qkv: jax.Array,
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-            q, k, v = rotated(qkv, table)
-            return prefill_attention(q, k, v, inputs.length, backend=self.backend), (q, k, v)
+            with jax.named_scope("prefill_attention"):
+                q, k, v = rotated(qkv, table)
+                mixed = prefill_attention(q, k, v, inputs.length, backend=self.backend)
+            return mixed, (q, k, v)
 
         stream = Stream(model.embed_prompt(inputs, self._attend_patches))
         table = rope_table(jnp.arange(stream.x.shape[1]), self.config.text)
@@ -261,6 +264,7 @@ class Generate:
             jnp.asarray(inputs.length), visual, self.config.text.num_layers, self.cache.limit
         )
 
+    @jax.named_scope("select")
     def plan(self, prefilled: Prefill, inputs: ModelInputs) -> Plan:
         """What the method keeps of the prompts."""
         return self.cache.plan(prefilled.seen, self._prompt(inputs))
@@ -268,7 +272,8 @@ class Generate:
     def build_cache(self, prefilled: Prefill, inputs: ModelInputs) -> Pool:
         """Give the prompt's keys and values to the method, which makes the pool of them."""
         plan = self.plan(prefilled, inputs)
-        return self.cache.build(prefilled.k, prefilled.v, plan, self._prompt(inputs))
+        with jax.named_scope("compact"):
+            return self.cache.build(prefilled.k, prefilled.v, plan, self._prompt(inputs))
 
     def traced(
         self, params: Params, prefilled: Prefill, inputs: ModelInputs, state: DecodeState
@@ -471,6 +476,7 @@ class Generate:
             kept.append(own)
         return stream.total()[:, 0], kept
 
+    @jax.named_scope("decode_attention")
     def _attend_cache(
         self,
         qkv: jax.Array,

@@ -34,6 +34,7 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
 
 
+@jax.named_scope("sampling")
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """Draw one token per row: logits [B, V] float32 -> int32 [B]. Ties go to the lower id."""
     if sampling.temperature == 0.0:

@@ -14,10 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from pallas_kernels.rope import rotate
 from vlcache_jax.config import RopeConfig, TextConfig
 from vlcache_jax.models.layers import DType, RMSNorm, normal, product
+
+MLP_ROWS = 8192
+"""Rows of a batch that the MLP takes at a time: what is in its middle is many times as wide as what
+goes in, and would be the largest thing in memory at 32k tokens. So many rows keep a GPU busy."""
 
 Kept = TypeVar("Kept")
 Attend = Callable[[jax.Array], tuple[jax.Array, Kept]]
@@ -120,14 +125,37 @@ class DecoderLayer(nnx.Module):
         """
         x, normed = self.attention_norm.add(*stream, backend)
         batch, length, _ = x.shape
-        mixed, kept = attend(product("btd,dkch->btkch", normed, self.qkv))
+        with jax.named_scope("projections"):
+            qkv = product("btd,dkch->btkch", normed, self.qkv)
+        mixed, kept = attend(qkv)
         # As two matrices: a product over several axes at once makes XLA transpose the kernel.
         mixed = mixed.reshape(batch, length, -1)  # [B, T, K * G * H]
-        out = self.out[...].reshape(mixed.shape[-1], -1)
-        x, normed = self.mlp_norm.add(x, product("bti,id->btd", mixed, out), backend)
-        gate_up = product("btd,dcf->btcf", normed, self.gate_up)
+        with jax.named_scope("projections"):
+            out = self.out[...].reshape(mixed.shape[-1], -1)
+            delta = product("bti,id->btd", mixed, out)
+        x, normed = self.mlp_norm.add(x, delta, backend)
+        return Stream(x, self.mlp(normed)), kept
+
+    @jax.named_scope("mlp")
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """The gated MLP, [B, T, D] -> [B, T, D]; a long prompt goes through it part by part."""
+        batch, length, _ = x.shape
+        rows = max(1, MLP_ROWS // batch)
+        if length <= rows:
+            return self._mlp(x)
+
+        parts: list[jax.Array] = []
+        for start in range(0, length, rows):
+            parts.append(self._mlp(x[:, start : start + rows]))
+            # One after the other, or all of them are in memory at once. In a loop of XLA's each
+            # layer's weights would be copied in front of it.
+            x, parts[-1] = lax.optimization_barrier((x, parts[-1]))
+        return jnp.concatenate(parts, axis=1)
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        gate_up = product("btd,dcf->btcf", x, self.gate_up)
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return Stream(x, product("btf,fd->btd", hidden, self.down)), kept
+        return product("btf,fd->btd", hidden, self.down)
 
 
 class Embedding(nnx.Module):
@@ -149,6 +177,7 @@ class Head(nnx.Module):
         shape = (config.hidden_size, config.vocab_size)
         self.kernel = None if config.tie_embeddings else normal(rngs, shape, dtype)
 
+    @jax.named_scope("head")
     def __call__(self, x: jax.Array, embedding: Embedding) -> jax.Array:
         """[..., D] -> logits [..., V] in float32."""
         x = self.norm(x)

@@ -65,6 +65,7 @@ class Llava(nnx.Module):
         )
         self.head = Head(config.text, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("vision")
     def visual_rows(self, tiles: jax.Array, attend: Attend) -> jax.Array:
         """Pixel tiles [S, 3, size, size] -> the table of visual rows [S * P (+ 1), D]."""
         return self.projector(self.vision(tiles, self.config.vision_layers, attend=attend))
