@@ -3,6 +3,7 @@
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
 	$(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
 PYTHON312 ?= python3.12
+LMMS_EVAL_PYTHON ?= .venv-eval/bin/python
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # With cuda added (5 GB) the programs of the true model shapes are compiled for GPUs too, and with
@@ -13,7 +14,7 @@ PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 export TRANSFORMERS_NO_ADVISORY_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-next lint format clean
+.PHONY: help demo test test-next test-eval lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -27,6 +28,9 @@ test: $(VENV)/.test  ## set up, and run all tests
 test-next: .venv-next/constraints.txt  ## run the tests under the next release of jax (PYTHON312=...)
 	$(MAKE) test VENV=.venv-next CONSTRAINTS=$< PYTHON="$(PYTHON312)"
 
+test-eval: $(VENV)/.test  ## test the plug-in inside lmms-eval (LMMS_EVAL_PYTHON=...)
+	LMMS_EVAL_PYTHON=$(abspath $(LMMS_EVAL_PYTHON)) $(VENV)/bin/python -m pytest tests/benchmarks/test_lmms_eval.py
+
 lint: $(VENV)/.lint  ## check format, style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -37,7 +41,7 @@ format: $(VENV)/.lint  ## rewrite the code in the project's format
 	$(VENV)/bin/ruff check --fix .
 
 clean:  ## remove the environments and caches
-	rm -rf .venv .venv-next .venv312 .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-next .venv312 .venv-eval .pytest_cache .ruff_cache .hypothesis
 
 .venv-next/constraints.txt: constraints.txt constraints-next.txt
 	@mkdir -p $(@D)

@@ -1,0 +1,175 @@
+"""Requests of lmms-eval, read and answered in batches; needs vlcache_jax, not lmms-eval."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from PIL import Image
+
+from vlcache_jax import VLM, Answer, CacheMethod, Sampling
+
+NEW_TOKENS = 1024
+"""Most tokens of an answer where a task does not say, as in lmms-eval's own LLaVA models."""
+
+GREEDY = Sampling()
+
+FEWSHOT_DELIMITER = "\n\n"
+"""What lmms-eval says ends an answer where a task does not say."""
+
+UNSUPPORTED = {"num_beams": 1, "repetition_penalty": 1.0, "min_new_tokens": 0}
+"""Settings that would change an answer and are not implemented, and the values that change none."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an answer is generated. Requests of equal settings can share a batch.
+
+    Attributes:
+        max_new_tokens: most tokens of the answer.
+        sampling: how they are drawn.
+        until: strings that the answer ends before.
+    """
+
+    max_new_tokens: int = NEW_TOKENS
+    sampling: Sampling = GREEDY
+    until: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "Settings":
+        """Read a task's generation arguments, with lmms-eval's and Hugging Face's meanings.
+
+        An answer is drawn if `do_sample` says so, or in its absence a temperature above 0. Without
+        that `top_k` and `top_p` mean nothing, and tasks do give values that could not be drawn
+        with. Arguments for other models (`image_aspect_ratio` and the like) are passed over.
+
+        Where a task names no `until`, lmms-eval fills in the blank line between few-shot examples.
+        It is not an end here if it stands alone, as in lmms-eval's own LLaVA models: it would cut
+        off answers of several paragraphs.
+
+        Raises:
+            ValueError: a value is out of range.
+            NotImplementedError: a setting is not supported, such as beams.
+        """
+        for name, harmless in UNSUPPORTED.items():
+            if arguments.get(name) not in (None, harmless):
+                raise NotImplementedError(
+                    f"{name}={arguments[name]} is not implemented: run the task with "
+                    f"--gen_kwargs {name}={harmless}"
+                )
+        until = arguments.get("until") or ()
+        until = (until,) if isinstance(until, str) else tuple(until)
+        given = arguments.get("max_new_tokens")
+        return cls(
+            max_new_tokens=NEW_TOKENS if given is None else int(given),
+            sampling=_sampling(arguments),
+            until=() if until == (FEWSHOT_DELIMITER,) else tuple(filter(None, until)),
+        )
+
+    def cut(self, text: str) -> str:
+        """The text before the first of the strings that end it."""
+        return text[: min((at for at in map(text.find, self.until) if at >= 0), default=None)]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer.
+
+    Attributes:
+        text: the prompt.
+        images: reads its images.
+        settings: how its answer is generated.
+    """
+
+    text: str
+    images: Callable[[], list[Image.Image]]
+    settings: Settings
+
+    @classmethod
+    def of(cls, arguments: tuple[Any, ...], datasets: Mapping[str, Any]) -> "Request":
+        """Read the `args` of an lmms-eval instance for `generate_until`.
+
+        Args:
+            arguments: context, generation arguments, the function from a document to its images,
+                the document's number, its task and its split.
+            datasets: documents by task, split and number.
+
+        Raises:
+            ValueError: as `Settings.of`.
+            NotImplementedError: as `Settings.of`.
+        """
+        text, generation, doc_to_visual, number, task, split = arguments
+
+        def images() -> list[Image.Image]:
+            visuals = doc_to_visual(datasets[task][split][number]) or []
+            for visual in visuals:
+                if not isinstance(visual, Image.Image):
+                    raise NotImplementedError(
+                        f"document {number} of {task} has a {type(visual).__name__}: only images "
+                        "are supported, neither video nor audio"
+                    )
+            return list(visuals)
+
+        return cls(text, images, Settings.of(generation))
+
+
+def answer_all(
+    vlm: VLM,
+    requests: Sequence[Request],
+    *,
+    cache: CacheMethod,
+    batch_size: int,
+    prefill_batch: int | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[list[int], list[Answer]]]:
+    """Answer requests batch by batch; a batch's images are read when its turn comes.
+
+    Args:
+        vlm: the model.
+        requests: in any mixture of settings; a batch has requests of the same ones.
+        cache: what is kept of each prompt.
+        batch_size: most prompts of a batch.
+        prefill_batch: prompts of a batch that are prefilled at a time, all by default.
+        seed: of the first batch's draws. Each batch has one of its own, so that a request that is
+            repeated is drawn anew.
+
+    Yields:
+        The places of a batch's requests and their answers, cut by nothing yet.
+
+    Raises:
+        ValueError: as `VLM.generate`.
+        NotImplementedError: a document holds something else than images.
+    """
+    groups: dict[Settings, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(request.settings, []).append(place)
+    for settings, group in groups.items():
+        for start in range(0, len(group), batch_size):
+            places = group[start : start + batch_size]
+            answers = vlm.generate(
+                [requests[place].images() for place in places],
+                [requests[place].text for place in places],
+                max_new_tokens=settings.max_new_tokens,
+                cache=cache,
+                seed=seed,
+                prefill_batch=prefill_batch,
+                **asdict(settings.sampling),
+            )
+            seed += 1
+            yield places, answers
+
+
+def _sampling(arguments: Mapping[str, Any]) -> Sampling:
+    """The way of drawing that `do_sample`, `temperature`, `top_k` and `top_p` describe."""
+    temperature = arguments.get("temperature")
+    if arguments.get("do_sample") is None:
+        drawn = bool(temperature)
+    else:
+        drawn = arguments["do_sample"] and temperature != 0
+    if not drawn:
+        return GREEDY
+    top_p = arguments.get("top_p")
+    return Sampling(
+        temperature=1.0 if temperature is None else float(temperature),
+        top_k=arguments.get("top_k") or None,  # 0 is Hugging Face's word for all tokens
+        top_p=1.0 if top_p is None else float(top_p),
+    )
