@@ -1,6 +1,6 @@
 """What the documents say of the shipped model: made of the files of its training and of its runs.
 
-`python -m benchmarks.readme` puts these parts into README.md and docs/demo-model.md.
+`python -m benchmarks.report` puts these parts into README.md and docs/demo-model.md.
 """
 
 import json

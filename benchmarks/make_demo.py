@@ -3,7 +3,7 @@
 RUN is a folder that `python -m benchmarks.accuracy.train` has written. Its model goes into the
 package, with twelve pictures of the tasks, and its recipe and log go to benchmarks/results.
 The pictures follow from the tasks' names alone: none is chosen by what the model answers.
-`python -m benchmarks.readme --demo` then brings the documents up to date.
+`python -m benchmarks.report --demo` then brings the documents up to date.
 """
 
 import hashlib
@@ -178,7 +178,7 @@ def main(
     package = demo.CHECKPOINT.parent
     with bad_input():
         make_demo(run, tasks.split(","), package=package, results=RESULTS, force=force)
-    typer.echo("now run: python -m benchmarks.readme --demo", err=True)
+    typer.echo("now run: python -m benchmarks.report --demo", err=True)
 
 
 if __name__ == "__main__":

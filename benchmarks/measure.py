@@ -180,7 +180,7 @@ def compare(
                 jax.block_until_ready(program())
             once = _sample(program, 1)
         except Exception as error:  # whatever the compiler and the driver may raise
-            found[name] = error
+            found[name] = error.with_traceback(None)  # which would keep what was allocated
             continue
         launches[name] = compile_s, max(1, min(100, math.ceil(effort.sample_s / once)))
     samples: dict[str, list[float]] = {name: [] for name in launches}

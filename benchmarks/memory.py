@@ -65,11 +65,20 @@ class Program:
     backend: str | None = None
 
 
-ALL = tuple(
-    Program(model=model, context=context, batch=batch, stage=stage)
-    for stage, context, batches in (("decode", 2048, (1, 64)), ("generate", 3072, (1,)))
-    for model in ("llava-1.5-7b", "llava-v1.6-mistral-7b", "llava-v1.6-34b")
-    for batch in batches
+ALL = (
+    *(
+        Program(model=model, context=context, batch=batch, stage=stage)
+        for stage, context, batches in (("decode", 2048, (1, 64)), ("generate", 3072, (1,)))
+        for model in ("llava-1.5-7b", "llava-v1.6-mistral-7b", "llava-v1.6-34b")
+        for batch in batches
+    ),
+    Program(model="llava-1.5-7b", batch=64, budget=1.0),
+    *(
+        Program(model=model, context=8192, batch=batch, budget=budget)
+        for model, batch in (("llava-v1.6-mistral-7b", 64), ("llava-v1.6-34b", 32))
+        for budget in (1.0, 0.1)
+    ),
+    Program(context=32768, stage="generate"),
 )
 """The rows of the committed table."""
 

@@ -12,7 +12,7 @@ import vlcache_jax
 from benchmarks.accuracy.packing import render
 from benchmarks.demo_model import MODEL
 from benchmarks.make_demo import COUNT, MOST_BYTES, draw, fingerprint
-from benchmarks.readme import RESULTS
+from benchmarks.report import RESULTS
 from vlcache_jax import demo
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def test_nothing_of_it_is_ignored():
 
 def test_the_results_are_of_this_checkpoint():
     measured = json.loads((RESULTS / "cpu" / "demo.json").read_text(encoding="utf-8"))
-    assert measured["sha256"] == fingerprint(demo.CHECKPOINT), "run benchmarks.readme --demo"
+    assert measured["sha256"] == fingerprint(demo.CHECKPOINT), "run benchmarks.report --demo"
     for row, picture in zip(measured["pictures"], demo.pictures(), strict=True):
         assert (row["name"], row["right_answer"]) == (picture.name, picture.answer)
     if MODEL.exists():

@@ -7,7 +7,7 @@ import pytest
 
 import vlcache_jax
 from benchmarks import demo_model
-from benchmarks.readme import DOCUMENTS, fill
+from benchmarks.report import DOCUMENTS, fill
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -16,12 +16,12 @@ README = ROOT / "README.md"
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_generated_parts_are_up_to_date(document):
     text = document.read_text(encoding="utf-8")
-    assert fill(document) == text, "run `python -m benchmarks.readme`"
+    assert fill(document) == text, "run `python -m benchmarks.report`"
 
 
 def test_the_plot_of_the_training_is_up_to_date():
     source = demo_model.plot_source()
-    assert demo_model.PLOT.exists() == (source is not None), "run `python -m benchmarks.readme`"
+    assert demo_model.PLOT.exists() == (source is not None), "run `python -m benchmarks.report`"
     if source:
         assert source in demo_model.PLOT.read_text(encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """What docs/accuracy.md says: every number of it comes from a result file.
 
-`python -m benchmarks.readme` puts these parts into the document and draws the plot. A further
+`python -m benchmarks.report` puts these parts into the document and draws the plot. A further
 experiment is a further entry of `SECTIONS`: a name, the file of its result, and a function that
 makes the text of it. What was not measured says so.
 """

@@ -6,10 +6,13 @@ The cases, programs and rows are those of `benchmarks.speed`, `benchmarks.throug
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
+from benchmarks import throughput as largest
 from benchmarks.device import memory_limit
 from benchmarks.gpu_suite import ceilings
 from benchmarks.gpu_suite.stages import Context
@@ -17,9 +20,10 @@ from benchmarks.peers.compare import Plan as Peers
 from benchmarks.peers.compare import compare
 from benchmarks.roofline import Device
 from benchmarks.speed import presets
-from benchmarks.speed.__main__ import Plan, measure_all
 from benchmarks.speed.cases import FULL, Case
 from benchmarks.speed.presets import PAPER_MODEL, TENTH
+from benchmarks.speed.run import Plan, measure_all
+from vlcache_jax.models.llava import init_params
 
 DRY_SCALE = 16
 """What a dry run divides the paper's contexts by; it runs one of its rows."""
@@ -77,6 +81,23 @@ def profile(context: Context) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = _measure(context, cases, (), _limit(context), Path(folder))
     return {**result, "headline": f"{len(result['profiles'])} programs traced"}
+
+
+def throughput(context: Context) -> dict[str, Any]:
+    """The stage: as many sequences as fit, prefilled a few at a time, then decoded together."""
+    limit = _limit(context)
+    case = _case(context, *((128, 1) if context.dry else (8192, 2)))
+    memory = 2**25 if context.dry else int(limit.memory)
+    load = largest.Load(replace(case, new_tokens=4 if context.dry else 33), memory)
+    params, rows = init_params(case.config, dtype=jnp.dtype(case.dtype)), []
+    for variant in (FULL, TENTH):
+        rows.append(largest.run(load, variant, params, limit))
+        context.save(rows=rows)
+        context.progress(len(rows), 2)
+    largest.compare(rows)
+    ratio = rows[-1].get("tokens_per_s_over_full")
+    headline = "nothing to compare" if ratio is None else f"{ratio:.2f}x the tokens per second"
+    return {"limit": asdict(limit), "rows": rows, "headline": headline}
 
 
 def peers(context: Context) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import pytest
 from typer.testing import CliRunner
 
 import vlcache_jax
-from benchmarks import readme
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import report, tasks
 from benchmarks.accuracy.budgets import EXTRA, Plan
@@ -16,6 +15,7 @@ from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
 from benchmarks.accuracy.network import config_json, export, make_files
 from benchmarks.accuracy.scoring import agreement, summarise, variant_of
 from benchmarks.documents import NOT_MEASURED, ROOT, source_of
+from benchmarks.report import DOCUMENTS
 from vlcache_jax import programs
 from vlcache_jax.cache.methods import METHODS
 from vlcache_jax.config import LlavaConfig
@@ -263,13 +263,13 @@ def test_the_plot_is_of_its_file(model, pretended, tmp_path):
 
 def test_the_committed_plot_is_up_to_date():
     source = source_of(report.BUDGETS)
-    assert report.PLOT.exists() == (source is not None), "run `python -m benchmarks.readme`"
+    assert report.PLOT.exists() == (source is not None), "run `python -m benchmarks.report`"
     if source:
         assert source in report.PLOT.read_text(encoding="utf-8")
 
 
 def test_the_document_has_every_part():
-    names = {part.name for part in readme.DOCUMENTS[ROOT / "docs" / "accuracy.md"]}
+    names = {part.name for part in DOCUMENTS[ROOT / "docs" / "accuracy.md"]}
     assert names >= {section.name for section in report.SECTIONS}
 
 

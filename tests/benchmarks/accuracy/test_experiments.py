@@ -359,7 +359,7 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
 def test_the_plots_are_up_to_date(name):
     source = source_of(sections.result_file(name))
     plot = sections.plot_file(name)
-    assert plot.exists() == (source is not None), "run `python -m benchmarks.readme`"
+    assert plot.exists() == (source is not None), "run `python -m benchmarks.report`"
     if source:
         assert source in plot.read_text(encoding="utf-8")
 

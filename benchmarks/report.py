@@ -1,4 +1,4 @@
-"""Fill the documents' generated parts from committed files: `python -m benchmarks.readme`.
+"""Fill the documents' generated parts from committed files: `python -m benchmarks.report`.
 
 `--demo` runs the shipped demo anew first. A part stands between two comments that name it.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from benchmarks import demo_model
+from benchmarks import demo_model, speed_plots, speed_sections
 from benchmarks.accuracy import parity, report
 from benchmarks.accuracy.experiments import sections
 from benchmarks.documents import ROOT, table
@@ -40,32 +40,6 @@ def conversion_part(result: dict[str, Any]) -> str:
     )
 
 
-def programs_part(result: dict[str, Any]) -> str:
-    """Whole programs compiled for a GPU that is not there."""
-    head = [
-        "model", "program", "prompt x batch", "cache, of full", "temporaries",
-        "cache copies in the loop", "launches per layer", "one command buffer", "compile",
-    ]  # fmt: skip
-    rows = []
-    for row in result["rows"]:
-        share = row["cache_bytes"] / row["full_cache_bytes"]
-        rows.append(
-            [
-                row["model"],
-                row["stage"],
-                f"{row['context']} x {row['batch']}",
-                f"{row['cache_bytes'] / 2**20:,.0f} MiB, {share:.1%}",
-                f"{row['temp_bytes'] / 2**20:,.1f} MiB",
-                str(row["cache_copies_in_loop"]),
-                f"{row['launches_per_layer']:g}",
-                "yes" if row["one_command_buffer"] else "no",
-                f"{row['compile_s']:.0f} s",
-            ]
-        )
-    versions = result["versions"]
-    return f"VL-Cache at 10 %, bfloat16, jax {versions['jax']}:\n\n{table(head, rows)}"
-
-
 class Part(NamedTuple):
     """A generated part of a document.
 
@@ -87,6 +61,7 @@ _DEMO = RESULTS / "cpu" / "demo.json"
 DOCUMENTS: dict[Path, tuple[Part, ...]] = {
     ROOT / "README.md": (
         Part("demo", demo_model.demo_part, (_DEMO, demo_model.MODEL)),
+        Part("speed", speed_sections.summary_part, speed_sections.SUMMARY, needed=0),
         Part("conversion", conversion_part, (RESULTS / "cpu" / "conversion.json",)),
     ),
     ROOT / "docs" / "demo-model.md": (
@@ -102,8 +77,8 @@ DOCUMENTS: dict[Path, tuple[Part, ...]] = {
         Part(name, make, (file,), needed=0)
         for name, file, make in (*report.SECTIONS, parity.SECTION, *sections.SECTIONS)
     ),
-    ROOT / "docs" / "kernels.md": (
-        Part("programs", programs_part, (RESULTS / "offline" / "programs-h200.json",)),
+    ROOT / "docs" / "benchmarks.md": tuple(
+        Part(name, make, files, needed=0) for name, (make, files) in speed_sections.PARTS.items()
     ),
 }
 """The generated parts of each document."""
@@ -150,6 +125,7 @@ def main(
     demo_model.write_plot()
     report.write_plot()
     sections.write_plots()
+    speed_plots.write_plots()
 
 
 if __name__ == "__main__":

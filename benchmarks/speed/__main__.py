@@ -1,0 +1,225 @@
+"""The command: see the package."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+from rich.console import Console
+
+from benchmarks import device as devices
+from benchmarks import measure
+from benchmarks.command import bad_input, check_out, counting_bar
+from benchmarks.environment import environment, write_result
+from benchmarks.roofline import DEVICES, Device
+from benchmarks.speed import display, limit, presets
+from benchmarks.speed.cases import FULL, LAYERS, Case, Variant, models
+from benchmarks.speed.run import STAGES, Plan, measure_all
+from pallas_kernels.backends import check_backend
+from vlcache_jax.cache.methods import METHODS, make_method
+
+PRESETS = ("paper", "cpu")
+
+CPU_EFFORT = measure.Effort(warm_ups=2, repeats=7)
+"""Of the CPU's preset, whose samples are seconds long."""
+
+
+def _variants(
+    methods: Sequence[str], budgets: Sequence[str], backends: Sequence[str]
+) -> tuple[Variant, ...]:
+    """The full cache and every method at every budget, with every backend."""
+    caches = [make_method(name, budget) for name in methods if name != "full" for budget in budgets]
+    for backend in backends:
+        check_backend(backend)
+    return tuple(
+        Variant(cache, backend) for backend in backends or [None] for cache in (FULL.cache, *caches)
+    )
+
+
+def _known(kind: str, names: Sequence[str], known: Any) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
+
+
+def main(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="demo (the default), small-mha, small-gqa, llava-...; several times."),
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=64, help="Tokens of a prompt; 1024 by default; several times."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences, 1 by default; several times.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(METHODS)}; vl-cache by default; several times."),
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="As 0.1 or 256tok; 0.1 by default; several times.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="triton, cudnn or xla, the best by default; several times."),
+    ] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(STAGES)}; all by default; several times."),
+    ] = None,
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="How a budget is divided where no prompt is run: paper (the method's rule, of the "
+            "sparsities that VL-Cache reports) or uniform."
+        ),
+    ] = "paper",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 by default on a GPU, elsewhere float32.")
+    ] = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="Run the vision tower on an image of each prompt.")
+    ] = False,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Of a whole answer.")] = 100,
+    repeats: Annotated[int, typer.Option(min=2, help="Samples of each timing.")] = 20,
+    ceiling: Annotated[
+        str, typer.Option(help=f"The limit: measured in this run, or of {', '.join(DEVICES)}.")
+    ] = "measured",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="paper: VL-Cache's five rows at 7B, of which --context and --batch choose; "
+            "cpu: batch 8 at 8k, the bar of a CPU."
+        ),
+    ] = None,
+    scale: Annotated[
+        int, typer.Option(min=1, help="Of the paper's rows: contexts divided by it, demo model.")
+    ] = 1,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Also trace prefill and decode into this folder, and sum it up."),
+    ] = None,
+    dump_hlo: Annotated[
+        Path | None, typer.Option(help="Also write every optimised program into this folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Time prefill, what a method adds to it, a decode step, and a whole answer, beside the limit.
+
+    Weights are random. The full cache is always timed too, in turns with the others.
+
+    Example, all stages of the shipped model's shape: python -m benchmarks.speed
+
+    A sweep of decode steps: python -m benchmarks.speed --model small-gqa --batch 8 --stage decode
+    --budget 0.1 --budget 0.5
+
+    Where the time goes: python -m benchmarks.speed --images --profile traces
+
+    On a GPU: python -m benchmarks.speed --preset paper --ceiling h200 --out paper.json
+
+    On a CPU: python -m benchmarks.speed --preset cpu
+    """
+    check_out(out, force=force)
+    with bad_input():
+        gpu = jax.default_backend() == "gpu"
+        kind = dtype or ("bfloat16" if gpu else "float32")
+        _known("dtype", [kind], ("bfloat16", "float16", "float32"))
+        _known("stage", stage or [], STAGES)
+        _known("model", model or [], models())
+        _known("layers", [layers], LAYERS)
+        _known("ceiling", [ceiling], ("measured", *DEVICES))
+        _known("preset", [preset] if preset else [], PRESETS)
+        if preset is not None and (model or method or budget or images):
+            raise ValueError(
+                f"preset {preset} has its own model, method and budget: leave them out"
+            )
+        if scale > 1 and preset != "paper":
+            raise ValueError("--scale is for --preset paper")
+        variants = _variants(method or ["vl-cache"], budget or ["0.1"], backend or [])
+        stages = tuple(stage or STAGES)
+        effort = measure.Effort(repeats=repeats)
+        if preset == "cpu":
+            cases, stages, effort = {0: presets.cpu_case(kind)}, ("decode",), CPU_EFFORT
+        elif preset == "paper":
+            if not gpu and scale == 1:
+                raise ValueError(
+                    "the paper's rows are of a 7B model and need a GPU; --scale 16 runs the same "
+                    "rows of the small demo model, with a 16th of the tokens"
+                )
+            cases = presets.paper_cases(kind, scale, context or [], batch or [])
+            stages = tuple(stage or ("prefill", "decode", "end-to-end"))
+        else:
+            size = Case("demo", 1024, 1, kind, images, layers, new_tokens)
+            sizes = [
+                (m, c, b)
+                for m in model or ["demo"]
+                for c in context or [1024]
+                for b in batch or [1]
+            ]
+            cases = {
+                index: replace(size, model=m, context=c, batch=b)
+                for index, (m, c, b) in enumerate(sizes)
+            }
+    plan = Plan(cases, variants, stages, effort)
+    errors = Console(stderr=True)
+    with counting_bar(errors, transient=True) as bar:
+        steps = len(cases) * (len(stages) + (profile is not None) + (dump_hlo is not None))
+        task = bar.add_task("measuring", total=steps + 1)
+        found, ceilings = limit.measured(kind, measure.BRIEF)
+        bar.advance(task)
+        chosen = found if ceiling == "measured" else DEVICES[ceiling]
+        head = {
+            **environment(),
+            **devices.describe(need_gpu=False),
+            "limit": asdict(chosen),
+            "ceilings": ceilings,
+            "preset": preset,
+            "scale": scale,
+        }
+
+        def whole(result: dict[str, Any]) -> dict[str, Any]:
+            return {**head, **result, **_yardsticks(preset, plan, result["rows"], chosen)}
+
+        def save(result: dict[str, Any]) -> None:
+            if out is not None:
+                write_result(out, whole(result))
+
+        result = whole(
+            measure_all(
+                plan, chosen, trace=profile, hlo=dump_hlo, save=save,
+                step=lambda: bar.advance(task),
+            )
+        )  # fmt: skip
+    if profile is not None:
+        write_result(profile / "summary.json", {**head, "rows": result["profiles"]})
+    if as_json:
+        print(json.dumps(result))
+    else:
+        display.show(result, Console(width=max(130, errors.width)))
+
+
+def _yardsticks(
+    preset: str | None, plan: Plan, rows: list[dict[str, Any]], device: Device
+) -> dict[str, Any]:
+    """What a preset's rows are compared with, as far as they are measured."""
+    if preset == "cpu":
+        return {"cpu": presets.cpu_summary(plan.cases[0], rows)}
+    if preset != "paper":
+        return {}
+    ratios = []
+    for key, case in plan.cases.items():
+        own = [r for r in rows if (r["context"], r["batch"]) == (case.context, case.batch)]
+        if own:
+            ratios += presets.paper_ratios(key, case, own, device)
+    return {"paper": ratios}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,198 @@
+"""What is timed: a model at one size, and the ways to keep its cache."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.models import MODELS
+from vlcache_jax import demo
+from vlcache_jax.anyres import max_tiles
+from vlcache_jax.cache.allocate import Allocation, Uniform, allocate
+from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.methods import CacheMethod, FullCache
+from vlcache_jax.config import LlavaConfig, TextConfig, VisionConfig
+from vlcache_jax.generate import Generate
+from vlcache_jax.processing import ModelInputs
+
+WINDOW = 50
+"""Text tokens behind the picture of every prompt, as in the paper's table of speeds."""
+
+LAYERS = ("paper", "uniform")
+"""Ways to divide a budget over the layers of a cache of random rows."""
+
+_SMALL = TextConfig(
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+    max_positions=8192,
+)
+_SMALL_TOWER = VisionConfig(
+    hidden_size=128,
+    intermediate_size=512,
+    num_layers=3,
+    num_heads=4,
+    image_size=112,
+    patch_size=14,
+)
+
+
+@cache
+def models() -> Mapping[str, LlavaConfig]:
+    """All shapes by name: the shipped model's, two that a CPU can run, the published ones."""
+    mha = LlavaConfig(family="llava", vision=_SMALL_TOWER, text=_SMALL, vision_layers=2)
+    wide = replace(_SMALL, hidden_size=1024, intermediate_size=2816, num_heads=16)
+    return {
+        "demo": LlavaConfig.from_file(demo.CHECKPOINT / "config.json"),
+        "small-mha": mha,
+        "small-gqa": replace(mha, text=wide),
+        **MODELS,
+    }
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to keep the cache.
+
+    Attributes:
+        cache: the method with its budget.
+        backend: of the kernels, None for the best.
+    """
+
+    cache: CacheMethod
+    backend: str | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether everything is kept."""
+        return self.cache.limit.keeps_all
+
+    def __str__(self) -> str:
+        """For tables and files."""
+        words = self.cache.name if self.full else f"{self.cache.name} {self.cache.limit}"
+        return words if self.backend is None else f"{words} {self.backend}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one size.
+
+    Attributes:
+        model: a name of `models`.
+        context: tokens of each prompt, which is also the bucket.
+        batch: sequences.
+        dtype: of weights and cache.
+        images: each prompt comes with the most tiles that one image becomes; without, visual tokens
+            are ordinary ones that only the method takes for visual, and no tower runs.
+        layers: "paper" (the method's own division, of the sparsity that the paper reports), or
+            "uniform".
+        new_tokens: of a whole answer.
+        chunk: decode steps of one program.
+    """
+
+    model: str
+    context: int
+    batch: int = 1
+    dtype: str = "float32"
+    images: bool = False
+    layers: str = "paper"
+    new_tokens: int = 100
+    chunk: int = 16
+
+    @cached_property
+    def config(self) -> LlavaConfig:
+        """The model, with positions for all tokens."""
+        config = models()[self.model]
+        if not self.synthetic_positions:
+            return config
+        return replace(config, text=replace(config.text, max_positions=self.tokens))
+
+    @property
+    def tokens(self) -> int:
+        """Of a prompt and its answer."""
+        return self.context + self.new_tokens
+
+    @property
+    def synthetic_positions(self) -> bool:
+        """The model was not made for so many positions."""
+        return self.tokens > models()[self.model].text.max_positions
+
+    def generate(self, variant: Variant, new_tokens: int, chunk: int) -> Generate:
+        """The programs of a variant."""
+        return Generate(
+            self.config, variant.cache, new_tokens, chunk=chunk, backend=variant.backend
+        )
+
+    def lengths(self, variant: Variant, seed: int = 0) -> jax.Array:
+        """Rows of each layer in the cache, int32 [B, L]; another seed is another batch of prompts.
+
+        The sizes are data of the decode program: they are the method's, without its scores.
+        """
+        text, cache = self.config.text, variant.cache
+        m = jnp.full((self.batch,), self.context, jnp.int32)
+        if variant.full:
+            return jnp.broadcast_to(m[:, None], (self.batch, text.num_layers))
+        prompt = Prompt(
+            m, jnp.zeros((self.batch, self.context), bool), text.num_layers, cache.limit
+        )
+        allocation = Uniform() if self.layers == "uniform" else cache.rules()[1]
+        sparsity = jnp.asarray(paper_sparsity(self.batch, text.num_layers, seed))
+        return allocate(allocation.sizes(prompt, sparsity), cache.limit, m)
+
+    def inputs(self, seed: int = 0, length: int | None = None) -> ModelInputs:
+        """Random prompts: a picture's tokens, then 50 of text.
+
+        Args:
+            seed: of the tokens.
+            length: of each prompt, the whole context by default; the rest of the bucket is padding.
+        """
+        config, rows = self.config, self.context
+        rng = np.random.default_rng(seed)
+        length = rows if length is None else length
+        lengths = np.full((self.batch,), length, np.int32)
+        visible = np.arange(rows) < lengths[:, None]
+        tokens = np.where(visible, rng.integers(5, config.text.vocab_size, visible.shape), 0)
+        visual = np.arange(rows) < np.maximum(lengths - WINDOW, 0)[:, None]
+        tiles = max_tiles(config) if self.images else 0
+        side, patches = config.vision.image_size, config.vision.num_patches
+        table = np.arange(rows)[None] % max(1, tiles * patches)
+        table = table + np.arange(self.batch)[:, None] * tiles * patches
+        return ModelInputs(
+            tokens=tokens.astype(np.int32),
+            length=lengths,
+            visual_index=np.where(visual, table, -1).astype(np.int32),
+            tiles=rng.standard_normal((self.batch * tiles, 3, side, side), np.float32),
+        )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _divided(
+    allocation: Allocation, budget: Budget, context: int, sparsity: jax.Array
+) -> jax.Array:
+    """A budget's rows of each layer, int32 [B, L]."""
+    batch, layers = sparsity.shape
+    m = jnp.full((batch,), context, jnp.int32)
+    prompt = Prompt(m, jnp.zeros((batch, context), bool), layers, budget)
+    return allocate(allocation.sizes(prompt, sparsity), budget, m)
+
+
+def paper_sparsity(batch: int, layers: int, seed: int = 0) -> np.ndarray:
+    """Layer sparsities such as VL-Cache reports (sections 3 and 5), float32 [B, L].
+
+    The paper says that they are from 70 to 99 % and that the first two layers are densest. A choice
+    of this benchmark: 70 and 75 %, then evenly from 85 to 99 %, and each prompt's densities up to a
+    tenth above or below.
+    """
+    sparsity = np.concatenate([[0.70, 0.75], np.linspace(0.85, 0.99, max(layers - 2, 1))])[:layers]
+    spread = np.random.default_rng(seed).uniform(0.9, 1.1, (batch, layers))
+    return np.clip(1 - (1 - sparsity) * spread, 0.70, 0.99).astype(np.float32)
+
+
+FULL = Variant(FullCache())

@@ -1,0 +1,179 @@
+"""A decode step: one token of every sequence, from a cache of random rows of the right lengths."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from benchmarks import measure
+from benchmarks.roofline import Device, Stage, decode_step
+from benchmarks.speed.cases import Case, Variant
+from benchmarks.speed.limit import in_type
+from benchmarks.speed.rows import beside_full, row_of
+from vlcache_jax.cache.state import Pool, empty_tail
+from vlcache_jax.generate import DecodeState
+from vlcache_jax.models.llava import Params
+
+CHUNKS = (1, 3)
+"""Programs in a row that are timed; a step is the difference of the two, divided by its steps."""
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def random_rows(key: jax.Array, shape: tuple[int, int, int, int], dtype: str) -> jax.Array:
+    """Numbers of mean 0 and variance 1, [B, K, rows, H].
+
+    Head after head into one buffer: a cache may be all that the memory holds.
+    """
+    batch, heads, *each = shape
+
+    def draw(index: jax.Array, rows: jax.Array) -> jax.Array:
+        bound = math.sqrt(3)
+        new = jax.random.uniform(
+            jax.random.fold_in(key, index), (1, 1, *each), dtype, minval=-bound, maxval=bound
+        )
+        return lax.dynamic_update_slice(rows, new, (index // heads, index % heads, 0, 0))
+
+    return lax.fori_loop(0, batch * heads, draw, jnp.zeros(shape, dtype))
+
+
+class Decoding:
+    """A cache of random rows, and the program that decodes from it."""
+
+    def __init__(self, case: Case, variant: Variant, params: Params):
+        steps = CHUNKS[-1] * case.chunk
+        self.case, self.variant, self.params = case, variant, params
+        self.generate = case.generate(variant, steps + 1, case.chunk)
+        self.program = jax.jit(self.generate.decode_chunk, donate_argnums=2)
+        text = case.config.text
+        capacity = variant.cache.capacity(text.num_layers, case.context)
+        shape = (case.batch, text.num_kv_heads, capacity, text.head_dim)
+        k, v = (random_rows(jax.random.key(seed), shape, case.dtype) for seed in (1, 2))
+        self.pool = Pool(k, v, **self._division(seed=0))
+        self._tail = empty_tail(text, case.batch, self.generate.tail_rows, jnp.dtype(case.dtype))
+
+    def _division(self, seed: int) -> dict[str, jax.Array]:
+        """Where each layer's rows lie, and how many there are."""
+        lengths = self.case.lengths(self.variant, seed)
+        offset = jnp.cumsum(lengths, axis=1, dtype=jnp.int32) - lengths
+        return {"offset": offset, "length": lengths, "visual": jnp.zeros(lengths.shape)}
+
+    @property
+    def kept_share(self) -> float:
+        """Rows in the cache, as a share of all."""
+        return float(self.pool.length.mean()) / self.case.context
+
+    @property
+    def work(self) -> Stage:
+        """What one of the steps that are timed must do at least."""
+        first, last = (count * self.case.chunk for count in CHUNKS)
+        tail = round((first + last + 1) / 2)  # rows on average, the token's own among them
+        case = self.case
+        step = decode_step(case.config, case.context, case.batch, self.kept_share, tail=tail)
+        return in_type(step, case.dtype)
+
+    def start(self) -> DecodeState:
+        """The state behind a prompt. It takes the tail with it, until `run` gives it back."""
+        token, position, count, done, fill, key = _beginning(self.case.batch, self.case.context)
+        return DecodeState(replace(self._tail, fill=fill), token, position, count, done, key)
+
+    def run(self, chunks: int, pool: Pool | None = None) -> jax.Array:
+        """Decode `chunks` programs' steps, and do not wait: the last tokens, int32 [B, steps]."""
+        state, tokens = self.start(), None
+        for _ in range(chunks):
+            state, tokens = self.program(self.params, pool or self.pool, state)
+        self._tail = state.tail
+        assert tokens is not None  # there is at least one chunk
+        return tokens
+
+    def run_once(self, program: Any) -> jax.Array:
+        """One chunk of `program`, which is this one, compiled."""
+        state, tokens = program(self.params, self.pool, self.start())
+        self._tail = state.tail
+        return tokens
+
+    def programs(self) -> int:
+        """How many programs serve the caches of three batches of prompts."""
+        pools = [replace(self.pool, **self._division(seed)) for seed in (1, 2)]
+        jax.block_until_ready(self.run(1))
+        with measure.compilations() as seen:
+            for pool in pools:
+                jax.block_until_ready(self.run(1, pool))
+        return 1 + len(seen)
+
+    def check(self) -> None:
+        """Raise where the steps did not write what they should.
+
+        Raises:
+            ArithmeticError: a value of the last layer or the logits are not finite, or a row was
+                not written.
+        """
+        tokens = self.run(CHUNKS[-1])
+        rows = jnp.stack([self._tail.k[-1], self._tail.v[-1]])
+        if not bool(jnp.isfinite(rows).all() & (rows != 0).any(-1).all()):
+            raise ArithmeticError("the decoded tokens' keys and values are not finite, or missing")
+        if not bool(tokens.any()):  # the first of all NaN
+            raise ArithmeticError("every token is 0: the logits are not finite")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _beginning(batch: int, context: int) -> tuple[jax.Array, ...]:
+    """Token, position, count, done, fill and key of a state: new arrays, to be donated."""
+    position = jnp.full((batch,), context, jnp.int32)
+    token = 5 + jnp.arange(batch, dtype=jnp.int32) % 50
+    one, zero = jnp.ones((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
+    return token, position, one, jnp.zeros((batch,), bool), zero, jax.random.key(0)
+
+
+def decode_rows(
+    case: Case, variants: Sequence[Variant], params: Params, limit: Device, effort: measure.Effort
+) -> list[dict[str, Any]]:
+    """A decode step of every variant, all in turns: a row each."""
+    made: dict[Variant, Decoding | Exception] = {}
+    programs: dict[str, Callable[[], Any]] = {}
+    for variant in variants:
+        try:
+            made[variant] = decoding = Decoding(case, variant, params)
+            jax.block_until_ready(decoding.pool)
+        except Exception as error:  # mostly: it does not fit into the memory
+            made[variant] = error.with_traceback(None)  # which would keep what was allocated
+            continue
+        for chunks in CHUNKS:
+            programs[f"{variant}, {chunks}"] = functools.partial(decoding.run, chunks)
+    found = measure.compare(programs, calls=1, effort=effort)
+    rows = [_row(case, variant, decoding, found, limit) for variant, decoding in made.items()]
+    beside_full(rows)
+    return rows
+
+
+def _row(
+    case: Case,
+    variant: Variant,
+    decoding: Decoding | Exception,
+    found: dict[str, measure.Timing | Exception],
+    limit: Device,
+) -> dict[str, Any]:
+    failed, nothing = decoding, Stage({})
+    if isinstance(decoding, Decoding):
+        short, long = (found[f"{variant}, {chunks}"] for chunks in CHUNKS)
+        failed = next((x for x in (short, long) if isinstance(x, Exception)), None)
+        try:
+            if isinstance(short, measure.Timing) and isinstance(long, measure.Timing):
+                decoding.check()
+                steps = (CHUNKS[1] - CHUNKS[0]) * case.chunk
+                step = measure.difference(long, short, steps)
+                return row_of(
+                    "decode", case, variant, step, decoding.work, limit,
+                    kept_share=decoding.kept_share,
+                    programs=decoding.programs(),
+                    program_samples={"steps": [n * case.chunk for n in CHUNKS],
+                                     "seconds": [short.samples, long.samples]},
+                )  # fmt: skip
+        except Exception as error:  # the check's, or the memory's
+            failed = error
+    assert isinstance(failed, Exception)
+    return row_of("decode", case, variant, failed, nothing, limit)

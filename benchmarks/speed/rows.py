@@ -1,0 +1,75 @@
+"""The rows of a result: what was timed, beside its floor and beside the full cache."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.measure import L2_BYTES, Timing
+from benchmarks.roofline import Device, Stage
+from benchmarks.speed.cases import Case, Variant
+
+
+def described(case: Case, variant: Variant) -> dict[str, Any]:
+    """What a row is about."""
+    return {
+        "model": case.model,
+        "context": case.context,
+        "batch": case.batch,
+        "method": variant.cache.name,
+        "budget": str(variant.cache.limit),
+        "backend": variant.backend,
+        "dtype": case.dtype,
+        "images": case.images,
+        "layers": case.layers,
+        "synthetic_positions": case.synthetic_positions,
+    }
+
+
+def row_of(
+    stage: str,
+    case: Case,
+    variant: Variant,
+    found: Timing | Exception,
+    work: Stage,
+    limit: Device,
+    **more: Any,
+) -> dict[str, Any]:
+    """One row.
+
+    Args:
+        stage: its name.
+        case: the model and its size.
+        variant: how the cache is kept.
+        found: what was measured, or why there is nothing.
+        work: what the stage must do at least.
+        limit: the device.
+        more: fields of this stage alone; left out where nothing was measured.
+    """
+    row = {"stage": stage, **described(case, variant)}
+    if isinstance(found, Exception):
+        return {**row, "exception": f"{type(found).__name__}: {found}"[:2000]}
+    floor = work.floor(limit)
+    # What a cache of the processor may hold does not come from memory: it has no such limit.
+    cached = work.bytes < 2 * L2_BYTES and work.bytes / limit.bandwidth > floor / 2
+    limits = {
+        "bytes": round(work.bytes),
+        "operations": round(work.operations),
+        "floor_s": floor,
+        "share": floor / found.seconds if found.seconds > 0 and not cached else None,
+    }
+    return {**row, **more, **limits, **found.record()}
+
+
+def beside_full(rows: Sequence[dict[str, Any]]) -> None:
+    """Give the rows of one stage their speed-up over the full cache, and the one of the floors.
+
+    Args:
+        rows: of one case, in any order; each is compared with the full cache of its backend.
+    """
+    full = {row["backend"]: row for row in rows if row["method"] == "full"}
+    for row in rows:
+        other = full.get(row["backend"])
+        if other is None or other is row or "seconds" not in row or "seconds" not in other:
+            continue
+        row["speedup"] = other["seconds"] / row["seconds"]
+        row["ideal_speedup"] = other["floor_s"] / row["floor_s"]
+        row["share_of_ideal"] = row["speedup"] / row["ideal_speedup"]
