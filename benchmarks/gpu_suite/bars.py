@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.speed.presets import PAPER_MODEL
+
 H200_COPY = 4.3e12
 """Bytes per second that an H200 copied when the bar was set, read and written together."""
 
@@ -145,7 +147,7 @@ def _steps(results: Results) -> list[dict[str, Any]]:
     """Decode steps of the 7B model that were measured."""
     stages = ("model_decode", "paper_decode")
     rows = [row for stage in stages for row in results.get(stage, {}).get("rows", [])]
-    return [row for row in rows if row.get("share")]
+    return [row for row in rows if row.get("share") and row["model"] == PAPER_MODEL]
 
 
 def _size(row: dict[str, Any]) -> str:

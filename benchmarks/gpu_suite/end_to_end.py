@@ -103,7 +103,7 @@ def throughput(context: Context) -> dict[str, Any]:
 def peers(context: Context) -> dict[str, Any]:
     """The stage: Hugging Face transformers and ours in turns, each in a process of its own."""
     plan = (
-        Peers(context=128, new_tokens=3, repeats=2, static=False)
+        Peers(context=256, new_tokens=3, repeats=2, static=False)
         if context.dry
         else Peers(PAPER_MODEL, 8192, 4, "bfloat16", static=False, repeats=10)
     )
