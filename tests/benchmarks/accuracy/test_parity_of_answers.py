@@ -59,7 +59,7 @@ def test_bad_input_is_refused_before_work_starts(tmp_path):
     for arguments, said in (
         (("--out", file), "exists"),
         (("--tasks", "poetry"), "no task 'poetry'"),
-        (("--model", tmp_path / "none"), "none"),
+        (("--model", tmp_path / "none"), "directory"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2
