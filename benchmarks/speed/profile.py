@@ -4,6 +4,7 @@ An event of the trace names the instruction that ran; the compiled program's tex
 instruction in which scope it was traced. Only JAX is needed to read either.
 """
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -183,7 +184,10 @@ def profile(program: Program, folder: Path) -> dict[str, Any]:
         for _ in range(CALLS):
             jax.block_until_ready(program.call(compiled))
     (written,) = set(folder.glob("**/*.xplane.pb")) - before
-    events = events_of(ProfileData.from_file(str(written)), code.module)
+    with warnings.catch_warnings():
+        # Of jaxlib's types, made at their first use; as an error it would abort the process.
+        warnings.filterwarnings("ignore", "builtin type .* has no __module__", DeprecationWarning)
+        events = events_of(ProfileData.from_file(str(written)), code.module)
     if not events:
         raise RuntimeError(f"the trace {written} has no event of {code.module}")
     return {"trace": str(written), **summarize(events, code, CALLS)}
