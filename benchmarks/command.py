@@ -1,6 +1,6 @@
 """What the benchmarks' commands share: how they take input, and how they show how far they are."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,17 @@ def bad_input() -> Iterator[None]:
         yield
     except (ValueError, OSError, NotImplementedError) as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def check_known(kind: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse what is not among the names that there are.
+
+    Raises:
+        ValueError: the message has all of them.
+    """
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
 
 
 def counting_bar(console: Console, *, transient: bool = False) -> Progress:

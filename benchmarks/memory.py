@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies
-from benchmarks.command import check_out
+from benchmarks.command import bad_input, check_known, check_out
 from benchmarks.environment import environment, write_result
 from benchmarks.models import MODELS, abstract_inputs
 from vlcache_jax.cache.methods import FullCache, VLCache
@@ -281,8 +281,8 @@ def show(rows: list[dict[str, Any]]) -> Table:
 
 def _one_of(names: Any, option: str) -> Any:
     def check(value: str) -> str:
-        if value not in names:
-            raise typer.BadParameter(f"{option} {value!r} is not one of {', '.join(names)}")
+        with bad_input():
+            check_known(option, [value], names)
         return value
 
     return check

@@ -20,6 +20,19 @@ _TOWER = VisionConfig(
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _VICUNA_7B = TextConfig(vocab_size=32064, rms_norm_eps=1e-5, max_positions=4096)
 
+WINDOW = 50
+"""Text tokens behind the picture of a prompt, as in VL-Cache's table of speeds."""
+
+SMALL_TOWER = VisionConfig(
+    hidden_size=128,
+    intermediate_size=512,
+    num_layers=3,
+    num_heads=4,
+    image_size=112,
+    patch_size=14,
+)
+"""A vision tower that a CPU can run; all layers but the last are used."""
+
 MODELS: Mapping[str, LlavaConfig] = {
     "llava-1.5-7b": LlavaConfig(family="llava", vision=_TOWER, text=_VICUNA_7B),
     "llava-v1.6-vicuna-7b": LlavaConfig(

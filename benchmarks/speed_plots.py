@@ -1,13 +1,14 @@
 """The figures of docs/benchmarks.md, drawn from result files."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.documents import ROOT, write_figure
 from benchmarks.models import MODELS
 from benchmarks.roofline import decode_step
+from benchmarks.speed.rows import cache_of
 from benchmarks.speed_sections import (
     DECODE_GPU,
     DEVICE,
@@ -17,10 +18,10 @@ from benchmarks.speed_sections import (
     SHOWN,
     THROUGHPUT_CPU,
     Result,
-    cache_of,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DECODE_PLOT = ROOT / "docs" / "decode.svg"
@@ -72,7 +73,6 @@ def _draw_bytes() -> "Figure":
     from matplotlib.figure import Figure
 
     rows = _read(PROGRAMS)["rows"]
-
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     shown = [row for row in rows if row["stage"] == "decode" and row["batch"] > 1]
@@ -87,15 +87,19 @@ def _draw_bytes() -> "Figure":
         "tail of new tokens": lambda r: r["tail_bytes"],
         "temporaries": lambda r: r["temp_bytes"],
     }
-    left = [0.0] * len(shown)
-    for part, of in parts.items():
-        widths = [of(row) / 2**30 for row in shown]
-        axes.barh(names, widths, left=left, label=part)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
+    _stack(axes, names, {part: [of(row) / 2**30 for row in shown] for part, of in parts.items()})
     axes.tick_params(labelsize="x-small")
     axes.set(xlabel="GiB")
     axes.legend(fontsize="small")
     return figure
+
+
+def _stack(axes: "Axes", names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
+    """Bars of several parts, one behind the other."""
+    left = [0.0] * len(names)
+    for part, widths in parts.items():
+        axes.barh(names, widths, left=left, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
 
 
 def _draw_profile() -> "Figure":
@@ -106,11 +110,8 @@ def _draw_profile() -> "Figure":
     names = [f"{row['stage']}, {cache_of(row)}" for row in traced]
     shares = [{scope["scope"]: scope["share"] for scope in row["scopes"]} for row in traced]
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes, left = figure.subplots(), [0.0] * len(traced)
-    for scope in dict.fromkeys(name for row in shares for name in row):
-        widths = [row.get(scope, 0.0) for row in shares]
-        axes.barh(names, widths, left=left, label=scope)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes, scopes = figure.subplots(), dict.fromkeys(name for row in shares for name in row)
+    _stack(axes, names, {scope: [row.get(scope, 0.0) for row in shares] for scope in scopes})
     axes.set(xlabel="share of the time of all instructions", xlim=(0, 1))
     figure.legend(loc="outside lower center", ncols=5, fontsize="small")
     return figure

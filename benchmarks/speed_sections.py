@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.documents import NOT_MEASURED, ROOT, table
 from benchmarks.models import MODELS
 from benchmarks.roofline import DEVICES, decode_step, largest_batch
+from benchmarks.speed.rows import cache_of
 from vlcache_jax.report import human_bytes
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -275,11 +276,6 @@ def throughput_part(result: Result | None) -> str:
         f"{_made_by(result)}. Memory used: {human_bytes(result['limit']['memory'])}, weights "
         f"included.\n\n{table(head, rows)}"
     )
-
-
-def cache_of(row: Result) -> str:
-    """How a row's cache is called."""
-    return row["method"] if row["method"] == "full" else f"{row['method']} {row['budget']}"
 
 
 def summary_part(

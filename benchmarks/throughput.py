@@ -22,14 +22,14 @@ from rich.table import Table
 
 from benchmarks import device as devices
 from benchmarks import measure
-from benchmarks.command import bad_input, check_out, counting_bar
+from benchmarks.command import bad_input, check_known, check_out, counting_bar
 from benchmarks.environment import environment, write_result
 from benchmarks.roofline import WORKSPACE, Device, decode_step
 from benchmarks.speed import limit
-from benchmarks.speed.cases import FULL, Case, Variant, models
+from benchmarks.speed.cases import Case, Variant, dtype_of, models, variants_of
 from benchmarks.speed.limit import in_type
-from benchmarks.speed.rows import described
-from vlcache_jax.cache.methods import METHODS, make_method
+from benchmarks.speed.rows import cache_of, described
+from vlcache_jax.cache.methods import METHODS
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params, init_params
 from vlcache_jax.report import human_bytes, token_bytes
@@ -209,7 +209,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name in ("sequences", "cache", "tokens/s", "of limit", "over full", "ideal", "answers/s"):
         table.add_column(name, justify="right")
     for row in result["rows"]:
-        name = row["method"] if row["method"] == "full" else f"{row['method']} {row['budget']}"
+        name = cache_of(row)
         if "exception" in row:
             console.print(f"{name}: {row['exception']}", style="red", markup=False)
             continue
@@ -265,17 +265,11 @@ def main(
     """
     check_out(out, force=force)
     with bad_input():
-        if model not in models():
-            raise ValueError(f"model {model!r} is not one of {', '.join(models())}")
-        names = [name for name in method or ["vl-cache"] if name != "full"]
-        caches = [make_method(name, part) for name in names for part in budget or ["0.1"]]
-        kind = dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
-        if kind not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"dtype {kind!r} is not one of bfloat16, float16, float32")
+        check_known("model", [model], models())
+        variants, kind = variants_of(method, budget), dtype_of(dtype)
         size = memory or devices.memory_limit() or CPU_MEMORY
         case = Case(model, context, group, kind, new_tokens=new_tokens)
         load = Load(case, size, batch)
-    variants = (FULL, *map(Variant, caches))
     errors = Console(stderr=True)
     with counting_bar(errors, transient=True) as bar:
         task = bar.add_task("measuring", total=len(variants))

@@ -33,7 +33,7 @@ OURS = "vlcache-jax, float32"
 SHIPPED = "vlcache-jax, as shipped"
 
 GROUP = 8
-"""Prompts that are answered at a time; each batch is of one task."""
+"""Prompts that are answered at a time."""
 
 Advance = Callable[[int], object]
 Answers = list[tuple[list[int], str]]

@@ -19,6 +19,7 @@ from benchmarks.accuracy import caption, document, reading, reasoning
 from benchmarks.accuracy.drawing import MAX_JITTER, draw
 from benchmarks.accuracy.glyphs import CELL
 from benchmarks.accuracy.scene import Cell, Manner, Question, Scene
+from benchmarks.command import check_known
 
 TASKS: dict[str, Callable[..., Scene]] = {
     "document": document.Document,
@@ -128,12 +129,10 @@ def questions_of_one_picture(
         ValueError: an argument is none of those named here.
         ModuleNotFoundError: handwriting without scikit-learn.
     """
-    for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
-    for name, value, known in (("variant", variant, VARIANTS), ("shape", shape, SHAPES)):
-        if value is not None and value not in known:
-            raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+    check_known("task", [task], TASKS)
+    check_known("split", [split], SPLITS)
+    check_known("variant", [variant] if variant is not None else [], VARIANTS)
+    check_known("shape", [shape] if shape is not None else [], SHAPES)
     if seed < 0 or count < 1 or not 0 <= level <= 1 or not 0 <= jitter <= MAX_JITTER or tile < 112:
         raise ValueError(
             f"{seed=}, {count=}, {level=}, {jitter=}, {tile=}: a seed is 0 or more, a count 1 or "

@@ -1,7 +1,6 @@
 """What this GPU can do: bytes moved and operations done per second, by the plainest programs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,7 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks import measure
+from benchmarks.device import memory_limit
 from benchmarks.gpu_suite.stages import Context
+from benchmarks.roofline import Device
 
 COPIES: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
     "copy of float32": ("float32", jnp.copy),
@@ -17,19 +18,6 @@ COPIES: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
     "bfloat16 + 1": ("bfloat16", lambda x: x + 1),
 }
 """Programs that read an array and write one of the same size."""
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the shares in the other stages are shares of.
-
-    Attributes:
-        copy: bytes per second, read and written together.
-        matmul: bfloat16 operations per second.
-    """
-
-    copy: float
-    matmul: float
 
 
 def ceilings(context: Context) -> dict[str, Any]:
@@ -43,29 +31,30 @@ def ceilings(context: Context) -> dict[str, Any]:
     rows.append(_multiply(context, "bfloat16", side))
     rows.append(_multiply(context, "float32", side // 2))
     context.save(rows=rows)
-    best = _best(rows)
+    best = _best(context, rows)
     return {
         "rows": rows,
-        "copy_bytes_per_s": best.copy,
-        "matmul_ops_per_s": best.matmul,
-        "headline": f"copy {best.copy / 1e12:.2f} TB/s, bf16 {best.matmul / 1e12:.0f} TFLOP/s",
+        "copy_bytes_per_s": best.bandwidth,
+        "matmul_ops_per_s": best.flops,
+        "headline": f"copy {best.bandwidth / 1e12:.2f} TB/s, bf16 {best.flops / 1e12:.0f} TFLOP/s",
     }
 
 
-def quick(context: Context) -> Ceilings:
-    """The two numbers that others are compared with, measured anew in the caller's own process."""
+def quick(context: Context) -> Device:
+    """What the shares in other stages are shares of, measured anew in the caller's own process."""
     size, side = (2**12, 64) if context.dry else (2**30, 8192)
     rows = [
         _move(context, name, dtype, operation, size, passes=2)
         for name, (dtype, operation) in COPIES.items()
     ]
-    return _best([*rows, _multiply(context, "bfloat16", side)])
+    return _best(context, [*rows, _multiply(context, "bfloat16", side)])
 
 
-def _best(rows: list[dict[str, Any]]) -> Ceilings:
+def _best(context: Context, rows: list[dict[str, Any]]) -> Device:
     copy = max(row["bytes_per_s"] for row in rows if "bytes_per_s" in row and row["passes"] == 2)
     matmul = max(row["ops_per_s"] for row in rows if row.get("dtype") == "bfloat16/matmul")
-    return Ceilings(copy, matmul)
+    memory = memory_limit() or 2**30
+    return Device(str(context.head.get("device")), copy, matmul, memory, "measured")
 
 
 def _move(

@@ -13,7 +13,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from benchmarks import throughput as largest
-from benchmarks.device import memory_limit
 from benchmarks.gpu_suite import ceilings
 from benchmarks.gpu_suite.stages import Context
 from benchmarks.peers.compare import Plan as Peers
@@ -47,13 +46,9 @@ def _paper(context: Context, stages: tuple[str, ...]) -> dict[str, Any]:
     cases = presets.paper_cases(dtype, scale, [2048] if context.dry else [], [])
     if context.dry:
         cases = dict(list(cases.items())[:1])
-    limit = _limit(context)
+    limit = ceilings.quick(context)
     result = _measure(context, cases, stages, limit)
-    ratios = []
-    for key, case in cases.items():
-        size = case.context, case.batch
-        own = [row for row in result["rows"] if (row["context"], row["batch"]) == size]
-        ratios += presets.paper_ratios(key, case, own, limit)
+    ratios = presets.paper_ratios(cases, result["rows"], limit)
     ratios = [row for row in ratios if row["ours"]]
     headline = "nothing ran"
     if ratios:
@@ -69,7 +64,7 @@ def decode(context: Context) -> dict[str, Any]:
     """The stage: a decode step of the 7B model, full and a tenth."""
     sizes = ((128, 2),) if context.dry else DECODE
     cases = {size: _case(context, *size) for size in sizes}
-    result = _measure(context, cases, ("decode",), _limit(context))
+    result = _measure(context, cases, ("decode",), ceilings.quick(context))
     shares = [row["share"] for row in result["rows"] if row.get("share")]
     headline = f"{100 * min(shares):.0f} % of the limit at the least" if shares else "nothing ran"
     return {**result, "headline": headline}
@@ -79,13 +74,13 @@ def profile(context: Context) -> dict[str, Any]:
     """The stage: where the time of a decode step and of a prefill goes, by named scope."""
     cases = {0: _case(context, *((128, 1) if context.dry else (8192, 8)))}
     with tempfile.TemporaryDirectory() as folder:
-        result = _measure(context, cases, (), _limit(context), Path(folder))
+        result = _measure(context, cases, (), ceilings.quick(context), Path(folder))
     return {**result, "headline": f"{len(result['profiles'])} programs traced"}
 
 
 def throughput(context: Context) -> dict[str, Any]:
     """The stage: as many sequences as fit, prefilled a few at a time, then decoded together."""
-    limit = _limit(context)
+    limit = ceilings.quick(context)
     case = _case(context, *((128, 1) if context.dry else (8192, 2)))
     memory = 2**25 if context.dry else int(limit.memory)
     load = largest.Load(replace(case, new_tokens=4 if context.dry else 33), memory)
@@ -118,13 +113,6 @@ def _case(context: Context, rows: int, batch: int) -> Case:
     if context.dry:
         return Case("demo", rows, batch, "float32", chunk=2, new_tokens=4)
     return Case(PAPER_MODEL, rows, batch, "bfloat16")
-
-
-def _limit(context: Context) -> Device:
-    """This device as measured in this process."""
-    found = ceilings.quick(context)
-    memory = memory_limit() or 2**30
-    return Device(str(context.head.get("device")), found.copy, found.matmul, memory, "measured")
 
 
 def _measure(

@@ -16,9 +16,9 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.gpu_suite import ceilings
-from benchmarks.gpu_suite.ceilings import Ceilings
 from benchmarks.gpu_suite.checks import NOT_RUN
 from benchmarks.gpu_suite.stages import Context
+from benchmarks.roofline import Device, Work
 from pallas_kernels.ragged_decode_attention import ragged_decode_attention
 from vlcache_jax.cache.compact import compact
 
@@ -26,30 +26,18 @@ DTYPE, ITEM = "bfloat16", 2
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
 
-@dataclass(frozen=True)
-class Work:
-    """What an operation must do at least: bytes moved, and operations of matrix products."""
-
-    bytes: int
-    ops: int = 0
-
-    def floor(self, limit: Ceilings) -> float:
-        """Seconds that nothing can beat."""
-        return max(self.bytes / limit.copy, self.ops / limit.matmul)
-
-
 def rows_of(
     context: Context,
     case: str,
     work: Work,
-    limit: Ceilings,
+    limit: Device,
     programs: dict[str, Callable[[], Any]],
     calls: int,
 ) -> list[dict[str, Any]]:
     """Time several ways of doing the same: a row for each."""
     rows = []
     for name, found in measure.compare(programs, calls=calls, effort=context.effort).items():
-        row = {"case": case, "backend": name, "bytes": work.bytes, "ops": work.ops}
+        row = {"case": case, "backend": name, "bytes": work.bytes, "ops": work.operations}
         if isinstance(found, NotImplementedError):
             rows.append({**row, "ok": None, "note": f"not available: {found}"})
         elif isinstance(found, Exception):
@@ -58,7 +46,7 @@ def rows_of(
         else:
             rates = {
                 "bytes_per_s": work.bytes / found.seconds,
-                "ops_per_s": work.ops / found.seconds,
+                "ops_per_s": work.operations / found.seconds,
                 "floor_s": work.floor(limit),
                 "share": work.floor(limit) / found.seconds,
             }
@@ -66,9 +54,9 @@ def rows_of(
     return rows
 
 
-def result(rows: Sequence[dict[str, Any]], limit: Ceilings, headline: str) -> dict[str, Any]:
+def result(rows: Sequence[dict[str, Any]], limit: Device, headline: str) -> dict[str, Any]:
     """A stage's result."""
-    measured = {"copy_bytes_per_s": limit.copy, "matmul_ops_per_s": limit.matmul}
+    measured = {"copy_bytes_per_s": limit.bandwidth, "matmul_ops_per_s": limit.flops}
     ok = all(row["ok"] is not False for row in rows)
     not_run = sum(row.get("note") == NOT_RUN for row in rows)
     return {"rows": list(rows), **measured, "ok": ok, "not_run": not_run, "headline": headline}

@@ -13,18 +13,17 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.gpu_suite import ceilings
-from benchmarks.gpu_suite.ceilings import Ceilings
 from benchmarks.gpu_suite.checks import NOT_RUN
 from benchmarks.gpu_suite.speed import (
     DTYPE,
     HEAD_DIM,
     HEADS,
     KV_HEADS,
-    Work,
     result,
     rows_of,
 )
 from benchmarks.gpu_suite.stages import ROOT, Context
+from benchmarks.roofline import Device, Work
 from pallas_kernels.online_softmax import RowStats
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.window_scores import window_scores
@@ -91,7 +90,7 @@ def prefill_sets(
     return sets, Work(size, 4 * heads * head_dim * length * length // 2)
 
 
-def _torch_rows(context: Context, lengths: Sequence[int], limit: Ceilings) -> list[dict[str, Any]]:
+def _torch_rows(context: Context, lengths: Sequence[int], limit: Device) -> list[dict[str, Any]]:
     """PyTorch's attention: in another process, since two frameworks in one share libraries."""
     rows = []
     found: dict[str, Any] = {}
@@ -112,7 +111,7 @@ def _torch_rows(context: Context, lengths: Sequence[int], limit: Ceilings) -> li
             continue
         work = Work(0, 4 * HEADS * HEAD_DIM * length * length // 2)
         seconds = float(np.median(times["samples"]))
-        rate = {"ops_per_s": work.ops / seconds, "share": work.floor(limit) / seconds}
+        rate = {"ops_per_s": work.operations / seconds, "share": work.floor(limit) / seconds}
         rows.append({**row, "ok": True, "seconds": seconds, **rate, **times})
     return rows
 

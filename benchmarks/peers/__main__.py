@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import bad_input, check_out, counting_bar
+from benchmarks.command import bad_input, check_known, check_out, counting_bar
 from benchmarks.environment import environment, write_result
 from benchmarks.peers.agreement import BOUNDS, Differs
 from benchmarks.peers.compare import Plan, compare
@@ -61,9 +61,8 @@ def main(
     """
     check_out(out, force=force)
     with bad_input():
-        for kind, name, known in (("model", model, MODELS), ("dtype", dtype, BOUNDS)):
-            if name not in known:
-                raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
+        check_known("model", [model], MODELS)
+        check_known("dtype", [dtype], BOUNDS)
         VLCache(budget)
         plan = Plan(model, context, batch, dtype, budget, new_tokens, repeats, static, limit)
         make_prompt(plan.config, context)

@@ -11,27 +11,18 @@ from PIL import Image
 
 from benchmarks import measure, models
 from benchmarks.accuracy import network
+from benchmarks.models import WINDOW
 from benchmarks.processor import IMAGE_TOKEN_ID
 from vlcache_jax.anyres import visual_rows
-from vlcache_jax.config import LlavaConfig, TextConfig, VisionConfig
+from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.models.llava import Params, abstract_params
-
-QUESTION = 50
-"""Tokens of text behind the pictures, as in the paper's table of speeds."""
 
 WORDS = ("amber", "bridge", "cloud", "door", "engine", "forest", "garden", "harbour")
 """Words of the texts, each of them one token."""
 
 SMALL = LlavaConfig(
     family="llava_next",
-    vision=VisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_layers=3,
-        num_heads=4,
-        image_size=112,
-        patch_size=14,
-    ),
+    vision=models.SMALL_TOWER,
     text=TextConfig(
         vocab_size=2048,
         hidden_size=256,
@@ -118,7 +109,7 @@ def random_params(config: LlavaConfig, dtype: str) -> Params:
 def make_prompt(config: LlavaConfig, context: int) -> tuple[list[Image.Image], str]:
     """Pictures of random pixels, and a raw prompt that is exactly `context` tokens with them.
 
-    As many visual tokens as fit: [words to fill up, pictures, `QUESTION` words].
+    As many visual tokens as fit: [words to fill up, pictures, `WINDOW` words].
 
     Raises:
         ValueError: not even one picture fits.
@@ -126,19 +117,19 @@ def make_prompt(config: LlavaConfig, context: int) -> tuple[list[Image.Image], s
     side = config.vision.image_size
     sizes = {(side, side), *config.grid_pinpoints}
     tokens = {size: len(visual_rows(size, config)) for size in sorted(sizes)}
-    room, chosen = context - QUESTION - 1, []  # the tokenizer puts one token before a text
+    room, chosen = context - WINDOW - 1, []  # the tokenizer puts one token before a text
     for size, count in sorted(tokens.items(), key=lambda item: -item[1]):
         while count <= room:
             chosen.append(size)
             room -= count
     if not chosen:
-        least = min(tokens.values()) + QUESTION + 1
+        least = min(tokens.values()) + WINDOW + 1
         raise ValueError(f"{context=} is too short for a picture: at least {least}")
     rng = np.random.default_rng(0)
     pictures = [
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         for height, width in chosen
     ]
-    words = [f" {word}" for word in rng.choice(WORDS, room + QUESTION)]
+    words = [f" {word}" for word in rng.choice(WORDS, room + WINDOW)]
     text = "".join([*words[:room], "<image>" * len(chosen), *words[room:]])
     return pictures, text

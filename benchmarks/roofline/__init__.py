@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from benchmarks.ahead_of_time import GPUS
+from benchmarks.models import WINDOW
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.report import count_parameters, token_bytes
 
@@ -142,7 +143,7 @@ def scoring(
     budget: float = 0.1,
     bits: float = 16,
     *,
-    window: int = 50,
+    window: int = WINDOW,
 ) -> Stage:
     """What a method adds to the prefill: score by the prompt's last rows, select, compact.
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import bad_input, check_out
+from benchmarks.command import bad_input, check_known, check_out
 from benchmarks.environment import environment, write_result
 from benchmarks.models import MODELS
 from benchmarks.roofline import (
@@ -181,8 +181,7 @@ def draw(
 
 
 def _named(kind: str, known: Mapping[str, Any], name: str) -> Any:
-    if name not in known:
-        raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
+    check_known(kind, [name], known)
     return known[name]
 
 

@@ -1,7 +1,6 @@
 """The command: see the package."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,37 +11,18 @@ from rich.console import Console
 
 from benchmarks import device as devices
 from benchmarks import measure
-from benchmarks.command import bad_input, check_out, counting_bar
+from benchmarks.command import bad_input, check_known, check_out, counting_bar
 from benchmarks.environment import environment, write_result
 from benchmarks.roofline import DEVICES, Device
 from benchmarks.speed import display, limit, presets
-from benchmarks.speed.cases import FULL, LAYERS, Case, Variant, models
+from benchmarks.speed.cases import LAYERS, Case, dtype_of, models, variants_of
 from benchmarks.speed.run import STAGES, Plan, measure_all
-from pallas_kernels.backends import check_backend
-from vlcache_jax.cache.methods import METHODS, make_method
+from vlcache_jax.cache.methods import METHODS
 
 PRESETS = ("paper", "cpu")
 
 CPU_EFFORT = measure.Effort(warm_ups=2, repeats=7)
 """Of the CPU's preset, whose samples are seconds long."""
-
-
-def _variants(
-    methods: Sequence[str], budgets: Sequence[str], backends: Sequence[str]
-) -> tuple[Variant, ...]:
-    """The full cache and every method at every budget, with every backend."""
-    caches = [make_method(name, budget) for name in methods if name != "full" for budget in budgets]
-    for backend in backends:
-        check_backend(backend)
-    return tuple(
-        Variant(cache, backend) for backend in backends or [None] for cache in (FULL.cache, *caches)
-    )
-
-
-def _known(kind: str, names: Sequence[str], known: Any) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
 
 
 def main(
@@ -129,20 +109,19 @@ def main(
     check_out(out, force=force)
     with bad_input():
         gpu = jax.default_backend() == "gpu"
-        kind = dtype or ("bfloat16" if gpu else "float32")
-        _known("dtype", [kind], ("bfloat16", "float16", "float32"))
-        _known("stage", stage or [], STAGES)
-        _known("model", model or [], models())
-        _known("layers", [layers], LAYERS)
-        _known("ceiling", [ceiling], ("measured", *DEVICES))
-        _known("preset", [preset] if preset else [], PRESETS)
+        kind = dtype_of(dtype)
+        check_known("stage", stage or [], STAGES)
+        check_known("model", model or [], models())
+        check_known("layers", [layers], LAYERS)
+        check_known("ceiling", [ceiling], ("measured", *DEVICES))
+        check_known("preset", [preset] if preset else [], PRESETS)
         if preset is not None and (model or method or budget or images):
             raise ValueError(
                 f"preset {preset} has its own model, method and budget: leave them out"
             )
         if scale > 1 and preset != "paper":
             raise ValueError("--scale is for --preset paper")
-        variants = _variants(method or ["vl-cache"], budget or ["0.1"], backend or [])
+        variants = variants_of(method, budget, backend or [])
         stages = tuple(stage or STAGES)
         effort = measure.Effort(repeats=repeats)
         if preset == "cpu":
@@ -213,12 +192,7 @@ def _yardsticks(
         return {"cpu": presets.cpu_summary(plan.cases[0], rows)}
     if preset != "paper":
         return {}
-    ratios = []
-    for key, case in plan.cases.items():
-        own = [r for r in rows if (r["context"], r["batch"]) == (case.context, case.batch)]
-        if own:
-            ratios += presets.paper_ratios(key, case, own, device)
-    return {"paper": ratios}
+    return {"paper": presets.paper_ratios(plan.cases, rows, device)}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.speed.rows import cache_of
+
 
 def show(result: dict[str, Any], console: Console) -> None:
     """All tables of a result."""
@@ -33,8 +35,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _cache(row: dict[str, Any]) -> str:
-    words = [row["method"]] if row["method"] == "full" else [row["method"], row["budget"]]
-    return " ".join([*words, *([row["backend"]] if row["backend"] else [])])
+    return " ".join([cache_of(row), *([row["backend"]] if row["backend"] else [])])
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,6 +1,6 @@
 """Cases with a yardstick of their own: the paper's five rows, and the bar of a CPU."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.roofline import Device, decode_step
@@ -41,16 +41,26 @@ def paper_cases(dtype: str, scale: int, contexts: Sequence[int], batches: Sequen
 
 
 def paper_ratios(
-    key: tuple[int, int], case: Case, rows: Sequence[dict[str, Any]], limit: Device
+    cases: Mapping[tuple[int, int], Case], rows: Sequence[dict[str, Any]], limit: Device
 ) -> list[dict[str, Any]]:
     """Speed-ups of our tenth over our full cache, beside the paper's and the limit's.
 
     Args:
-        key: batch and context, as in `PAPER`.
-        case: the row's case.
-        rows: what was measured of it.
+        cases: of `paper_cases`; those without a row are left out.
+        rows: what was measured.
         limit: the device.
     """
+    ratios = []
+    for key, case in cases.items():
+        size = case.context, case.batch
+        if own := [row for row in rows if (row["context"], row["batch"]) == size]:
+            ratios += _ratios_of(key, case, own, limit)
+    return ratios
+
+
+def _ratios_of(
+    key: tuple[int, int], case: Case, rows: Sequence[dict[str, Any]], limit: Device
+) -> list[dict[str, Any]]:
 
     def decode(budget: float) -> float:
         step = decode_step(case.config, case.context, case.batch, budget)

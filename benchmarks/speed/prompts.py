@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
+from benchmarks.models import WINDOW
 from benchmarks.roofline import Device, Stage, decode_step, prefill, scoring
-from benchmarks.speed.cases import WINDOW, Case, Variant, paper_sparsity
+from benchmarks.speed.cases import Case, Variant, paper_sparsity
 from benchmarks.speed.decoding import random_rows
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of

@@ -24,6 +24,11 @@ def described(case: Case, variant: Variant) -> dict[str, Any]:
     }
 
 
+def cache_of(row: dict[str, Any]) -> str:
+    """How a row's cache is called, for people."""
+    return row["method"] if row["method"] == "full" else f"{row['method']} {row['budget']}"
+
+
 def row_of(
     stage: str,
     case: Case,

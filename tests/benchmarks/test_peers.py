@@ -9,12 +9,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from benchmarks.models import WINDOW
 from benchmarks.peers import __main__ as command
 from benchmarks.peers.agreement import BOUNDS, Differs, agree
 from benchmarks.peers.compare import STAGES, STATIC, WARM_UPS, Plan, compare
 from benchmarks.peers.model import (
     MODELS,
-    QUESTION,
     SMALL,
     config_json,
     make_files,
@@ -93,8 +93,8 @@ def test_a_prompt_has_exactly_the_tokens_asked_for(context):
     assert inputs.length.tolist() == [context]
     visual = inputs.visual_index[0] >= 0
     assert visual.sum() > context / 2
-    assert not visual[-QUESTION:].any()
-    assert visual[-QUESTION - 1]
+    assert not visual[-WINDOW:].any()
+    assert visual[-WINDOW - 1]
     with pytest.raises(ValueError, match="too short for a picture"):
         make_prompt(config, 100)
 

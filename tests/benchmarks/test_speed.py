@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import measure
+from benchmarks.models import WINDOW
 from benchmarks.roofline import Device, Stage, Work
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import cases, limit, presets
@@ -77,14 +78,14 @@ def test_positions_beyond_the_models_are_marked():
 def test_prompts_end_in_the_papers_window(tiny):
     inputs = tiny.inputs()
     visual = inputs.visual_index >= 0
-    assert (visual.sum(axis=1) == tiny.context - cases.WINDOW).all()
+    assert (visual.sum(axis=1) == tiny.context - WINDOW).all()
     assert inputs.tiles.shape[0] == 0
     pictured = dataclasses.replace(tiny, images=True).inputs(seed=1, length=80)
     rows = pictured.tiles.shape[0] * tiny.config.vision.num_patches
     assert pictured.tiles.shape[0] == tiny.batch
     assert pictured.visual_index.max() < rows
     assert (pictured.length == 80).all()
-    assert (pictured.visual_index[:, 80 - cases.WINDOW :] == -1).all()
+    assert (pictured.visual_index[:, 80 - WINDOW :] == -1).all()
 
 
 def test_rows_are_random_and_of_variance_one():
@@ -260,10 +261,10 @@ def test_the_papers_rows_stand_beside_ours_and_the_ideal():
     assert all(case.model == presets.PAPER_MODEL for case in found.values())
     (key,) = presets.paper_cases("bfloat16", 1, [32768], [4])
     assert key == (4, 32768)
-    rows = [{"stage": "decode", "method": "vl-cache", "speedup": 4.2}]
+    size = {"context": 131072, "batch": 1}
+    rows = [{**size, "stage": "decode", "method": "vl-cache", "speedup": 4.2}]
     h200 = command.DEVICES["h200"]
-    case = found[1, 131072]
-    ratios = {row["stage"]: row for row in presets.paper_ratios((1, 131072), case, rows, h200)}
+    ratios = {row["stage"]: row for row in presets.paper_ratios(found, rows, h200)}
     assert ratios["decode"]["paper"] == 7.08
     assert ratios["decode"]["ours"] == 4.2
     assert ratios["decode"]["ideal"] == pytest.approx(1.95, abs=0.01)  # of the roofline's table
