@@ -234,7 +234,7 @@ def largest_batch(
 
     fitting, failing = 0, None
     batch = program.batch
-    while batch != fitting:
+    while True:
         if fits(batch):
             fitting = batch
         else:

@@ -26,10 +26,10 @@ from benchmarks.command import bad_input, check_known, check_out, counting_bar
 from benchmarks.environment import environment, write_result
 from benchmarks.roofline import WORKSPACE, Device, decode_step
 from benchmarks.speed import limit
-from benchmarks.speed.cases import Case, Variant, dtype_of, models, variants_of
+from benchmarks.speed.cases import Case, Variant, models
 from benchmarks.speed.limit import in_type
+from benchmarks.speed.options import Budgets, Dtype, Methods, dtype_of, variants_of
 from benchmarks.speed.rows import cache_of, described
-from vlcache_jax.cache.methods import METHODS
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params, init_params
 from vlcache_jax.report import human_bytes, token_bytes
@@ -238,21 +238,14 @@ def main(
         int | None, typer.Option(min=1, help="Sequences; as many as fit by default.")
     ] = None,
     group: Annotated[int, typer.Option(min=1, help="Prompts prefilled at a time.")] = 4,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Of {', '.join(METHODS)}; vl-cache by default; several times."),
-    ] = None,
-    budget: Annotated[
-        list[str] | None, typer.Option(help="As 0.1 or 256tok; 0.1 by default; several times.")
-    ] = None,
+    method: Methods = None,
+    budget: Budgets = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Of an answer.")] = 65,
     memory: Annotated[
         int | None,
         typer.Option(min=1, help="Bytes to fill; on a GPU all that JAX may use, else 64 MiB."),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16 by default on a GPU, elsewhere float32.")
-    ] = None,
+    dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,

@@ -15,9 +15,9 @@ from benchmarks.command import bad_input, check_known, check_out, counting_bar
 from benchmarks.environment import environment, write_result
 from benchmarks.roofline import DEVICES, Device
 from benchmarks.speed import display, limit, presets
-from benchmarks.speed.cases import LAYERS, Case, dtype_of, models, variants_of
+from benchmarks.speed.cases import LAYERS, Case, models
+from benchmarks.speed.options import Budgets, Dtype, Methods, dtype_of, variants_of
 from benchmarks.speed.run import STAGES, Plan, measure_all
-from vlcache_jax.cache.methods import METHODS
 
 PRESETS = ("paper", "cpu")
 
@@ -37,13 +37,8 @@ def main(
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Sequences, 1 by default; several times.")
     ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Of {', '.join(METHODS)}; vl-cache by default; several times."),
-    ] = None,
-    budget: Annotated[
-        list[str] | None, typer.Option(help="As 0.1 or 256tok; 0.1 by default; several times.")
-    ] = None,
+    method: Methods = None,
+    budget: Budgets = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(help="triton, cudnn or xla, the best by default; several times."),
@@ -59,9 +54,7 @@ def main(
             "sparsities that VL-Cache reports) or uniform."
         ),
     ] = "paper",
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16 by default on a GPU, elsewhere float32.")
-    ] = None,
+    dtype: Dtype = None,
     images: Annotated[
         bool, typer.Option("--images", help="Run the vision tower on an image of each prompt.")
     ] = False,

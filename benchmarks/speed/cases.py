@@ -1,6 +1,6 @@
 """What is timed: a model at one size, and the ways to keep its cache."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 
@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.command import check_known
 from benchmarks.models import MODELS, SMALL_TOWER, WINDOW
-from pallas_kernels.backends import check_backend
 from vlcache_jax import demo
 from vlcache_jax.anyres import max_tiles
 from vlcache_jax.cache.allocate import Allocation, Uniform, allocate
 from vlcache_jax.cache.budget import Budget, Prompt
-from vlcache_jax.cache.methods import CacheMethod, FullCache, make_method
+from vlcache_jax.cache.methods import CacheMethod, FullCache
 from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.generate import Generate
 from vlcache_jax.processing import ModelInputs
@@ -187,31 +185,3 @@ def paper_sparsity(batch: int, layers: int, seed: int = 0) -> np.ndarray:
 
 
 FULL = Variant(FullCache())
-
-
-def variants_of(
-    methods: Sequence[str] | None, budgets: Sequence[str] | None, backends: Sequence[str] = ()
-) -> tuple[Variant, ...]:
-    """The full cache, and every method (VL-Cache) at every budget (0.1), with every backend.
-
-    Raises:
-        ValueError: there is no such method, budget or backend.
-    """
-    names = [name for name in methods or ["vl-cache"] if name != FULL.cache.name]
-    caches = [make_method(name, budget) for name in names for budget in budgets or ["0.1"]]
-    for backend in backends:
-        check_backend(backend)
-    return tuple(
-        Variant(cache, backend) for backend in backends or [None] for cache in (FULL.cache, *caches)
-    )
-
-
-def dtype_of(dtype: str | None) -> str:
-    """Type of weights and cache: by default what the device is fast with.
-
-    Raises:
-        ValueError: there is no such type.
-    """
-    kind = dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
-    check_known("dtype", [kind], ("bfloat16", "float16", "float32"))
-    return kind

@@ -1,0 +1,49 @@
+"""Options that the commands of speed and throughput have in common, and what they stand for."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import jax
+import typer
+
+from benchmarks.command import check_known
+from benchmarks.speed.cases import FULL, Variant
+from pallas_kernels.backends import check_backend
+from vlcache_jax.cache.methods import METHODS, make_method
+
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(help=f"Of {', '.join(METHODS)}; vl-cache by default; several times."),
+]
+Budgets = Annotated[
+    list[str] | None, typer.Option(help="As 0.1 or 256tok; 0.1 by default; several times.")
+]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16 by default on a GPU, elsewhere float32.")]
+
+
+def variants_of(
+    methods: Sequence[str] | None, budgets: Sequence[str] | None, backends: Sequence[str] = ()
+) -> tuple[Variant, ...]:
+    """The full cache, and every method (VL-Cache) at every budget (0.1), with every backend.
+
+    Raises:
+        ValueError: there is no such method, budget or backend.
+    """
+    names = [name for name in methods or ["vl-cache"] if name != FULL.cache.name]
+    caches = [make_method(name, budget) for name in names for budget in budgets or ["0.1"]]
+    for backend in backends:
+        check_backend(backend)
+    return tuple(
+        Variant(cache, backend) for backend in backends or [None] for cache in (FULL.cache, *caches)
+    )
+
+
+def dtype_of(dtype: str | None) -> str:
+    """Type of weights and cache: by default what the device is fast with.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    kind = dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+    check_known("dtype", [kind], ("bfloat16", "float16", "float32"))
+    return kind
