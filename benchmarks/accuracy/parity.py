@@ -180,15 +180,15 @@ def main(
     check_json(out, force=force)
     errors = Console(stderr=True, highlight=False)
     with errors.status("loading ..."), bad_input():
-        try:
-            torch, transformers = map(metadata.version, ("torch", "transformers"))
-        except metadata.PackageNotFoundError:
-            raise ValueError("this needs torch: pip install torch") from None
         import vlcache_jax
         from vlcache_jax.checkpoint import resolve
 
         path = resolve(model)
         plan = Plan(names(tasks), methods=(), budgets=(1.0,), extra=(), n=n, seed=seed, split=split)
+        try:
+            torch, transformers = map(metadata.version, ("torch", "transformers"))
+        except metadata.PackageNotFoundError:
+            raise ValueError("this needs torch: pip install torch") from None
         exact, shipped = vlcache_jax.load(path, "float32"), vlcache_jax.load(path)
         if exact.config.family != "llava_next":
             raise ValueError(f"{model} is no LLaVA-NeXT model")
