@@ -7,7 +7,20 @@ from jax import lax
 from pallas_kernels import online_softmax
 from pallas_kernels.rope import rotate
 
-KEY_BLOCK = 512
+BLOCK_BYTES = 2**21
+"""Keys and values that are read at a time, of all sequences: what stays in a core's cache, where a
+larger block is written to memory and read again."""
+
+BLOCK_ROWS = 64, 512
+"""Fewest and most rows of a block."""
+
+
+def block_rows(pool_k: jax.Array) -> int:
+    """Rows of a block of keys [B, K, rows, H] and their values."""
+    batch, kv_heads, _, head_dim = pool_k.shape
+    fewest, most = BLOCK_ROWS
+    rows = BLOCK_BYTES // (2 * batch * kv_heads * head_dim * pool_k.dtype.itemsize)
+    return max(fewest, min(most, rows // fewest * fewest))
 
 
 def ragged_decode_attention(
@@ -27,7 +40,7 @@ def ragged_decode_attention(
     del mean_rows  # the blocks are those of the longest row
     batch, heads, head_dim = q.shape
     kv_heads, capacity = pool_k.shape[1:3]
-    columns = min(KEY_BLOCK, capacity)
+    columns = min(block_rows(pool_k), capacity)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
 
     def read(pool: jax.Array, start: jax.Array) -> jax.Array:
