@@ -1,6 +1,7 @@
 """The friendly object: answers, streams, errors before work, and how many programs it compiles."""
 
 import dataclasses
+import threading
 
 import jax
 import numpy as np
@@ -68,6 +69,37 @@ def test_nothing_of_a_call_is_left_for_the_next(vlm):
     again = vlm.generate(picture(70, 40), **ask)
     assert first.tokens == again.tokens != other.tokens
     assert again.timings.compile_s == 0
+
+
+def test_requests_are_answered_in_order_the_next_one_read_meanwhile(vlm, monkeypatch):
+    read, second_was_read = [], threading.Event()
+    prompts = ["one", "and two", "three"]
+
+    def requests():
+        for prompt in prompts:
+            read.append(prompt)
+            if len(read) == 2:
+                second_was_read.set()
+            yield {"text": prompt, "max_new_tokens": 3}
+
+    def run_whole(generate, inputs, key, run=vlm._run_whole):
+        assert second_was_read.wait(timeout=60)  # while the first one runs, in another thread
+        return run(generate, inputs, key)
+
+    alone = [vlm.generate(text=prompt, max_new_tokens=3).tokens for prompt in prompts]
+    monkeypatch.setattr(vlm, "_run_whole", run_whole)
+    answers = vlm.generate_each(requests())
+    assert read == []
+    assert [answer.tokens for answer in answers] == alone
+    assert read == prompts
+
+
+def test_a_bad_request_is_refused_in_its_turn(vlm):
+    answers = vlm.generate_each([{"text": "fine", "max_new_tokens": 2}, {"text": ""}])
+    assert len(next(answers).tokens) <= 2
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        next(answers)
+    assert list(vlm.generate_each([])) == []
 
 
 def test_kinds_of_images(vlm, tmp_path):

@@ -13,8 +13,10 @@ from vlcache_jax.cache.methods import (
     StreamingLLM,
     VLCache,
 )
+from vlcache_jax.cache.quantize import AKVQ, KIVI, RTN
 from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.trace import Trace, attention_mass_recall, cache_hit_rate
+from vlcache_jax.calibration import Calibration, calibrate
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.generate import Generate, GenerateOutput
 from vlcache_jax.loading import load
@@ -24,13 +26,17 @@ from vlcache_jax.sampling import Sampling
 from vlcache_jax.vlm import VLM, Answer, Stream, Timings
 
 __all__ = [
+    "AKVQ",
     "H2O",
+    "KIVI",
+    "RTN",
     "VLM",
     "Answer",
     "Buckets",
     "Budget",
     "CacheMethod",
     "CacheReport",
+    "Calibration",
     "Custom",
     "FullCache",
     "Generate",
@@ -51,5 +57,6 @@ __all__ = [
     "VLCache",
     "attention_mass_recall",
     "cache_hit_rate",
+    "calibrate",
     "load",
 ]

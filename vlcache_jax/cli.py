@@ -1,4 +1,4 @@
-"""The command line: `vlcache generate`, `compare`, `info`, and commands of other packages.
+"""The command line: `vlcache generate`, `compare`, `info`, `calibrate`, and others' commands.
 
 What answers go to stdout; progress and errors go to stderr. Input is checked before the
 parameters are read. Heavy imports stand inside the commands, so that `--help` is quick.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from vlcache_jax.vlm import VLM, Answer, Stream
@@ -79,6 +79,16 @@ KvBudget = Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=Fal
 KvBudgets = Annotated[
     list[str] | None, typer.Option(help=f"{BUDGET_HELP} Give the option once for each.")
 ]
+BITS_HELP = (
+    "Quantise what is kept: 2, 4 or 8 bits for every token; akvq, which gives 16 or 4 bits to the "
+    "tokens that matter most and 2 to the others; kivi, 2 bits with keys by channel. 16, the "
+    "default, leaves it as it is. With --method full everything is kept, quantised."
+)
+KvBits = Annotated[str | None, typer.Option(help=BITS_HELP, show_default=False)]
+KvBitsList = Annotated[
+    list[str] | None,
+    typer.Option("--kv-bits", help=f"{BITS_HELP} Give the option once for each."),
+]
 Backend = Annotated[
     str | None,
     typer.Option(
@@ -118,6 +128,7 @@ def generate(
     dtype: Dtype = None,
     method: Method = "vl-cache",
     kv_budget: KvBudget = None,
+    kv_bits: KvBits = None,
     backend: Backend = None,
     trace: Annotated[
         Path | None,
@@ -136,18 +147,21 @@ def generate(
 
     Another method or budget: --method, --kv-budget. The whole cache: --method full.
 
+    Fewer bytes for each token that is kept: --kv-bits akvq.
+
     Example: vlcache generate demo --image demo --kv-budget 0.2
     """
     from vlcache_jax import display
     from vlcache_jax.cache.methods import make_method
+    from vlcache_jax.cache.quantize import make_quantizer
     from vlcache_jax.cache.trace import check_target
 
     with _user_errors():
-        cache = make_method(method, kv_budget)
+        cache = make_method(method, kv_budget, make_quantizer(kv_bits))
         if trace is not None:
             check_target(trace, force=force)
         images, question, right = _question(image or [], prompt)
-        vlm, progress = _open(model, dtype, backend)
+        vlm, progress = _open(model, dtype, backend, transform=cache.transforms)
         stream = vlm.stream(
             images,
             question,
@@ -182,6 +196,7 @@ def compare(
     dtype: Dtype = None,
     method: Methods = None,
     kv_budget: KvBudgets = None,
+    kv_bits: KvBitsList = None,
     backend: Backend = None,
     raw_prompt: RawPrompt = False,
     as_json: AsJson = False,
@@ -190,18 +205,21 @@ def compare(
 
     Shows whether the answers are the same, and what each cache takes.
 
-    Every method is run with every budget. Each token is the most likely one, never a draw.
+    Every method is run with every budget and every --kv-bits. Each token is the most likely one,
+    never a draw.
 
-    Example: vlcache compare demo --image demo:2 --kv-budget 0.1 --kv-budget 0.05
+    Example: vlcache compare demo --image demo:2 --kv-budget 0.1 --kv-bits 16 --kv-bits akvq
     """
     from vlcache_jax import display
     from vlcache_jax.cache.methods import FullCache, make_method
+    from vlcache_jax.cache.quantize import make_quantizer
 
     with _user_errors():
         named = [
-            make_method(name, budget)
+            make_method(name, budget, make_quantizer(bits))
             for name in method or ["vl-cache"]
             for budget in kv_budget or [None]
+            for bits in kv_bits or [None]
         ]
         images, question, right = _question(image or [], prompt)
         vlm, progress = _open(model, dtype, backend)
@@ -236,19 +254,23 @@ def info(
     dtype: Dtype = None,
     method: Method = "vl-cache",
     kv_budget: KvBudget = None,
+    kv_bits: KvBits = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a model's size, its cache per token, its buckets, and the memory that it needs.
 
     Of the demo it also shows the pictures, with their questions and answers. Reads the
     configuration only, never the weights.
+
+    Example: vlcache info demo --method full --kv-bits akvq --batch 8
     """
     from vlcache_jax.cache.methods import make_method
+    from vlcache_jax.cache.quantize import make_quantizer
     from vlcache_jax.display import info_tables
     from vlcache_jax.loading import describe
 
     with _user_errors():
-        cache = make_method(method, kv_budget)
+        cache = make_method(method, kv_budget, make_quantizer(kv_bits))
         facts = describe(
             model, dtype, context=context, batch=batch, new_tokens=new_tokens, cache=cache
         )
@@ -256,6 +278,69 @@ def info(
         _print_json(facts)
     else:
         Console().print(info_tables(facts))
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    image: Image = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The question to each image, in their order, or one for all of them. Without it "
+            "demo pictures have their own.",
+            show_default=False,
+        ),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="Text share above which a layer is text-salient.")
+    ] = 0.5,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Where to write; by default kv_layers.json beside the model's weights.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    dtype: Dtype = None,
+    backend: Backend = None,
+    raw_prompt: RawPrompt = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the layers that attend to text, for --kv-bits akvq.
+
+    Reads a few pictures with questions, and measures how much of each layer's attention goes to
+    text. AKVQ gives text more bits in layers where most does. The result is written beside the
+    weights, where every later run finds it; without one, the layers are those that the paper found
+    for Llama (the first two) and Mistral (none).
+
+    Example: vlcache calibrate MODEL --image a.png --prompt "..." --image b.png --prompt "..."
+    """
+    from vlcache_jax import calibration, display
+
+    with _user_errors():
+        file = calibration.check_file(out or calibration.file_beside(model), force=force)
+        asked = _questions(image or [], prompt or [])
+        vlm, progress = _open(model, dtype, backend)
+        task = progress.add_task("prompts", total=len(asked), amount="")
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, amount=f"{done} of {total}")
+
+        with progress:
+            images, texts = [files for files, _ in asked], [text for _, text in asked]
+            found = calibration.calibrate(
+                vlm, images, texts, threshold=threshold, raw_prompt=raw_prompt, progress=show
+            )
+        found.save(file, force=force)
+    facts = display.calibration_facts(found)
+    if as_json:
+        _print_json({**facts, "file": str(file), "model": model})
+    else:
+        Console().print(display.calibration_table(facts))
+        sys.stdout.write(f"written to {file}\n")
 
 
 def main() -> None:
@@ -302,24 +387,42 @@ def _question(images: list[str], prompt: str | None) -> tuple[list[Path], str, s
     )
 
 
-def _open(model: str, dtype: str | None, backend: str | None) -> tuple["VLM", Progress]:
+def _questions(images: list[str], prompts: list[str]) -> list[tuple[list[Path], str]]:
+    """Each image with its question."""
+    if not images:
+        raise ValueError("give one --image or more, and a --prompt to each of them or to all")
+    if len(prompts) not in (0, 1, len(images)):
+        raise ValueError(
+            f"{len(images)} images and {len(prompts)} prompts: give one --prompt for each --image, "
+            "or one for all; demo pictures have questions of their own"
+        )
+    texts = prompts * len(images) if len(prompts) == 1 else prompts or [None] * len(images)
+    return [_question([image], text)[:2] for image, text in zip(images, texts, strict=True)]
+
+
+def _open(
+    model: str, dtype: str | None, backend: str | None, *, transform: bool = False
+) -> tuple["VLM", Progress]:
     """The model with its parameters unread, and the bar that their reading moves."""
     from vlcache_jax.loading import load
+    from vlcache_jax.report import human_bytes
 
     progress = Progress(
         TextColumn("reading {task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
+        TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(),
         console=_errors,
         transient=True,
     )
-    task = progress.add_task("parameters", total=None)
+    task = progress.add_task("parameters", total=None, amount="")
 
     def show(piece: str, done: int, total: int) -> None:
-        progress.update(task, description=piece, completed=done, total=total)
+        amount = f"{human_bytes(done)} of {human_bytes(total)}"
+        progress.update(task, description=piece, completed=done, total=total, amount=amount)
 
-    return load(model, dtype, backend=backend, lazy=True, progress=show), progress
+    vlm = load(model, dtype, backend=backend, transform=transform, lazy=True, progress=show)
+    return vlm, progress
 
 
 def _read(vlm: "VLM", progress: Progress) -> None:

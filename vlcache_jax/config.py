@@ -94,6 +94,7 @@ class TextConfig:
         tie_embeddings: the output projection is the transposed embedding.
         eos_token_ids: ids that end an answer, where generation_config.json names none; empty
             where the file leaves it to the tokenizer.
+        kind: "llama" (Vicuna and Yi too) or "mistral": the same mathematics, other defaults.
     """
 
     vocab_size: int = 32000
@@ -108,6 +109,7 @@ class TextConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    kind: str = "llama"
 
     @property
     def group_size(self) -> int:
@@ -334,6 +336,7 @@ def _read_text(data: Mapping[str, Any], tied: bool | None) -> TextConfig:
         rope=_read_rope(data, max_positions),
         tie_embeddings=bool(tied or data.get("tie_word_embeddings", False)),
         eos_token_ids=token_ids(data.get("eos_token_id")),
+        kind=kind,
     )
 
 

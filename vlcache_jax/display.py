@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
@@ -11,6 +11,9 @@ from rich.text import Text
 
 from vlcache_jax.report import human_bytes
 from vlcache_jax.vlm import Answer
+
+if TYPE_CHECKING:
+    from vlcache_jax.calibration import Calibration
 
 
 def answer_facts(answer: Answer) -> dict[str, Any]:
@@ -67,9 +70,10 @@ def answer_rows(facts: dict[str, Any]) -> dict[str, str]:
     kv, timings = facts["kv"], facts["timings"]
     speed, budgets = timings["decode_tokens_per_s"], kv["layer_budgets"]
     return {
-        "method": f"{kv['method']}, budget {kv['budget_requested']}",
+        "method": setting(kv),
         "cache": f"{human_bytes(kv['kept_bytes'])} of {human_bytes(kv['full_bytes'])} "
         f"({kv['kept_share']:.1%})",
+        **_quantised_rows(kv),
         "allocated": f"{human_bytes(kv['allocated_bytes'])}, and "
         f"{human_bytes(kv['tail_bytes'])} for new tokens",
         "kept per layer": f"{min(budgets)} to {max(budgets)} tokens, "
@@ -77,6 +81,26 @@ def answer_rows(facts: dict[str, Any]) -> dict[str, str]:
         "time to first token": f"{timings['prefill_s']:.3f} s",
         "decode": "-" if speed is None else f"{speed:.1f} tokens/s",
         "compilation, apart": f"{timings['compile_s']:.1f} s",
+    }
+
+
+def setting(facts: dict[str, Any]) -> str:
+    """A method as it was asked for: name, budget and what the cache is quantised to."""
+    bits = facts.get("kv_bits")  # not in files of before there were quantised caches
+    words = f"{facts['method']}, budget {facts['budget_requested']}"
+    if bits is None:
+        return words
+    return f"{words}, {bits} bits" if bits.isdecimal() else f"{words}, {bits}"
+
+
+def _quantised_rows(kv: dict[str, Any]) -> dict[str, str]:
+    """The lines of a table about a quantised cache; none where it is not."""
+    if kv.get("kv_bits") is None:
+        return {}
+    parts = {"codes": "payload_bytes", "scales": "scale_bytes", "full width": "dense_bytes"}
+    return {
+        "bits per number": f"{kv['effective_bits']:.2f}",
+        "made of": ", ".join(f"{name} {human_bytes(kv[part])}" for name, part in parts.items()),
     }
 
 
@@ -114,9 +138,26 @@ def comparison_tables(facts: dict[str, Any]) -> Group:
     table = Table("")
     for column in columns:
         table.add_column(Text(column.pop("method")))
-    for name in columns[0]:
-        table.add_row(name, *(Text(column[name]) for column in columns))
+    # The longest column has all lines, in their order: that of a quantised cache, if there is one.
+    for name in max(columns, key=len):
+        table.add_row(name, *(Text(column.get(name, "")) for column in columns))
     return Group(two_columns(above), table)
+
+
+def calibration_facts(found: "Calibration") -> dict[str, Any]:
+    """A calibration as plain values."""
+    return dataclasses.asdict(found) | {"tsa_layers": list(found.tsa_layers)}
+
+
+def calibration_table(facts: dict[str, Any]) -> Table:
+    """What `calibration_facts` gives: a line for each layer."""
+    title = f"attention to text, {facts['prompts']} prompts, threshold {facts['threshold']:.0%}"
+    table = Table("layer", "text share", "kind", title=title)
+    for layer, share in enumerate(facts["text_shares"]):
+        salient = layer in facts["tsa_layers"]
+        kind = "text-salient (TSA)" if salient else "pivot-salient (PSA)"
+        table.add_row(str(layer), f"{share:.1%}", kind)
+    return table
 
 
 def info_tables(facts: dict[str, Any]) -> Group:
@@ -132,8 +173,7 @@ def info_tables(facts: dict[str, Any]) -> Group:
     }
     memory = (
         f"\nMemory for {need['context']} prompt tokens (bucket {need['bucket']}), batch "
-        f"{need['batch']}, {need['new_tokens']} new tokens, method {need['method']}, budget "
-        f"{need['budget_requested']}:"
+        f"{need['batch']}, {need['new_tokens']} new tokens, method {setting(need)}:"
     )
     names = ("parameters", "pool", "prefill", "tail", "activations", "total")
     notes = {"prompt": "prompt tokens", "tiles": "image tiles"}

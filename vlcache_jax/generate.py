@@ -13,7 +13,8 @@ it takes to compact them. `prefill_into` does the same for a few sequences of a 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,27 @@ from jax import lax
 
 from pallas_kernels.backends import check_backend
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.ragged_decode_attention import append_and_attend
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import CacheMethod, FullCache, Observation, Plan
+from vlcache_jax.cache.methods import (
+    AnyPool,
+    CacheMethod,
+    FullCache,
+    Observation,
+    Plan,
+    as_method,
+)
+from vlcache_jax.cache.packed import PackedPool, spill
 from vlcache_jax.cache.score import Layer
-from vlcache_jax.cache.state import Pool, Segment, Tail, empty_tail
+from vlcache_jax.cache.state import Pool, Tail, empty_tail, whole_capacity
 from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llama import Attend, Kept, Stream, rope_table, rotated
 from vlcache_jax.models.llava import Llava, Params, bind
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.sampling import Sampling, sample
+
+Carry = tuple[jax.Array, "DecodeState", jax.Array, AnyPool | None]
+"""Of the loop over chunks: the chunk's number, the state, the tokens, the pool if it changes."""
 
 CHUNK = 32
 """Most decode steps between two tests for the end."""
@@ -87,6 +98,8 @@ class GenerateOutput:
         lengths: tokens of each answer, the stop token left out, int32 [B].
         kept: prompt tokens kept by each layer, int32 [B, L].
         kept_visual: visual tokens among them, the mean over the kv heads, float32 [B, L].
+        counts: the kept tokens by their width: those of full width, then of each width of the
+            quantiser, int32 [B, L, 1 + widths].
         trace: with `trace=True`, what was kept and why.
     """
 
@@ -94,6 +107,7 @@ class GenerateOutput:
     lengths: jax.Array
     kept: jax.Array
     kept_visual: jax.Array
+    counts: jax.Array
     trace: BatchTrace | None
 
 
@@ -131,6 +145,7 @@ class Generate:
         if self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} must be at least 1")
         check_backend(self.backend)
+        object.__setattr__(self, "cache", as_method(self.cache).for_model(self.config.text))
 
     @property
     def cache_backend(self) -> str | None:
@@ -148,9 +163,26 @@ class Generate:
         return -(-(self.max_new_tokens - 1) // max(self.num_chunks, 1))
 
     @property
-    def tail_rows(self) -> int:
-        """Rows of the tail, R."""
+    def new_rows(self) -> int:
+        """Most new tokens whose keys and values are kept."""
         return max(1, self.num_chunks * self.chunk_steps)
+
+    @property
+    def spilled_rows(self) -> int | None:
+        """New tokens that are packed at a time, between two chunks; None where none are."""
+        quantizer = self.cache.quantize
+        return quantizer and quantizer.spilled_rows(self.chunk_steps)
+
+    @property
+    def tail_rows(self) -> int:
+        """Rows of the tail, R: of all new tokens, or of those that are not packed yet."""
+        quantizer = self.cache.quantize
+        return quantizer.tail_rows(self.chunk_steps, self.new_rows) if quantizer else self.new_rows
+
+    @property
+    def reserved_rows(self) -> int:
+        """Rows of a layer's pool that are kept free for new tokens."""
+        return 0 if self.spilled_rows is None else self.new_rows + self.spilled_rows
 
     def __call__(self, params: Params, inputs: ModelInputs, rng: jax.Array) -> GenerateOutput:
         """Answer a batch of prompts: a pure function, for `jax.jit` to compile whole.
@@ -165,27 +197,32 @@ class Generate:
         steps = self.chunk_steps
         drawn = jnp.zeros((first.shape[0], self.num_chunks * steps), jnp.int32)
 
-        def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
-            index, state, _ = carry
+        spills = self.spilled_rows is not None
+        # What no step changes stays outside of the loop: carried through it, it might be copied.
+        changing = pool if spills else None
+
+        def unfinished(carry: Carry) -> jax.Array:
+            index, state, *_ = carry
             return (index < self.num_chunks) & ~jnp.all(state.done)
 
-        def next_chunk(
-            carry: tuple[jax.Array, DecodeState, jax.Array],
-        ) -> tuple[jax.Array, DecodeState, jax.Array]:
-            index, state, drawn = carry
-            state, tokens = self.decode_chunk(params, pool, state)
+        def next_chunk(carry: Carry) -> Carry:
+            index, state, drawn, changing = carry
+            if changing is not None:
+                changing, state = self.spill(changing, state)
+            state, tokens = self.decode_chunk(params, changing or pool, state)
             drawn = lax.dynamic_update_slice_in_dim(drawn, tokens, index * steps, axis=1)
-            return index + 1, state, drawn
+            return index + 1, state, drawn, changing
 
         if self.num_chunks:
-            _, state, drawn = lax.while_loop(unfinished, next_chunk, (jnp.int32(0), state, drawn))
+            carry = jnp.int32(0), state, drawn, changing
+            _, state, drawn, _ = lax.while_loop(unfinished, next_chunk, carry)
         tokens = jnp.concatenate([first, drawn], axis=1)[:, : self.max_new_tokens]
         lengths = jnp.minimum(state.count, self.max_new_tokens)
-        return GenerateOutput(tokens, lengths, pool.length, pool.visual, trace)
+        return GenerateOutput(tokens, lengths, pool.length, pool.visual, pool.counts, trace)
 
     def begin(
         self, params: Params, inputs: ModelInputs, rng: jax.Array
-    ) -> tuple[Pool, DecodeState, BatchTrace | None]:
+    ) -> tuple[AnyPool, DecodeState, BatchTrace | None]:
         """Prefill, cache build and the first token: the stages up to the decode loop."""
         prefilled = self.prefill(params, inputs)
         state = self.start(params, prefilled, inputs, rng)
@@ -195,23 +232,22 @@ class Generate:
     def prefill(self, params: Params, inputs: ModelInputs) -> Prefill:
         """Run the prompt through the model, keeping every layer's K and V in one buffer."""
         text, (batch, rows) = self.config.text, inputs.tokens.shape
-        capacity = FullCache().capacity(text.num_layers, rows)
+        capacity = whole_capacity(text.num_layers, rows)
         shape = (batch, text.num_kv_heads, capacity, text.head_dim)
         model = bind(self.config)(params)
         dtype = model.embed.embedding.dtype
         buffers = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        prompt = self._prompt(inputs)
         seen = []
 
-        def keep(index: int, stream: Stream, q: jax.Array, k: jax.Array, v: jax.Array) -> Stream:
+        def keep(layer: Layer, stream: Stream) -> Stream:
             nonlocal buffers
-            at = (0, 0, index * rows, 0)
+            at = (0, 0, layer.index * rows, 0)
             buffers = tuple(
                 lax.dynamic_update_slice(buffer, part.swapaxes(1, 2), at)
-                for buffer, part in zip(buffers, (k, v), strict=True)
+                for buffer, part in zip(buffers, (layer.k, layer.v), strict=True)
             )
             with jax.named_scope("scores"):
-                new = self.cache.observe(Layer(index, q, k, v, prompt, self.cache_backend))
+                new = self.cache.observe(layer)
             # Else XLA does all of this after the last layer: every layer's q, k, v live until then.
             stream, buffers, new = lax.optimization_barrier((stream, buffers, new))
             seen.append(new)
@@ -224,18 +260,18 @@ class Generate:
     def prompt_logits(self, params: Params, inputs: ModelInputs) -> jax.Array:
         """Logits of every prompt position, float32 [B, T, V]: for tests and scoring of texts."""
         model = bind(self.config)(params)
-        return model.logits(self._run_prompt(model, inputs, lambda index, stream, q, k, v: stream))
+        return model.logits(self._run_prompt(model, inputs, lambda layer, stream: stream))
 
     def _run_prompt(
         self,
         model: Llava,
         inputs: ModelInputs,
-        keep: Callable[[int, Stream, jax.Array, jax.Array, jax.Array], Stream],
+        keep: Callable[[Layer, Stream], Stream],
     ) -> jax.Array:
         """Final hidden states [B, T, D].
 
-        `keep(layer, stream, q, k, v)` is handed the stream behind each layer and what its attention
-        was made of; it gives the stream back.
+        `keep(layer, stream)` is handed what each layer's attention was made of and the stream
+        behind the layer; it gives the stream back.
         """
 
         def attend(
@@ -248,9 +284,12 @@ class Generate:
 
         stream = Stream(model.embed_prompt(inputs, self._attend_patches))
         table = rope_table(jnp.arange(stream.x.shape[1]), self.config.text)
+        prompt = self._prompt(inputs)
         for index, layer in enumerate(model.layers):
+            entering = stream
             stream, kept = layer(stream, attend, backend=self.cache_backend)
-            stream = keep(index, stream, *kept)
+            own = Layer(index, *kept, prompt, self.cache_backend, entering.total())
+            stream = keep(own, stream)
         return stream.total()
 
     def _attend_patches(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -269,11 +308,12 @@ class Generate:
         """What the method keeps of the prompts."""
         return self.cache.plan(prefilled.seen, self._prompt(inputs))
 
-    def build_cache(self, prefilled: Prefill, inputs: ModelInputs) -> Pool:
+    def build_cache(self, prefilled: Prefill, inputs: ModelInputs) -> AnyPool:
         """Give the prompt's keys and values to the method, which makes the pool of them."""
         plan = self.plan(prefilled, inputs)
         with jax.named_scope("compact"):
-            return self.cache.build(prefilled.k, prefilled.v, plan, self._prompt(inputs))
+            prompt = self._prompt(inputs)
+            return self.cache.build(prefilled.k, prefilled.v, plan, prompt, self.reserved_rows)
 
     def traced(
         self, params: Params, prefilled: Prefill, inputs: ModelInputs, state: DecodeState
@@ -283,9 +323,9 @@ class Generate:
         Runs one decode step on the full cache; `state` is not changed by it.
         """
         prompt, everything = self._prompt(inputs), FullCache()
-        full = everything.build(
-            prefilled.k, prefilled.v, everything.plan(Observation(), prompt), prompt
-        )
+        plan = everything.plan(Observation(), prompt)
+        full = everything.build(prefilled.k, prefilled.v, plan, prompt)
+        assert isinstance(full, Pool)
         rows, none = prompt.rows, jnp.zeros_like(state.position)
         segments, table = full.segments(), rope_table(state.position[:, None], self.config.text)
 
@@ -322,7 +362,7 @@ class Generate:
             rng=rng,
         )
 
-    def empty(self, batch: int, prompt_rows: int, dtype: jnp.dtype) -> tuple[Pool, DecodeState]:
+    def empty(self, batch: int, prompt_rows: int, dtype: jnp.dtype) -> tuple[AnyPool, DecodeState]:
         """A cache and a state for `prefill_into` to fill.
 
         Args:
@@ -331,17 +371,9 @@ class Generate:
             dtype: type of the cache: that of the parameters.
         """
         text = self.config.text
-        capacity = self.cache.capacity(text.num_layers, prompt_rows)
-        shape = (batch, text.num_kv_heads, capacity, text.head_dim)
-        each = (batch, text.num_layers)
+        shapes = self.cache.pool_shapes(text, batch, prompt_rows, dtype, self.reserved_rows)
         # Every field is an array of its own: one that stands twice cannot be donated.
-        pool = Pool(
-            k=jnp.zeros(shape, dtype),
-            v=jnp.zeros(shape, dtype),
-            offset=jnp.zeros(each, jnp.int32),
-            length=jnp.zeros(each, jnp.int32),
-            visual=jnp.zeros(each, jnp.float32),
-        )
+        pool = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         state = DecodeState(
             tail=empty_tail(text, batch, self.tail_rows, dtype),
             token=jnp.zeros((batch,), jnp.int32),
@@ -355,12 +387,12 @@ class Generate:
     def prefill_into(
         self,
         params: Params,
-        pool: Pool,
+        pool: AnyPool,
         state: DecodeState,
         rows: jax.Array,
         inputs: ModelInputs,
         rng: jax.Array,
-    ) -> tuple[Pool, DecodeState, BatchTrace | None]:
+    ) -> tuple[AnyPool, DecodeState, BatchTrace | None]:
         """Begin a few sequences of a larger batch, and write them into its cache.
 
         So the full K and V of a few sequences, not of the whole batch, bound the memory of prefill.
@@ -379,10 +411,12 @@ class Generate:
             The pool and state of the whole batch, and the trace of these sequences.
         """
         new_pool, new_state, trace = self.begin(params, inputs, rng)
-        if new_pool.k.shape[1:] != pool.k.shape[1:]:
+        new_shapes, shapes = ([leaf.shape[1:] for leaf in jax.tree.leaves(each)]
+                              for each in (new_pool, pool))  # fmt: skip
+        if new_shapes != shapes:
             raise ValueError(
-                f"prompts padded to {inputs.tokens.shape[1]} rows make a pool of shape "
-                f"{new_pool.k.shape}, which does not fit {pool.k.shape}: pad all to one bucket"
+                f"prompts padded to {inputs.tokens.shape[1]} rows make a pool of shapes "
+                f"{new_shapes}, which do not fit {shapes}: pad all to one bucket"
             )
 
         def write(whole: jax.Array, part: jax.Array) -> jax.Array:
@@ -401,8 +435,17 @@ class Generate:
         )
         return jax.tree.map(write, pool, new_pool), begun, trace
 
+    def spill(self, pool: AnyPool, state: DecodeState) -> tuple[AnyPool, DecodeState]:
+        """Pack the oldest new tokens where a quantiser's `residual` asks for it.
+
+        To be called in front of every chunk if `spilled_rows` is not None; donate both.
+        """
+        assert isinstance(pool, PackedPool)
+        pool, tail = spill(pool, state.tail, self.chunk_steps)
+        return pool, replace(state, tail=tail)
+
     def decode_chunk(
-        self, params: Params, pool: Pool, state: DecodeState
+        self, params: Params, pool: AnyPool, state: DecodeState
     ) -> tuple[DecodeState, jax.Array]:
         """Draw the next `chunk_steps` tokens: (state, int32 [B, chunk_steps]).
 
@@ -426,9 +469,9 @@ class Generate:
     def decode_step(
         self,
         params: Params,
-        pool: Pool,
+        pool: AnyPool,
         state: DecodeState,
-        segments: tuple[Segment, ...] | None = None,
+        segments: tuple[Any, ...] | None = None,
     ) -> tuple[DecodeState, jax.Array]:
         """Draw one token, and give the logits it was drawn from, float32 [B, V].
 
@@ -481,41 +524,16 @@ class Generate:
         self,
         qkv: jax.Array,
         table: tuple[jax.Array, jax.Array],
-        pool: Pool,
-        segment: Segment,
+        pool: AnyPool,
+        segment: Any,
         tail_k: jax.Array,
         tail_v: jax.Array,
         fill: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Attention of one token to a layer's part of the pool, to its tail and to itself.
-
-        Args:
-            qkv: the layer's product [B, 1, K, G + 2, H].
-            table: `rope_table` of the token's position, [B, 1, H / 2] each.
-            pool: the prompt.
-            segment: the layer's part of it.
-            tail_k: keys of the tokens before, [B, K, R, H].
-            tail_v: values, likewise.
-            fill: how many these are, int32 [B].
-
-        Returns:
-            [B, 1, N, H], and the tails with the token.
-        """
-        cos, sin = table
-        mixed, tail_k, tail_v = append_and_attend(
-            qkv[:, 0],
-            cos[:, 0],
-            sin[:, 0],
-            pool.k,
-            pool.v,
-            segment.offset,
-            segment.length,
-            tail_k,
-            tail_v,
-            fill,
-            mean_rows=pool.k.shape[2] // self.config.text.num_layers,
-            together=True,  # all sequences of a batch begin to decode at once
-            backend=self.cache_backend,
+        """`Pool.append_and_attend`, of a product and a table with the axis of the one token."""
+        turns = table[0][:, 0], table[1][:, 0]
+        mixed, tail_k, tail_v = pool.append_and_attend(
+            qkv[:, 0], turns, segment, tail_k, tail_v, fill, self.cache_backend
         )
         return mixed[:, None], tail_k, tail_v
 

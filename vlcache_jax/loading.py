@@ -10,11 +10,12 @@ from pallas_kernels.prefill_attention.cudnn import require_gpu
 from vlcache_jax import demo
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets, padding_shares
 from vlcache_jax.cache.methods import CacheMethod, FullCache
+from vlcache_jax.calibration import KV_LAYERS, Calibration
 from vlcache_jax.checkpoint import Progress, load_params, open_checkpoint, resolve
 from vlcache_jax.config import LlavaConfig, token_ids
 from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import Processor
-from vlcache_jax.report import count_parameters, memory_need, token_bytes
+from vlcache_jax.report import count_parameters, kv_bits, memory_need, token_bytes
 from vlcache_jax.vlm import VLM
 from vlcache_jax.weights import parse_dtype
 
@@ -25,10 +26,14 @@ def load(
     *,
     buckets: Buckets | None = None,
     backend: str | None = None,
+    transform: bool = False,
     lazy: bool = False,
     progress: Progress | None = None,
 ) -> VLM:
     """Open a LLaVA checkpoint.
+
+    Where `calibrate` has left its file beside the weights, it says which layers `AKVQ` takes for
+    text-salient.
 
     Args:
         model: a directory in Hugging Face format, a directory made by `python -m convert`, a hub id
@@ -38,6 +43,9 @@ def load(
         buckets: sizes that prompts and tiles are padded to.
         backend: "triton", "cudnn" (prefill's attention only) or "xla"; by default what the
             environment variable VLCACHE_BACKEND names, else the best that supports the case.
+        transform: fold the Walsh-Hadamard transform of the values into the parameters now, for a
+            quantised cache with the transform (`AKVQ`): else its first use makes folded copies of
+            the attention's weights beside the others. Every method runs on folded parameters.
         lazy: read the parameters when they are first needed, not now; everything that can be
             checked without reading them is checked now all the same.
         progress: called with the bytes done and the bytes in all while parameters are read.
@@ -65,7 +73,16 @@ def load(
     def read_params() -> Params:
         return load_params(checkpoint, kind, progress)
 
-    vlm = VLM(config, read_params, processor, stop_ids=stop_ids, name=str(model), backend=backend)
+    vlm = VLM(
+        config,
+        read_params,
+        processor,
+        stop_ids=stop_ids,
+        name=str(model),
+        backend=backend,
+        transformed=transform,
+        tsa_layers=_tsa_layers(path, config),
+    )
     if not lazy:
         vlm.params  # noqa: B018  reads them
     return vlm
@@ -126,7 +143,7 @@ def describe(
         raise ValueError(f"{context=} and {new_tokens=} exceed the model's {limit} positions")
     buckets = default_buckets(config)
     rows = bucket_for(context, buckets.prompt)
-    cache = cache or FullCache()
+    cache = (cache or FullCache()).for_model(config.text, _tsa_layers(path, config))
     need = memory_need(config, kind, cache, rows=rows, batch=batch, new_tokens=new_tokens)
     shown = demo.pictures() if path == demo.CHECKPOINT else ()
     pictures = [dataclasses.asdict(picture) | {"file": str(picture.file)} for picture in shown]
@@ -152,11 +169,19 @@ def describe(
             "batch": batch,
             "new_tokens": new_tokens,
             "method": cache.name,
+            "label": cache.label,
+            "kv_bits": kv_bits(cache.quantize),
             "budget_requested": str(cache.limit),
             **dataclasses.asdict(need),
         },
         **({"pictures": pictures} if pictures else {}),
     }
+
+
+def _tsa_layers(path: Path, config: LlavaConfig) -> tuple[int, ...] | None:
+    """The text-salient layers that were calibrated for a checkpoint, if any were."""
+    file = path / KV_LAYERS
+    return Calibration.read(file, config.text.num_layers).tsa_layers if file.exists() else None
 
 
 def _stored_dtype(path: Path) -> str:

@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.cache.methods import CacheMethod, FullCache
+from vlcache_jax.cache.methods import CacheMethod
+from vlcache_jax.cache.quantize import QUANTIZERS, Quantizer, groups
+from vlcache_jax.cache.state import whole_capacity
 from vlcache_jax.config import LlavaConfig, TextConfig
+from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import abstract_params
 
 
@@ -18,26 +22,39 @@ class CacheReport:
 
     Attributes:
         method: name of the method.
+        label: with that of the quantiser behind it: "vl-cache+akvq".
+        kv_bits: the quantiser as the command line calls it, None where nothing is quantised.
         budget_requested: what was asked for, as it was given: "0.1", "256tok".
         budget: the share of the cache that this is for the prompt, at most 1.
-        full_bytes: what all of the prompt's true length would take.
-        kept_bytes: what the kept prompt tokens take.
+        full_bytes: what all of the prompt's true length would take, not quantised.
+        kept_bytes: what the kept prompt tokens take: payload, scales and dense rows.
         kept_share: kept_bytes / full_bytes.
         compression_ratio: the share removed, 1 - kept_share (kvpress counts so).
+        payload_bytes: the codes of quantised tokens; 0 where nothing is quantised.
+        scale_bytes: their scales and shifts, likewise.
+        dense_bytes: the kept tokens of full width.
+        effective_bits: 8 * kept_bytes / numbers in the kept tokens' keys and values.
         layer_budgets: tokens kept by each layer, for every kv head.
         kept_visual: visual tokens among them, the mean over layers and kv heads.
         kept_text: text tokens among them, likewise.
-        allocated_bytes: the pool as allocated, with its padding.
+        allocated_bytes: the pool as allocated, with its padding, and with the rows of a quantised
+            one that are free for new tokens.
         tail_bytes: the tail for new tokens, as allocated.
     """
 
     method: str
+    label: str
+    kv_bits: str | None
     budget_requested: str
     budget: float
     full_bytes: int
     kept_bytes: int
     kept_share: float
     compression_ratio: float
+    payload_bytes: int
+    scale_bytes: int
+    dense_bytes: int
+    effective_bits: float
     layer_budgets: list[int]
     kept_visual: float
     kept_text: float
@@ -55,45 +72,118 @@ def token_bytes(config: TextConfig, dtype: jnp.dtype) -> int:
     return config.num_layers * row_bytes(config, dtype)
 
 
+def kv_bits(quantizer: Quantizer | None) -> str | None:
+    """What `--kv-bits` calls a quantiser; its class's name where it has other settings."""
+    if quantizer is None:
+        return None
+    named = (name for name, known in QUANTIZERS.items() if known == quantizer)
+    return next(named, quantizer.name)
+
+
+def packed_bytes(
+    config: TextConfig, quantizer: Quantizer | None, rows: np.ndarray
+) -> tuple[int, int]:
+    """Bytes of quantised rows: of their codes, and of their scales and shifts.
+
+    What a run's last word and the widest rows leave unused is padding: it is not counted.
+
+    Args:
+        config: the decoder.
+        quantizer: how they are quantised, for this decoder; None where there are none.
+        rows: rows of each layer and width, int [L, widths].
+    """
+    if quantizer is None:
+        return 0, 0
+    heads, size = config.num_kv_heads, config.head_dim
+    bits = 2 * heads * size * int(np.sum(rows * np.array(quantizer.widths)))
+    by_token = int(rows.sum()) * groups(size, quantizer.group)
+    if quantizer.key_group is None:
+        pairs = 2 * by_token
+    else:
+        pairs = by_token + int(np.sum(-(-rows // quantizer.key_group))) * size
+    return -(-bits // 8), 4 * heads * pairs  # two bfloat16 each
+
+
+@lru_cache
+def pool_bytes(
+    config: TextConfig,
+    cache: CacheMethod,
+    dtype: jnp.dtype,
+    *,
+    batch: int,
+    prompt_rows: int,
+    new_rows: int = 0,
+) -> int:
+    """Bytes of a pool as it is allocated: rows, words and scales, all with their padding.
+
+    Args:
+        config: the decoder.
+        cache: the method.
+        dtype: type of the cache.
+        batch: sequences.
+        prompt_rows: the prompts' bucket, T.
+        new_rows: rows of a layer that are left free for new tokens (`Generate.reserved_rows`).
+    """
+    pool = cache.for_model(config).pool_shapes(config, batch, prompt_rows, dtype, new_rows)
+    # The others are a few numbers for each layer, which say where these lie.
+    large = [leaf for leaf in jax.tree.leaves(pool) if leaf.ndim == 4]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in large)
+
+
 def cache_report(
     config: TextConfig,
     cache: CacheMethod,
     dtype: jnp.dtype,
     *,
     prompt_tokens: int,
-    kept: np.ndarray,
+    counts: np.ndarray,
     kept_visual: np.ndarray,
     prompt_rows: int,
     tail_rows: int,
+    reserved_rows: int = 0,
 ) -> CacheReport:
     """The report of one sequence of a batch.
 
     Args:
         config: the decoder.
-        cache: the method and its settings.
+        cache: the method and its settings, for this decoder (`CacheMethod.for_model`).
         dtype: type of the cache.
         prompt_tokens: true length of the prompt, m.
-        kept: tokens kept by each layer, int [L].
+        counts: tokens kept by each layer: those of full width, then those of each width of the
+            quantiser, int [L, 1 + widths].
         kept_visual: visual tokens among them, the mean over the kv heads, float [L].
         prompt_rows: the prompt's bucket, T.
         tail_rows: rows of the tail, R.
+        reserved_rows: rows of a layer that are left free for new tokens.
     """
+    kept, row = counts.sum(axis=-1), row_bytes(config, dtype)
     full = prompt_tokens * token_bytes(config, dtype)
-    kept_bytes = int(kept.sum()) * row_bytes(config, dtype)
+    dense = int(counts[:, 0].sum()) * row
+    payload, scales = packed_bytes(config, cache.quantize, counts[:, 1:])
+    kept_bytes = payload + scales + dense
+    numbers = int(kept.sum()) * row // jnp.dtype(dtype).itemsize
     asked, visual = cache.limit, float(kept_visual.mean())
     share = asked.share if asked.tokens is None else asked.tokens / prompt_tokens
     return CacheReport(
         method=cache.name,
+        label=cache.label,
+        kv_bits=kv_bits(cache.quantize),
         budget_requested=str(asked),
         budget=min(1.0, share or 1.0),
         full_bytes=full,
         kept_bytes=kept_bytes,
         kept_share=kept_bytes / full,
         compression_ratio=1 - kept_bytes / full,
+        payload_bytes=payload,
+        scale_bytes=scales,
+        dense_bytes=dense,
+        effective_bits=8 * kept_bytes / numbers,
         layer_budgets=[int(rows) for rows in kept],
         kept_visual=visual,
         kept_text=float(kept.mean()) - visual,
-        allocated_bytes=cache.capacity(config.num_layers, prompt_rows) * row_bytes(config, dtype),
+        allocated_bytes=pool_bytes(
+            config, cache, dtype, batch=1, prompt_rows=prompt_rows, new_rows=reserved_rows
+        ),
         tail_bytes=tail_rows * token_bytes(config, dtype),
     )
 
@@ -103,10 +193,12 @@ class MemoryNeed:
     """Device memory for a model, a context and a batch, in bytes.
 
     Attributes:
-        parameters: the parameters.
+        parameters: the parameters, once: a method with the transform is reckoned with a model that
+            is loaded for it (`load(transform=True)`).
         pool: the pool of the whole batch.
-        prefill: K and V of the whole prompts, which live until they are compacted; 0 with the full
-            cache, whose pool they are. Less where a batch is prefilled a few sequences at a time.
+        prefill: K and V of the whole prompts, which live until they are compacted or quantised; 0
+            with the full cache, whose pool they are. Less where a batch is prefilled a few
+            sequences at a time.
         tail: the tail of the whole batch.
         activations: the largest activations of a prefill, an estimate: the residual stream, the
             gate and up products, and the logits of one position.
@@ -147,15 +239,17 @@ def memory_need(
         cache: the method.
         rows: prompt rows, padded to their bucket.
         batch: sequences.
-        new_tokens: rows of the tail.
+        new_tokens: most tokens of an answer.
     """
     text, size = config.text, jnp.dtype(dtype).itemsize
+    generate = Generate(config, cache, new_tokens)
     parameters = count_parameters(config)["total"] * size
-    row = batch * row_bytes(text, dtype)
-    pool = cache.capacity(text.num_layers, rows) * row
-    full = FullCache().capacity(text.num_layers, rows) * row
-    prefill = 0 if cache.limit.keeps_all else full
-    tail = batch * new_tokens * token_bytes(text, dtype)
+    pool = pool_bytes(
+        text, cache, dtype, batch=batch, prompt_rows=rows, new_rows=generate.reserved_rows
+    )
+    full = batch * whole_capacity(text.num_layers, rows) * row_bytes(text, dtype)
+    prefill = 0 if cache.limit.keeps_all and cache.quantize is None else full
+    tail = batch * generate.tail_rows * token_bytes(text, dtype)
     width = 2 * text.hidden_size + 3 * text.intermediate_size
     activations = batch * (rows * width * size + text.vocab_size * 4)
     total = parameters + pool + prefill + tail + activations

@@ -1,7 +1,8 @@
 """The friendly object: a model with its parameters, its processor and its compiled programs."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypedDict, Unpack, overload
@@ -9,10 +10,12 @@ from typing import Any, NamedTuple, TypedDict, Unpack, overload
 import jax
 import numpy as np
 
-from vlcache_jax.cache.methods import CacheMethod, FullCache
+from vlcache_jax.cache.methods import AnyPool, CacheMethod, as_method
+from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.trace import BatchTrace, Trace
 from vlcache_jax.config import LlavaConfig
-from vlcache_jax.generate import CHUNK, Generate
+from vlcache_jax.generate import CHUNK, DecodeState, Generate
+from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import Images, ModelInputs, Processor
 from vlcache_jax.report import CacheReport, cache_report
@@ -76,7 +79,7 @@ class Options(TypedDict, total=False):
         seed: of the draws, 0 by default.
         raw_prompt: take the text as it is, without the chat template.
         cache: what is kept of the prompt's keys and values, `VLCache(budget=0.1)` for instance;
-            everything by default.
+            everything by default. A quantiser alone, `AKVQ()`, keeps everything, quantised.
         trace: also give each answer its `Trace`, at the cost of one more decode step.
         prefill_batch: prompts of a batch that are prefilled at a time, all by default. The memory
             of a prefill is that of these, not of the whole batch.
@@ -88,7 +91,7 @@ class Options(TypedDict, total=False):
     top_p: float
     seed: int
     raw_prompt: bool
-    cache: CacheMethod | None
+    cache: CacheMethod | Quantizer | None
     trace: bool
     prefill_batch: int | None
 
@@ -129,6 +132,11 @@ class VLM:
         stop_ids: tokens that end an answer.
         name: what was loaded.
         backend: attention backend, None for the best that supports the case.
+        transformed: the parameters that are read have the transform of the values folded in
+            (`models.fold`): every method runs on them. Else a method that needs it makes folded
+            copies of the attention's weights when it is first used, and keeps them beside.
+        tsa_layers: text-salient layers that `calibrate` found, for an `AKVQ` that names none; None
+            for those of the kind of decoder.
     """
 
     def __init__(
@@ -140,6 +148,8 @@ class VLM:
         stop_ids: Sequence[int],
         name: str = "",
         backend: str | None = None,
+        transformed: bool = False,
+        tsa_layers: tuple[int, ...] | None = None,
     ):
         self.config = config
         self._read_params = read_params
@@ -147,12 +157,23 @@ class VLM:
         self.stop_ids = tuple(stop_ids)
         self.name = name
         self.backend = backend
+        self.transformed = transformed
+        self.tsa_layers = tsa_layers
         self._programs: dict[tuple[Generate, str], Program] = {}
 
     @cached_property
     def params(self) -> Params:
         """The parameters, read at the first use."""
-        return self._read_params()
+        params = self._read_params()
+        return fold_transform(params) if self.transformed else params
+
+    @cached_property
+    def _folded(self) -> Params:
+        return self.params if self.transformed else fold_transform(self.params)
+
+    def _params_for(self, generate: Generate) -> Params:
+        """The parameters that a way to generate runs on."""
+        return self._folded if generate.cache.transforms else self.params
 
     @overload
     def generate(
@@ -191,7 +212,48 @@ class VLM:
             ValueError: bad images or prompts, or more tokens than the model has positions for.
             FileNotFoundError: an image file does not exist.
         """
-        generate, groups, key = self._request(images, text, CHUNK, **options)
+        return self._answers(text, *self._request(images, text, CHUNK, **options))
+
+    def generate_each(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+        """Answer one request after the other, the next one made ready while the device works.
+
+        Reading and resizing a request's images and padding its prompts is the host's work: here it
+        is done in a thread, one request ahead, and costs no time of the device.
+
+        Args:
+            requests: the arguments of `generate` by their names, a mapping for each request. It is
+                read in that thread, one request at a time, so that a generator may open files.
+
+        Yields:
+            What `generate` returns, in the order of the requests.
+
+        Raises:
+            ValueError: as `generate`, when the request's turn comes.
+            FileNotFoundError: likewise.
+        """
+        pending = iter(requests)
+
+        def prepare() -> Prepared | None:
+            for request in pending:
+                arguments = dict(request)
+                images, text = arguments.pop("images", None), arguments.pop("text", "")
+                return Prepared(text, *self._request(images, text, CHUNK, **arguments))
+            return None
+
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            ahead = worker.submit(prepare)
+            while (prepared := ahead.result()) is not None:
+                ahead = worker.submit(prepare)
+                yield self._answers(*prepared)
+
+    def _answers(
+        self,
+        text: str | list[str],
+        generate: Generate,
+        groups: list[ModelInputs],
+        key: jax.Array,
+    ) -> Answer | list[Answer]:
+        """The answers to a request that was checked and padded."""
         if len(groups) == 1:
             run = self._run_whole(generate, groups[0], key)
         else:
@@ -199,30 +261,35 @@ class VLM:
         answers = []
         for row, length in enumerate(run.lengths):
             group, place = divmod(row, len(groups[0].length))
-            kept = Kept(run.kept[row], run.kept_visual[row], run.traces[group])
+            kept = Kept(run.counts[row], run.kept_visual[row], run.traces[group])
             tokens = run.tokens[row, :length]
             answers.append(self._answer(generate, groups[group], place, tokens, kept, run.timings))
         return answers[0] if isinstance(text, str) else answers
 
     def _run_whole(self, generate: Generate, inputs: ModelInputs, key: jax.Array) -> "Run":
         """Everything in one program."""
-        args = (self.params, jax.device_put(inputs), key)
+        args = (self._params_for(generate), jax.device_put(inputs), key)
         program, compile_s = self._program(generate, "__call__").ready(*args)
         began = time.perf_counter()
         output = program(*args)
         timings = Timings(compile_s, None, None, time.perf_counter() - began)
         output = jax.device_get(output)
         return Run(
-            output.tokens, output.lengths, output.kept, output.kept_visual, [output.trace], timings
+            output.tokens,
+            output.lengths,
+            output.counts,
+            output.kept_visual,
+            [output.trace],
+            timings,
         )
 
     def _run_in_groups(
         self, generate: Generate, groups: list[ModelInputs], count: int, key: jax.Array
     ) -> "Run":
         """Prefill group after group into the cache of all `count` prompts, then decode at once."""
+        params = self._params_for(generate)
         prefill = self._program(generate, "prefill_into", donate=(1, 2))
-        decode = self._program(generate, "decode_chunk", donate=(2,))
-        dtype = self.params["embed"]["embedding"].dtype
+        dtype = params["embed"]["embedding"].dtype
         pool, state = generate.empty(count, groups[0].tokens.shape[1], dtype)
         compile_s, prefill_s, decode_s, steps, traces = 0.0, 0.0, 0.0, 0, []
         for index, group in enumerate(groups):
@@ -230,7 +297,7 @@ class VLM:
             # The repeated prompts that fill up the last group are written where the last one is.
             rows = np.minimum(np.arange(size, dtype=np.int32) + index * size, count - 1)
             own = jax.random.fold_in(key, index)
-            args = (self.params, pool, state, rows, jax.device_put(group), own)
+            args = (params, pool, state, rows, jax.device_put(group), own)
             program, seconds = prefill.ready(*args)
             compile_s += seconds
             began = time.perf_counter()
@@ -241,22 +308,38 @@ class VLM:
         for _ in range(generate.num_chunks):
             if np.all(state.done):
                 break
-            args = (self.params, pool, state)
-            program, seconds = decode.ready(*args)
-            compile_s += seconds
-            began = time.perf_counter()
-            state, drawn = program(*args)
-            decode_s += time.perf_counter() - began
+            pool, state, drawn, chunk = self._chunk(generate, params, pool, state)
+            compile_s += chunk.compile_s
+            decode_s += chunk.total_s
             steps += generate.chunk_steps
             columns.append(np.asarray(drawn))
         return Run(
             np.concatenate(columns, axis=1),
             np.minimum(np.asarray(state.count), generate.max_new_tokens),
-            np.asarray(pool.length),
+            np.asarray(pool.counts),
             np.asarray(pool.visual),
             traces,
             _timings(compile_s, prefill_s, decode_s, steps),
         )
+
+    def _chunk(
+        self, generate: Generate, params: Params, pool: AnyPool, state: DecodeState
+    ) -> tuple[AnyPool, DecodeState, jax.Array, Timings]:
+        """The next chunk of decode steps: pool, state, tokens [B, steps], and its times."""
+        compile_s = total_s = 0.0
+        if generate.spilled_rows is not None:
+            spill = self._program(generate, "spill", donate=(0, 1))
+            program, compile_s = spill.ready(pool, state)
+            began = time.perf_counter()
+            pool, state = program(pool, state)
+            total_s = time.perf_counter() - began
+        program, seconds = self._program(generate, "decode_chunk", donate=(2,)).ready(
+            params, pool, state
+        )
+        began = time.perf_counter()
+        state, drawn = program(params, pool, state)
+        total_s += time.perf_counter() - began
+        return pool, state, drawn, Timings(compile_s + seconds, None, total_s, total_s)
 
     def stream(self, images: Images = None, text: str = "", **options: Unpack[Options]) -> "Stream":
         """Answer one prompt piece by piece: the arguments of `generate`, a single prompt.
@@ -287,14 +370,14 @@ class VLM:
         top_p: float = 1.0,
         seed: int = 0,
         raw_prompt: bool = False,
-        cache: CacheMethod | None = None,
+        cache: CacheMethod | Quantizer | None = None,
         trace: bool = False,
         prefill_batch: int | None = None,
     ) -> tuple[Generate, list[ModelInputs], jax.Array]:
         """Check a request: the way to generate, the padded inputs in groups, the random key."""
         generate = Generate(
             self.config,
-            cache or FullCache(),
+            as_method(cache).for_model(self.config.text, self.tsa_layers),
             max_new_tokens,
             Sampling(temperature, top_k, top_p),
             self.stop_ids,
@@ -335,10 +418,11 @@ class VLM:
             generate.cache,
             self.params["embed"]["embedding"].dtype,
             prompt_tokens=length,
-            kept=kept.tokens,
+            counts=kept.counts,
             kept_visual=kept.visual,
             prompt_rows=inputs.tokens.shape[1],
             tail_rows=generate.tail_rows,
+            reserved_rows=generate.reserved_rows,
         )
         ids = [int(token) for token in tokens]
         trace = kept.trace.row(row, generate.cache, visual) if kept.trace else None
@@ -353,21 +437,30 @@ class VLM:
         )
 
 
+class Prepared(NamedTuple):
+    """A request, checked: its text, how to generate, its padded inputs in groups, the key."""
+
+    text: str | list[str]
+    generate: Generate
+    groups: list[ModelInputs]
+    key: jax.Array
+
+
 class Run(NamedTuple):
     """What came of a batch, on the host: a `GenerateOutput` with a trace for each group."""
 
     tokens: np.ndarray
     lengths: np.ndarray
-    kept: np.ndarray
+    counts: np.ndarray
     kept_visual: np.ndarray
     traces: list[BatchTrace | None]
     timings: Timings
 
 
 class Kept(NamedTuple):
-    """What was kept of one prompt: tokens of each layer [L], visual ones among them, the trace."""
+    """What was kept of one prompt: tokens by width [L, 1 + widths], visual ones [L], the trace."""
 
-    tokens: np.ndarray
+    counts: np.ndarray
     visual: np.ndarray
     trace: BatchTrace | None
 
@@ -401,9 +494,9 @@ class Stream(Iterator[str]):
 
     def _run(self, key: jax.Array) -> Iterator[str]:
         generate, vlm = self._generate, self._vlm
+        params = vlm._params_for(generate)
         begin = vlm._program(generate, "begin")
-        decode = vlm._program(generate, "decode_chunk", donate=(2,))
-        args = (vlm.params, jax.device_put(self._inputs), key)
+        args = (params, jax.device_put(self._inputs), key)
         run, compile_s = begin.ready(*args)
         began = time.perf_counter()
         pool, state, trace = run(*args)
@@ -419,16 +512,14 @@ class Stream(Iterator[str]):
                 shown = text
             if index == generate.num_chunks or bool(state.done[0]):
                 break
-            run, seconds = decode.ready(vlm.params, pool, state)
-            compile_s += seconds
-            began = time.perf_counter()
-            state, drawn = run(vlm.params, pool, state)
-            decode_s += time.perf_counter() - began
+            pool, state, drawn, chunk = vlm._chunk(generate, params, pool, state)
+            compile_s += chunk.compile_s
+            decode_s += chunk.total_s
             steps += generate.chunk_steps
             tokens.extend(int(token) for token in np.asarray(drawn[0]))
             tokens = tokens[: min(int(state.count[0]), generate.max_new_tokens)]
         timings = _timings(compile_s, prefill_s, decode_s, steps)
-        kept = Kept(np.asarray(pool.length[0]), np.asarray(pool.visual[0]), trace)
+        kept = Kept(np.asarray(pool.counts[0]), np.asarray(pool.visual[0]), trace)
         self._answer = vlm._answer(generate, self._inputs, 0, tokens, kept, timings)
         if self._answer.text != shown:
             yield self._answer.text[len(shown) :]

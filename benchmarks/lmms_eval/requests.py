@@ -121,7 +121,7 @@ def answer_all(
     prefill_batch: int | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[list[int], list[Answer]]]:
-    """Answer requests batch by batch; a batch's images are read when its turn comes.
+    """Answer requests batch by batch; a batch's images are read while the one before it runs.
 
     Args:
         vlm: the model.
@@ -142,20 +142,25 @@ def answer_all(
     groups: dict[Settings, list[int]] = {}
     for place, request in enumerate(requests):
         groups.setdefault(request.settings, []).append(place)
-    for settings, group in groups.items():
-        for start in range(0, len(group), batch_size):
-            places = group[start : start + batch_size]
-            answers = vlm.generate(
-                [requests[place].images() for place in places],
-                [requests[place].text for place in places],
-                max_new_tokens=settings.max_new_tokens,
-                cache=cache,
-                seed=seed,
-                prefill_batch=prefill_batch,
-                **asdict(settings.sampling),
-            )
-            seed += 1
-            yield places, answers
+    batches = [
+        (settings, group[start : start + batch_size])
+        for settings, group in groups.items()
+        for start in range(0, len(group), batch_size)
+    ]
+    arguments = (
+        {
+            "images": [requests[place].images() for place in places],
+            "text": [requests[place].text for place in places],
+            "max_new_tokens": settings.max_new_tokens,
+            "cache": cache,
+            "seed": seed + index,
+            "prefill_batch": prefill_batch,
+            **asdict(settings.sampling),
+        }
+        for index, (settings, places) in enumerate(batches)
+    )
+    for (_, places), answers in zip(batches, vlm.generate_each(arguments), strict=True):
+        yield places, answers
 
 
 def _sampling(arguments: Mapping[str, Any]) -> Sampling:

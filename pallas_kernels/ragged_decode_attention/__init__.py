@@ -57,7 +57,7 @@ def ragged_decode_attention(
         NotImplementedError: there is no such backend.
     """
     batch, heads, head_dim = q.shape
-    _check(batch, heads, head_dim, (pool_k, pool_v), (tail_k, tail_v), offset, length, fill)
+    check_segments(batch, heads, head_dim, (pool_k, pool_v), (tail_k, tail_v), offset, length, fill)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     mean_rows = pool_k.shape[2] if mean_rows is None else mean_rows
     arrays = (q, pool_k, pool_v, offset, length, tail_k, tail_v, fill)
@@ -114,7 +114,7 @@ def append_and_attend(
     """
     batch, kv_heads, rows, head_dim = qkv.shape
     heads = kv_heads * (rows - 2)
-    _check(batch, heads, head_dim, (pool_k, pool_v), (tail_k, tail_v), offset, length, fill)
+    check_segments(batch, heads, head_dim, (pool_k, pool_v), (tail_k, tail_v), offset, length, fill)
     if kv_heads != pool_k.shape[1] or rows < 3 or head_dim % 2:
         raise ValueError(f"{qkv.shape=}, {pool_k.shape=}: expected [B, K, G + 2, H] with an even H")
     if not cos.shape == sin.shape == (batch, head_dim // 2):
@@ -133,7 +133,7 @@ def append_and_attend(
     )
 
 
-def _check(
+def check_segments(
     batch: int,
     heads: int,
     head_dim: int,
@@ -141,6 +141,19 @@ def _check(
     tails: tuple[jax.Array, jax.Array],
     *rows: jax.Array,
 ) -> None:
+    """Refuse shapes that do not fit each other: of a pool, of the tails, of offsets and lengths.
+
+    Args:
+        batch: B.
+        heads: N.
+        head_dim: H.
+        pools: keys and values of full width [B, K, capacity, H].
+        tails: keys and values of new tokens [B, K, R, H].
+        rows: offset, length and fill [B].
+
+    Raises:
+        ValueError: they do not fit.
+    """
     for k, v in (pools, tails):
         if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
             raise ValueError(

@@ -3,16 +3,18 @@
 import jax
 import numpy as np
 
+Array = jax.Array | np.ndarray
+
 
 def ragged_decode_attention(
-    q: jax.Array,
-    pool_k: jax.Array,
-    pool_v: jax.Array,
-    offset: jax.Array,
-    length: jax.Array,
-    tail_k: jax.Array,
-    tail_v: jax.Array,
-    fill: jax.Array,
+    q: Array,
+    pool_k: Array,
+    pool_v: Array,
+    offset: Array,
+    length: Array,
+    tail_k: Array,
+    tail_v: Array,
+    fill: Array,
     *,
     scale: float,
 ) -> np.ndarray:

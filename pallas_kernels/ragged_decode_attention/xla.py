@@ -39,15 +39,28 @@ def ragged_decode_attention(
     """See the package's public function; [B, N, H] -> [B, N, H]."""
     del mean_rows  # the blocks are those of the longest row
     batch, heads, head_dim = q.shape
-    kv_heads, capacity = pool_k.shape[1:3]
-    columns = min(block_rows(pool_k), capacity)
+    kv_heads = pool_k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    arrays = pool_k, pool_v, offset, length, tail_k, tail_v, fill
+    partial = attend_segments(grouped, *arrays, scale=scale)
+    return online_softmax.finish(partial).astype(q.dtype).reshape(batch, heads, head_dim)
 
-    def read(pool: jax.Array, start: jax.Array) -> jax.Array:
-        """Each row's own `columns` rows from its own start: [B, K, columns, H]."""
-        return jax.vmap(lambda rows, at: lax.dynamic_slice_in_dim(rows, at, columns, axis=1))(
-            pool, start
-        )
+
+def attend_segments(
+    grouped: jax.Array,
+    pool_k: jax.Array,
+    pool_v: jax.Array,
+    offset: jax.Array,
+    length: jax.Array,
+    tail_k: jax.Array,
+    tail_v: jax.Array,
+    fill: jax.Array,
+    *,
+    scale: float,
+) -> online_softmax.Partial:
+    """Attention of the queries [B, K, G, H] over the layer's segment of the pool and its tail."""
+    capacity = pool_k.shape[2]
+    columns = min(block_rows(pool_k), capacity)
 
     def key_block(index: jax.Array, partial: online_softmax.Partial) -> online_softmax.Partial:
         first = offset + index * columns
@@ -55,21 +68,29 @@ def ragged_decode_attention(
         start = jnp.minimum(first, capacity - columns)
         position = start[:, None] + jnp.arange(columns)
         readable = (position >= first[:, None]) & (position < (offset + length)[:, None])
-        part = online_softmax.attend(
-            grouped,
-            read(pool_k, start),
-            read(pool_v, start),
-            readable[:, None, None, :],
-            readable,
-            scale,
-        )
+        k, v = (read_rows(pool, start, columns) for pool in (pool_k, pool_v))
+        visible = readable[:, None, None, :]
+        part = online_softmax.attend(grouped, k, v, visible, readable, scale)
         return online_softmax.merge(partial, part)
 
     used = jnp.arange(tail_k.shape[2]) < fill[:, None]
     partial = online_softmax.attend(grouped, tail_k, tail_v, used[:, None, None, :], used, scale)
     trips = (jnp.max(length) + columns - 1) // columns
-    partial = lax.fori_loop(0, trips, key_block, partial)
-    return online_softmax.finish(partial).astype(q.dtype).reshape(batch, heads, head_dim)
+    return lax.fori_loop(0, trips, key_block, partial)
+
+
+def read_rows(pool: jax.Array, start: jax.Array, rows: int, axis: int = 1) -> jax.Array:
+    """Each sequence's own rows from its own start: [B, K, S, H] -> [B, K, rows, H].
+
+    Args:
+        pool: all rows.
+        start: int32 [B].
+        rows: how many.
+        axis: where the rows are in one sequence's array.
+    """
+    return jax.vmap(lambda part, at: lax.dynamic_slice_in_dim(part, at, rows, axis=axis))(
+        pool, start
+    )
 
 
 def append_and_attend(

@@ -106,15 +106,17 @@ def test_documents_without_images_and_with_a_video():
 def test_requests_share_a_batch_with_those_of_their_settings():
     calls = []
 
-    def generate(images, text, **options):
-        calls.append((images, text, options["max_new_tokens"], options["seed"], options["top_p"]))
-        return text
+    def generate_each(batches):
+        for given in batches:
+            names = "images", "text", "max_new_tokens", "seed", "top_p"
+            calls.append(tuple(given[name] for name in names))
+            yield given["text"]
 
     few, many = Settings(4), Settings(9, Sampling(1.0, None, 0.5))
     kinds = [few, many, few, few, many]
     image: Any = "image"
     requests = [Request(f"q{place}", lambda: [image], kind) for place, kind in enumerate(kinds)]
-    vlm: Any = SimpleNamespace(generate=generate)
+    vlm: Any = SimpleNamespace(generate_each=generate_each)
     cache = vlcache_jax.FullCache()
     done = list(answer_all(vlm, requests, cache=cache, batch_size=2, seed=7))
     assert [places for places, _ in done] == [[0, 2], [3], [1, 4]]

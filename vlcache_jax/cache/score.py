@@ -124,6 +124,7 @@ class Layer:
         v: values [B, T, K, H].
         prompt: the prompts; what stands beyond their lengths has no meaning.
         backend: backend of the window scores.
+        entering: the residual stream in front of the layer, [B, T, D].
     """
 
     index: int
@@ -132,6 +133,7 @@ class Layer:
     v: jax.Array
     prompt: Prompt
     backend: str | None = None
+    entering: jax.Array | None = None
     _watched: dict[tuple[Window, Budget | None], tuple[float | None, WindowScores]] = field(
         default_factory=dict, repr=False
     )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_decode_attention import append_and_attend
 from vlcache_jax.config import TextConfig
 
 BLOCK = 128
@@ -52,6 +53,49 @@ class Pool:
         layers = range(self.offset.shape[1])
         return tuple(Segment(self.offset[:, i], self.length[:, i]) for i in layers)
 
+    @property
+    def counts(self) -> jax.Array:
+        """Rows of each layer by their width, of which there is one: int32 [B, L, 1]."""
+        return self.length[..., None]
+
+    def append_and_attend(
+        self,
+        qkv: jax.Array,
+        table: tuple[jax.Array, jax.Array],
+        segment: Segment,
+        tail_k: jax.Array,
+        tail_v: jax.Array,
+        fill: jax.Array,
+        backend: str | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Attention of a new token to one layer's rows, to its tail and to itself.
+
+        Args:
+            qkv: the layer's product of the token, [B, K, G + 2, H].
+            table: cosine and sine of its position, [B, H / 2] each.
+            segment: the layer's part of the pool.
+            tail_k: keys of the tokens before, [B, K, R, H].
+            tail_v: values, likewise.
+            fill: how many these are, int32 [B].
+            backend: of the kernel.
+
+        Returns:
+            [B, N, H], and the tails with the token.
+        """
+        return append_and_attend(
+            qkv,
+            *table,
+            self.k,
+            self.v,
+            *segment,
+            tail_k,
+            tail_v,
+            fill,
+            mean_rows=self.k.shape[2] // self.offset.shape[1],
+            together=True,  # all sequences of a batch begin to decode at once
+            backend=backend,
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -72,6 +116,11 @@ class Tail:
 def round_up(count: int, block: int = BLOCK) -> int:
     """The smallest multiple of `block` that holds `count`, at least one block."""
     return max(1, -(-count // block)) * block
+
+
+def whole_capacity(layers: int, prompt_rows: int) -> int:
+    """Rows of the pool that holds every row of L layers and a bucket of T prompt rows."""
+    return round_up(layers * prompt_rows)
 
 
 def empty_tail(config: TextConfig, batch: int, rows: int, dtype: jnp.dtype) -> Tail:

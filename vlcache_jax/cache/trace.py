@@ -210,21 +210,29 @@ class Trace:
             raise
 
 
-def check_target(path: str | Path, *, force: bool) -> Path:
-    """The file that a trace may be written to; to be asked before any work is done.
+def check_target(
+    path: str | Path, *, force: bool, what: str = "trace file", suffix: str = ".npz"
+) -> Path:
+    """The file that something may be written to; to be asked before any work is done.
+
+    Args:
+        path: the file.
+        force: whether one that is there may be overwritten.
+        what: what is to be written.
+        suffix: end of its name.
 
     Raises:
         FileExistsError: the file exists and `force` is not set.
         FileNotFoundError: its directory does not exist.
-        ValueError: it is a directory, or its name does not end in .npz.
+        ValueError: it is a directory, or its name does not end so.
     """
     target = Path(path)
-    if target.suffix != ".npz":
-        raise ValueError(f"trace file {target} must end in .npz")
+    if target.suffix != suffix:
+        raise ValueError(f"{what} {target} must end in {suffix}")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"no directory {target.parent} for the trace file: make it first")
+        raise FileNotFoundError(f"no directory {target.parent} for the {what}: make it first")
     if target.is_dir():
-        raise ValueError(f"trace file {target} is a directory")
+        raise ValueError(f"{what} {target} is a directory")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists: choose another name, or overwrite it with --force")
     return target

@@ -1,0 +1,56 @@
+"""The Walsh-Hadamard transform along the head dim: it spreads a channel's outliers over all.
+
+It is orthonormal, so the product of two transformed vectors is that of the vectors. Of a head dim
+that is no power of two it is block-diagonal: blocks of the largest power of two that divides it.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def block(size: int) -> int:
+    """The largest power of two that divides a head dim: the size of the transform."""
+    return size & -size
+
+
+def signs(size: int) -> np.ndarray:
+    """The transform without its factor: entries 1, -1 and, outside the blocks, 0, int8 [H, H].
+
+    Sylvester's order: the sign of (i, j) is the parity of the bits that i and j share.
+    """
+    i = np.arange(size)
+    shared = i[:, None] & i[None, :] & (block(size) - 1)
+    parity = np.zeros_like(shared)
+    for bit in range(size.bit_length()):
+        parity ^= (shared >> bit) & 1
+    same = i[:, None] // block(size) == i[None, :] // block(size)
+    return (same * (1 - 2 * parity)).astype(np.int8)
+
+
+def factor(size: int) -> float:
+    """What the signs are multiplied by to be orthonormal."""
+    return 1 / math.sqrt(block(size))
+
+
+def transform(x: jax.Array) -> jax.Array:
+    """Transform the last axis; the transform is its own inverse.
+
+    Args:
+        x: [..., H].
+
+    Returns:
+        [..., H] in x's type; the products of the entries are exact and their sum is float32.
+    """
+    size = x.shape[-1]
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    turned = jnp.matmul(
+        x,
+        jnp.asarray(signs(size), x.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return (turned * factor(size)).astype(x.dtype)

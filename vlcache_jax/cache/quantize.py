@@ -1,0 +1,541 @@
+"""Quantisers: how many bits each kept row of the cache is given, and the rule that rounds it.
+
+    AKVQ   the Walsh-Hadamard transform, and bits by what a layer attends to (AKVQ-VL)
+    RTN    round to nearest: the same bits for all, without the transform by default: a control
+    KIVI   keys by channel, values by token, the latest rows in full: a control
+
+A quantiser is a setting of a cache method. Alone it stands for the full cache, quantised; with a
+method that evicts, what is kept is quantised.
+
+AKVQ-VL (Su et al. 2025, arXiv 2501.15021) has no public code. Choices of this library, where the
+paper leaves it open: scale and shift of a group are stored in bfloat16, the scale rounded up, and
+values are rounded by the stored ones; a group of equal values has scale 1 and that value as its shift; pivots are the
+prompt's tokens with the largest activation in the residual stream that enters the layer; of what
+an eviction method keeps, a tenth of each layer's rows (the latest) and the surviving pivots have
+full width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+from pallas_kernels.packing import BITS, per_word
+from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.state import round_up
+
+WORD_BLOCK = 64
+"""Word-rows that the packed part of a pool is rounded up to: what is packed at a time."""
+
+CLIP = {2: 0.8}
+"""Share of a group's range that is represented, by width; 1 for the others (AKVQ-VL, section 4)."""
+
+TSA_LAYERS: dict[str, tuple[int, ...]] = {"llama": (0, 1), "mistral": ()}
+"""Text-salient layers by the kind of decoder, as the paper found them."""
+
+
+def grid(
+    low: jax.Array, high: jax.Array, clip: jax.Array, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Scale and shift of groups from their least and largest values; all float32.
+
+    Rounded to bfloat16, which is what is stored: what is quantised by them is what is read back.
+    The scale is rounded up, so that the codes reach the end of the range: at 8 bits the nearest one
+    may be a whole step short of it.
+
+    Args:
+        low: least value of each group.
+        high: largest.
+        clip: share of the range, above 0 to 1, that the codes span: clip * low .. clip * high.
+        step: clip / (2**bits - 1).
+    """
+    # As written it rounds the same everywhere: no product and sum that could be fused, and no
+    # division by something broadcast, of which XLA makes a product with the reciprocal, or not.
+    scale = _bfloat16_up((high - low) * step)
+    constant = scale == 0  # or a range below what the type can hold
+    shift = _bfloat16(jnp.where(constant, low, clip * low))
+    return jnp.where(constant, 1.0, scale), shift
+
+
+def round_to(x: jax.Array, scale: jax.Array, shift: jax.Array, levels: jax.Array) -> jax.Array:
+    """Codes 0..levels of values, uint32: round((x - shift) * (1 / scale)), saturated."""
+    return jnp.clip(jnp.round((x - shift) * (1 / scale)), 0, levels).astype(jnp.uint32)
+
+
+def quantise(x: jax.Array, bits: int, *, group: int, clip: float | None = None):
+    """Quantise rows in groups along the last axis: the plain form, for one width.
+
+    Args:
+        x: [..., H], H a multiple of `group` or below it (one group then).
+        bits: 2, 4 or 8.
+        group: values that share a scale.
+        clip: share of the range that is represented; that of AKVQ-VL for the width by default.
+
+    Returns:
+        Codes uint32 [..., H], scale and shift float32 [..., groups] of bfloat16 values.
+
+    Raises:
+        ValueError: a setting is out of range, or a value is not finite.
+    """
+    count = groups(x.shape[-1], group)
+    if bits not in BITS:
+        raise ValueError(f"{bits=} must be one of {BITS}")
+    if clip is not None and not 0 < clip <= 1:
+        raise ValueError(f"{clip=} must be above 0 and at most 1")
+    if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
+        raise ValueError("values to quantise must be finite: there is a NaN or an infinity")
+    levels, clip = 2**bits - 1, CLIP.get(bits, 1.0) if clip is None else clip
+    parts = x.astype(jnp.float32).reshape(*x.shape[:-1], count, -1)
+    share, step = jnp.float32(clip), jnp.float32(clip / levels)
+    scale, shift = grid(parts.min(-1), parts.max(-1), share, step)
+    codes = round_to(parts, scale[..., None], shift[..., None], jnp.float32(levels))
+    return codes.reshape(x.shape), scale, shift
+
+
+def groups(head_dim: int, group: int) -> int:
+    """Groups of one row's values.
+
+    Raises:
+        ValueError: `group` is below 1, or the head dim is above it and no multiple of it.
+    """
+    if group < 1:
+        raise ValueError(f"{group=} must be at least 1")
+    if head_dim <= group:
+        return 1
+    if head_dim % group:
+        raise ValueError(f"{head_dim=} must be a multiple of {group=}, or at most that")
+    return head_dim // group
+
+
+def _bfloat16(x: jax.Array) -> jax.Array:
+    # Not a conversion there and back, which XLA may leave out.
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _bfloat16_up(x: jax.Array) -> jax.Array:
+    """The least bfloat16 that is no less, of values from 0."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0xFFFF)
+    return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Room for one sequence's rows of all layers.
+
+    Attributes:
+        dense: rows of full width.
+        words: word-rows of packed rows of the prompt.
+        reserved: word-rows of each layer behind these, for new tokens that are quantised.
+    """
+
+    dense: int
+    words: int
+    reserved: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer:
+    """How the kept rows of a cache are quantised; the base of all quantisers.
+
+    Attributes:
+        group: values of one row and head that share a scale; a smaller head dim is one group.
+        clip: share of a group's range that is represented; by the width by default.
+        transform: multiply queries and keys by the Walsh-Hadamard transform after RoPE, and fold
+            it into the weights of the values.
+        residual: new tokens are quantised too, the oldest first, so that about this many stay at
+            full width; None leaves all of an answer at full width.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    name: ClassVar[str] = ""
+
+    group: int = 128
+    clip: float | None = None
+    transform: bool = False
+    residual: int | None = None
+
+    def __post_init__(self):
+        if self.group < 1:
+            raise ValueError(f"group={self.group} must be at least 1")
+        if self.clip is not None and not 0 < self.clip <= 1:
+            raise ValueError(f"clip={self.clip} must be above 0 and at most 1")
+        if self.residual is not None and self.residual < 1:
+            raise ValueError(f"residual={self.residual} must be at least 1")
+        if unknown := set(self.widths) - set(BITS):
+            raise ValueError(f"bits={sorted(unknown)} must be one of {BITS}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of the packed runs, the widest first."""
+        raise NotImplementedError(f"{type(self).__name__} has no widths")
+
+    @property
+    def key_group(self) -> int | None:
+        """Rows that share a scale per channel, of keys quantised by channel; None by token."""
+        return None
+
+    @property
+    def lanes(self) -> int:
+        """Most rows that share a word."""
+        return per_word(min(self.widths))
+
+    @property
+    def align(self) -> int:
+        """Word-rows that a run is rounded up to."""
+        return 1 if self.key_group is None else max(1, self.key_group // self.lanes)
+
+    @property
+    def watches_stream(self) -> bool:
+        """Whether the activations of the residual stream are looked at."""
+        return False
+
+    def spilled_rows(self, steps: int) -> int | None:
+        """New tokens that are packed at a time, at least `steps`: whole words, whole groups.
+
+        None without a `residual`.
+        """
+        if self.residual is None:
+            return None
+        unit = self.key_group or self.lanes
+        return -(-steps // unit) * unit
+
+    def tail_rows(self, steps: int, new_rows: int) -> int:
+        """Rows of the tail for `new_rows` tokens, decoded in chunks of `steps`."""
+        count = self.spilled_rows(steps)
+        if self.residual is None or count is None:
+            return new_rows
+        # Those that stay, a group that is not due yet, and the next chunk.
+        return max(count, min(new_rows, self.residual + count - 1 + steps))
+
+    def for_decoder(
+        self, kind: str, layers: int, tsa_layers: tuple[int, ...] | None = None
+    ) -> "Quantizer":
+        """This quantiser for a decoder: settings that follow from the model are filled in.
+
+        Args:
+            kind: "llama" or "mistral".
+            layers: L.
+            tsa_layers: text-salient layers that were calibrated for the checkpoint, if any were.
+        """
+        del kind, layers, tsa_layers
+        return self
+
+    def clip_of(self, bits: int) -> float:
+        """Share of a group's range that is represented at a width."""
+        return CLIP.get(bits, 1.0) if self.clip is None else self.clip
+
+    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
+        """How many of each layer's kept rows, the latest, have full width: int32 [B, L].
+
+        Args:
+            kept: rows of each layer, int32 [B, L].
+            evicts: whether these are what an eviction method kept.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no recent rows")
+
+    def dense(self, prompt: Prompt, salience: jax.Array | None) -> jax.Array | None:
+        """Other tokens of full width, bool [B, L, T]; None where there are none.
+
+        Args:
+            prompt: the prompts.
+            salience: largest activation of each token, float32 [B, L, T].
+        """
+        del prompt, salience
+        return None
+
+    def columns(self, prompt: Prompt) -> jax.Array:
+        """Which of `widths` a token of each layer is given at least, int32 [1 or B, L, T or 1]."""
+        return jnp.zeros((1, prompt.layers, 1), jnp.int32)
+
+    def new_width(self, layer: int) -> int:
+        """Bits of the new tokens of a layer, where they are quantised at all."""
+        del layer
+        return self.widths[0]
+
+    def runs(self, layer: int) -> tuple[int, ...]:
+        """Bits of a layer's runs: those of the prompt, and that of its new tokens."""
+        return self.widths if self.residual is None else (*self.widths, self.new_width(layer))
+
+    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
+        """Most rows of full width of all layers together, `rows` of them kept in all."""
+        raise NotImplementedError(f"{type(self).__name__} has no bound of dense rows")
+
+    def least_recent(self, rows: int, evicts: bool) -> int:
+        """Fewest rows of full width of a layer with `rows` kept rows, by `recent_rows`."""
+        raise NotImplementedError(f"{type(self).__name__} has no bound of recent rows")
+
+    def wide_layers(self, layers: int) -> int:
+        """Layers that may have rows of the widest width; the others only have the narrowest."""
+        return layers
+
+    def capacity(self, limit: Budget, layers: int, prompt_rows: int, new_rows: int = 0) -> Capacity:
+        """Room that serves every prompt of a bucket.
+
+        Args:
+            limit: what is kept.
+            layers: L.
+            prompt_rows: T.
+            new_rows: most new tokens that are quantised.
+        """
+        evicts = not limit.keeps_all
+        total = layers * limit.layer_rows(prompt_rows)
+        dense = min(total, self.most_dense(layers, total, evicts))
+        if evicts:
+            packed = min(total, total - self.least_recent(total, evicts) + layers)
+        else:
+            packed = layers * (prompt_rows - self.least_recent(prompt_rows, evicts))
+        wide = min(packed, self.wide_layers(layers) * prompt_rows)
+        words = -(-wide // per_word(self.widths[0])) - (-(packed - wide) // self.lanes)
+        # Each run of a layer may end inside of a word-row, or of a group of keys.
+        ends = layers * len(self.widths) * self.align + 2
+        unit = per_word(self.widths[0]) * self.align
+        reserved = -(-new_rows // unit) * self.align
+        return Capacity(round_up(dense), round_up(words + ends, WORD_BLOCK), reserved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AKVQ(Quantizer):
+    """AKVQ-VL (Su et al. 2025): 2 bits, more for what a layer attends to.
+
+    Text-salient (TSA) layers: recent tokens 16 bit, other text 4, visual tokens 2. All others
+    (pivot-salient, PSA): recent and pivot tokens 16 bit, everything else 2.
+
+    Attributes:
+        group: as in `Quantizer`.
+        clip: likewise; the paper's by default, 0.8 at 2 bits and 1 at 4.
+        transform: likewise, on by default.
+        residual: likewise.
+        bits: of what is not salient.
+        text_bits: of the text in TSA layers.
+        recent: last tokens of the prompt at full width, where nothing is evicted.
+        recent_ratio: the same as a share of each layer's rows, where a method evicts.
+        pivots: tokens with massive activations at full width, the same for all heads.
+        tsa_layers: which layers are text-salient; None for what was calibrated for the checkpoint,
+            else by the kind of decoder as the paper has it (`TSA_LAYERS`).
+    """
+
+    name: ClassVar[str] = "akvq"
+
+    transform: bool = True
+    bits: int = 2
+    text_bits: int = 4
+    recent: int = 128
+    recent_ratio: float = 0.1
+    pivots: int = 15
+    tsa_layers: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.recent < 0 or self.pivots < 0 or not 0 <= self.recent_ratio <= 1:
+            raise ValueError(
+                f"recent={self.recent} and pivots={self.pivots} must be at least 0, "
+                f"recent_ratio={self.recent_ratio} from 0 to 1"
+            )
+        if self.text_bits not in BITS or self.text_bits < self.bits:
+            raise ValueError(
+                f"text_bits={self.text_bits} must be one of {BITS}, at least bits={self.bits}"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See the base."""
+        if not self.tsa_layers or self.text_bits == self.bits:
+            return (self.bits,)
+        return self.text_bits, self.bits
+
+    @property
+    def watches_stream(self) -> bool:
+        """For the pivots."""
+        return self.pivots > 0
+
+    def for_decoder(
+        self, kind: str, layers: int, tsa_layers: tuple[int, ...] | None = None
+    ) -> "AKVQ":
+        """With the TSA layers of that decoder, where none are set.
+
+        Raises:
+            ValueError: one of the TSA layers is not there.
+        """
+        chosen = tsa_layers if self.tsa_layers is None else self.tsa_layers
+        if chosen is None:
+            chosen = tuple(i for i in TSA_LAYERS[kind] if i < layers)
+        if wrong := [i for i in chosen if not 0 <= i < layers]:
+            raise ValueError(f"tsa_layers {wrong} are not layers of a model that has {layers}")
+        return replace(self, tsa_layers=chosen)
+
+    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
+        """See the base."""
+        if evicts:
+            # The product may fall just below the whole number that it stands for.
+            return jnp.floor(self.recent_ratio * kept + 1e-4).astype(jnp.int32)
+        return jnp.minimum(self.recent, kept)
+
+    def dense(self, prompt: Prompt, salience: jax.Array | None) -> jax.Array | None:
+        """The pivots of the PSA layers."""
+        count = min(self.pivots, prompt.rows)
+        if salience is None or count == 0:
+            return None
+        position = jnp.arange(prompt.rows)
+        inside = position < prompt.length[:, None, None]
+        chosen = lax.top_k(jnp.where(inside, salience, -jnp.inf), count)[1]  # [B, L, count]
+        pivots = jnp.any(position == chosen[..., None], axis=-2)
+        return pivots & ~self._tsa(prompt)[:, None]
+
+    def columns(self, prompt: Prompt) -> jax.Array:
+        """Text of TSA layers in the first column, all else in the last."""
+        if len(self.widths) == 1:
+            return jnp.zeros((1, prompt.layers, 1), jnp.int32)
+        wide = self._tsa(prompt)[:, None] & ~prompt.visual[:, None, :]  # [B, L, T]
+        return jnp.where(wide, 0, 1)
+
+    def new_width(self, layer: int) -> int:
+        """New tokens are text."""
+        return self.text_bits if layer in (self.tsa_layers or ()) else self.bits
+
+    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
+        """See the base."""
+        recent = int(self.recent_ratio * rows + 1e-4 * layers) if evicts else layers * self.recent
+        return recent + layers * self.pivots
+
+    def least_recent(self, rows: int, evicts: bool) -> int:
+        """See the base."""
+        return int(self.recent_ratio * rows) if evicts else min(self.recent, rows)
+
+    def wide_layers(self, layers: int) -> int:
+        """The TSA layers."""
+        return layers if len(self.widths) == 1 else len(self.tsa_layers or ())
+
+    def _tsa(self, prompt: Prompt) -> jax.Array:
+        """Which layers are text-salient, bool [L]."""
+        layers: Sequence[int] = self.tsa_layers or ()
+        return jnp.array([i in layers for i in range(prompt.layers)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTN(Quantizer):
+    """Round to nearest: every row the same bits. A control; with `transform`, a plain alternative.
+
+    Attributes:
+        group: as in `Quantizer`.
+        clip: likewise.
+        transform: likewise.
+        residual: likewise.
+        bits: of every row.
+        recent: last tokens of the prompt at full width.
+    """
+
+    name: ClassVar[str] = "rtn"
+
+    bits: int = 2
+    recent: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.recent < 0:
+            raise ValueError(f"recent={self.recent} must be at least 0")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See the base."""
+        return (self.bits,)
+
+    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
+        """See the base."""
+        del evicts
+        return jnp.minimum(self.recent, kept)
+
+    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
+        """See the base."""
+        del evicts
+        return min(rows, layers * self.recent)
+
+    def least_recent(self, rows: int, evicts: bool) -> int:
+        """See the base."""
+        return 0 if evicts else min(self.recent, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KIVI(Quantizer):
+    """KIVI (Liu et al. 2024): keys by channel, values by token, the latest rows in full.
+
+    The rows before the latest are whole groups, so up to `group` - 1 more have full width.
+
+    Attributes:
+        group: rows of a group of keys, and values of a group of values.
+        clip: as in `Quantizer`; 1 by default.
+        transform: likewise.
+        residual: likewise.
+        bits: of every packed row.
+        recent: rows at full width, at least (KIVI's residual length).
+    """
+
+    name: ClassVar[str] = "kivi"
+
+    group: int = 32
+    clip: float | None = 1.0
+    bits: int = 2
+    recent: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.recent < 0:
+            raise ValueError(f"recent={self.recent} must be at least 0")
+        # Whole word-rows, and a part of those that are packed at a time.
+        if self.group % self.lanes or WORD_BLOCK % self.align:
+            most = WORD_BLOCK * self.lanes
+            raise ValueError(
+                f"group={self.group} must be {self.lanes} rows, or 2, 4, 8... times that, to {most}"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See the base."""
+        return (self.bits,)
+
+    @property
+    def key_group(self) -> int | None:
+        """See the base."""
+        return self.group
+
+    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
+        """See the base."""
+        del evicts
+        older = jnp.maximum(kept - self.recent, 0)
+        return kept - older // self.group * self.group
+
+    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
+        """See the base."""
+        del evicts
+        return min(rows, layers * (self.recent + self.group - 1))
+
+    def least_recent(self, rows: int, evicts: bool) -> int:
+        """See the base."""
+        return 0 if evicts else min(self.recent, rows)
+
+
+QUANTIZERS: dict[str, Quantizer] = {
+    **{str(bits): RTN(bits=bits, transform=True) for bits in BITS},
+    "akvq": AKVQ(),
+    "kivi": KIVI(),
+}
+"""The quantisers by the name that the command line uses; a number is that many bits for every row,
+with the transform."""
+
+
+def make_quantizer(name: str | None) -> Quantizer | None:
+    """A quantiser by its name: "2", "4", "8", "akvq", "kivi"; None for None or "16".
+
+    Raises:
+        ValueError: there is no such quantiser.
+    """
+    if name is None or name == "16":
+        return None
+    if name not in QUANTIZERS:
+        raise ValueError(f"kv bits {name!r}: choose one of {', '.join(QUANTIZERS)}, or 16")
+    return QUANTIZERS[name]

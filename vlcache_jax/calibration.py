@@ -1,0 +1,217 @@
+"""Which layers of a checkpoint attend to text: `calibrate`, and the file that it leaves behind.
+
+AKVQ-VL (Su et al. 2025, section 3.3) gives text more bits in text-salient (TSA) layers, and names
+these layers for two decoders. For others they are found here, by a few prompts with pictures.
+
+Choices of this library, where the paper leaves it open: the attention is that of the rows after the
+last visual token, over all heads; a layer's text share is what these rows pay to text tokens that
+are not pivots, divided by all that they pay (pivots are left out because every deep layer's
+attention rests on them, and most of them are text); the mean over the prompts decides.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlcache_jax import demo
+from vlcache_jax.cache.methods import Custom
+from vlcache_jax.cache.quantize import AKVQ
+from vlcache_jax.cache.score import ColumnSum
+from vlcache_jax.cache.trace import check_target
+from vlcache_jax.display import versions
+from vlcache_jax.generate import CHUNK, Generate
+from vlcache_jax.models.llava import Params
+from vlcache_jax.processing import Images, ModelInputs
+from vlcache_jax.vlm import VLM, Program
+
+KV_LAYERS = "kv_layers.json"
+"""Name of the file beside a checkpoint's weights, which `load` reads."""
+
+THRESHOLD = 0.5
+"""Text share above which a layer is text-salient; a choice of this library."""
+
+FORMAT = 1
+"""Version of the file."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How much each layer of a checkpoint attends to text.
+
+    Attributes:
+        text_shares: text share of each layer's attention, from 0 to 1, the mean over the prompts.
+        threshold: a layer is text-salient where its share is above this.
+        pivots: tokens of each layer and prompt that were left out for their massive activations.
+        prompts: how many prompts it was found by.
+        versions: of the packages that it was found with.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    text_shares: tuple[float, ...]
+    threshold: float = THRESHOLD
+    pivots: int = AKVQ.pivots
+    prompts: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.text_shares or not all(0 <= share <= 1 for share in self.text_shares):
+            raise ValueError(
+                f"text_shares={self.text_shares} must be one number from 0 to 1 a layer"
+            )
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold} must be from 0 to 1")
+        if self.pivots < 0 or self.prompts < 1:
+            raise ValueError(f"pivots={self.pivots} from 0 on, prompts={self.prompts} from 1 on")
+
+    @property
+    def tsa_layers(self) -> tuple[int, ...]:
+        """The text-salient layers: `AKVQ(tsa_layers=...)`."""
+        return tuple(i for i, share in enumerate(self.text_shares) if share > self.threshold)
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write it to a .json file, which appears whole or not at all.
+
+        Raises:
+            FileExistsError: the file exists and `force` is not set.
+            FileNotFoundError: its directory does not exist.
+        """
+        target = check_file(path, force=force)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+            partial.write_text(f"{text}\n", encoding="utf-8")
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def read(cls, path: str | Path, layers: int | None = None) -> "Calibration":
+        """Read what `save` has written.
+
+        Args:
+            path: the file.
+            layers: layers of the model that it is for; not checked by default.
+
+        Raises:
+            ValueError: the file is damaged, or for a model of another number of layers.
+        """
+        remedy = "delete it, or run `vlcache calibrate` again with --force"
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            found = cls(**data | {"text_shares": tuple(map(float, data["text_shares"]))})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is no calibration file ({error!r}): {remedy}") from None
+        if layers not in (None, len(found.text_shares)):
+            raise ValueError(
+                f"{path} is for a model of {len(found.text_shares)} layers, this one has {layers}: "
+                f"{remedy}"
+            )
+        return found
+
+
+def check_file(path: str | Path, *, force: bool) -> Path:
+    """The file that a calibration may be written to; errors as `cache.trace.check_target`."""
+    return check_target(path, force=force, what="calibration file", suffix=".json")
+
+
+def file_beside(model: str | Path) -> Path:
+    """Where `load` looks for the calibration of a model directory.
+
+    Raises:
+        ValueError: the model is no directory of the user's: a hub id, or that in this package.
+        PermissionError: nothing can be written to the directory.
+    """
+    path, remedy = Path(model).expanduser(), "say where to write with --out FILE.json"
+    if path.samefile(demo.CHECKPOINT) if path.is_dir() else str(model) == "demo":
+        raise ValueError(f"{model} is the model in this package, which stays as it is: {remedy}")
+    if not path.is_dir():
+        raise ValueError(f"no directory {model} to write to: name one; of a hub id, {remedy}")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"nothing can be written to {path}: {remedy}")
+    return path / KV_LAYERS
+
+
+def calibrate(
+    vlm: VLM,
+    images: Images | Sequence[Images] = None,
+    text: str | list[str] = "",
+    *,
+    threshold: float = THRESHOLD,
+    pivots: int = AKVQ.pivots,
+    raw_prompt: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Find the text-salient layers of a model, by a few prompts with pictures.
+
+    The prompts are only read, one at a time, never answered. Use the result as
+    `AKVQ(tsa_layers=result.tsa_layers)`, or save it as `KV_LAYERS` beside the weights, where `load`
+    finds it.
+
+    Args:
+        vlm: the model.
+        images: as in `VLM.generate`: every prompt needs one.
+        text: one prompt, or a list of them.
+        threshold: text share above which a layer is text-salient.
+        pivots: tokens of each layer with the largest activations, which are left out.
+        raw_prompt: take the text as it is, without the chat template.
+        progress: called with the prompts done and the prompts in all.
+
+    Raises:
+        ValueError: bad images or prompts, a prompt without a picture, a setting out of range.
+        FileNotFoundError: an image file does not exist.
+    """
+    # Any budget that is not the whole cache has the layers looked at; nothing is evicted.
+    quantizer = AKVQ(pivots=pivots, tsa_layers=())
+    method = Custom(0.5, score=ColumnSum(), allocation="uniform", quantize=quantizer)
+    unmeasured = Calibration((0.0,), threshold, pivots)  # refuses a bad setting now
+    generate, prompts, _ = vlm._request(
+        images, text, CHUNK, max_new_tokens=1, raw_prompt=raw_prompt, cache=method, prefill_batch=1
+    )
+    for number, inputs in enumerate(prompts, 1):
+        if not (inputs.visual_index >= 0).any():
+            raise ValueError(f"prompt {number} has no picture: give one to every prompt")
+    program = Program(lambda params, inputs: text_shares(generate, quantizer, params, inputs))
+    shares = []
+    for done, inputs in enumerate(prompts):
+        if progress:
+            progress(done, len(prompts))
+        args = vlm.params, jax.device_put(inputs)
+        run, _ = program.ready(*args)
+        shares.append(np.asarray(run(*args))[0])
+    if progress:
+        progress(len(prompts), len(prompts))
+    mean = tuple(np.stack(shares).mean(axis=0, dtype=np.float64).tolist())
+    return replace(unmeasured, text_shares=mean, prompts=len(prompts), versions=versions())
+
+
+def text_shares(
+    generate: Generate, quantizer: AKVQ, params: Params, inputs: ModelInputs
+) -> jax.Array:
+    """Text share of each layer's attention, float32 [B, L]; see the module docstring.
+
+    Args:
+        generate: of a method that scores by `ColumnSum` and has that quantiser.
+        quantizer: by whose rule the pivots are found; without text-salient layers.
+        params: parameters.
+        inputs: prompts padded to their buckets.
+    """
+    seen, prompt = generate.prefill(params, inputs).seen, generate._prompt(inputs)
+    assert seen.scores is not None  # the method scores
+    attention = jnp.sum(seen.scores, axis=2)  # [B, L, T]; 0 beyond a prompt's end
+    counted = ~prompt.visual[:, None]
+    pivots = quantizer.dense(prompt, seen.salience)
+    if pivots is not None:
+        counted = counted & ~pivots
+    paid = jnp.sum(jnp.where(counted, attention, 0), axis=-1)
+    return paid / jnp.sum(attention, axis=-1)
