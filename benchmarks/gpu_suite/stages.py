@@ -72,6 +72,7 @@ STAGES = (
     Stage("throughput", "end_to_end:throughput", 90, 240),
     Stage("profile", "end_to_end:profile", 40, 120),
     Stage("paper_whole", "end_to_end:paper_whole", 120, 420),
+    Stage("flags", "flags:compare", 120, 400, alone=True),
 )
 """Later ones are appended. Several small stages lose less to a crash than a large one."""
 
