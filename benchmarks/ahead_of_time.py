@@ -240,6 +240,33 @@ def loop_copies(hlo_text: str, shape: tuple[int, ...]) -> list[str]:
     ]
 
 
+def loop_floats(hlo_text: str, least: int) -> list[str]:
+    """Find what writes a large array of floating-point numbers inside a loop.
+
+    So a quantised cache is found out that is made into one of full width at every step. The same
+    computations are read as by `loop_copies`, and the same instructions are listed.
+
+    Args:
+        hlo_text: likewise.
+        least: elements from which on an array is large.
+    """
+    computations = _parse(hlo_text)
+    return [
+        instruction.text
+        for name in _reached_by_loops(computations)
+        for instruction in computations[name].values()
+        if any(
+            kind in _FLOATS
+            and size >= least
+            and _fills(instruction, computations[name], computations, size)
+            for kind, size in zip(instruction.kinds, instruction.sizes, strict=True)
+        )
+    ]
+
+
+_FLOATS = ("f16", "bf16", "f32", "f64")
+
+
 @dataclass(frozen=True)
 class _Instruction:
     """One line of HLO.
@@ -248,6 +275,7 @@ class _Instruction:
         name: without the percent sign.
         root: it is the result of its computation.
         sizes: elements of its result, one number for each part of a tuple.
+        kinds: their types, likewise.
         opcode: what it does.
         operands: names of instructions of the same computation.
         index: number of a parameter or of a tuple's element; None for other opcodes.
@@ -258,6 +286,7 @@ class _Instruction:
     name: str
     root: bool
     sizes: tuple[int, ...]
+    kinds: tuple[str, ...]
     opcode: str
     operands: tuple[str, ...]
     index: int | None
@@ -270,7 +299,7 @@ _Computation = dict[str, _Instruction]  # in the order in which they run
 _NAME = re.compile(r"%([\w.-]+)")
 _HEAD = re.compile(r"(?:ENTRY )?%([\w.-]+) .*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%([\w.-]+) = (.*)")
-_ARRAY = re.compile(r"\w+\[([\d,]*)\]")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _INDEX = re.compile(r"(?:, index=| parameter\()(\d+)")
 _CALLED = re.compile(
     r" (?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations"
@@ -297,14 +326,15 @@ def _read_line(match: re.Match[str]) -> _Instruction:
     start = rest.index("(", kind_end)
     stop = _closing(rest, start)
     attributes = re.split(", (?:metadata|backend_config)=", rest[stop:], maxsplit=1)[0]
+    arrays = _ARRAY.findall(rest[:kind_end])
     index = _INDEX.search(f" {opcode}{rest[start:stop]}{attributes}")
     return _Instruction(
         name=match[2],
         root=match[1] is not None,
         sizes=tuple(
-            math.prod(int(side) for side in sides.split(",") if side)
-            for sides in _ARRAY.findall(rest[:kind_end])
+            math.prod(int(side) for side in sides.split(",") if side) for _, sides in arrays
         ),
+        kinds=tuple(kind for kind, _ in arrays),
         opcode=opcode,
         operands=tuple(_NAME.findall(rest[start:stop])),
         index=int(index[1]) if index else None,

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,14 +28,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies
+from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies, loop_floats
 from benchmarks.command import bad_input, check_known, check_out
 from benchmarks.environment import environment, write_result
 from benchmarks.models import MODELS, abstract_inputs
-from vlcache_jax.cache.methods import FullCache, VLCache
+from pallas_kernels.packing import per_word
+from vlcache_jax.cache.methods import AnyPool, FullCache, VLCache
+from vlcache_jax.cache.packed import PackedPool
+from vlcache_jax.cache.quantize import QUANTIZERS, make_quantizer
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import abstract_params
-from vlcache_jax.report import human_bytes, row_bytes
+from vlcache_jax.report import human_bytes, token_bytes
 
 STAGES = ("decode", "generate")
 
@@ -50,6 +53,7 @@ class Program:
         context: prompt rows of each sequence, T.
         batch: sequences.
         budget: share of the cache that VL-Cache keeps; 1 for the full cache.
+        kv_bits: how what is kept is quantised, as of `make_quantizer`; "16" for not at all.
         new_tokens: most tokens of an answer.
         stage: "decode", a chunk of decode steps alone, or "generate", all from pixels to tokens.
         backend: of the attention, None for the best.
@@ -63,6 +67,14 @@ class Program:
     new_tokens: int = 129
     stage: str = "decode"
     backend: str | None = None
+    kv_bits: str = "16"
+
+    def generate(self) -> Generate:
+        """The program's functions."""
+        quantizer = make_quantizer(self.kv_bits)
+        cache = FullCache() if self.budget >= 1 else VLCache(self.budget)
+        cache = replace(cache, quantize=quantizer)
+        return Generate(MODELS[self.model], cache, self.new_tokens, backend=self.backend)
 
 
 ALL = (
@@ -79,6 +91,11 @@ ALL = (
         for budget in (1.0, 0.1)
     ),
     Program(context=32768, stage="generate"),
+    *(
+        Program(context=context, batch=batch, budget=budget, kv_bits="akvq")
+        for context, batch in ((4096, 1), (8192, 64))
+        for budget in (1.0, 0.1)
+    ),
 )
 """The rows of the committed table."""
 
@@ -90,13 +107,8 @@ def measure(program: Program, dump: Path) -> dict[str, Any]:
         program: what to compile.
         dump: the directory that XLA_FLAGS=--xla_dump_to names, which XLA read when it started.
     """
-    config, bfloat16 = MODELS[program.model], jnp.bfloat16
-    generate = Generate(
-        config,
-        FullCache() if program.budget >= 1 else VLCache(program.budget),
-        program.new_tokens,
-        backend=program.backend,
-    )
+    config, bfloat16 = MODELS[program.model], jnp.dtype(jnp.bfloat16)
+    generate = program.generate()
     params, text = abstract_params(config, bfloat16), config.text
     began = time.perf_counter()
     if program.stage == "decode":
@@ -110,28 +122,67 @@ def measure(program: Program, dump: Path) -> dict[str, Any]:
         compiled = compile_for(program.device, generate, params, inputs, key)
     seconds = time.perf_counter() - began
     memory, code = Memory.of(compiled), compiled.as_text() or ""
-    row = program.batch * row_bytes(text, bfloat16)
-    pool = generate.cache.capacity(text.num_layers, program.context)
-    full = FullCache().capacity(text.num_layers, program.context)
-    tail = text.num_layers * generate.tail_rows
-
-    def copies(rows: int) -> int:
-        shape = (program.batch, text.num_kv_heads, rows, text.head_dim)
-        return len(loop_copies(code, shape))
-
+    tail = generate.tail_rows
+    pool, full = (
+        cache.pool_shapes(text, program.batch, program.context, bfloat16, generate.reserved_rows)
+        for cache in (generate.cache, FullCache())
+    )
+    tail_shape = (program.batch, text.num_kv_heads, tail, text.head_dim)
+    shapes = {leaf.shape for leaf in (*_large(pool), *_large(full))} | {tail_shape}
     return {
         **asdict(program),
         "compile_s": round(seconds, 1),
-        "cache_bytes": pool * row,
-        "full_cache_bytes": full * row,
-        "tail_bytes": tail * row,
+        **cache_parts(pool),
+        "full_cache_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in _large(full)),
+        "tail_bytes": program.batch * tail * token_bytes(text, bfloat16),
         "argument_bytes": memory.arguments,
         "temp_bytes": memory.temporaries,
         "peak_bytes": memory.peak,
-        "cache_copies_in_loop": sum(copies(rows) for rows in {pool, full, generate.tail_rows}),
+        "cache_copies_in_loop": sum(len(loop_copies(code, shape)) for shape in shapes),
+        "dequantised_in_loop": dequantised(code, pool),
         **step_launches(_launches(dump)),
         "fits": memory.peak <= GPUS[program.device].memory,
     }
+
+
+def _large(pool: AnyPool) -> list[Any]:
+    """The arrays of a pool that have rows; the others are a few numbers for each layer."""
+    return [leaf for leaf in jax.tree.leaves(pool) if leaf.ndim == 4]
+
+
+def cache_parts(pool: AnyPool) -> dict[str, int]:
+    """Bytes of a pool as it is allocated, and what they are for.
+
+    Args:
+        pool: arrays or shapes.
+
+    Returns:
+        "cache_bytes", and of these "dense_bytes", rows of full width, "word_bytes", codes, and
+        "scale_bytes", scales and shifts.
+    """
+    parts = {"dense_bytes": _large(pool), "word_bytes": [], "scale_bytes": []}
+    if isinstance(pool, PackedPool):
+        parts["dense_bytes"] = _large(pool.dense)
+        parts["word_bytes"] = [pool.words_k, pool.words_v]
+        parts["scale_bytes"] = [pool.affine_k, pool.affine_v]
+    found = {
+        name: sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        for name, leaves in parts.items()
+    }
+    return {"cache_bytes": sum(found.values()), **found}
+
+
+def dequantised(code: str, pool: AnyPool) -> int:
+    """How often a step writes as many floating-point numbers as a layer has packed ones.
+
+    A layer of keys or values, that is, with the rows that the pool has room for on average. None
+    for a pool that is not quantised.
+    """
+    if not isinstance(pool, PackedPool):
+        return 0
+    batch, heads, words, size = pool.words_k.shape
+    rows = words * per_word(max(pool.quantizer.widths)) // pool.first.shape[1]
+    return len(loop_floats(code, batch * heads * rows * size))
 
 
 def _launches(dump: Path) -> str:
@@ -256,12 +307,37 @@ def _next_batch(peaks: dict[int, int], memory: int) -> int:
     return meets + 1 if meets in peaks else meets
 
 
+def known(row: dict[str, Any]) -> Program:
+    """The program of a row; in a file of an older release it says less."""
+    return Program(**{item.name: row[item.name] for item in fields(Program) if item.name in row})
+
+
+def added(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A result with the rows of another one behind its own; "added" says what made these.
+
+    Args:
+        before: the result; {} for none.
+        new: the other one.
+    """
+    if not before:
+        return new
+    about = {name: value for name, value in new.items() if name != "rows"}
+    return {
+        **before,
+        "rows": [*before["rows"], *new["rows"]],
+        "added": [*before.get("added", []), {**about, "rows": len(new["rows"])}],
+    }
+
+
 def show(rows: list[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
     table = Table()
-    for name in ("model", "stage", "T x batch", "budget"):
+    for name in ("model", "stage", "T x batch", "budget", "bits"):
         table.add_column(name)
-    for name in ("cache", "of", "temporary", "peak", "copies", "launches", "one graph", "compile"):
+    for name in (
+        "cache", "of", "temporary", "peak", "copies", "made wide", "launches", "one graph",
+        "compile",
+    ):  # fmt: skip
         table.add_column(name, justify="right")
     for row in rows:
         sizes = ("cache_bytes", "full_cache_bytes", "temp_bytes", "peak_bytes")
@@ -270,8 +346,10 @@ def show(rows: list[dict[str, Any]]) -> Table:
             row["stage"],
             f"{row['context']} x {row['batch']}",
             f"{row['budget']:g}",
+            row["kv_bits"],
             *(human_bytes(row[name]) for name in sizes),
             str(row["cache_copies_in_loop"]),
+            str(row["dequantised_in_loop"]),
             str(row["launches_per_layer"]),
             "yes" if row["one_command_buffer"] else "no",
             f"{row['compile_s']} s",
@@ -301,6 +379,13 @@ def main(
         list[float] | None,
         typer.Option(help="Share of the cache kept, 1 keeps all; may be repeated; 0.1 by default."),
     ] = None,
+    kv_bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"How what is kept is quantised, of {', '.join(QUANTIZERS)}, or 16 for not at "
+            "all, the default; may be repeated."
+        ),
+    ] = None,
     stage: Annotated[
         str,
         typer.Option(
@@ -316,31 +401,53 @@ def main(
     everything: Annotated[
         bool, typer.Option("--all", help="The rows of the committed table instead.")
     ] = False,
+    add: Annotated[
+        bool,
+        typer.Option("--add", help="Keep the rows that the file of --out has, add the others."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
     """Compile a program ahead of time for a GPU, and say what it needs.
 
+    "made wide" counts where a step writes as many numbers of full width as a layer of a quantised
+    cache has.
+
     Example: python -m benchmarks.memory --model llava-v1.6-mistral-7b --context 8192 --batch 64
+
+    With a quantised cache: python -m benchmarks.memory --context 4096 --kv-bits akvq --kv-bits 16
     """
-    check_out(out, force=force)
+    check_out(out, force=force or add)
+    with bad_input():
+        before: dict[str, Any] = {}
+        if add:
+            if out is None or largest:
+                raise ValueError("--add is for rows of a file, without --largest-batch: give --out")
+            before = json.loads(out.read_text(encoding="utf-8"))
+        for name in kv_bits or ():
+            make_quantizer(name)
     shares = budget or [0.1]
     if any(not 0 < share <= 1 for share in shares):
         raise typer.BadParameter(f"--budget {shares} must be above 0 and at most 1 (0.1 is 10 %)")
     asked = [
-        Program(device, model, context, batch, share, stage=stage, backend=backend)
+        Program(device, model, context, batch, share, stage=stage, backend=backend, kv_bits=bits)
         for share in shares
+        for bits in kv_bits or ["16"]
     ]
+    there = [known(row) for row in before.get("rows", [])]
+    asked = [program for program in (ALL if everything else asked) if program not in there]
     errors = Console(stderr=True)
     found: dict[str, Any] = {}
     try:
-        bar = track(ALL if everything else asked, "compiling", console=errors, transient=True)
+        bar = track(asked, "compiling", console=errors, transient=True)
         if largest and not everything:
             found = {"largest_batch": {}, "rows": []}
             for program in bar:
                 most, rows = largest_batch(program)
-                found["largest_batch"][f"{program.budget:g}"] = most
+                wide = program.kv_bits == "16"
+                key = f"{program.budget:g}" + ("" if wide else f" + {program.kv_bits}")
+                found["largest_batch"][key] = most
                 found["rows"] += rows
         else:
             found = {"rows": [run(program) for program in bar]}
@@ -348,7 +455,7 @@ def main(
         errors.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
     if out is not None:
-        write_result(out, {**environment(), **found})
+        write_result(out, added(before, {**environment(), **found}))
     if as_json:
         single = len(found["rows"]) == 1 and not largest
         print(json.dumps(found["rows"][0] if single else found))

@@ -48,6 +48,7 @@ MODELS: Mapping[str, LlavaConfig] = {
             rms_norm_eps=1e-5,
             max_positions=32768,
             rope=RopeConfig(theta=1e6),
+            kind="mistral",
         ),
         grid_pinpoints=_PINPOINTS,
     ),

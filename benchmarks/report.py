@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from benchmarks import demo_model, speed_plots, speed_sections
+from benchmarks import demo_model, quantization, speed_plots, speed_sections
 from benchmarks.accuracy import parity, report
 from benchmarks.accuracy.experiments import sections
 from benchmarks.documents import ROOT, table
@@ -56,6 +56,9 @@ class Part(NamedTuple):
     needed: int = 1
 
 
+ACCURACY = (*report.SECTIONS, parity.SECTION, *sections.SECTIONS, quantization.SECTION)
+"""The sections of docs/accuracy.md."""
+
 _DEMO = RESULTS / "cpu" / "demo.json"
 
 DOCUMENTS: dict[Path, tuple[Part, ...]] = {
@@ -74,8 +77,7 @@ DOCUMENTS: dict[Path, tuple[Part, ...]] = {
         Part("pictures", demo_model.pictures_part, (_DEMO,)),
     ),
     ROOT / "docs" / "accuracy.md": tuple(
-        Part(name, make, (file,), needed=0)
-        for name, file, make in (*report.SECTIONS, parity.SECTION, *sections.SECTIONS)
+        Part(name, make, (file,), needed=0) for name, file, make in ACCURACY
     ),
     ROOT / "docs" / "benchmarks.md": tuple(
         Part(name, make, files, needed=0) for name, (make, files) in speed_sections.PARTS.items()

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,7 @@ from benchmarks.roofline import WORKSPACE, Device, decode_step
 from benchmarks.speed import limit
 from benchmarks.speed.cases import Case, Variant, models
 from benchmarks.speed.limit import in_type
-from benchmarks.speed.options import Budgets, Dtype, Methods, dtype_of, variants_of
+from benchmarks.speed.options import Budgets, Dtype, KvBits, Methods, dtype_of, variants_of
 from benchmarks.speed.rows import cache_of, described
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params, init_params
@@ -122,7 +123,12 @@ def run(
         return {**row, "tried": tried, "exception": f"{type(error).__name__}: {error}"[:2000]}
     case = load.case
     work = decode_step(
-        case.config, case.context, count, found["kept_share"], tail=case.new_tokens // 2
+        case.config,
+        case.context,
+        count,
+        found["kept_share"],
+        found["stored_bits"],
+        tail=case.new_tokens // 2,
     )
     floor = in_type(work, case.dtype).floor(device)
     rate = count / statistics.median(found["step_samples"])
@@ -149,7 +155,7 @@ def _hold_and_decode(
     """Prefill `count` sequences into one cache, then decode all of them to the end."""
     case, group, generate = load.case, load.case.batch, load.generate(variant)
     pool, state = generate.empty(count, case.context, jnp.dtype(case.dtype))
-    held = pool.k.nbytes + pool.v.nbytes
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(pool) if leaf.ndim == 4)
     tail = sum(leaf.nbytes for leaf in jax.tree.leaves(state.tail))
     fill = jax.jit(generate.prefill_into, donate_argnums=(1, 2))
     starts, key = range(0, count, group), jax.random.key(0)
@@ -163,6 +169,8 @@ def _hold_and_decode(
         jax.block_until_ready((pool, state))
         prefill.append(time.perf_counter() - began)
         advance(0.5 / len(starts))
+    share = float(pool.length.mean()) / case.context
+    bits = case.stored_bits(variant, np.asarray(pool.counts))
     chunk = jax.jit(generate.decode_chunk, donate_argnums=2)
     chunk, compile_s["decode"] = _compiled(chunk, params, pool, state)
     steps = []
@@ -175,7 +183,9 @@ def _hold_and_decode(
     if not bool((state.count == generate.num_chunks * generate.chunk_steps + 1).all()):
         raise ArithmeticError(f"not every sequence has its tokens: {state.count}")
     return {
-        "kept_share": float(pool.length.mean()) / case.context,
+        "kept_share": share,
+        "stored_bits": bits,
+        "kept_bytes_share": share * bits / 16,
         "cache_bytes": held,
         "tail_bytes": tail,
         "prefilled_at_once": group,
@@ -240,6 +250,7 @@ def main(
     group: Annotated[int, typer.Option(min=1, help="Prompts prefilled at a time.")] = 4,
     method: Methods = None,
     budget: Budgets = None,
+    kv_bits: KvBits = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Of an answer.")] = 65,
     memory: Annotated[
         int | None,
@@ -254,12 +265,14 @@ def main(
 
     Example: python -m benchmarks.throughput
 
+    With a quantised cache: python -m benchmarks.throughput --kv-bits 16 --kv-bits akvq
+
     On a GPU: python -m benchmarks.throughput --model llava-v1.6-mistral-7b --context 8192
     """
     check_out(out, force=force)
     with bad_input():
         check_known("model", [model], models())
-        variants, kind = variants_of(method, budget), dtype_of(dtype)
+        variants, kind = variants_of(method, budget, kv_bits=kv_bits), dtype_of(dtype)
         size = memory or devices.memory_limit() or CPU_MEMORY
         case = Case(model, context, group, kind, new_tokens=new_tokens)
         load = Load(case, size, batch)

@@ -209,6 +209,7 @@ def test_only_the_pool_and_the_tail_stay(params, processor, method):
 def test_prefilling_into_a_batch_writes_in_place(params, processor):
     generate = Generate(CONFIG, VLCache(0.3), 3)
     pool, state = generate.empty(6, 160, jnp.float32)
+    assert isinstance(pool, Pool)
     inputs = processor(IMAGES[:2], TEXTS[:2])
     rows = np.array([4, 1], np.int32)
     program = jax.jit(generate.prefill_into, donate_argnums=(1, 2))

@@ -19,6 +19,7 @@ from vlcache_jax.cache.trace import Trace, attention_mass_recall, cache_hit_rate
 from vlcache_jax.calibration import Calibration, calibrate
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.generate import Generate, GenerateOutput
+from vlcache_jax.inspection import Inspection, inspect
 from vlcache_jax.loading import load
 from vlcache_jax.processing import ModelInputs, Processor
 from vlcache_jax.report import CacheReport
@@ -41,6 +42,7 @@ __all__ = [
     "FullCache",
     "Generate",
     "GenerateOutput",
+    "Inspection",
     "Layer",
     "LlavaConfig",
     "ModelInputs",
@@ -58,5 +60,6 @@ __all__ = [
     "attention_mass_recall",
     "cache_hit_rate",
     "calibrate",
+    "inspect",
     "load",
 ]

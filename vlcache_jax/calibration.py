@@ -1,7 +1,7 @@
 """Which layers of a checkpoint attend to text: `calibrate`, and the file that it leaves behind.
 
-AKVQ-VL (Su et al. 2025, section 3.3) gives text more bits in text-salient (TSA) layers, and names
-these layers for two decoders. For others they are found here, by a few prompts with pictures.
+AKVQ-VL (Su et al. 2025, arXiv 2501.15021) gives text more bits in text-salient (TSA) layers, which
+it names for two decoders. For others they are found here, by a few prompts with pictures.
 
 Choices of this library, where the paper leaves it open: the attention is that of the rows after the
 last visual token, over all heads; a layer's text share is what these rows pay to text tokens that

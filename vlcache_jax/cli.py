@@ -351,6 +351,9 @@ def main() -> None:
     """
     for entry in metadata.entry_points(group="vlcache.commands"):
         app.command(entry.name)(entry.load())
+    from vlcache_jax.cli_inspect import inspect  # here, for it imports this module
+
+    app.command()(inspect)
     app()
 
 
@@ -414,6 +417,7 @@ def _open(
         TimeRemainingColumn(),
         console=_errors,
         transient=True,
+        disable=not _errors.is_terminal,
     )
     task = progress.add_task("parameters", total=None, amount="")
 
@@ -433,14 +437,15 @@ def _read(vlm: "VLM", progress: Progress) -> None:
 
 def _drain(stream: "Stream", echo: bool) -> "Answer":
     """Read the stream to its end; until its first piece a spinner says what takes so long."""
-    # A backend that does not support the model says so when the program is made.
-    unsupported = _user_errors((NotImplementedError,))
-    with unsupported, _errors.status("compiling, and reading the prompt ..."):
-        first = next(stream, "")
-    for piece in chain([first], stream):
-        if echo:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    # A backend that does not support the model says so when a program is made: of the prompt, or,
+    # behind the first piece, of the decoding.
+    with _user_errors((NotImplementedError,)):
+        with _errors.status("compiling, and reading the prompt ..."):
+            first = next(stream, "")
+        for piece in chain([first], stream):
+            if echo:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
     if echo:
         sys.stdout.write("\n")
     return stream.answer

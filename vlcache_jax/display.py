@@ -45,18 +45,22 @@ def comparison(prompt: str, right: str | None, answers: list[Answer]) -> dict[st
     first = answers[0].tokens
     compared = []
     for answer in answers:
-        pairs = zip(first, answer.tokens, strict=False)
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        same = min(len(first), len(answer.tokens)) if same is None else same
         compared.append(
             {
                 **answer_facts(answer),
                 "agrees": answer.tokens == first,
-                "same_tokens": same,
+                "same_tokens": same_tokens(first, answer.tokens),
                 "right": None if right is None else answer.text.strip() == right,
             }
         )
     return {"prompt": prompt, "right_answer": right, "answers": compared}
+
+
+def same_tokens(first: list[int], second: list[int]) -> int:
+    """How many tokens two answers have in common before they differ, or one of them ends."""
+    pairs = zip(first, second, strict=False)
+    shorter = min(len(first), len(second))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
 
 
 def versions() -> dict[str, str]:
@@ -151,7 +155,7 @@ def calibration_facts(found: "Calibration") -> dict[str, Any]:
 
 def calibration_table(facts: dict[str, Any]) -> Table:
     """What `calibration_facts` gives: a line for each layer."""
-    title = f"attention to text, {facts['prompts']} prompts, threshold {facts['threshold']:.0%}"
+    title = f"attention to text; prompts: {facts['prompts']}, threshold: {facts['threshold']:.0%}"
     table = Table("layer", "text share", "kind", title=title)
     for layer, share in enumerate(facts["text_shares"]):
         salient = layer in facts["tsa_layers"]

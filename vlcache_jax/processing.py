@@ -144,6 +144,11 @@ class Processor:
         """The tokenizer's end-of-sequence id, if it has one."""
         return self.tokenizer.eos_token_id
 
+    @property
+    def image_processor(self) -> Any:
+        """The checkpoint's `transformers` image processor."""
+        return self._processor.image_processor
+
     def decode(self, token_ids: Sequence[int] | Array) -> str:
         """Text of token ids `[n]`, special tokens left out."""
         ids = [int(i) for i in np.asarray(token_ids).reshape(-1)]

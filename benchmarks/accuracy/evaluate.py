@@ -5,10 +5,13 @@
     outcomes["mine"].answers, outcomes["full"].answers
 
 All methods watch one prefill. Methods whose pools have the same capacity, which is to say the same
-budget, are put one after the other along the batch axis and decoded by one program:
+budget and quantiser, are put one after the other along the batch axis and decoded by one program:
 
     prompts ─► prefill ─┬─► the full cache: answer ─► what it attends to      [B]
                K, V     └─► plan, build: pools of M methods ─► decode         [M * B]
+
+Values that a quantiser wants transformed are so when its pool is built, and decoded by the folded
+weights: what a prefill by these would leave behind, but for the rounding.
 
 Any `CacheMethod` can be run, so that an experiment is a dictionary of them.
 """
@@ -18,7 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -29,17 +32,20 @@ from jax import lax
 from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
 from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.tasks import Item
+from pallas_kernels.hadamard import transform
 from vlcache_jax.anyres import max_tiles, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import CacheMethod, FullCache, Observation, Plan
+from vlcache_jax.cache.methods import AnyPool, CacheMethod, FullCache, Observation, Plan
 from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.state import Pool, empty_tail, round_up
 from vlcache_jax.cache.trace import attention_mass_recall, cache_hit_rate
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.generate import DecodeState, Generate
+from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.models.llava import Params, bind
 from vlcache_jax.processing import ModelInputs
+from vlcache_jax.report import packed_bytes, row_bytes
 from vlcache_jax.vlm import VLM, Program
 
 FULL = "full"
@@ -60,6 +66,7 @@ class Outcome:
         answers: text of each item.
         tokens: their token ids, the end token left out.
         kept: share of the prompt's tokens kept, float32 [n, L].
+        kept_bytes: share of its full cache's bytes, scales and shifts included, likewise.
         kept_visual: share of its visual tokens kept, likewise.
         hit_rate: `vlcache_jax.cache_hit_rate` of the first decoded token, mean over the kv heads,
             float32 [n, L].
@@ -71,6 +78,7 @@ class Outcome:
     answers: list[str]
     tokens: list[list[int]]
     kept: np.ndarray
+    kept_bytes: np.ndarray
     kept_visual: np.ndarray
     hit_rate: np.ndarray
     mass_recall: np.ndarray
@@ -81,6 +89,7 @@ class Measures(NamedTuple):
     """The arrays of an `Outcome`, [B, L] each, under the same names."""
 
     kept: Any
+    kept_bytes: Any
     kept_visual: Any
     hit_rate: Any
     mass_recall: Any
@@ -106,12 +115,15 @@ class Evaluation:
             hit rates) and "decode" (the methods' answers).
 
     Raises:
-        ValueError: `batch` is below 1.
+        ValueError: `batch` is below 1, or the model was loaded with transformed values.
     """
 
     def __init__(self, vlm: VLM, *, batch: int = 16):
         if batch < 1:
             raise ValueError(f"{batch=} must be at least 1")
+        if vlm.transformed:
+            raise ValueError("quantisers without the transform need values as they are: load "
+                             "the model without it")  # fmt: skip
         self.vlm, self.batch = vlm, batch
         parts = ("host", "compile", "prefill", "answer", "attend", "build", "decode")
         self.seconds: dict[str, float] = dict.fromkeys(parts, 0.0)
@@ -130,7 +142,7 @@ class Evaluation:
         Args:
             items: of any tasks, in any order.
             methods: by labels of your own. One whose budget is 1 or more has the full cache's
-                outcome: it keeps everything, so it is not decoded again.
+                outcome, if it does not quantise: it keeps everything, so it is not decoded again.
             max_new_tokens: most tokens of an answer; by default a little more than the longest
                 right answer to an item of the same task has.
             advance: called with the number of items done at a time, to show how far it is.
@@ -144,13 +156,17 @@ class Evaluation:
         """
         if not items:
             raise ValueError("no items to run")
-        if FULL in methods and not methods[FULL].limit.keeps_all:
+        if FULL in methods and not _is_full(methods[FULL]):
             raise ValueError(f"the label {FULL!r} is the full cache's, not one of {methods[FULL]}")
         limits = self._limits(items, max_new_tokens)
         stages = Stages(
             self.vlm.config, self.vlm.stop_ids, self.vlm.backend, round_up(limits.max(), 16)
         )
-        some = {label: method for label, method in methods.items() if not method.limit.keeps_all}
+        some = {
+            label: method.for_model(self.vlm.config.text, self.vlm.tsa_layers)
+            for label, method in methods.items()
+            if not _is_full(method)
+        }
         found: dict[str, dict[int, tuple[list[int], Measures]]] = defaultdict(dict)
         for rows, inputs in self._batches(items, int(limits.max())):
             answers = self._run_batch(stages, some, inputs, limits[rows])
@@ -225,31 +241,39 @@ class Evaluation:
         limit: np.ndarray,
     ) -> dict[str, Answers]:
         """The answers of each method to a batch, on the host."""
-        params, length = self.vlm.params, inputs.length
+        params, length = {False: self.vlm.params}, inputs.length
+        if any(method.transforms for method in methods.values()):
+            params[True] = self._folded
         inputs = jax.device_put(inputs)
         watching = tuple(methods.values())
-        full, token, seen = self._do("prefill", stages, watching)(params, inputs)
+        full, token, seen = self._do("prefill", stages, watching)(params[False], inputs)
         answer = self._do("decode", stages, full=True)
-        tokens, lengths = answer(params, full, token, length, limit)
-        attended = self._do("attend", stages)(params, full, inputs, tokens, lengths)
+        tokens, lengths = answer(params[False], full, token, length, limit)
+        attended = self._do("attend", stages)(params[False], full, inputs, tokens, lengths)
         all_of_it = np.ones(full.length.shape, np.float32)
-        measures = Measures(*[all_of_it] * 5)
+        measures = Measures(*[all_of_it] * len(Measures._fields))
         answers = {FULL: Answers(np.asarray(tokens), np.asarray(lengths), measures)}
 
-        groups: dict[int, list[str]] = defaultdict(list)
+        groups: dict[Any, list[str]] = defaultdict(list)
         saw = dict(zip(methods, seen, strict=True))
         for label, method in methods.items():
-            groups[method.capacity(stages.layers, inputs.tokens.shape[1])].append(label)
+            capacity = method.capacity(stages.layers, inputs.tokens.shape[1])
+            groups[capacity, method.quantize].append(label)
         for labels in groups.values():
+            transforms = methods[labels[0]].transforms
             build = self._do("build", stages, tuple(methods[label] for label in labels))
             pool, measures = build(full, inputs, [saw[label] for label in labels], attended)
             lanes = (np.tile(part, len(labels)) for part in (token, length, limit))
-            drawn = self._do("decode", stages)(params, pool, *lanes)
+            drawn = self._do("decode", stages)(params[transforms], pool, *lanes)
             tokens, lengths = (np.split(part, len(labels)) for part in jax.device_get(drawn))
             for index, label in enumerate(labels):
                 own = Measures(*(np.asarray(part[index]) for part in measures))
                 answers[label] = Answers(tokens[index], lengths[index], own)
         return answers
+
+    @cached_property
+    def _folded(self) -> Params:
+        return fold_transform(self.vlm.params)
 
     def _do(self, name: str, stages: "Stages", *static: Any, full: bool = False) -> Any:
         """A stage as a function that is compiled when it must be and whose time is counted."""
@@ -323,6 +347,7 @@ class Stages:
         token = generate.start(params, prefilled, inputs, jax.random.key(0)).token
         prompt = self._prompt(inputs, full)
         pool = full.build(prefilled.k, prefilled.v, full.plan(Observation(), prompt), prompt)
+        assert isinstance(pool, Pool)  # nothing is quantised
         # What is stacked are the methods' observations of each layer, in the shape of `observe`.
         return pool, token, cast(Any, prefilled.seen)
 
@@ -333,7 +358,7 @@ class Stages:
         inputs: ModelInputs,
         seen: list[Observation],
         attended: Attended,
-    ) -> tuple[Pool, Measures]:
+    ) -> tuple[AnyPool, Measures]:
         """The pools of M methods as one of M * B sequences; their measures, [M, B, L] each."""
         pools, measures = [], []
         visual = jnp.sum(inputs.visual_index >= 0, axis=-1)
@@ -345,6 +370,7 @@ class Stages:
             measures.append(
                 Measures(
                     pool.length / inputs.length[:, None],
+                    pool.counts @ self._row_shares(method, full) / inputs.length[:, None],
                     pool.visual / jnp.maximum(visual, 1)[:, None],
                     jnp.mean(cache_hit_rate(attended.first, kept, count), axis=-1),
                     jnp.mean(attention_mass_recall(attended.first, kept), axis=-1),
@@ -361,7 +387,7 @@ class Stages:
         inputs: ModelInputs,
         seen: Observation,
         mass: jax.Array,
-    ) -> tuple[Pool, Plan, jax.Array]:
+    ) -> tuple[AnyPool, Plan, jax.Array]:
         """A method's pool, its plan, and which tokens that keeps, bool [B, L, K or 1, T].
 
         Args:
@@ -375,7 +401,19 @@ class Stages:
         if isinstance(method, Oracle):
             seen = method.told(seen, mass)
         plan = method.plan(seen, prompt)
-        return method.build(full.k, full.v, plan, prompt), plan, plan.kept(prompt)
+        v = transform(full.v) if method.transforms else full.v
+        return method.build(full.k, v, plan, prompt), plan, plan.kept(prompt)
+
+    def _row_shares(self, method: CacheMethod, full: Pool) -> jax.Array:
+        """Bytes of a row of each width, with its scales, as shares of one of full width."""
+        text, quantizer = self.config.text, method.quantize
+        whole, shares = row_bytes(text, full.k.dtype), [1.0]
+        if quantizer is not None:
+            unit = quantizer.key_group or 1  # rows of full groups
+            for width in np.eye(len(quantizer.widths), dtype=int):
+                size = sum(packed_bytes(text, quantizer, unit * width[None]))
+                shares.append(size / (unit * whole))
+        return jnp.array(shares, jnp.float32)
 
     def attend(
         self,
@@ -394,7 +432,7 @@ class Stages:
     def decode(
         self,
         params: Params,
-        pool: Pool,
+        pool: AnyPool,
         token: jax.Array,
         position: jax.Array,
         limit: jax.Array,
@@ -403,7 +441,8 @@ class Stages:
         generate = self._generate(FullCache())
         ended = jnp.any(token[:, None] == jnp.array(self.stop_ids, jnp.int32), axis=-1)
         count = jnp.where(ended, 0, 1)
-        tail = empty_tail(self.config.text, token.shape[0], self.rows, pool.k.dtype)
+        dtype = params["embed"]["embedding"].dtype
+        tail = empty_tail(self.config.text, token.shape[0], self.rows, dtype)
         state = DecodeState(
             tail, token, position, count, ended | (count >= limit), jax.random.key(0)
         )
@@ -425,6 +464,11 @@ class Stages:
 
         _, state, tokens = lax.while_loop(unfinished, step, (jnp.int32(1), state, tokens))
         return tokens, state.count
+
+
+def _is_full(method: CacheMethod) -> bool:
+    """Whether a method keeps everything as it is."""
+    return method.limit.keeps_all and method.quantize is None
 
 
 def prompt_tokens(item: Item, vlm: VLM) -> int:

@@ -146,4 +146,4 @@ class Oracle(CacheMethod):
     def told(self, seen: Observation, mass: Any) -> Observation:
         """What it saw of the prompt, with the attention of the answer, [B, L, K, T], beside it."""
         knows = isinstance(self.allocation, MostAttention)
-        return Observation(mass, mass if knows else seen.measured)
+        return Observation(mass, mass if knows else seen.measured, seen.salience)

@@ -17,18 +17,24 @@ from benchmarks.gpu_suite import ceilings
 from benchmarks.gpu_suite.stages import Context
 from benchmarks.peers.compare import Plan as Peers
 from benchmarks.peers.compare import compare
-from benchmarks.roofline import Device
+from benchmarks.roofline import WORKSPACE, Device
 from benchmarks.speed import presets
-from benchmarks.speed.cases import FULL, Case
-from benchmarks.speed.presets import PAPER_MODEL, TENTH
+from benchmarks.speed.cases import FULL, Case, Variant
+from benchmarks.speed.decoding import CHUNKS
+from benchmarks.speed.presets import PACKED, PACKED_TENTH, PAPER_MODEL, TENTH
+from benchmarks.speed.rows import cache_of
 from benchmarks.speed.run import Plan, measure_all
 from vlcache_jax.models.llava import init_params
+from vlcache_jax.report import count_parameters, pool_bytes, token_bytes
 
 DRY_SCALE = 16
 """What a dry run divides the paper's contexts by; it runs one of its rows."""
 
 DECODE = ((2048, 1), (2048, 32), (2048, 64), (8192, 64))
 """Context and batch of the decode steps that the bars are about."""
+
+LONGEST = (32768, 24)
+"""Those of the decode step from quantised caches, where the memory holds as many."""
 
 
 def paper_decode(context: Context) -> dict[str, Any]:
@@ -68,6 +74,39 @@ def decode(context: Context) -> dict[str, Any]:
     shares = [row["share"] for row in result["rows"] if row.get("share")]
     headline = f"{100 * min(shares):.0f} % of the limit at the least" if shares else "nothing ran"
     return {**result, "headline": headline}
+
+
+def packed_decode(context: Context) -> dict[str, Any]:
+    """The stage: a decode step from quantised caches, of as long a batch as all of them fit with.
+
+    The full cache, a tenth, the full one in AKVQ's bits, and a tenth in them, in turns.
+    """
+    limit, case = ceilings.quick(context), _case(context, *((128, 1) if context.dry else LONGEST))
+    variants = (FULL, PACKED_TENTH)
+    if not context.dry:
+        variants = (FULL, TENTH, PACKED, PACKED_TENTH)
+        case = replace(case, batch=min(case.batch, fitting(case, variants, limit)))
+    result = _measure(context, {0: case}, ("decode",), limit, variants=variants)
+    found = [
+        f"{cache_of(row)} {row['speedup']:.2f}x, ideal {row['ideal_speedup']:.2f}x"
+        for row in result["rows"]
+        if "speedup" in row
+    ]
+    size = f"{case.context} x {case.batch}"
+    return {**result, "headline": f"{size}: {'; '.join(found) or 'nothing to compare'}"}
+
+
+def fitting(case: Case, variants: Sequence[Variant], limit: Device) -> int:
+    """Most sequences whose caches fit beside the weights, those of all variants; at least one."""
+    text, dtype = case.config.text, jnp.dtype(case.dtype)
+    weights = count_parameters(case.config)["total"] * dtype.itemsize
+    each = sum(
+        pool_bytes(text, variant.cache, dtype, batch=1, prompt_rows=case.context)
+        + case.generate(variant, CHUNKS[-1] * case.chunk + 1, case.chunk).tail_rows
+        * token_bytes(text, dtype)
+        for variant in variants
+    )  # fmt: skip
+    return max(1, int((limit.memory - weights - WORKSPACE) // each))
 
 
 def profile(context: Context) -> dict[str, Any]:
@@ -121,6 +160,7 @@ def _measure(
     stages: Sequence[str],
     limit: Device,
     trace: Path | None = None,
+    variants: tuple[Variant, ...] = (FULL, TENTH),
 ) -> dict[str, Any]:
     """Run cases one by one while there is time: "rows", "profiles", how many were "not_run"."""
     result: dict[str, Any] = {"limit": asdict(limit), "rows": [], "profiles": [], "not_run": 0}
@@ -129,7 +169,7 @@ def _measure(
         if context.late():
             result["not_run"] += 1
             continue
-        plan = Plan({key: case}, (FULL, TENTH), tuple(stages), context.effort)
+        plan = Plan({key: case}, variants, tuple(stages), context.effort)
         found = measure_all(plan, limit, trace=trace)
         for part in ("rows", "profiles"):
             result[part] += found[part]

@@ -73,6 +73,7 @@ STAGES = (
     Stage("profile", "end_to_end:profile", 40, 120),
     Stage("paper_whole", "end_to_end:paper_whole", 120, 420),
     Stage("flags", "flags:compare", 120, 400, alone=True),
+    Stage("packed_decode", "end_to_end:packed_decode", 60, 200),
 )
 """Later ones are appended. Several small stages lose less to a crash than a large one."""
 

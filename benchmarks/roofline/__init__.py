@@ -171,6 +171,19 @@ def scoring(
     )
 
 
+def packing(config: LlavaConfig, context: int, batch: int = 1, bits: float = 16) -> Stage:
+    """What a quantiser adds to the prefill where nothing is evicted: it reads and writes it all.
+
+    Args:
+        config: the model.
+        context: tokens of a prompt, m.
+        batch: prompts.
+        bits: `stored_bits` of a value of the pool.
+    """
+    cache = batch * context * token_bytes(config.text, BFLOAT16)
+    return Stage({"packing": Work(cache * (1 + bits / 16))})
+
+
 def decode_step(
     config: LlavaConfig,
     context: int,

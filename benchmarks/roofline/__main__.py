@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,32 +20,83 @@ from benchmarks.roofline import (
     Stage,
     decode_step,
     largest_batch,
+    packing,
     prefill,
     scoring,
     sequence_bytes,
     stored_bits,
     tokens_per_second,
 )
+from benchmarks.roofline.packed import bits_of, quantised_rows
+from vlcache_jax.cache.quantize import QUANTIZERS, Quantizer, make_quantizer
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.report import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Caches = Mapping[str, tuple[float, float]]
-"""Budget and stored bits of a value, by the cache's name."""
+
+@dataclass(frozen=True)
+class Cache:
+    """One way to keep the cache.
+
+    Attributes:
+        budget: share of it that is kept.
+        bits: `stored_bits` of every value, where no quantiser says it.
+        quantizer: how what is kept is quantised, for the model's decoder.
+    """
+
+    budget: float = 1.0
+    bits: float = 16.0
+    quantizer: Quantizer | None = None
+
+    def stored(self, config: LlavaConfig, context: int) -> float:
+        """Bits of a value of the pool, with all that belongs to it."""
+        if self.quantizer is None:
+            return self.bits
+        rows = quantised_rows(config.text, self.quantizer, context, self.budget)
+        return bits_of(config.text, self.quantizer, rows)
+
+    def rows(self, config: LlavaConfig, context: int) -> dict[str, float]:
+        """Rows of a layer by their bits, the mean over the layers; empty without a quantiser."""
+        if self.quantizer is None:
+            return {}
+        mean = quantised_rows(config.text, self.quantizer, context, self.budget).mean(axis=0)
+        return {
+            str(bits): float(rows)
+            for bits, rows in zip((16, *self.quantizer.widths), mean, strict=True)
+        }
+
+
+Caches = Mapping[str, Cache]
+"""By the cache's name."""
 
 PLOTTED = tuple(2**power for power in range(11, 18))
 """Contexts of the plot, 2k to 128k."""
 
 
-def caches(budget: float, bits: int, stored: float) -> Caches:
-    """The caches that are compared: full, the budget, and the budget at fewer bits."""
-    share, found = f"{100 * budget:g} %", {"full": (1.0, 16.0)}
+def caches(
+    config: LlavaConfig, budget: float, bits: int, stored: float, kv_bits: str = "16"
+) -> Caches:
+    """The caches that are compared: full, the budget, and the budget at fewer bits.
+
+    Args:
+        config: the model.
+        budget: share of the cache.
+        bits: of every value of the budget; 16 for none.
+        stored: the same with what belongs to it.
+        kv_bits: a name that `make_quantizer` takes: of the full cache and of the budget.
+    """
+    share, found = f"{100 * budget:g} %", {"full": Cache()}
     if budget < 1:
-        found[share] = (budget, 16.0)
+        found[share] = Cache(budget)
     if bits < 16:
-        found[f"{share} at {bits} bit"] = (budget, stored)
+        found[f"{share} at {bits} bit"] = Cache(budget, stored)
+    quantizer = make_quantizer(kv_bits)
+    if quantizer is not None:
+        own = quantizer.for_decoder(config.text.kind, config.text.num_layers)
+        for name, cache in list(found.items()):
+            found[f"{name} + {kv_bits}"] = Cache(cache.budget, quantizer=own)
     return found
 
 
@@ -54,12 +105,17 @@ def stage_rows(
 ) -> list[dict[str, Any]]:
     """Bytes, operations and floor of every stage and its parts; decoding with every cache."""
     rows = [_stage_row("prefill", "", prefill(config, context, batch), device)]
-    for name, (budget, bits) in compared.items():
-        if budget < 1:
-            method = scoring(config, context, batch, budget, bits, window=window)
+    stored = {name: cache.stored(config, context) for name, cache in compared.items()}
+    for name, cache in compared.items():
+        if cache.budget < 1:
+            method = scoring(config, context, batch, cache.budget, stored[name], window=window)
             rows.append(_stage_row("scoring", name, method, device))
-    for name, (budget, bits) in compared.items():
-        step = decode_step(config, context, batch, budget, bits)
+        elif cache.quantizer is not None:
+            rows.append(
+                _stage_row("packing", name, packing(config, context, batch, stored[name]), device)
+            )
+    for name, cache in compared.items():
+        step = decode_step(config, context, batch, cache.budget, stored[name])
         rows.append(_stage_row("decode", name, step, device))
     return rows
 
@@ -87,7 +143,8 @@ def capacity_rows(
 ) -> list[dict[str, Any]]:
     """What every cache allows: faster steps at the same batch, and a larger batch."""
     rows, full = [], decode_step(config, context, batch).floor(device)
-    for name, (budget, bits) in compared.items():
+    for name, cache in compared.items():
+        budget, bits = cache.budget, cache.stored(config, context)
         step = decode_step(config, context, batch, budget, bits).floor(device)
         most = largest_batch(device, config, context, budget, bits)
         rate = tokens_per_second(device, config, context, most, budget, bits) if most else 0.0
@@ -96,6 +153,7 @@ def capacity_rows(
                 "cache": name,
                 "budget": budget,
                 "stored_bits": bits,
+                "rows_by_bits": cache.rows(config, context),
                 "sequence_bytes": round(sequence_bytes(config, context, budget, bits)),
                 "speedup": full / step,
                 "fits": batch <= most,
@@ -129,11 +187,12 @@ def show(result: dict[str, Any], console: Console) -> None:
             "\n".join(f"{name} {part['floor_s'] / row['floor_s']:4.0%}" for name, part in parts),
         )
     fits = Table("cache")
-    for name in ("of a sequence", "speed-up", "fits", "largest batch", "tokens/s then"):
+    for name in ("bits", "of a sequence", "speed-up", "fits", "largest batch", "tokens/s then"):
         fits.add_column(name, justify="right")
     for row in result["capacity"]:
         fits.add_row(
             row["cache"],
+            f"{row['stored_bits']:.3g}",
             human_bytes(row["sequence_bytes"]),
             f"{row['speedup']:.2f}x",
             "yes" if row["fits"] else "no",
@@ -153,17 +212,19 @@ def draw(
     config = MODELS[name]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for index, (cache, (budget, bits)) in enumerate(compared.items()):
+    for index, (label, cache) in enumerate(compared.items()):
+        kept = [(cache.budget, cache.stored(config, context)) for context in contexts]
         times = [
-            1e3 * decode_step(config, context, batch, budget, bits).floor(device)
-            for context in contexts
+            1e3 * decode_step(config, context, batch, *each).floor(device)
+            for context, each in zip(contexts, kept, strict=True)
         ]
         fitting = sum(
-            batch <= largest_batch(device, config, context, budget, bits) for context in contexts
+            batch <= largest_batch(device, config, context, *each)
+            for context, each in zip(contexts, kept, strict=True)
         )
         style: dict[str, Any] = {"color": f"C{index}", "marker": "."}
         axes.plot(contexts, times, linestyle=":", zorder=1, **style)
-        axes.plot(contexts[:fitting], times[:fitting], label=cache, zorder=2, **style)
+        axes.plot(contexts[:fitting], times[:fitting], label=label, zorder=2, **style)
     axes.set(
         title=f"{name} x {batch}, {device.name} ({device.source})",
         xlabel="context (dotted: does not fit)",
@@ -200,6 +261,13 @@ def main(
     exact_rows: Annotated[
         int, typer.Option(help="Rows of a layer that stay at 16 bit beside the quantised ones.")
     ] = 0,
+    kv_bits: Annotated[
+        str,
+        typer.Option(
+            help=f"A quantiser in place of plain --bits, of the full cache and of the budget: "
+            f"{', '.join(QUANTIZERS)}; 16 for none. Rows at 16 bit, groups and bits are its own."
+        ),
+    ] = "16",
     window: Annotated[int, typer.Option(min=1, help="Rows of the prompt that score.")] = 50,
     bandwidth: Annotated[
         float | None, typer.Option(help="Bytes per second, measured, instead of the device's.")
@@ -223,6 +291,8 @@ def main(
 
     With 2 bit, and a plot: python -m benchmarks.roofline --bits 2 --plot decode.svg
 
+    With AKVQ-VL's rows: python -m benchmarks.roofline --context 32768 --batch 24 --kv-bits akvq
+
     Your own device: python -m benchmarks.roofline --bandwidth 2e12 --flops 2e14 --memory 4e10
     """
     check_out(out, force=force)
@@ -239,8 +309,13 @@ def main(
             chosen = replace(chosen, source=source, **given)
         if not 0 < budget <= 1:
             raise ValueError(f"budget={budget:g} must be above 0 and at most 1 (0.1 keeps 10 %)")
+        if kv_bits != "16" and (bits, group, exact_rows) != (16, 64, 0):
+            raise ValueError(
+                f"--kv-bits {kv_bits} has its own bits, groups and rows at 16 bit: leave --bits, "
+                "--group and --exact-rows out"
+            )
         stored = stored_bits(bits, context * budget, group=group, exact_rows=exact_rows)
-    compared = caches(budget, bits, stored)
+        compared = caches(config, budget, bits, stored, kv_bits)
     result = {
         "device": asdict(chosen),
         "model": model,

@@ -16,7 +16,7 @@ from benchmarks.environment import environment, write_result
 from benchmarks.roofline import DEVICES, Device
 from benchmarks.speed import display, limit, presets
 from benchmarks.speed.cases import LAYERS, Case, models
-from benchmarks.speed.options import Budgets, Dtype, Methods, dtype_of, variants_of
+from benchmarks.speed.options import Budgets, Dtype, KvBits, Methods, dtype_of, variants_of
 from benchmarks.speed.run import STAGES, Plan, measure_all
 
 PRESETS = ("paper", "cpu")
@@ -39,6 +39,7 @@ def main(
     ] = None,
     method: Methods = None,
     budget: Budgets = None,
+    kv_bits: KvBits = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(help="triton, cudnn or xla, the best by default; several times."),
@@ -93,6 +94,8 @@ def main(
     A sweep of decode steps: python -m benchmarks.speed --model small-gqa --batch 8 --stage decode
     --budget 0.1 --budget 0.5
 
+    With a quantised cache: python -m benchmarks.speed --kv-bits 16 --kv-bits akvq --stage decode
+
     Where the time goes: python -m benchmarks.speed --images --profile traces
 
     On a GPU: python -m benchmarks.speed --preset paper --ceiling h200 --out paper.json
@@ -108,13 +111,13 @@ def main(
         check_known("layers", [layers], LAYERS)
         check_known("ceiling", [ceiling], ("measured", *DEVICES))
         check_known("preset", [preset] if preset else [], PRESETS)
-        if preset is not None and (model or method or budget or images):
+        if preset is not None and (model or method or budget or kv_bits or images):
             raise ValueError(
                 f"preset {preset} has its own model, method and budget: leave them out"
             )
         if scale > 1 and preset != "paper":
             raise ValueError("--scale is for --preset paper")
-        variants = variants_of(method, budget, backend or [])
+        variants = variants_of(method, budget, backend or [], kv_bits)
         stages = tuple(stage or STAGES)
         effort = measure.Effort(repeats=repeats)
         if preset == "cpu":

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.models import MODELS, SMALL_TOWER, WINDOW
+from benchmarks.roofline.packed import bits_of, rows_by_width
 from vlcache_jax import demo
 from vlcache_jax.anyres import max_tiles
 from vlcache_jax.cache.allocate import Allocation, Uniform, allocate
@@ -17,6 +18,7 @@ from vlcache_jax.cache.methods import CacheMethod, FullCache
 from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.generate import Generate
 from vlcache_jax.processing import ModelInputs
+from vlcache_jax.report import kv_bits
 
 LAYERS = ("paper", "uniform")
 """Ways to divide a budget over the layers of a cache of random rows."""
@@ -60,12 +62,18 @@ class Variant:
 
     @property
     def full(self) -> bool:
-        """Whether everything is kept."""
-        return self.cache.limit.keeps_all
+        """Whether everything is kept as it is: what the others are compared with."""
+        return self.cache.limit.keeps_all and self.cache.quantize is None
+
+    @property
+    def kv_bits(self) -> str | None:
+        """How what is kept is quantised, as the command line says it; None for not at all."""
+        return kv_bits(self.cache.quantize)
 
     def __str__(self) -> str:
         """For tables and files."""
-        words = self.cache.name if self.full else f"{self.cache.name} {self.cache.limit}"
+        words = self.cache.name + ("" if self.kv_bits is None else f"+{self.kv_bits}")
+        words = words if self.cache.limit.keeps_all else f"{words} {self.cache.limit}"
         return words if self.backend is None else f"{words} {self.backend}"
 
 
@@ -126,7 +134,7 @@ class Case:
         """
         text, cache = self.config.text, variant.cache
         m = jnp.full((self.batch,), self.context, jnp.int32)
-        if variant.full:
+        if cache.limit.keeps_all:
             return jnp.broadcast_to(m[:, None], (self.batch, text.num_layers))
         prompt = Prompt(
             m, jnp.zeros((self.batch, self.context), bool), text.num_layers, cache.limit
@@ -134,6 +142,30 @@ class Case:
         allocation = Uniform() if self.layers == "uniform" else cache.rules()[1]
         sparsity = jnp.asarray(paper_sparsity(self.batch, text.num_layers, seed))
         return allocate(allocation.sizes(prompt, sparsity), cache.limit, m)
+
+    def rows_by_width(self, variant: Variant, seed: int = 0) -> np.ndarray:
+        """The same rows by their width: full width, then the quantiser's; int [B, L, 1 + widths].
+
+        All text of `inputs` and all pivots are among them, see `roofline.packed`.
+        """
+        lengths = np.asarray(self.lengths(variant, seed))
+        quantizer = variant.cache.for_model(self.config.text).quantize
+        if quantizer is None:
+            return lengths[..., None]
+        return rows_by_width(quantizer, lengths, evicts=not variant.cache.limit.keeps_all)
+
+    def stored_bits(self, variant: Variant, rows: np.ndarray | None = None) -> float:
+        """`roofline.stored_bits` of a value of the cache, with the scales that belong to it.
+
+        Args:
+            variant: how the cache is kept.
+            rows: by their width; those of `rows_by_width` by default.
+        """
+        quantizer = variant.cache.for_model(self.config.text).quantize
+        if quantizer is None:
+            return 16.0
+        rows = self.rows_by_width(variant) if rows is None else rows
+        return bits_of(self.config.text, quantizer, rows, jnp.dtype(self.dtype))
 
     def inputs(self, seed: int = 0, length: int | None = None) -> ModelInputs:
         """Random prompts: a picture's tokens, then 50 of text.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from benchmarks import measure
@@ -15,6 +16,9 @@ from benchmarks.roofline import Device, Stage, decode_step
 from benchmarks.speed.cases import Case, Variant
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
+from pallas_kernels.packing import join_affine
+from vlcache_jax.cache.methods import AnyPool
+from vlcache_jax.cache.packed import PackedPool, runs_of
 from vlcache_jax.cache.state import Pool, empty_tail
 from vlcache_jax.generate import DecodeState
 from vlcache_jax.models.llava import Params
@@ -23,22 +27,84 @@ CHUNKS = (1, 3)
 """Programs in a row that are timed; a step is the difference of the two, divided by its steps."""
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def random_rows(key: jax.Array, shape: tuple[int, int, int, int], dtype: str) -> jax.Array:
-    """Numbers of mean 0 and variance 1, [B, K, rows, H].
+Shape = tuple[int, ...]
+"""Of an array of a pool: [B, K, rows, H], or as of scales."""
 
-    Head after head into one buffer: a cache may be all that the memory holds.
-    """
+
+def _head_by_head(
+    draw: Callable[[jax.Array, Shape], jax.Array], key: jax.Array, shape: Shape, dtype: str
+) -> jax.Array:
+    """Draw an array head after head into one buffer: a cache may be all that the memory holds."""
     batch, heads, *each = shape
 
-    def draw(index: jax.Array, rows: jax.Array) -> jax.Array:
-        bound = math.sqrt(3)
-        new = jax.random.uniform(
-            jax.random.fold_in(key, index), (1, 1, *each), dtype, minval=-bound, maxval=bound
-        )
+    def one(index: jax.Array, rows: jax.Array) -> jax.Array:
+        new = draw(jax.random.fold_in(key, index), (1, 1, *each))
         return lax.dynamic_update_slice(rows, new, (index // heads, index % heads, 0, 0))
 
-    return lax.fori_loop(0, batch * heads, draw, jnp.zeros(shape, dtype))
+    return lax.fori_loop(0, batch * heads, one, jnp.zeros(shape, dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def random_rows(key: jax.Array, shape: Shape, dtype: str) -> jax.Array:
+    """Numbers of mean 0 and variance 1, [B, K, rows, H]."""
+    bound = math.sqrt(3)
+
+    def draw(key: jax.Array, shape: Shape) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+    return _head_by_head(draw, key, shape, dtype)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def random_words(key: jax.Array, shape: Shape) -> jax.Array:
+    """Words of random codes, uint32 [B, K, W, H]."""
+    return _head_by_head(jax.random.bits, key, shape, "uint32")
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "bits"))
+def random_scales(key: jax.Array, shape: Shape, bits: int) -> jax.Array:
+    """Scales and shifts with which codes of so many bits are from about -1 to 1, uint32 `shape`."""
+
+    def draw(key: jax.Array, shape: Shape) -> jax.Array:
+        half = jax.random.uniform(key, shape, minval=0.5, maxval=1.0)
+        return join_affine(2 * half / (2**bits - 1), -half)
+
+    return _head_by_head(draw, key, shape, "uint32")
+
+
+def random_pool(case: Case, variant: Variant) -> AnyPool:
+    """A pool of random rows, as many as the method keeps of prompts of the case's length."""
+    text, keys = case.config.text, iter(jax.random.split(jax.random.key(1), 6))
+    cache = variant.cache.for_model(text)
+    shapes = cache.pool_shapes(text, case.batch, case.context, jnp.dtype(case.dtype))
+    dense = shapes.dense if isinstance(shapes, PackedPool) else shapes
+    k, v = (random_rows(next(keys), x.shape, case.dtype) for x in (dense.k, dense.v))
+    none = jnp.zeros(dense.length.shape, jnp.int32)
+    pool = Pool(k, v, none, none, jnp.zeros(none.shape))
+    if isinstance(shapes, PackedPool):
+        bits, runs = min(shapes.quantizer.widths), jnp.zeros(shapes.first.shape, jnp.int32)
+        pool = PackedPool(
+            pool,
+            random_words(next(keys), shapes.words_k.shape),
+            random_words(next(keys), shapes.words_v.shape),
+            random_scales(next(keys), shapes.affine_k.shape, bits),
+            random_scales(next(keys), shapes.affine_v.shape, bits),
+            runs,
+            runs,
+            shapes.quantizer,
+        )
+    return divided(pool, case, variant, seed=0)
+
+
+def divided(pool: AnyPool, case: Case, variant: Variant, seed: int) -> AnyPool:
+    """The same pool with as many rows in each layer as prompts of that seed have: numbers alone."""
+    rows = jnp.asarray(case.rows_by_width(variant, seed))
+    offset = jnp.cumsum(rows[..., 0], axis=1, dtype=jnp.int32) - rows[..., 0]
+    if isinstance(pool, Pool):
+        return replace(pool, offset=offset, length=rows[..., 0])
+    first, runs = runs_of(pool.quantizer, rows[..., 1:])
+    dense = replace(pool.dense, offset=offset, length=rows[..., 0])
+    return replace(pool, dense=dense, first=first, rows=runs)
 
 
 class Decoding:
@@ -49,18 +115,10 @@ class Decoding:
         self.case, self.variant, self.params = case, variant, params
         self.generate = case.generate(variant, steps + 1, case.chunk)
         self.program = jax.jit(self.generate.decode_chunk, donate_argnums=2)
-        text = case.config.text
-        capacity = variant.cache.capacity(text.num_layers, case.context)
-        shape = (case.batch, text.num_kv_heads, capacity, text.head_dim)
-        k, v = (random_rows(jax.random.key(seed), shape, case.dtype) for seed in (1, 2))
-        self.pool = Pool(k, v, **self._division(seed=0))
-        self._tail = empty_tail(text, case.batch, self.generate.tail_rows, jnp.dtype(case.dtype))
-
-    def _division(self, seed: int) -> dict[str, jax.Array]:
-        """Where each layer's rows lie, and how many there are."""
-        lengths = self.case.lengths(self.variant, seed)
-        offset = jnp.cumsum(lengths, axis=1, dtype=jnp.int32) - lengths
-        return {"offset": offset, "length": lengths, "visual": jnp.zeros(lengths.shape)}
+        self.pool = random_pool(case, variant)
+        self._tail = empty_tail(
+            case.config.text, case.batch, self.generate.tail_rows, jnp.dtype(case.dtype)
+        )
 
     @property
     def kept_share(self) -> float:
@@ -68,12 +126,17 @@ class Decoding:
         return float(self.pool.length.mean()) / self.case.context
 
     @property
+    def stored_bits(self) -> float:
+        """Of a value of the cache."""
+        return self.case.stored_bits(self.variant, np.asarray(self.pool.counts))
+
+    @property
     def work(self) -> Stage:
         """What one of the steps that are timed must do at least."""
         first, last = (count * self.case.chunk for count in CHUNKS)
         tail = round((first + last + 1) / 2)  # rows on average, the token's own among them
-        case = self.case
-        step = decode_step(case.config, case.context, case.batch, self.kept_share, tail=tail)
+        case, kept = self.case, (self.kept_share, self.stored_bits)
+        step = decode_step(case.config, case.context, case.batch, *kept, tail=tail)
         return in_type(step, case.dtype)
 
     def start(self) -> DecodeState:
@@ -81,7 +144,7 @@ class Decoding:
         token, position, count, done, fill, key = _beginning(self.case.batch, self.case.context)
         return DecodeState(replace(self._tail, fill=fill), token, position, count, done, key)
 
-    def run(self, chunks: int, pool: Pool | None = None) -> jax.Array:
+    def run(self, chunks: int, pool: AnyPool | None = None) -> jax.Array:
         """Decode `chunks` programs' steps, and do not wait: the last tokens, int32 [B, steps]."""
         state, tokens = self.start(), None
         for _ in range(chunks):
@@ -98,7 +161,7 @@ class Decoding:
 
     def programs(self) -> int:
         """How many programs serve the caches of three batches of prompts."""
-        pools = [replace(self.pool, **self._division(seed)) for seed in (1, 2)]
+        pools = [divided(self.pool, self.case, self.variant, seed) for seed in (1, 2)]
         jax.block_until_ready(self.run(1))
         with measure.compilations() as seen:
             for pool in pools:
@@ -169,6 +232,8 @@ def _row(
                 return row_of(
                     "decode", case, variant, step, decoding.work, limit,
                     kept_share=decoding.kept_share,
+                    stored_bits=decoding.stored_bits,
+                    kept_bytes_share=decoding.kept_share * decoding.stored_bits / 16,
                     programs=decoding.programs(),
                     program_samples={"steps": [n * case.chunk for n in CHUNKS],
                                      "seconds": [short.samples, long.samples]},

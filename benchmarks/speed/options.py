@@ -9,7 +9,8 @@ import typer
 from benchmarks.command import check_known
 from benchmarks.speed.cases import FULL, Variant
 from pallas_kernels.backends import check_backend
-from vlcache_jax.cache.methods import METHODS, make_method
+from vlcache_jax.cache.methods import METHODS, CacheMethod, as_method, make_method
+from vlcache_jax.cache.quantize import QUANTIZERS, make_quantizer
 
 Methods = Annotated[
     list[str] | None,
@@ -18,19 +19,38 @@ Methods = Annotated[
 Budgets = Annotated[
     list[str] | None, typer.Option(help="As 0.1 or 256tok; 0.1 by default; several times.")
 ]
+KvBits = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"How what is kept is quantised, of {', '.join(QUANTIZERS)}, or 16 for not at all "
+        "(the default); the full cache too; several times."
+    ),
+]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16 by default on a GPU, elsewhere float32.")]
 
 
 def variants_of(
-    methods: Sequence[str] | None, budgets: Sequence[str] | None, backends: Sequence[str] = ()
+    methods: Sequence[str] | None,
+    budgets: Sequence[str] | None,
+    backends: Sequence[str] = (),
+    kv_bits: Sequence[str] | None = None,
 ) -> tuple[Variant, ...]:
     """The full cache, and every method (VL-Cache) at every budget (0.1), with every backend.
 
+    With `kv_bits` each of these in every one of them, and the full cache as it is besides.
+
     Raises:
-        ValueError: there is no such method, budget or backend.
+        ValueError: there is no such method, budget, quantiser or backend.
     """
+    quantizers = [make_quantizer(name) for name in kv_bits or ["16"]]
     names = [name for name in methods or ["vl-cache"] if name != FULL.cache.name]
-    caches = [make_method(name, budget) for name in names for budget in budgets or ["0.1"]]
+    caches: list[CacheMethod] = [as_method(each) for each in quantizers if each is not None]
+    caches += [
+        make_method(name, budget, quantizer)
+        for name in names
+        for budget in budgets or ["0.1"]
+        for quantizer in quantizers
+    ]
     for backend in backends:
         check_backend(backend)
     return tuple(

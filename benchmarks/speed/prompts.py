@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from benchmarks.models import WINDOW
-from benchmarks.roofline import Device, Stage, decode_step, prefill, scoring
+from benchmarks.roofline import Device, Stage, decode_step, packing, prefill, scoring
 from benchmarks.speed.cases import Case, Variant, paper_sparsity
 from benchmarks.speed.decoding import random_rows
 from benchmarks.speed.limit import in_type
@@ -30,15 +30,23 @@ def method_work(case: Case, variant: Variant) -> Stage:
     """What the method adds to a prefill, counted in bfloat16: in float32 it must do more."""
     if variant.full:
         return Stage({})
-    budget = variant.cache.limit.layer_rows(case.context) / case.context
-    return scoring(case.config, case.context, case.batch, budget, window=WINDOW)
+    size, bits = (case.config, case.context, case.batch), case.stored_bits(variant)
+    if variant.cache.limit.keeps_all:
+        return packing(*size, bits)
+    return scoring(*size, _budget(case, variant), bits, window=WINDOW)
+
+
+def _budget(case: Case, variant: Variant) -> float:
+    """Share of the rows that there is room for."""
+    return variant.cache.limit.layer_rows(case.context) / case.context
 
 
 def answer_work(case: Case, variant: Variant) -> Stage:
     """Of a whole answer."""
-    budget = 1.0 if variant.full else variant.cache.limit.layer_rows(case.context) / case.context
-    steps = case.new_tokens - 1
-    step = decode_step(case.config, case.context, case.batch, budget, tail=case.new_tokens // 2)
+    budget = 1.0 if variant.cache.limit.keeps_all else _budget(case, variant)
+    steps, bits = case.new_tokens - 1, case.stored_bits(variant)
+    size = case.config, case.context, case.batch
+    step = decode_step(*size, budget, bits, tail=case.new_tokens // 2)
     decoding = {
         f"decode {name}": type(part)(steps * part.bytes, steps * part.operations)
         for name, part in in_type(step, case.dtype).parts.items()
@@ -51,8 +59,8 @@ def prefill_rows(
 ) -> list[dict[str, Any]]:
     """Prefill up to the first token, and what each method adds to that of the full cache.
 
-    The rows "method" (scoring, selection and compaction) are differences of whole programs, sample
-    by sample: XLA may run a method's work beside that of the prefill.
+    The rows "method" (scoring, selection, compaction, packing) are differences of whole programs,
+    sample by sample: XLA may run a method's work beside that of the prefill.
     """
     programs = {v: jax.jit(case.generate(v, 1, case.chunk).begin) for v in variants}
     found, count = _timed(case, programs, params, effort)
@@ -79,7 +87,7 @@ def prefill_rows(
 def build_rows(
     case: Case, variants: Sequence[Variant], params: Params, limit: Device, effort: measure.Effort
 ) -> list[dict[str, Any]]:
-    """Selection and compaction as a program of their own, from random scores and rows."""
+    """Selection, compaction and packing as a program of their own, from random scores and rows."""
     chosen = [variant for variant in variants if not variant.full]
     inputs, programs = jax.device_put(case.inputs()), {}
     for variant in chosen:
@@ -90,7 +98,7 @@ def build_rows(
     rows = []
     for variant in chosen:
         parts = method_work(case, variant).parts
-        work = Stage({name: parts[name] for name in ("selection", "compaction")})
+        work = Stage({name: part for name, part in parts.items() if name != "scores"})
         timing = found[str(variant)]
         rows.append(row_of("build", case, variant, timing, work, limit, how="program of its own"))
     return rows
@@ -101,12 +109,14 @@ def random_prefill(case: Case, generate: Generate, params: Params) -> Prefill:
     shape = jax.eval_shape(generate.prefill, params, case.inputs())
     k, v = (random_rows(jax.random.key(seed), shape.k.shape, case.dtype) for seed in (1, 2))
     seen = shape.seen
-    scores = None if seen.scores is None else _uniform(seen.scores)
+    scores, salience = (
+        None if part is None else _uniform(part) for part in (seen.scores, seen.salience)
+    )
     measured = seen.measured
     if measured is not None:
         measured = jnp.asarray(paper_sparsity(*measured.shape))
     hidden = measure.normal(jax.random.key(3), shape.hidden.shape, case.dtype)
-    return Prefill(k, v, hidden, Observation(scores, measured))
+    return Prefill(k, v, hidden, Observation(scores, measured, salience))
 
 
 def _uniform(like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:

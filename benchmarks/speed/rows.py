@@ -14,8 +14,9 @@ def described(case: Case, variant: Variant) -> dict[str, Any]:
         "model": case.model,
         "context": case.context,
         "batch": case.batch,
-        "method": variant.cache.name,
+        "method": variant.cache.label,
         "budget": str(variant.cache.limit),
+        "kv_bits": variant.kv_bits,
         "backend": variant.backend,
         "dtype": case.dtype,
         "images": case.images,
@@ -26,7 +27,10 @@ def described(case: Case, variant: Variant) -> dict[str, Any]:
 
 def cache_of(row: dict[str, Any]) -> str:
     """How a row's cache is called, for people."""
-    return row["method"] if row["method"] == "full" else f"{row['method']} {row['budget']}"
+    method, bits = row["method"], row.get("kv_bits")
+    if bits and bits not in method:  # "full+rtn" of 2 or of 4 bits
+        method = f"{method} {bits}"
+    return method if method.startswith("full") else f"{method} {row['budget']}"
 
 
 def row_of(

@@ -16,7 +16,14 @@ from jax.experimental import topologies
 from jax.experimental.pallas import triton as plgpu
 
 from benchmarks import ahead_of_time
-from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies, plugin_version
+from benchmarks.ahead_of_time import (
+    GPUS,
+    Memory,
+    compile_for,
+    loop_copies,
+    loop_floats,
+    plugin_version,
+)
 from benchmarks.models import MODELS, abstract_inputs
 from vlcache_jax.cache.methods import VLCache
 from vlcache_jax.generate import Generate
@@ -361,6 +368,23 @@ def test_loop_copies_of_one_instruction(case):
     found = loop_copies(MODULE.format(lines=lines, result=case.result), (2, 4, 4))
     assert [line.split(" = ")[0] for line in found] == ([f"%{case.copies}"] if case.copies else [])
     assert not any("metadata" in line for line in found)
+
+
+WIDER = [
+    ("%wide = bf16[8,8]{1,0} convert(%old)", 32, True),
+    ("%wide = f32[64]{0} convert(%old)", 64, True),
+    ("%wide = f32[64]{0} convert(%old)", 65, False),
+    ("%codes = u32[8,8]{1,0} convert(%old)", 32, False),
+    ("%seen = f32[32]{0} bitcast(%old)", 32, False),
+    ("%two = (u32[64]{0}, f32[2]{0}) custom-call(%old)", 32, False),
+    ("%two = (u32[2]{0}, f32[64]{0}) custom-call(%old)", 32, True),
+]
+
+
+@pytest.mark.parametrize(("line", "least", "found"), WIDER)
+def test_large_arrays_of_floats_are_found_by_their_type_and_size(line, least, found):
+    text = MODULE.format(lines=f"  {line}", result="old")
+    assert loop_floats(text, least) == ([line.replace("  ", "")] if found else [])
 
 
 def test_text_that_is_no_hlo_is_refused():

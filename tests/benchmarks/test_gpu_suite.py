@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 
 from benchmarks import device, measure
 from benchmarks.gpu_suite import __main__ as command
-from benchmarks.gpu_suite import bars, ceilings, checks, stages, supervisor
+from benchmarks.gpu_suite import bars, ceilings, checks, end_to_end, stages, supervisor
 from benchmarks.gpu_suite.stages import STAGES, Context, Order
+from benchmarks.roofline import WORKSPACE, Device
+from benchmarks.speed import cases, presets
 from pallas_kernels.prefill_attention.config import Config
+from vlcache_jax.report import pool_bytes
 
 NAMES = [stage.name for stage in STAGES]
 
@@ -70,6 +73,21 @@ def test_a_result_says_what_made_it(dry, name):
             for row in result["rows"]
             if row.get("ok", True) and "exception" not in row
         )
+
+
+def test_the_batch_of_packed_caches_is_what_the_memory_holds():
+    variants = (presets.TENTH, presets.PACKED_TENTH)
+    case = cases.Case(presets.PAPER_MODEL, 32768, 24, "bfloat16")
+    text, dtype = case.config.text, jnp.dtype("bfloat16")
+    each = sum(
+        pool_bytes(text, variant.cache, dtype, batch=1, prompt_rows=32768) for variant in variants
+    )
+    for memory in (80e9, 139 * 2**30):
+        found = end_to_end.fitting(case, variants, Device("a GPU", 1, 1, memory, "given"))
+        weights = 15.1e9 + WORKSPACE
+        assert found * each < memory - weights < (found + 1) * 1.05 * each
+    small = Device("a GPU", 1, 1, 1e9, "given")
+    assert end_to_end.fitting(case, variants, small) == 1
 
 
 def test_the_table_of_block_sizes_has_the_format_of_the_committed_one(dry):

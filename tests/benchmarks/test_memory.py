@@ -1,19 +1,36 @@
 """Programs compiled for a GPU that is not here: launches, command buffers, bytes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
 import benchmarks
 from benchmarks import memory
 from benchmarks.ahead_of_time import GPUS, plugin_version
-from benchmarks.memory import ALL, Program, largest_batch, run, step_launches
+from benchmarks.memory import (
+    ALL,
+    Program,
+    cache_parts,
+    dequantised,
+    known,
+    largest_batch,
+    run,
+    step_launches,
+)
+from benchmarks.models import MODELS
+from vlcache_jax.cache.packed import PackedPool
+from vlcache_jax.cache.quantize import RTN
+from vlcache_jax.cache.state import Pool
 
 RESULT = Path(benchmarks.__file__).parent / "results" / "offline" / "programs-h200.json"
 MOST_LAUNCHES = 12
 MOST_TEMPORARIES = 256 * 2**20
+MOST_SHARE = 0.03
+"""Of the full cache, that a tenth of it in two bits is allocated."""
 
 needs_plugin = pytest.mark.skipif(
     plugin_version() is None,
@@ -80,15 +97,108 @@ def check(row):
 def test_the_committed_table_holds_every_program():
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     assert {"commit", "command", "date", "machine", "versions"} <= result.keys()
-    keys = ("model", "stage", "context", "batch", "budget")
-    rows = {tuple(row[key] for key in keys): row for row in result["rows"]}
-    assert rows.keys() == {tuple(getattr(program, key) for key in keys) for program in ALL}
+    rows = {known(row): row for row in result["rows"]}
+    assert rows.keys() == set(ALL)
     for row in rows.values():
         check(row)
+    packed = [row for program, row in rows.items() if program.kv_bits == "akvq"]
+    assert all(row["dequantised_in_loop"] == 0 for row in packed)
+    assert {row["cache_bytes"] / row["full_cache_bytes"] <= MOST_SHARE for row in packed
+            if row["budget"] == 0.1} == {True}  # fmt: skip
+
+
+@pytest.mark.parametrize("context", [4096, 8192, 32768])
+def test_a_tenth_in_two_bits_is_allocated_in_three_per_cent(context):
+    """The parts of a pool as numbers: dense rows, words of 16 rows, and two bfloat16 a row."""
+    program = Program(context=context, kv_bits="akvq")
+    text = MODELS[program.model].text
+    kinds = jnp.dtype(jnp.bfloat16)
+    pool = program.generate().cache.pool_shapes(text, 1, context, kinds)
+    assert isinstance(pool, PackedPool)
+    found = cache_parts(pool)
+    rows, words = pool.dense.k.shape[2], pool.words_k.shape[2]
+    assert found["dense_bytes"] == 2 * 8 * rows * 128 * 2
+    assert found["word_bytes"] == 2 * 8 * words * 128 * 4
+    assert found["scale_bytes"] == 2 * 8 * words * 16 * 4
+    assert found["cache_bytes"] == sum(found[part] for part in found if part != "cache_bytes")
+    assert found["cache_bytes"] <= MOST_SHARE * 128 * 1024 * context
+    full = replace(program, budget=1.0, kv_bits="16").generate().cache
+    whole = cache_parts(full.pool_shapes(text, 1, context, kinds))
+    assert whole["cache_bytes"] == whole["dense_bytes"] == 128 * 1024 * context
+
+
+LOOP = """HloModule example, is_scheduled=true
+
+%body (arg: (s32[], u32[1,2,8,16])) -> (s32[], u32[1,2,8,16]) {{
+  %arg = (s32[], u32[1,2,8,16]{{3,2,1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %words = u32[1,2,8,16]{{3,2,1,0}} get-tuple-element(%arg), index=1
+  %rows = {kind}[1,2,{rows},16]{{3,2,1,0}} custom-call(%words), custom_call_target="unpack"
+  ROOT %out = (s32[], u32[1,2,8,16]{{3,2,1,0}}) tuple(%i, %words)
+}}
+
+%condition (arg.1: (s32[], u32[1,2,8,16])) -> pred[] {{
+  %arg.1 = (s32[], u32[1,2,8,16]{{3,2,1,0}}) parameter(0)
+  ROOT %go = pred[] constant(true)
+}}
+
+ENTRY %main (x: (s32[], u32[1,2,8,16])) -> (s32[], u32[1,2,8,16]) {{
+  %x = (s32[], u32[1,2,8,16]{{3,2,1,0}}) parameter(0)
+  ROOT %loop = (s32[], u32[1,2,8,16]{{3,2,1,0}}) while(%x), condition=%condition, body=%body
+}}
+"""
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--device", "b9000"), ("--model", "gpt"), ("--stage", "sleep")]
+    ("kind", "rows", "found"), [("bf16", 32, 1), ("f32", 128, 1), ("bf16", 31, 0), ("u32", 128, 0)]
+)
+def test_a_layer_that_is_made_wide_is_seen(kind, rows, found):
+    """8 word-rows of 16 rows each, in 4 layers: 32 rows of a layer."""
+    words, affine = jnp.zeros((1, 2, 8, 16), jnp.uint32), jnp.zeros((1, 2, 1, 128), jnp.uint32)
+    numbers, dense = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 2, 8, 16))
+    pool = PackedPool(
+        Pool(dense, dense, numbers, numbers, numbers), words, words, affine, affine,
+        numbers[..., None], numbers[..., None], RTN(),
+    )  # fmt: skip
+    text = LOOP.format(kind=kind, rows=rows)
+    assert dequantised(text, pool) == found
+    assert dequantised(text, pool.dense) == 0
+
+
+def test_rows_are_added_to_those_of_a_file(tmp_path, monkeypatch):
+    file = tmp_path / "programs.json"
+    old = {"context": 2048, "batch": 1, "budget": 0.1, "model": "llava-1.5-7b"}  # without kv_bits
+    file.write_text(json.dumps({"commit": "old", "rows": [old]}))
+    asked = []
+
+    def compiled(program):
+        asked.append(program)
+        sizes = dict.fromkeys(
+            ("cache_bytes", "full_cache_bytes", "temp_bytes", "peak_bytes", "cache_copies_in_loop",
+             "dequantised_in_loop", "launches_per_layer", "one_command_buffer", "compile_s"), 0,
+        )  # fmt: skip
+        return {**vars(program), **sizes}
+
+    monkeypatch.setattr(memory, "run", compiled)
+    arguments = ["--model", "llava-1.5-7b", "--kv-bits", "16", "--kv-bits", "akvq"]
+    done = CliRunner().invoke(app(), [*arguments, "--add", "--out", str(file)])
+    assert done.exit_code == 0, done.output
+    assert [program.kv_bits for program in asked] == ["akvq"]  # the other one is there
+    result = json.loads(file.read_text())
+    assert result["commit"] == "old"
+    assert result["rows"][0] == old
+    assert result["rows"][1]["kv_bits"] == "akvq"
+    (made,) = result["added"]
+    assert made["rows"] == 1
+    assert made["versions"]
+    refused = CliRunner().invoke(app(), ["--add"])
+    assert refused.exit_code == 2
+    assert "--out" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--device", "b9000"), ("--model", "gpt"), ("--stage", "sleep"), ("--kv-bits", "3")],
 )
 def test_unknown_names_are_refused_with_those_that_are_known(option, value):
     result = CliRunner().invoke(app(), [option, value])

@@ -4,6 +4,8 @@ import json
 import re
 from dataclasses import replace
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -16,6 +18,7 @@ from benchmarks.roofline import (
     decode_step,
     language_bytes,
     largest_batch,
+    packing,
     prefill,
     scoring,
     sequence_bytes,
@@ -23,6 +26,10 @@ from benchmarks.roofline import (
     tokens_per_second,
 )
 from benchmarks.roofline.__main__ import main
+from benchmarks.roofline.packed import bits_of, kept_bytes, quantised_rows, rows_by_width
+from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.packed import arrange
+from vlcache_jax.cache.quantize import AKVQ, KIVI, RTN
 
 MISTRAL = MODELS["llava-v1.6-mistral-7b"]
 VICUNA = MODELS["llava-1.5-7b"]
@@ -186,6 +193,72 @@ def test_stored_bits_count_scales_and_exact_rows():
             stored_bits(bits, 100, group=group, exact_rows=exact)
 
 
+# Quantised caches.
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [AKVQ(recent=9, pivots=3, tsa_layers=(0, 1)), RTN(recent=7), KIVI(recent=5, group=16)],
+)
+def test_rows_of_each_width_are_those_of_the_librarys_arrangement(quantizer):
+    """All text and every pivot kept, no pivot recent: what the count stands for."""
+    rows, text = 96, 20
+    visual, position = jnp.arange(rows) < rows - text, np.arange(rows)
+    salience = jnp.where(jnp.arange(rows) < 3, 9.0, 1.0) * jnp.ones((1, 4, 1))
+    for budget, lengths in ((0.5, np.array([40, 55, 62, 30])), (1.0, np.full(4, rows))):
+        kept = (position < lengths[:, None] - text) | (position >= rows - text)
+        prompt = Prompt(jnp.array([rows]), visual[None], 4, Budget.parse(budget))
+        given = jnp.array(kept)[None, :, None], jnp.array(lengths)[None]
+        found = arrange(quantizer, *given, prompt, salience).counts[0]
+        expected = rows_by_width(quantizer, lengths, evicts=budget < 1, text=text)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(expected.sum(axis=-1), lengths)
+
+
+def test_few_rows_are_all_of_full_width():
+    found = rows_by_width(AKVQ(tsa_layers=(0,)), np.array([6, 9]), evicts=True)
+    assert found.tolist() == [[0, 6, 0], [9, 0, 0]]  # text, and pivots
+
+
+def test_a_tenth_in_two_bits_by_hand():
+    """Recent rows, 15 pivots, and the rest at 2 bits with 32 of scale and shift for 128 values."""
+    for context, kept, recent in ((4096, 410, 41), (8192, 819, 81), (32768, 3277, 327)):
+        quantizer = AKVQ(tsa_layers=())
+        rows = quantised_rows(MISTRAL.text, quantizer, context, 0.1)
+        assert rows.tolist() == 32 * [[recent + 15, kept - recent - 15]]
+        bits = ((recent + 15) * 16 + (kept - recent - 15) * 2.25) / kept
+        assert bits_of(MISTRAL.text, quantizer, rows) == pytest.approx(bits)
+        share = kept_bytes(MISTRAL.text, quantizer, rows) / sequence_bytes(MISTRAL, context)
+        assert share == pytest.approx(kept * bits / 16 / context)
+        assert share <= 0.03
+    whole = quantised_rows(MISTRAL.text, AKVQ(tsa_layers=()), 4096)
+    assert whole.tolist() == 32 * [[143, 3953]]
+
+
+def test_text_of_text_salient_layers_by_hand():
+    rows = quantised_rows(VICUNA.text, AKVQ(tsa_layers=(0, 1)), 2048, 0.1)
+    assert rows.tolist() == 2 * [[20, 30, 155]] + 30 * [[35, 0, 170]]
+    whole = quantised_rows(VICUNA.text, AKVQ(tsa_layers=(0, 1), recent=30), 2048)
+    assert whole[0].tolist() == [30, 20, 1998]
+    kivi = quantised_rows(MISTRAL.text, KIVI(), 1000)
+    assert kivi[0].tolist() == [136, 864]
+    assert bits_of(MISTRAL.text, KIVI(), kivi) == pytest.approx((136 * 16 + 864 * 3) / 1000)
+
+
+def test_bits_stand_for_sixteenths_whatever_the_type():
+    rows = np.array([[10, 90]])
+    config = replace(MISTRAL.text, num_layers=1)
+    two, four = (bits_of(config, RTN(recent=10), rows, jnp.dtype(dtype))
+                 for dtype in ("bfloat16", "float32"))  # fmt: skip
+    assert two == pytest.approx((10 * 16 + 90 * 2.25) / 100)
+    assert 2 * four == pytest.approx((10 * 32 + 90 * 2.25) / 100)
+
+
+def test_packing_by_hand():
+    work = packing(MISTRAL, 1000, 3, 2.25).parts["packing"]
+    assert work == Work(3 * 1000 * 128 * 1024 * (1 + 2.25 / 16))
+
+
 def test_tied_embeddings_are_multiplied_once_and_stored_once():
     small = replace(MISTRAL, text=replace(MISTRAL.text, num_layers=1))
     tied = replace(small, text=replace(small.text, tie_embeddings=True))
@@ -244,6 +317,34 @@ def test_json_holds_every_stage_and_cache():
     assert found["device"]["source"] == "measured"
 
 
+def test_a_quantiser_stands_beside_both_caches():
+    found = printed("--context", "32768", "--batch", "24", "--kv-bits", "akvq")
+    names = ["full", "10 %", "full + akvq", "10 % + akvq"]
+    assert [(row["stage"], row["cache"]) for row in found["rows"]] == [
+        ("prefill", ""),
+        ("scoring", "10 %"),
+        ("packing", "full + akvq"),
+        ("scoring", "10 % + akvq"),
+        *(("decode", name) for name in names),
+    ]
+    by_name = {row["cache"]: row for row in found["capacity"]}
+    assert list(by_name) == names
+    both = by_name["10 % + akvq"]
+    assert both["rows_by_bits"] == {"16": 342, "2": 2935}
+    assert both["stored_bits"] == pytest.approx((342 * 16 + 2935 * 2.25) / 3277)
+    assert by_name["full + akvq"]["rows_by_bits"] == {"16": 143, "2": 32625}
+    assert by_name["full"]["rows_by_bits"] == {}
+    bits = both["stored_bits"]
+    assert both["largest_batch"] == largest_batch(H200, MISTRAL, 32768, 0.1, bits)
+    assert both["largest_batch"] > by_name["10 %"]["largest_batch"]
+    step = decode_step(MISTRAL, 32768, 24, 0.1, bits).floor(H200)
+    assert both["speedup"] == pytest.approx(decode_step(MISTRAL, 32768, 24).floor(H200) / step)
+    plain = printed("--kv-bits", "4", "--budget", "1")["capacity"]
+    assert [(row["cache"], row["stored_bits"]) for row in plain] == [
+        ("full", 16), ("full + 4", 4.25),
+    ]  # fmt: skip
+
+
 def test_a_context_beyond_the_positions_is_marked():
     found = printed("--model", "llava-1.5-7b", "--context", "8192", "--batch", "64")
     assert found["beyond_positions"] is True
@@ -270,6 +371,8 @@ def test_the_files_are_written_and_not_overwritten(tmp_path):
     result = json.loads(out.read_text(encoding="utf-8"))
     assert {"commit", "command", "date", "machine", "versions", "device", "rows"} <= result.keys()
     first = plot.read_bytes()
+    printed("--plot", str(tmp_path / "packed.svg"), "--kv-bits", "akvq", "--batch", "24")
+    assert b"10 % + akvq" in (tmp_path / "packed.svg").read_bytes()
     assert b"</svg>" in first
     assert b"does not fit" in first
     for option, file in (("--out", out), ("--plot", plot)):
@@ -295,6 +398,7 @@ def test_the_tables_name_the_numbers():
         ("--budget", "0", "budget"),
         ("--budget", "1.5", "budget"),
         ("--bits", "17", "bits=17"),
+        ("--kv-bits", "3", "akvq"),
         ("--memory", "0", "memory"),
         ("--context", "0", "context"),
     ],
@@ -303,3 +407,9 @@ def test_bad_input_is_refused(option, value, word):
     done = run(option, value)
     assert done.exit_code == 2
     assert word in done.output
+
+
+def test_a_quantiser_has_its_own_bits():
+    done = run("--kv-bits", "akvq", "--bits", "2")
+    assert done.exit_code == 2
+    assert "--exact-rows" in done.output

@@ -16,15 +16,30 @@ from benchmarks.roofline import Device, Stage, Work
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import cases, limit, presets
 from benchmarks.speed.cases import FULL, Case, Variant, paper_sparsity
-from benchmarks.speed.decoding import CHUNKS, Decoding, decode_rows, random_rows
-from benchmarks.speed.prompts import answer_rows, build_rows, prefill_rows
-from benchmarks.speed.rows import beside_full, row_of
+from benchmarks.speed.decoding import (
+    CHUNKS,
+    Decoding,
+    decode_rows,
+    random_pool,
+    random_rows,
+    random_scales,
+    random_words,
+)
+from benchmarks.speed.options import variants_of
+from benchmarks.speed.prompts import answer_rows, build_rows, method_work, prefill_rows
+from benchmarks.speed.rows import beside_full, cache_of, described, row_of
+from pallas_kernels.packing import split_affine
 from tests.tiny import tiny_config
-from vlcache_jax.cache.methods import METHODS, VLCache
+from vlcache_jax.cache.methods import METHODS, FullCache, VLCache
+from vlcache_jax.cache.packed import PackedPool
+from vlcache_jax.cache.quantize import AKVQ, RTN
+from vlcache_jax.cache.state import Pool
 from vlcache_jax.generate import DecodeState
 from vlcache_jax.models.llava import init_params
 
 TENTH = Variant(VLCache(0.1))
+PACKED = Variant(VLCache(0.1, quantize=AKVQ()))
+WHOLE = Variant(FullCache(quantize=AKVQ(recent=8)))
 DEVICE = Device("test", 1e9, 1e10, 1e9, "given")
 
 
@@ -116,6 +131,7 @@ def test_what_is_timed_are_the_tokens_of_generate(tiny):
 
 def test_a_step_that_writes_nothing_finite_is_found(tiny, params):
     decoding = Decoding(tiny, TENTH, params)
+    assert isinstance(decoding.pool, Pool)
     spoilt = dataclasses.replace(decoding.pool, v=jnp.full_like(decoding.pool.v, jnp.nan))
     decoding.pool = spoilt
     with pytest.raises(ArithmeticError, match="not finite"):
@@ -132,6 +148,95 @@ def test_a_steps_work_is_that_of_the_rows_kept(tiny, params):
     own = {name: part for name, part in params.items() if name in ("embed", "layers", "head")}
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(own))
     assert decoding.work.parts["products"].bytes == weights
+
+
+def test_words_and_scales_are_random_and_small():
+    words = np.asarray(random_words(jax.random.key(0), (2, 2, 50, 8)))
+    assert len(np.unique(words)) > 0.99 * words.size
+    ones = np.unpackbits(words.view(np.uint8)).mean()
+    assert abs(ones - 0.5) < 0.02
+    scale, shift = split_affine(random_scales(jax.random.key(0), (2, 2, 1, 800), 2))
+    assert (np.asarray(scale) > 0).all()
+    ends = np.stack([shift, shift + 3 * scale])
+    assert (np.abs(ends) >= 0.49).all()
+    assert (np.abs(ends) <= 1.02).all()
+
+
+@pytest.mark.parametrize("variant", [PACKED, WHOLE], ids=str)
+def test_a_packed_pool_holds_the_rows_of_each_width(tiny, variant):
+    case = dataclasses.replace(tiny, model="deep", context=240)
+    pool, counts = random_pool(case, variant), case.rows_by_width(variant)
+    assert isinstance(pool, PackedPool)
+    np.testing.assert_array_equal(pool.counts, counts)
+    np.testing.assert_array_equal(counts.sum(axis=-1), case.lengths(variant))
+    assert pool.quantizer.widths == (4, 2)  # the decoder has text-salient layers
+    assert counts[..., 1].any()  # text of 4 bits
+    shapes = variant.cache.for_model(case.config.text).pool_shapes(
+        case.config.text, case.batch, case.context, jnp.dtype("float32")
+    )
+    assert jax.tree.map(lambda x: x.shape, pool) == jax.tree.map(lambda x: x.shape, shapes)
+    # Runs follow each other, and end inside of the pool.
+    words = -(-counts[..., 1:] // np.array([8, 16]))
+    ends = np.cumsum(words.reshape(2, -1), axis=1)
+    np.testing.assert_array_equal(
+        np.asarray(pool.first).reshape(2, -1), ends - words.reshape(2, -1)
+    )
+    assert ends.max() <= pool.words_k.shape[2]
+    dense = np.asarray(pool.dense.offset + pool.dense.length)
+    assert dense.max() <= pool.dense.k.shape[2]
+
+
+def test_a_packed_steps_work_is_that_of_its_bytes(tiny, params):
+    """Rows of full width in float32, codes, and a word of scale and shift for each row and head."""
+    decoding, text = Decoding(tiny, PACKED, params), tiny.config.text
+    dense, four, two = np.asarray(decoding.pool.counts).sum(axis=(0, 1))
+    heads, size = text.num_kv_heads, text.head_dim
+    row = 2 * heads * size
+    tail = tiny.batch * text.num_layers * round((CHUNKS[0] + CHUNKS[1]) * tiny.chunk / 2 + 0.5)
+    kept = dense * row * 4 + (four * row // 2 + two * row // 4) + (four + two) * 2 * heads * 4
+    assert decoding.work.parts["attention"].bytes == pytest.approx(kept + tail * row * 4)
+    share = kept / (tiny.batch * text.num_layers * tiny.context * row * 4)
+    assert decoding.kept_share * decoding.stored_bits / 16 == pytest.approx(share)
+
+
+def test_what_packing_adds_to_a_prefill(tiny):
+    text = tiny.config.text
+    whole = tiny.batch * tiny.context * text.num_layers * 2 * text.num_kv_heads * text.head_dim * 2
+    (packing,) = method_work(tiny, WHOLE).parts.values()
+    assert packing.bytes == pytest.approx(whole * (1 + tiny.stored_bits(WHOLE) / 16))
+    plain, packed = (method_work(tiny, variant).parts for variant in (TENTH, PACKED))
+    assert packed["scores"] == plain["scores"]
+    assert packed["compaction"].bytes < plain["compaction"].bytes
+
+
+def test_packed_rows_stand_beside_the_full_cache(tiny, params):
+    full, packed = decode_rows(tiny, (FULL, PACKED), params, DEVICE, measure.DRY)
+    assert (packed["method"], packed["kv_bits"]) == ("vl-cache+akvq", "akvq")
+    assert packed["programs"] == 1
+    assert packed["ideal_speedup"] == pytest.approx(full["floor_s"] / packed["floor_s"])
+    assert packed["kept_bytes_share"] == packed["kept_share"] * packed["stored_bits"] / 16
+    assert packed["kept_bytes_share"] < packed["kept_share"]
+    assert (full["stored_bits"], full["kept_bytes_share"]) == (16, 1)
+    (built,) = build_rows(tiny, (FULL, WHOLE), params, DEVICE, measure.DRY)
+    assert built["method"] == "full+akvq"
+    assert built["seconds"] > 0
+
+
+def test_quantisers_of_methods_and_of_the_full_cache():
+    found = variants_of(["vl-cache", "full"], ["0.1", "0.2"], kv_bits=["16", "akvq", "2"])
+    assert list(map(str, found)) == [
+        "full", "full+akvq", "full+2",
+        "vl-cache 0.1", "vl-cache+akvq 0.1", "vl-cache+2 0.1",
+        "vl-cache 0.2", "vl-cache+akvq 0.2", "vl-cache+2 0.2",
+    ]  # fmt: skip
+    assert [variant.full for variant in found[:3]] == [True, False, False]
+    case = Case("llava-v1.6-mistral-7b", 2048)
+    shown = [cache_of(described(case, variant)) for variant in found[:6]]
+    assert shown[:3] == ["full", "full+akvq", "full+rtn 2"]
+    assert shown[3:] == ["vl-cache 0.1", "vl-cache+akvq 0.1", "vl-cache+rtn 2 0.1"]
+    assert cache_of({"method": "vl-cache", "budget": "0.1"}) == "vl-cache 0.1"  # an older file's
+    assert list(map(str, variants_of(None, None))) == [str(FULL), str(TENTH)]
+    assert found[2].cache.quantize == RTN(bits=2, transform=True)
 
 
 def test_decode_rows_stand_beside_the_full_cache(tiny, params):
@@ -316,6 +421,7 @@ def test_the_papers_rows_in_small(invoke):
         ("--preset", "fast"),
         ("--method", "magic"),
         ("--budget", "-1"),
+        ("--kv-bits", "3"),
         ("--backend", "cuda"),
         ("--layers", "odd"),
         ("--ceiling", "sky"),

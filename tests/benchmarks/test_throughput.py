@@ -1,8 +1,10 @@
 """As many sequences as fit are held, and all of them are decoded."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
@@ -15,9 +17,12 @@ from benchmarks.speed.cases import FULL, Case, Variant
 from benchmarks.throughput import Load, compare, run
 from tests.tiny import tiny_config
 from vlcache_jax.cache.methods import VLCache
+from vlcache_jax.cache.quantize import AKVQ
 from vlcache_jax.models.llava import init_params
+from vlcache_jax.report import pool_bytes
 
 TENTH = Variant(VLCache(0.1))
+PACKED = Variant(VLCache(0.1, quantize=AKVQ()))
 DEVICE = Device("test", 1e9, 1e10, 1e9, "given")
 SHAPES = {"tiny": tiny_config("llava")}
 
@@ -68,16 +73,30 @@ def test_all_sequences_are_decoded_as_if_alone(load, params, monkeypatch):
         inputs = load.case.inputs(start)
         own, state, _ = jax.jit(generate.begin)(params, inputs, jax.random.key(0))
         np.testing.assert_array_equal(token[start : start + 2], state.token)
-        np.testing.assert_array_equal(pool.length[start : start + 2], own.length)
+        np.testing.assert_array_equal(pool.counts[start : start + 2], own.counts)
     assert row["share"] == pytest.approx(row["tokens_per_s"] / row["floor_tokens_per_s"])
     assert row["answers_per_s"] > 0
+    assert row["cache_bytes"] == pool.k.nbytes + pool.v.nbytes
+    assert row["stored_bits"] == 16
+
+
+def test_a_packed_cache_is_held_by_its_own_bytes(load, params):
+    case = dataclasses.replace(load.case, new_tokens=3)
+    row = run(Load(case, 2**20, 2), PACKED, params, DEVICE)
+    assert "exception" not in row, row
+    assert (row["method"], row["kv_bits"], row["sequences"]) == ("vl-cache+akvq", "akvq", 2)
+    text, kind = case.config.text, jnp.dtype("float32")
+    assert row["cache_bytes"] == pool_bytes(text, PACKED.cache, kind, batch=2, prompt_rows=96)
+    assert 1 < row["stored_bits"] < 16
+    assert row["kept_bytes_share"] == row["kept_share"] * row["stored_bits"] / 16
 
 
 def test_fewer_are_tried_where_memory_ends(load, params, monkeypatch):
     def hold(load, variant, params, count, advance):
         if count > 10:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return {"kept_share": 1.0, "step_samples": [0.5], "prefill_samples": [1.0], "decode_s": 1.0}
+        kept = {"kept_share": 1.0, "stored_bits": 16.0}
+        return {**kept, "step_samples": [0.5], "prefill_samples": [1.0], "decode_s": 1.0}
 
     monkeypatch.setattr(throughput, "_hold_and_decode", hold)
     row = run(Load(load.case, 2**20, 16), FULL, params, DEVICE)

@@ -33,9 +33,10 @@ Allocate = Callable[[int, np.ndarray], np.ndarray]
 class Expected(NamedTuple):
     """What a method does with a prompt; None stands for what it does not have.
 
-    `kept[layer][head]` are positions in ascending order. `gap` is how far any decision is from a
-    rounding tie: the smallest relative distance of two scores on either side of a cut, or of an
-    attention weight from the threshold below which it counts as zero. Exact ties are none.
+    `kept[layer][head]` are positions in ascending order, the last `recent[layer]` of them kept
+    whatever they are worth. `gap` is how far any decision is from a rounding tie: the smallest
+    relative distance of two scores on either side of a cut, or of an attention weight from the
+    threshold below which it counts as zero. Exact ties are none.
     """
 
     tau: int | None
@@ -45,6 +46,7 @@ class Expected(NamedTuple):
     kept: list[list[list[int]]]
     scores: np.ndarray | None
     gap: float
+    recent: list[int] | None
 
 
 class Limits(NamedTuple):
@@ -115,7 +117,7 @@ def run(
     layers, _, m, _ = attention.shape
     if not isinstance(budget, str) and budget >= 1:  # the full cache: nothing is scored
         everything = [[list(range(m))] * kv_heads] * layers
-        return Expected(None, None, None, [m] * layers, everything, None, math.inf)
+        return Expected(None, None, None, [m] * layers, everything, None, math.inf, None)
     limit = limits(budget, m)
     after = post_vision_rows(visual, fallback_window, max_window)
     watched = min(window, max(1, limit.even // 2))
@@ -141,12 +143,13 @@ def run(
         if score == "snapkv":
             scores = pooled(scores, m - watched, kernel)
 
-    kept = []
+    kept, recent = [], []
     for layer in range(layers):
         if scores is None:  # StreamingLLM: position alone decides
             first = min(sinks, k[layer] // 2)
             positions = [*range(first), *range(m - (k[layer] - first), m)]
             kept.append([positions] * kv_heads)
+            recent.append(k[layer] - first)
             continue
         if score == "snapkv":
             last = min(watched, k[layer])
@@ -157,8 +160,9 @@ def run(
         chosen = [top(head, m - last, k[layer] - last) for head in heads]
         gap = min([gap] + [distance for _, distance in chosen])
         own = [[*positions, *range(m - last, m)] for positions, _ in chosen]
+        recent.append(last)
         kept.append(own * kv_heads if shared_heads else own)
-    return Expected(tau, sparsity, beta, k, kept, scores, gap)
+    return Expected(tau, sparsity, beta, k, kept, scores, gap, recent)
 
 
 def post_vision_rows(visual: np.ndarray, fallback: int, most: int) -> int:

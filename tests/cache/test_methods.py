@@ -245,6 +245,7 @@ def compare(trace: Trace, want: Expected) -> None:
         if ours is not None:
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=name)
     assert trace.budget.tolist() == want.budget
+    assert (None if trace.recent is None else trace.recent.tolist()) == want.recent
     kept = [[head[head >= 0].tolist() for head in layer] for layer in trace.kept]
     assert kept == want.kept
 

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import vlcache_jax
 from tests.tiny import picture
-from vlcache_jax import demo
+from vlcache_jax import VLM, demo
 from vlcache_jax.cli import app
 
 
@@ -37,10 +38,12 @@ def test_json_is_one_object_and_nothing_else(model_dir, image):
     }  # fmt: skip
     assert set(answer["timings"]) == {"compile_s", "prefill_s", "decode_s", "decode_tokens_per_s"}
     assert set(answer["kv"]) == {
-        "method", "budget_requested", "budget", "full_bytes", "kept_bytes", "kept_share",
-        "compression_ratio", "layer_budgets", "kept_visual", "kept_text", "allocated_bytes",
+        "method", "label", "kv_bits", "budget_requested", "budget", "full_bytes", "kept_bytes",
+        "kept_share", "compression_ratio", "payload_bytes", "scale_bytes", "dense_bytes",
+        "effective_bits", "layer_budgets", "kept_visual", "kept_text", "allocated_bytes",
         "tail_bytes",
     }  # fmt: skip
+    assert (answer["kv"]["kv_bits"], answer["kv"]["effective_bits"]) == (None, 32)
     assert len(answer["tokens"]) == 20
     assert answer["visual_tokens"] < answer["prompt_tokens"]
     # 2 (K and V) * 2 layers * m * 2 kv heads * 8 * 4 bytes
@@ -91,7 +94,7 @@ def test_a_trace_holds_what_was_kept(model_dir, image, tmp_path):
     with np.load(file) as trace:
         assert set(trace) == {
             "sparsity", "beta", "budget", "kept", "scores", "prompt_is_visual", "window_start",
-            "m", "tau", "method", "budget_requested", "hit_rate", "mass_recall",
+            "m", "tau", "method", "budget_requested", "hit_rate", "mass_recall", "recent",
         }  # fmt: skip
         assert trace["budget"].tolist() == kv["layer_budgets"]
         assert (trace["budget"].dtype, trace["kept"].dtype) == (np.int32, np.int32)
@@ -215,6 +218,7 @@ def test_bad_models(model_dir, image, tmp_path, damage, message):
         (("--prompt", "x", "--method", "full", "--kv-budget", "0.5"), "keeps everything"),
         (("--prompt", "x", "--kv-budget", "0"), "above 0"),
         (("--prompt", "x", "--kv-budget", "12tokens"), "12tokens"),
+        (("--prompt", "x", "--kv-bits", "3"), "choose one of 2, 4, 8, akvq, kivi, or 16"),
         (("--prompt", "x", "--trace", "trace.txt"), ".npz"),
         (("--prompt", "x", "--trace", "nowhere/trace.npz"), "no directory"),
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
@@ -261,6 +265,18 @@ def test_info(model_dir):
     assert "share of padding" in shown.stdout
 
 
+def test_info_of_a_quantised_cache(model_dir):
+    options = ("--context", 500, "--method", "full", "--kv-bits", "2", "--json")
+    need = json.loads(run("info", model_dir, *options).stdout)["memory"]
+    assert (need["label"], need["kv_bits"]) == ("full+rtn", "2")
+    # K and V, 2 heads: 2 layers of 512 rows of 8 numbers of 2 bits, and 4 bytes of scale and shift.
+    least = 2 * 2 * 2 * 512 * (8 * 2 // 8 + 4)
+    assert least < need["pool"] < 2 * least  # with the ends of runs, and a block of full width
+    assert need["prefill"] == 2 * 512 * 2 * 2 * 8 * 4
+    shown = run("info", "demo", "--kv-bits", "akvq").stdout
+    assert "vl-cache, budget 0.1, akvq" in " ".join(shown.split())
+
+
 def parameters(path):
     from tests.checkpoints import read_tensors
 
@@ -275,7 +291,11 @@ def test_help_teaches():
     text = run("generate", "--help").stdout
     assert "--image" in text
     assert "demo:1" in text
+    text = " ".join(run("calibrate", "--help").stdout.split())
+    for word in ("Example: vlcache calibrate", "kv_layers.json", "akvq"):
+        assert word in text
     text = run("compare", "--help").stdout
+    assert "--kv-bits" in text
     for word in ("side by side", "--kv-budget", "256tok", "Example: vlcache compare demo"):
         assert word in text
 
@@ -311,6 +331,95 @@ def test_a_comparison_is_with_the_full_cache(model_dir, image):
     for answer, method in zip(answers, ("full", "vl-cache", "h2o"), strict=True):
         alone = json.loads(run("generate", *ask, "--method", method, "--json").stdout)
         assert (alone["tokens"], alone["kv"]) == (answer["tokens"], answer["kv"])
+
+
+def test_a_quantised_cache_is_told_byte_by_byte(model_dir, image):
+    args = ("--image", image, "--prompt", "what?", "--max-new-tokens", 3, "--method", "full",
+            "--kv-bits", "2")  # fmt: skip
+    result = run("generate", model_dir, *args, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    kv, m = answer["kv"], answer["prompt_tokens"]
+    assert (kv["method"], kv["label"], kv["kv_bits"]) == ("full", "full+rtn", "2")
+    # K and V, 2 layers, 2 kv heads: 8 numbers of 2 bits, and 4 bytes of scale and shift.
+    assert kv["payload_bytes"] == 2 * 2 * m * 2 * 8 * 2 // 8
+    assert kv["scale_bytes"] == 2 * 2 * m * 2 * 4
+    assert kv["dense_bytes"] == 0
+    assert kv["kept_bytes"] == kv["payload_bytes"] + kv["scale_bytes"]
+    assert kv["effective_bits"] == 6
+    assert kv["kept_share"] == 6 / 32
+    table = run("compare", model_dir, *args, "--kv-bits", "16").stdout
+    for word in ("full, budget 1.0, 2 bits", "bits per number", "6.00", "codes"):
+        assert word in table
+
+
+def test_a_comparison_is_of_every_method_budget_and_bits(model_dir, image, monkeypatch):
+    asked, transformed = [], []
+
+    def stream(vlm, *args, cache, **rest):
+        asked.append(cache)
+        transformed.append(vlm.transformed)
+
+    monkeypatch.setattr(VLM, "stream", stream)
+    monkeypatch.setattr("vlcache_jax.cli._read", lambda *args: sys.exit(0))
+    options = ("--method", "h2o", "--method", "vl-cache", "--kv-budget", "0.1", "--kv-budget",
+               "0.2", "--kv-bits", "akvq", "--kv-bits", "16")  # fmt: skip
+    ask = (model_dir, "--image", image, "--prompt", "x")
+    result = run("compare", *ask, *options)
+    assert result.exit_code == 0, result.output
+    assert not any(transformed)  # the full cache's answer is that of the weights as they are
+    assert [(cache.label, cache.budget) for cache in asked] == [
+        ("full", 1.0),
+        ("h2o+akvq", "0.1"),
+        ("h2o", "0.1"),
+        ("h2o+akvq", "0.2"),
+        ("h2o", "0.2"),
+        ("vl-cache+akvq", "0.1"),
+        ("vl-cache", "0.1"),
+        ("vl-cache+akvq", "0.2"),
+        ("vl-cache", "0.2"),
+    ]
+    for bits, folded in (("akvq", True), ("kivi", False), ("16", False)):
+        assert run("generate", *ask, "--kv-bits", bits).exit_code == 0
+        assert transformed[-1] == folded
+
+
+def test_calibration_leaves_a_file_that_later_runs_find(model_dir, image, tmp_path):
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
+    ask = ("calibrate", copy, "--image", image, "--image", image, "--threshold", 0.3)
+    asked = (*ask, "--prompt", "what?")
+    result = run(*asked, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    file = copy / "kv_layers.json"
+    assert facts["file"] == str(file)
+    written = json.loads(file.read_text())
+    assert written["text_shares"] == facts["text_shares"]
+    assert (written["threshold"], written["prompts"]) == (0.3, 2)
+    above = [layer for layer, share in enumerate(facts["text_shares"]) if share > 0.3]
+    assert facts["tsa_layers"] == above
+    assert vlcache_jax.load(copy, lazy=True).tsa_layers == tuple(above)
+    before = file.read_bytes()
+    refused("--force", *asked)
+    assert file.read_bytes() == before
+    out = tmp_path / "other.json"
+    shown = run(*asked, "--out", out)
+    assert shown.exit_code == 0, shown.output
+    for word in ("text share", f"{facts['text_shares'][1]:.1%}", "salient", str(out)):
+        assert word in shown.stdout.replace("\n", "")
+    assert json.loads(out.read_text()) == written
+    for options, message in (
+        (("demo", "--image", "demo"), "--out FILE"),
+        ((copy, "--force"), "give one --image or more"),
+        ((copy, "--force", "--image", image), "give a --prompt"),
+        (
+            (copy, "--force", "--image", "demo", "--image", "demo", *("--prompt", "x") * 3),
+            "2 images and 3 prompts",
+        ),
+        ((copy, "--out", tmp_path / "none" / "x.json", "--image", "demo"), "no directory"),
+        ((copy, "--force", "--image", "demo", "--threshold", 2), "threshold=2"),
+    ):
+        refused(message, "calibrate", *options)
 
 
 def test_a_comparison_is_shown_side_by_side(model_dir):

@@ -208,7 +208,7 @@ def build_packed(
     dense = compact(k, v, order, counts[..., 0], visual, capacity.dense)
     if quantizer.transform:
         dense = Pool(transform(dense.k), dense.v, dense.offset, dense.length, dense.visual)
-    first, rows = _runs(quantizer, counts[..., 1:])
+    first, rows = runs_of(quantizer, counts[..., 1:])
     packed = _pack(quantizer, k, v, order, counts, first, capacity)
     if quantizer.residual is not None:
         own = capacity.words + jnp.arange(rows.shape[1]) * capacity.reserved
@@ -218,7 +218,7 @@ def build_packed(
     return PackedPool(dense, *packed, first=first, rows=rows, quantizer=quantizer)
 
 
-def _runs(quantizer: Quantizer, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+def runs_of(quantizer: Quantizer, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Where runs of that many rows [B, L, runs] begin, layer after layer, in word-rows."""
     each = jnp.array([per_word(bits) for bits in quantizer.widths])
     words = -(-rows // (each * quantizer.align)) * quantizer.align

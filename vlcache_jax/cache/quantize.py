@@ -9,10 +9,10 @@ method that evicts, what is kept is quantised.
 
 AKVQ-VL (Su et al. 2025, arXiv 2501.15021) has no public code. Choices of this library, where the
 paper leaves it open: scale and shift of a group are stored in bfloat16, the scale rounded up, and
-values are rounded by the stored ones; a group of equal values has scale 1 and that value as its shift; pivots are the
-prompt's tokens with the largest activation in the residual stream that enters the layer; of what
-an eviction method keeps, a tenth of each layer's rows (the latest) and the surviving pivots have
-full width.
+values are rounded by the stored ones; a group of equal values has scale 1 and that value as its
+shift; pivots are the prompt's tokens with the largest activation in the residual stream that enters
+the layer; of what an eviction method keeps, a tenth of each layer's rows (the latest) and the
+surviving pivots have full width.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,9 @@ from pallas_kernels.packing import BITS, per_word
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.state import round_up
 
-WORD_BLOCK = 64
-"""Word-rows that the packed part of a pool is rounded up to: what is packed at a time."""
+WORD_BLOCK = 32
+"""Word-rows that the packed part of a pool is rounded up to, and its rows of full width: coarser
+ones would be a tenth of a small cache."""
 
 CLIP = {2: 0.8}
 """Share of a group's range that is represented, by width; 1 for the others (AKVQ-VL, section 4)."""
@@ -296,7 +297,7 @@ class Quantizer:
         ends = layers * len(self.widths) * self.align + 2
         unit = per_word(self.widths[0]) * self.align
         reserved = -(-new_rows // unit) * self.align
-        return Capacity(round_up(dense), round_up(words + ends, WORD_BLOCK), reserved)
+        return Capacity(round_up(dense, WORD_BLOCK), round_up(words + ends, WORD_BLOCK), reserved)
 
 
 @dataclass(frozen=True, kw_only=True)

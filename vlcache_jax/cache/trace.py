@@ -75,6 +75,7 @@ class BatchTrace:
         sparsity: float32 [B, L].
         beta: float32 [B, L].
         window: rows of the scoring window, int32 [B].
+        recent: kept tokens that are the prompt's last ones by rule, int32 [B, L].
     """
 
     kept: jax.Array
@@ -85,6 +86,7 @@ class BatchTrace:
     sparsity: jax.Array | None
     beta: jax.Array | None
     window: jax.Array | None
+    recent: jax.Array | None
 
     def row(self, row: int, method: CacheMethod, visual: np.ndarray) -> "Trace":
         """The trace of one prompt, with host arrays.
@@ -119,6 +121,7 @@ class BatchTrace:
             beta=pick(self.beta),
             tau=None if window is None else int(window),
             window_start=None if window is None else m - int(window),
+            recent=pick(self.recent),
         )
 
 
@@ -136,9 +139,10 @@ def trace_batch(
     """
     kept = jnp.broadcast_to(plan.kept(prompt), weights.shape)
     count = jnp.broadcast_to(plan.budgets[:, :, None], weights.shape[:3])
-    sparsity = beta = window = None
+    sparsity = beta = window = recent = None
     if not method.limit.keeps_all:
         score, allocation = method.rules()
+        _, recent = score.always(plan.budgets, prompt)
         if score.window is not None:
             window = score.window.rows(prompt)
         if isinstance(allocation, Sparsity | AllocationFunction):
@@ -154,6 +158,7 @@ def trace_batch(
         sparsity=sparsity,
         beta=beta,
         window=window,
+        recent=recent,
     )
 
 
@@ -175,6 +180,8 @@ class Trace:
         beta: VL-Cache's shares after the clip, float32 [L].
         tau: rows of the scoring window.
         window_start: its first row, m - tau.
+        recent: how many of the kept tokens are the prompt's last ones whatever they are worth,
+            int32 [L].
     """
 
     method: str
@@ -190,6 +197,7 @@ class Trace:
     beta: np.ndarray | None = None
     tau: int | None = None
     window_start: int | None = None
+    recent: np.ndarray | None = None
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the fields that are there to a .npz file, which appears whole or not at all.

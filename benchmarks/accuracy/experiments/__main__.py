@@ -71,6 +71,11 @@ EXPERIMENTS = {
         (0.05, 0.1),
         ("document",),
     ),
+    "quantized": Experiment(
+        "The cache in 8, 4 and 2 bits, by KIVI and by AKVQ, and AKVQ on top of methods that evict: "
+        "what do the answers lose?",
+        (0.1,),
+    ),
     "scores": Experiment(
         "Other scores than VL-Cache's: chosen on the split 'tune', reported beside VL-Cache and "
         "the oracle on --split; and scores by the length of the question.",

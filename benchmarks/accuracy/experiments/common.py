@@ -29,8 +29,8 @@ class Refused(ValueError):
 
 
 FACTS = (
-    "n", "score", "interval", "difference", "agreement", "kept", "kept_visual", "hit_rate",
-    "mass_recall", "answer_recall",
+    "n", "score", "interval", "difference", "agreement", "kept", "kept_bytes", "kept_visual",
+    "hit_rate", "mass_recall", "answer_recall",
 )  # fmt: skip
 """Those of `scoring.summarise` that a result tells."""
 

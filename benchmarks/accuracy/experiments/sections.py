@@ -10,6 +10,7 @@ from benchmarks.accuracy.experiments import (
     ablation,
     layers,
     long,
+    quantized,
     rare,
     scores,
     settings,
@@ -28,6 +29,7 @@ TEXTS: dict[str, Callable[[Result], str]] = {
     "variants": variants.section,
     "long": long.section,
     "rare": rare.section,
+    "quantized": quantized.section,
     "scores": scores.section,
 }
 PLOTS: dict[str, "Callable[[Result], Figure]"] = {

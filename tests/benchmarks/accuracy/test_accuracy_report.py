@@ -51,7 +51,7 @@ def run(*arguments):
 
 
 def outcome(answers, tokens, layers=2, share=1.0):
-    arrays = [np.full((len(answers), layers), share, np.float32) for _ in range(5)]
+    arrays = [np.full((len(answers), layers), share, np.float32) for _ in range(6)]
     return Outcome(answers, tokens, *arrays)
 
 

@@ -3,11 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.accuracy import tasks
-from benchmarks.accuracy.evaluate import Evaluation, Together, prompt_tokens
+from benchmarks.accuracy.evaluate import Evaluation, Stages, Together, prompt_tokens
 from benchmarks.accuracy.network import config_json, make_files
 from benchmarks.accuracy.oracle import MostAttention, Oracle
 from benchmarks.accuracy.packing import render
@@ -25,6 +26,8 @@ from vlcache_jax import (
 )  # fmt: skip
 from vlcache_jax.cache import score
 from vlcache_jax.cache.methods import METHODS, FullCache, make_method
+from vlcache_jax.cache.quantize import AKVQ, KIVI
+from vlcache_jax.cache.state import Pool
 from vlcache_jax.models.llava import abstract_params, init_params
 
 LAYERS = 3  # so that no pool is a whole number of blocks
@@ -40,6 +43,7 @@ METHODS_RUN = {
     "snapkv": SnapKV(0.1),
     "snapkv, more": SnapKV(0.3),
     "all of it": VLCache(1.0),
+    "vl-cache, akvq": VLCache(0.1, quantize=AKVQ(tsa_layers=(0,), pivots=5)),
     "oracle": Oracle(0.1),
     "oracle, layers": Oracle(0.1, allocation=MostAttention()),
 }
@@ -85,7 +89,7 @@ def own_answers(vlm, items, method):
     )
 
 
-@pytest.mark.parametrize("label", ["full", "vl-cache", "snapkv"])
+@pytest.mark.parametrize("label", ["full", "vl-cache", "snapkv", "vl-cache, akvq"])
 def test_tokens_and_measures_are_those_of_generate(vlm, items, outcomes, label):
     method, outcome = METHODS_RUN.get(label, FullCache()), outcomes[label]
     answers = own_answers(vlm, items, method)  # in one batch of other shapes
@@ -94,6 +98,7 @@ def test_tokens_and_measures_are_those_of_generate(vlm, items, outcomes, label):
     for row, answer in enumerate(answers):
         share = np.array(answer.cache.layer_budgets) / answer.prompt_tokens
         np.testing.assert_allclose(outcome.kept[row], share, atol=1e-6)
+        assert outcome.kept_bytes[row].mean() == pytest.approx(answer.cache.kept_share, abs=1e-5)
         visual = answer.cache.kept_visual / answer.visual_tokens
         assert outcome.kept_visual[row].mean() == pytest.approx(visual, abs=1e-5)
         assert answer.trace is not None
@@ -122,6 +127,28 @@ def test_a_budget_of_everything_is_the_full_cache(vlm, outcomes):
     for name in METHODS:
         assert program(make_method(name, 1.0)) == full, name
     assert program(make_method("vl-cache", 0.5)) != full
+
+
+def test_a_quantised_cache_keeps_the_same_tokens_in_fewer_bytes(outcomes):
+    plain, packed = outcomes["vl-cache"], outcomes["vl-cache, akvq"]
+    np.testing.assert_array_equal(packed.kept, plain.kept)
+    np.testing.assert_allclose(plain.kept_bytes, plain.kept, rtol=1e-6)
+    assert (packed.kept_bytes < 0.7 * plain.kept_bytes).all()
+    np.testing.assert_allclose(packed.hit_rate, plain.hit_rate, atol=1e-6)
+
+
+def test_bytes_of_a_row_of_each_width(vlm):
+    """Of 16 numbers in float32: codes, and a word for each row's scale and shift."""
+    stages, text = Stages(vlm.config, (), None, 1), vlm.config.text
+    wide = jnp.zeros((1, text.num_kv_heads, 8, text.head_dim))
+    full = Pool(wide, wide, *[jnp.zeros((1, LAYERS))] * 3)
+    for quantizer, expected in (
+        (None, [1]),
+        (AKVQ(tsa_layers=(0,)), [1, (16 * 4 / 8 + 4) / 64, (16 * 2 / 8 + 4) / 64]),
+        (KIVI(group=16), [1, (16 * 2 / 8 + (4 + 16 * 4 / 16) / 2) / 64]),
+    ):
+        found = stages._row_shares(FullCache(quantize=quantizer), full)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_more_budget_keeps_more(outcomes):
@@ -240,3 +267,8 @@ def test_what_cannot_be_run_is_refused(vlm, items):
         evaluation.run(items, {}, max_new_tokens=0)
     with pytest.raises(ValueError, match="at least 1"):
         Evaluation(vlm, batch=0)
+    with pytest.raises(ValueError, match="full"):
+        evaluation.run(items, {"full": FullCache(quantize=AKVQ())})
+    turned = VLM(vlm.config, lambda: vlm.params, vlm.processor, stop_ids=(), transformed=True)
+    with pytest.raises(ValueError, match="without"):
+        Evaluation(turned)

@@ -21,6 +21,7 @@ from benchmarks.accuracy.experiments import (
     common,
     layers,
     long,
+    quantized,
     rare,
     scores,
     sections,
@@ -31,6 +32,7 @@ from benchmarks.accuracy.experiments.common import WHOLE, Bench
 from benchmarks.accuracy.experiments.conversation import answers_of, spans
 from benchmarks.accuracy.experiments.layers import OneLayer
 from benchmarks.accuracy.experiments.row_score import RowScore
+from benchmarks.accuracy.experiments.text import change
 from benchmarks.accuracy.oracle import attention_of_answer
 from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import per_cent, scored
@@ -161,7 +163,7 @@ def test_defaults_are_among_the_settings():
 
 
 def outcome(answers):
-    return Outcome(answers, [[] for _ in answers], *[np.ones((len(answers), 1), np.float32)] * 5)
+    return Outcome(answers, [[] for _ in answers], *[np.ones((len(answers), 1), np.float32)] * 6)
 
 
 def test_values_and_characters_are_told_apart():
@@ -302,6 +304,8 @@ def small(evaluation, monkeypatch, tmp_path):
     monkeypatch.setattr(
         scores, "SCORES", {"last row": RowScore(last=1), "pooled": RowScore(pool=3)}
     )
+    monkeypatch.setattr(quantized, "WHOLE_BITS", ("akvq",))
+    monkeypatch.setattr(quantized, "EVICTING", ("snapkv",))
     monkeypatch.setattr(scores, "MANNERS", ("brief",))
     monkeypatch.setattr(scores, "BEST", 1)
     monkeypatch.setattr(sections, "RESULTS", tmp_path)
@@ -315,6 +319,7 @@ LABELS = {
     "variants": ["snapkv"],
     "long": ["snapkv", *long.ORACLES],
     "rare": ["snapkv"],
+    "quantized": ["full + akvq", "snapkv", "snapkv + akvq"],
     "scores": ["vl-cache", "oracle", "oracle-layers"],
 }
 
@@ -339,6 +344,12 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
     assert min(widths) > 2
     if name == "ablation":
         assert scored(result["details"][task][FULL]["1.0"]) in text
+    if name == "quantized":
+        plain, packed = (result["details"][task][label]["0.1"] for label in LABELS[name][1:])
+        assert packed["kept"] == plain["kept"]
+        assert 0 < packed["kept_bytes"] < plain["kept_bytes"] == pytest.approx(plain["kept"])
+        assert change(packed["to_method"]) in text
+        assert f"| {packed['kept_bytes']:.1%} | " in text
     if name == "scores":
         (best,) = result["choice"]["chosen"]
         facts = result["details"][task][best]["0.1"]
