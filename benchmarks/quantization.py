@@ -283,9 +283,10 @@ def part(result: dict[str, Any] | None) -> str:
         f"`{result['command']}`: random keys and values of {shape['layers']} layers with heads of "
         f"{shape['head_dim']}, {shape['text_before'] + shape['visual'] + shape['text_behind']} "
         f"tokens. Planted are {OUTLIER_CHANNELS} channels of each key that are off by "
-        f"{planted['outliers']:g} standard deviations, logits raised by {planted['text']:g} for "
-        f"text in layers {' and '.join(map(str, shape['tsa_layers']))}, by {planted['pivots']:g} "
-        f"for {shape['pivots']} pivots in the others, and by up to {planted['recent']:g} for the "
+        f"{planted['outliers']:g} standard deviations, {OUTLIER_CHANNELS // 2} of each value that "
+        f"are as many times larger, logits raised by {planted['text']:g} for text in layers "
+        f"{' and '.join(map(str, shape['tsa_layers']))}, by {planted['pivots']:g} for "
+        f"{shape['pivots']} pivots in the others, and by up to {planted['recent']:g} for the "
         "last tokens. Errors are relative ones of the attention's output, means over layers and "
         f"seeds.\n\n{table(head, rows)}"
     )

@@ -24,7 +24,7 @@ from vlcache_jax import (
 )
 from vlcache_jax.cache.allocate import allocate
 from vlcache_jax.cache.methods import METHODS, make_method
-from vlcache_jax.cache.state import BLOCK, round_up
+from vlcache_jax.cache.state import BLOCK, Pool, round_up
 from vlcache_jax.models.llava import init_params
 
 CONFIG = tiny_config("llava_next")

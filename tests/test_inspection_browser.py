@@ -63,20 +63,22 @@ def page(opened):
     """The page as it is when it is opened, but for the tables, which are unfolded."""
     page, _, _ = opened
     page.set_viewport_size({"width": 1400, "height": 900})
-    page.emulate_media(color_scheme="light")
+    choose_scheme(page, "light")
     page.locator("#layer").fill("0")
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     return page
 
 
+def choose_scheme(page, scheme):
+    """Switch to light or dark; chromium says so before the page knows."""
+    page.emulate_media(color_scheme=scheme)
+    query = "(scheme) => matchMedia(`(prefers-color-scheme: ${scheme})`).matches"
+    page.wait_for_function(query, arg=scheme)
+    page.evaluate("new Promise(requestAnimationFrame)")  # the page's listeners run before it
+
+
 def heat_maps(page):
-    """Each heat map, once the page has done what was asked of it before."""
-    return page.evaluate(
-        """async () => {
-        await new Promise(requestAnimationFrame);
-        return [...document.querySelectorAll("canvas")].map((canvas) => canvas.toDataURL());
-    }"""
-    )
+    return page.evaluate("[...document.querySelectorAll('canvas')].map((c) => c.toDataURL())")
 
 
 def test_it_opens_without_a_complaint_and_asks_for_nothing(page, opened):
@@ -118,7 +120,7 @@ def test_the_slider_changes_heat_maps_tokens_bars_and_tables(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_heat_maps_have_the_colours_of_the_shares(page, scheme):
     """The middle of each patch, against a token's colour in the style of the page."""
-    page.emulate_media(color_scheme=scheme)
+    choose_scheme(page, scheme)
     page.locator("#layer").fill("2")
     seen, wrong = page.evaluate(
         f"""() => {{
@@ -155,7 +157,7 @@ def test_heat_maps_have_the_colours_of_the_shares(page, scheme):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read(page, scheme):
-    page.emulate_media(color_scheme=scheme)
+    choose_scheme(page, scheme)
     ground, *texts = page.evaluate(
         f"""() => {{
         const rgb = {COLOUR};
@@ -189,7 +191,7 @@ def luminance(rgb):
 
 def test_a_change_of_the_scheme_draws_the_heat_maps_anew(page):
     before = heat_maps(page)
-    page.emulate_media(color_scheme="dark")
+    choose_scheme(page, "dark")
     assert all(a != b for a, b in zip(before, heat_maps(page), strict=True))
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import benchmarks
 from benchmarks import quantization
+from benchmarks.documents import NOT_MEASURED
 from benchmarks.quantization import (
     OTHERS,
     PARTS,
@@ -148,6 +149,15 @@ def test_the_committed_result_is_of_these_settings():
     assert result["quantizers"] == {name: repr(each) for name, each in wanted.items()}
     assert [row["name"] for row in result["rows"]] == list(wanted)
     check_order(result["rows"])
+
+
+def test_the_document_has_the_numbers():
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    text = quantization.part(result)
+    for row in result["rows"]:
+        cells = f"{row['payload_bits']:.2f} | {row['bits']:.2f} | {row['error']:.1%}"
+        assert f"| {row['name']} | {cells} |" in text
+    assert quantization.part(None) == NOT_MEASURED
 
 
 @pytest.fixture

@@ -94,4 +94,6 @@ def scale_end(largest: float) -> float:
     if largest <= 0:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(largest))
-    return next(unit * step for step in (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10) if unit * step >= largest)
+    return next(
+        unit * step for step in (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10) if unit * step >= largest
+    )

@@ -118,13 +118,13 @@ def draw_heat(inspection: "Inspection") -> "Figure":
 def _shade(
     axes: "Axes", picture: "Picture", part: int, share: np.ndarray, scale: tuple[Any, Any]
 ) -> None:
-    """One picture, grey, under the patches of one of its parts."""
+    """One picture, in light greys so that colours look alike on all of it, and its patches."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
     width, height = picture.image.size
     extent = (0, width, height, 0)
-    axes.imshow(picture.image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent)
+    axes.imshow(picture.image.convert("L"), cmap="gray", vmin=-255, vmax=255, extent=extent)
     own = picture.part == part
     own[own] = share[picture.positions[own]] > 0
     norm, colours = scale
@@ -158,6 +158,8 @@ def draw_layers(inspection: "Inspection") -> "Figure":
             if layers[0][name] is not None:
                 axes.plot(_column(layers, name), style, markersize=3, label=name)
                 axes.legend()
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not used", ha="center", va="center", transform=axes.transAxes)
         axes.set(xlabel="layer", ylim=(0, None))
     budgets[0].set_ylabel("kept tokens")
     handles, names = budgets[0].get_legend_handles_labels()
