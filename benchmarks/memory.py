@@ -2,8 +2,8 @@
 
 What they need of its memory, part by part; whether the cache is ever copied in the decode loop; how
 many programs a decode step launches for each layer, and whether the whole step is one command
-buffer (a CUDA graph). Nothing is allocated and nothing is run. Needs the CUDA plugin:
-pip install 'vlcache-jax[cuda]'.
+buffer (a CUDA graph). Nothing is allocated and nothing is run, but with `--on-gpu`. Needs the CUDA
+plugin: pip install 'vlcache-jax[cuda]'.
 """
 
 import json
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import device_memory
 from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies, loop_floats
 from benchmarks.command import bad_input, check_known, check_out
 from benchmarks.environment import environment, write_result
@@ -394,6 +395,13 @@ def main(
         ),
     ] = "decode",
     backend: Annotated[str | None, typer.Option(help="triton or xla; the best by default.")] = None,
+    on_gpu: Annotated[
+        bool,
+        typer.Option(
+            "--on-gpu",
+            help="Also run each program on this machine's GPU: the peak that its allocator saw.",
+        ),
+    ] = False,
     largest: Annotated[
         bool,
         typer.Option("--largest-batch", help="Search the largest batch that fits, from --batch."),
@@ -451,6 +459,9 @@ def main(
                 found["rows"] += rows
         else:
             found = {"rows": [run(program) for program in bar]}
+        if on_gpu:
+            for row in found["rows"]:
+                row["measured_peak_bytes"] = device_memory.run(known(row))
     except RuntimeError as error:
         errors.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None

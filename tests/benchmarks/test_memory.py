@@ -4,13 +4,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
 import benchmarks
-from benchmarks import memory
+from benchmarks import device_memory, memory
 from benchmarks.ahead_of_time import GPUS, plugin_version
+from benchmarks.device import NoGpu
 from benchmarks.memory import (
     ALL,
     Program,
@@ -22,6 +24,7 @@ from benchmarks.memory import (
     step_launches,
 )
 from benchmarks.models import MODELS
+from tests.tiny import tiny_config
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantize import RTN
 from vlcache_jax.cache.state import Pool
@@ -242,3 +245,24 @@ def test_where_not_even_one_sequence_fits():
     found, rows = largest_batch(Program(), lambda program: {"peak_bytes": 10**12, "fits": False})
     assert found == 0
     assert len(rows) == 1
+
+
+def test_the_measured_peak_is_that_of_the_allocator(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", tiny_config("llava_next"))
+    asked = []
+
+    def statistics():
+        asked.append(len(jax.live_arrays()))
+        return {"peak_bytes_in_use": 1000 + len(asked)}
+
+    before = len(jax.live_arrays())
+    for stage in ("decode", "generate"):
+        program = memory.Program(model="tiny", context=64, new_tokens=3, stage=stage)
+        assert device_memory.peak(program, statistics) == 1000 + len(asked)
+    assert len(asked) == 4
+    assert asked[1] > before  # the second time with weights and cache in memory
+
+
+def test_without_a_gpu_nothing_is_run_on_one():
+    with pytest.raises(NoGpu, match="no GPU here"):
+        device_memory.peak(memory.Program())
