@@ -36,7 +36,7 @@ from benchmarks.models import MODELS, abstract_inputs
 from pallas_kernels.packing import per_word
 from vlcache_jax.cache.methods import AnyPool, FullCache, VLCache
 from vlcache_jax.cache.packed import PackedPool
-from vlcache_jax.cache.quantize import QUANTIZERS, make_quantizer
+from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import abstract_params
 from vlcache_jax.report import human_bytes, token_bytes
@@ -193,7 +193,12 @@ def _launches(dump: Path) -> str:
 
 
 _THUNK = re.compile(r"(\s*)\d+: k(\w+)\s+\[[^]]*\]\s*(\S*)")
-_ATTENTION = ("append_and_attend", "ragged_decode_attention")
+_ATTENTION = (
+    "append_and_attend",
+    "ragged_decode_attention",
+    "quantized_append_and_attend",
+    "quantized_decode_attention",
+)
 _KERNELS = (*_ATTENTION, "merge_splits", "add_rms_norm")
 
 

@@ -35,7 +35,8 @@ from benchmarks.environment import environment, write_result
 from pallas_kernels.hadamard import transform
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.methods import FullCache, Plan
-from vlcache_jax.cache.quantize import AKVQ, KIVI, RTN, Quantizer
+from vlcache_jax.cache.quantize import Quantizer
+from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.config import TextConfig
 from vlcache_jax.report import packed_bytes, row_bytes
 

@@ -78,7 +78,7 @@ def _draw_bytes() -> "Figure":
     shown = [row for row in rows if row["stage"] == "decode" and row["batch"] > 1]
     names = [
         f"{row['model'].removeprefix('llava-')}\n{row['context']} x {row['batch']}, "
-        f"{row['budget']:.0%}"
+        f"{row['budget']:.0%}{'' if row.get('kv_bits', '16') == '16' else ' ' + row['kv_bits']}"
         for row in shown
     ]
     parts: dict[str, Callable[[Result], float]] = {

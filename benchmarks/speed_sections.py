@@ -10,7 +10,9 @@ from typing import Any
 from benchmarks.documents import NOT_MEASURED, ROOT, table
 from benchmarks.models import MODELS
 from benchmarks.roofline import DEVICES, decode_step, largest_batch
+from benchmarks.roofline.packed import bits_of, quantised_rows
 from benchmarks.speed.rows import cache_of
+from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.report import human_bytes
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,22 +52,28 @@ def milliseconds(seconds: float) -> str:
 
 def limits_part() -> str:
     """What the bytes and operations allow on the named device."""
-    rows = []
+    plain, packed = [], []
     for context, batch in SIZES:
-        cells = []
+        cells: list[list[str]] = [[], []]
         for model in SHOWN:
-            steps = [decode_step(MODELS[model], context, batch, share) for share in (1.0, 0.1)]
-            full, tenth = (step.floor(DEVICE) for step in steps)
-            fits = largest_batch(DEVICE, MODELS[model], context) >= batch
-            cells.append(
-                f"{milliseconds(full)} to {milliseconds(tenth)}, {full / tenth:.2f}x"
-                f"{'' if fits else ' †'}"
+            config = MODELS[model]
+            full, *others = (
+                decode_step(config, context, batch, *kept).floor(DEVICE)
+                for kept in _caches(model, context)
             )
-        rows.append([f"{context:,} x {batch}", *cells])
+            tenth, in_bits, tenth_in_bits = (
+                f"{milliseconds(floor)}, {full / floor:.2f}x" for floor in others
+            )
+            fits = "" if largest_batch(DEVICE, config, context) >= batch else " †"
+            cells[0].append(f"{milliseconds(full)} to {tenth}{fits}")
+            cells[1].append(f"{in_bits}; {tenth_in_bits}{fits}")
+        size = f"{context:,} x {batch}"
+        plain.append([size, *cells[0]])
+        packed.append([size, *cells[1]])
     batches = [
         [f"{context:,}", *(
-            " / ".join(str(largest_batch(DEVICE, MODELS[model], context, share))
-                       for share in (1.0, 0.1)) for model in SHOWN)]
+            " / ".join(str(largest_batch(DEVICE, MODELS[model], context, *kept))
+                       for kept in _caches(model, context)) for model in SHOWN)]
         for context in (2048, 8192, 32768)
     ]  # fmt: skip
     return "\n\n".join(
@@ -73,11 +81,25 @@ def limits_part() -> str:
             f"A decode step with the full cache and with a tenth of it, on an {DEVICE.name} "
             f"({DEVICE.bandwidth / 1e12:g} TB/s, {DEVICE.flops / 1e12:g} TFLOP/s, "
             f"{DEVICE.memory / 2**30:g} GiB); † where the full cache does not fit:",
-            table(["context x batch", *SHOWN], rows),
-            "Most sequences that fit, full / a tenth:",
+            table(["context x batch", *SHOWN], plain),
+            "With all of it by AKVQ, and with a tenth of it by AKVQ, each beside the full cache as "
+            "it is; rows of 16 bit, scales and shifts are counted:",
+            table(["context x batch", *SHOWN], packed),
+            "Most sequences that fit, full / a tenth / full by AKVQ / a tenth by AKVQ:",
             table(["context", *SHOWN], batches),
         ]
     )
+
+
+def _caches(model: str, context: int) -> list[tuple[float, float]]:
+    """Budget and stored bits of the full cache, a tenth, and both in AKVQ's bits."""
+    text = MODELS[model].text
+    quantizer = AKVQ().for_decoder(text.kind, text.num_layers)
+    bits = (
+        bits_of(text, quantizer, quantised_rows(text, quantizer, context, share))
+        for share in (1.0, 0.1)
+    )
+    return [(1.0, 16.0), (0.1, 16.0), *zip((1.0, 0.1), bits, strict=True)]
 
 
 def programs_part(result: Result | None) -> str:
@@ -85,8 +107,9 @@ def programs_part(result: Result | None) -> str:
     if result is None:
         return NOT_MEASURED
     head = [
-        "model", "program", "prompt x batch", "budget", "cache", "of the full one", "temporaries",
-        "peak", "cache copies in the loop", "launches per layer", "one command buffer", "compile",
+        "model", "program", "prompt x batch", "budget", "bits", "cache", "of the full one",
+        "temporaries", "peak", "cache copies in the loop", "launches per layer",
+        "one command buffer", "compile",
     ]  # fmt: skip
     rows = [
         [
@@ -94,18 +117,25 @@ def programs_part(result: Result | None) -> str:
             row["stage"],
             f"{row['context']} x {row['batch']}",
             f"{row['budget']:.0%}",
+            row.get("kv_bits", "16"),
             human_bytes(row["cache_bytes"]),
             f"{row['cache_bytes'] / row['full_cache_bytes']:.1%}",
             human_bytes(row["temp_bytes"]),
             human_bytes(row["peak_bytes"]),
             str(row["cache_copies_in_loop"]),
-            f"{row['launches_per_layer']:g}",
+            "-" if row["launches_per_layer"] is None else f"{row['launches_per_layer']:g}",
             "yes" if row["one_command_buffer"] else "no",
             f"{row['compile_s']:.0f} s",
         ]
         for row in result["rows"]
     ]
     return f"bfloat16, jax {result['versions']['jax']}:\n\n{table(head, rows)}"
+
+
+def _in_bits(row: Result) -> str:
+    """How a program's cache is quantised, where it is."""
+    bits = row.get("kv_bits", "16")
+    return {"16": ""}.get(bits, f" in {bits} bits" if bits.isdigit() else f" by {bits}")
 
 
 def _made_by(result: Result) -> str:
@@ -290,7 +320,7 @@ def summary_part(
             lines.append(
                 [
                     f"{row['model']}, {row['context']} x {row['batch']}, {row['budget']:.0%} of "
-                    "the cache, compiled for an H200",
+                    f"the cache{_in_bits(row)}, compiled for an H200",
                     f"cache {human_bytes(row['cache_bytes'])}, peak "
                     f"{human_bytes(row['peak_bytes'])}, {row['cache_copies_in_loop']} copies of it "
                     "in the loop",

@@ -15,7 +15,7 @@ import vlcache_jax
 from tests.inspections import made_up_inspection
 from tests.tiny import picture, tiny_tokenizer
 from vlcache_jax import VLCache
-from vlcache_jax.cache.quantize import make_quantizer
+from vlcache_jax.cache.quantizers import make_quantizer
 from vlcache_jax.inspection import figures, split_text
 
 METHODS = (VLCache(0.3, quantize=make_quantizer("4")),)

@@ -23,7 +23,7 @@ from vlcache_jax import Buckets, FullCache, Generate, Processor, VLCache
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.methods import Observation, as_method
 from vlcache_jax.cache.packed import PackedPool
-from vlcache_jax.cache.quantize import AKVQ, KIVI, RTN
+from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.cache.state import Pool, Tail
 from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.models.llava import abstract_params

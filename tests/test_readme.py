@@ -10,7 +10,7 @@ import vlcache_jax
 from benchmarks import demo_model
 from benchmarks.report import DOCUMENTS, fill
 from vlcache_jax.cache.methods import make_method
-from vlcache_jax.cache.quantize import make_quantizer
+from vlcache_jax.cache.quantizers import make_quantizer
 from vlcache_jax.config import TextConfig
 from vlcache_jax.report import cache_report
 

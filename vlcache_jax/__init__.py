@@ -13,7 +13,7 @@ from vlcache_jax.cache.methods import (
     StreamingLLM,
     VLCache,
 )
-from vlcache_jax.cache.quantize import AKVQ, KIVI, RTN
+from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.trace import Trace, attention_mass_recall, cache_hit_rate
 from vlcache_jax.calibration import Calibration, calibrate

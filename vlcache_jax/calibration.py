@@ -21,7 +21,7 @@ import numpy as np
 
 from vlcache_jax import demo
 from vlcache_jax.cache.methods import Custom
-from vlcache_jax.cache.quantize import AKVQ
+from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.cache.score import ColumnSum
 from vlcache_jax.cache.trace import check_target
 from vlcache_jax.display import versions

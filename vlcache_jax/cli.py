@@ -153,7 +153,7 @@ def generate(
     """
     from vlcache_jax import display
     from vlcache_jax.cache.methods import make_method
-    from vlcache_jax.cache.quantize import make_quantizer
+    from vlcache_jax.cache.quantizers import make_quantizer
     from vlcache_jax.cache.trace import check_target
 
     with _user_errors():
@@ -212,7 +212,7 @@ def compare(
     """
     from vlcache_jax import display
     from vlcache_jax.cache.methods import FullCache, make_method
-    from vlcache_jax.cache.quantize import make_quantizer
+    from vlcache_jax.cache.quantizers import make_quantizer
 
     with _user_errors():
         named = [
@@ -265,7 +265,7 @@ def info(
     Example: vlcache info demo --method full --kv-bits akvq --batch 8
     """
     from vlcache_jax.cache.methods import make_method
-    from vlcache_jax.cache.quantize import make_quantizer
+    from vlcache_jax.cache.quantizers import make_quantizer
     from vlcache_jax.display import info_tables
     from vlcache_jax.loading import describe
 

@@ -155,7 +155,7 @@ def _methods(
 ) -> "list[CacheMethod]":
     """The methods of the columns, each of them once."""
     from vlcache_jax.cache.methods import make_method
-    from vlcache_jax.cache.quantize import make_quantizer
+    from vlcache_jax.cache.quantizers import make_quantizer
 
     if compare is None:
         names = [method or "vl-cache"]

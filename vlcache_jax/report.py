@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.cache.methods import CacheMethod
-from vlcache_jax.cache.quantize import QUANTIZERS, Quantizer, groups
+from vlcache_jax.cache.quantize import Quantizer, groups
+from vlcache_jax.cache.quantizers import QUANTIZERS
 from vlcache_jax.cache.state import whole_capacity
 from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.generate import Generate

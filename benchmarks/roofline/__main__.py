@@ -28,7 +28,8 @@ from benchmarks.roofline import (
     tokens_per_second,
 )
 from benchmarks.roofline.packed import bits_of, quantised_rows
-from vlcache_jax.cache.quantize import QUANTIZERS, Quantizer, make_quantizer
+from vlcache_jax.cache.quantize import Quantizer
+from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.report import human_bytes
 

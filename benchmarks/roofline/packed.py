@@ -6,7 +6,8 @@ import numpy as np
 from benchmarks.models import WINDOW
 from benchmarks.roofline import BFLOAT16
 from vlcache_jax.cache.budget import Budget
-from vlcache_jax.cache.quantize import AKVQ, Quantizer
+from vlcache_jax.cache.quantize import Quantizer
+from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.config import TextConfig
 from vlcache_jax.report import packed_bytes, row_bytes
 

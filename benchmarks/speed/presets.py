@@ -8,7 +8,7 @@ from benchmarks.speed.cases import FULL, Case, Variant
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.prompts import answer_work, method_work, prefill_work
 from vlcache_jax.cache.methods import FullCache, VLCache
-from vlcache_jax.cache.quantize import AKVQ
+from vlcache_jax.cache.quantizers import AKVQ
 
 TENTH = Variant(VLCache(0.1))
 PACKED = Variant(FullCache(quantize=AKVQ()))

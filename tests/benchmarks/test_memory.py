@@ -26,7 +26,7 @@ from benchmarks.memory import (
 from benchmarks.models import MODELS
 from tests.tiny import tiny_config
 from vlcache_jax.cache.packed import PackedPool
-from vlcache_jax.cache.quantize import RTN
+from vlcache_jax.cache.quantizers import RTN
 from vlcache_jax.cache.state import Pool
 
 RESULT = Path(benchmarks.__file__).parent / "results" / "offline" / "programs-h200.json"
@@ -64,6 +64,13 @@ def test_launches_of_a_step_are_counted():
         "launches_per_layer": 3,
         "one_command_buffer": True,
     }
+
+
+def test_the_kernel_of_a_quantised_cache_is_known():
+    thunks = THUNKS.replace("append_and_attend", "quantized_append_and_attend")
+    found = step_launches(thunks.format(more=""))
+    assert found["kernels_per_step"]["quantized_append_and_attend"] == 2
+    assert (found["launches_per_layer"], found["one_command_buffer"]) == (3, True)
 
 
 def test_a_launch_beside_the_command_buffer_is_seen():

@@ -29,7 +29,7 @@ from benchmarks.roofline.__main__ import main
 from benchmarks.roofline.packed import bits_of, kept_bytes, quantised_rows, rows_by_width
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.packed import arrange
-from vlcache_jax.cache.quantize import AKVQ, KIVI, RTN
+from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 
 MISTRAL = MODELS["llava-v1.6-mistral-7b"]
 VICUNA = MODELS["llava-1.5-7b"]

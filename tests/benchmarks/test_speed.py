@@ -32,7 +32,7 @@ from pallas_kernels.packing import split_affine
 from tests.tiny import tiny_config
 from vlcache_jax.cache.methods import METHODS, FullCache, VLCache
 from vlcache_jax.cache.packed import PackedPool
-from vlcache_jax.cache.quantize import AKVQ, RTN
+from vlcache_jax.cache.quantizers import AKVQ, RTN
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.generate import DecodeState
 from vlcache_jax.models.llava import init_params

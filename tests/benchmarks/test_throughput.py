@@ -17,7 +17,7 @@ from benchmarks.speed.cases import FULL, Case, Variant
 from benchmarks.throughput import Load, compare, run
 from tests.tiny import tiny_config
 from vlcache_jax.cache.methods import VLCache
-from vlcache_jax.cache.quantize import AKVQ
+from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.models.llava import init_params
 from vlcache_jax.report import pool_bytes
 

@@ -21,7 +21,7 @@ from vlcache_jax import H2O, VLCache
 from vlcache_jax.cache import packed
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.methods import Plan, as_method
-from vlcache_jax.cache.quantize import AKVQ, KIVI, RTN
+from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 
 B, L, K, T = 6, 2, 2, 37
 F, HALF = np.float32, ml_dtypes.bfloat16

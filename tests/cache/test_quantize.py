@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 from tests.cache.numpy_quantize import numpy_quantise
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.packed import arrange
-from vlcache_jax.cache.quantize import (
-    AKVQ,
-    KIVI,
-    RTN,
-    Quantizer,
-    groups,
-    make_quantizer,
-    quantise,
-)
+from vlcache_jax.cache.quantize import Quantizer, groups, quantise
+from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN, make_quantizer
 
 H = 128
 ROWS = 6

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from tests.inspections import made_up_inspection
 from tests.tiny import picture
 from vlcache_jax import H2O, VLM, SnapKV, VLCache, cli, cli_inspect, demo
-from vlcache_jax.cache.quantize import make_quantizer
+from vlcache_jax.cache.quantizers import make_quantizer
 
 app = typer.Typer()
 app.command()(cli_inspect.inspect)

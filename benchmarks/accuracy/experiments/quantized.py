@@ -6,7 +6,7 @@ from benchmarks.accuracy.experiments.text import both, budget_of, change, full_c
 from benchmarks.accuracy.report import Result, per_cent
 from benchmarks.documents import table
 from vlcache_jax.cache.methods import CacheMethod, as_method, make_method
-from vlcache_jax.cache.quantize import make_quantizer
+from vlcache_jax.cache.quantizers import make_quantizer
 
 WHOLE_BITS = ("8", "4", "2", "kivi", "akvq")
 """What the full cache is quantised by, as `--kv-bits` calls it."""

@@ -26,7 +26,7 @@ from vlcache_jax import (
 )  # fmt: skip
 from vlcache_jax.cache import score
 from vlcache_jax.cache.methods import METHODS, FullCache, make_method
-from vlcache_jax.cache.quantize import AKVQ, KIVI
+from vlcache_jax.cache.quantizers import AKVQ, KIVI
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.models.llava import abstract_params, init_params
 

@@ -1,0 +1,271 @@
+"""Quantisers: how many bits each kept row of the cache is given.
+
+    AKVQ   the Walsh-Hadamard transform, and bits by what a layer attends to (AKVQ-VL)
+    RTN    round to nearest: the same bits for all, without the transform by default: a control
+    KIVI   keys by channel, values by token, the latest rows in full: a control
+
+A quantiser is a setting of a cache method. Alone it stands for the full cache, quantised; with a
+method that evicts, what is kept is quantised.
+
+AKVQ-VL (Su et al. 2025, arXiv 2501.15021) has no public code. Choices of this library, where the
+paper leaves it open: pivots are the prompt's tokens with the largest activation in the residual
+stream that enters the layer; of what an eviction method keeps, a tenth of each layer's rows (the
+latest) and the surviving pivots have full width. How rows are rounded: quantize.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.packing import BITS
+from vlcache_jax.cache.budget import Prompt
+from vlcache_jax.cache.quantize import WORD_BLOCK, Quantizer
+
+TSA_LAYERS: dict[str, tuple[int, ...]] = {"llama": (0, 1), "mistral": ()}
+"""Text-salient layers by the kind of decoder, as the paper found them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AKVQ(Quantizer):
+    """AKVQ-VL (Su et al. 2025): 2 bits, more for what a layer attends to.
+
+    Text-salient (TSA) layers: recent tokens 16 bit, other text 4, visual tokens 2. All others
+    (pivot-salient, PSA): recent and pivot tokens 16 bit, everything else 2.
+
+    Attributes:
+        group: as in `Quantizer`.
+        clip: likewise; the paper's by default, 0.8 at 2 bits and 1 at 4.
+        transform: likewise, on by default.
+        residual: likewise.
+        bits: of what is not salient.
+        text_bits: of the text in TSA layers.
+        recent: last tokens of the prompt at full width, where nothing is evicted.
+        recent_ratio: the same as a share of each layer's rows, where a method evicts.
+        pivots: tokens with massive activations at full width, the same for all heads.
+        tsa_layers: which layers are text-salient; None for what was calibrated for the checkpoint,
+            else by the kind of decoder as the paper has it (`TSA_LAYERS`).
+    """
+
+    name: ClassVar[str] = "akvq"
+
+    transform: bool = True
+    bits: int = 2
+    text_bits: int = 4
+    recent: int = 128
+    recent_ratio: float = 0.1
+    pivots: int = 15
+    tsa_layers: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.recent < 0 or self.pivots < 0 or not 0 <= self.recent_ratio <= 1:
+            raise ValueError(
+                f"recent={self.recent} and pivots={self.pivots} must be at least 0, "
+                f"recent_ratio={self.recent_ratio} from 0 to 1"
+            )
+        if self.text_bits not in BITS or self.text_bits < self.bits:
+            raise ValueError(
+                f"text_bits={self.text_bits} must be one of {BITS}, at least bits={self.bits}"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See the base."""
+        if not self.tsa_layers or self.text_bits == self.bits:
+            return (self.bits,)
+        return self.text_bits, self.bits
+
+    @property
+    def watches_stream(self) -> bool:
+        """For the pivots."""
+        return self.pivots > 0
+
+    def for_decoder(
+        self, kind: str, layers: int, tsa_layers: tuple[int, ...] | None = None
+    ) -> "AKVQ":
+        """With the TSA layers of that decoder, where none are set.
+
+        Raises:
+            ValueError: one of the TSA layers is not there.
+        """
+        chosen = tsa_layers if self.tsa_layers is None else self.tsa_layers
+        if chosen is None:
+            chosen = tuple(i for i in TSA_LAYERS[kind] if i < layers)
+        if wrong := [i for i in chosen if not 0 <= i < layers]:
+            raise ValueError(f"tsa_layers {wrong} are not layers of a model that has {layers}")
+        return replace(self, tsa_layers=chosen)
+
+    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
+        """See the base."""
+        if evicts:
+            # The product may fall just below the whole number that it stands for.
+            return jnp.floor(self.recent_ratio * kept + 1e-4).astype(jnp.int32)
+        return jnp.minimum(self.recent, kept)
+
+    def dense(self, prompt: Prompt, salience: jax.Array | None) -> jax.Array | None:
+        """The pivots of the PSA layers."""
+        count = min(self.pivots, prompt.rows)
+        if salience is None or count == 0:
+            return None
+        position = jnp.arange(prompt.rows)
+        inside = position < prompt.length[:, None, None]
+        chosen = lax.top_k(jnp.where(inside, salience, -jnp.inf), count)[1]  # [B, L, count]
+        pivots = jnp.any(position == chosen[..., None], axis=-2)
+        return pivots & ~self._tsa(prompt)[:, None]
+
+    def columns(self, prompt: Prompt) -> jax.Array:
+        """Text of TSA layers in the first column, all else in the last."""
+        if len(self.widths) == 1:
+            return jnp.zeros((1, prompt.layers, 1), jnp.int32)
+        wide = self._tsa(prompt)[:, None] & ~prompt.visual[:, None, :]  # [B, L, T]
+        return jnp.where(wide, 0, 1)
+
+    def new_width(self, layer: int) -> int:
+        """New tokens are text."""
+        return self.text_bits if layer in (self.tsa_layers or ()) else self.bits
+
+    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
+        """See the base."""
+        recent = int(self.recent_ratio * rows + 1e-4 * layers) if evicts else layers * self.recent
+        return recent + layers * self.pivots
+
+    def least_recent(self, rows: int, evicts: bool) -> int:
+        """See the base."""
+        return int(self.recent_ratio * rows) if evicts else min(self.recent, rows)
+
+    def wide_layers(self, layers: int) -> int:
+        """The TSA layers."""
+        return layers if len(self.widths) == 1 else len(self.tsa_layers or ())
+
+    def _tsa(self, prompt: Prompt) -> jax.Array:
+        """Which layers are text-salient, bool [L]."""
+        layers: Sequence[int] = self.tsa_layers or ()
+        return jnp.array([i in layers for i in range(prompt.layers)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTN(Quantizer):
+    """Round to nearest: every row the same bits. A control; with `transform`, a plain alternative.
+
+    Attributes:
+        group: as in `Quantizer`.
+        clip: likewise.
+        transform: likewise.
+        residual: likewise.
+        bits: of every row.
+        recent: last tokens of the prompt at full width.
+    """
+
+    name: ClassVar[str] = "rtn"
+
+    bits: int = 2
+    recent: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.recent < 0:
+            raise ValueError(f"recent={self.recent} must be at least 0")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See the base."""
+        return (self.bits,)
+
+    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
+        """See the base."""
+        del evicts
+        return jnp.minimum(self.recent, kept)
+
+    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
+        """See the base."""
+        del evicts
+        return min(rows, layers * self.recent)
+
+    def least_recent(self, rows: int, evicts: bool) -> int:
+        """See the base."""
+        return 0 if evicts else min(self.recent, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KIVI(Quantizer):
+    """KIVI (Liu et al. 2024): keys by channel, values by token, the latest rows in full.
+
+    The rows before the latest are whole groups, so up to `group` - 1 more have full width.
+
+    Attributes:
+        group: rows of a group of keys, and values of a group of values.
+        clip: as in `Quantizer`; 1 by default.
+        transform: likewise.
+        residual: likewise.
+        bits: of every packed row.
+        recent: rows at full width, at least (KIVI's residual length).
+    """
+
+    name: ClassVar[str] = "kivi"
+
+    group: int = 32
+    clip: float | None = 1.0
+    bits: int = 2
+    recent: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.recent < 0:
+            raise ValueError(f"recent={self.recent} must be at least 0")
+        # Whole word-rows, and a part of those that are packed at a time.
+        if self.group % self.lanes or WORD_BLOCK % self.align:
+            most = WORD_BLOCK * self.lanes
+            raise ValueError(
+                f"group={self.group} must be {self.lanes} rows, or 2, 4, 8... times that, to {most}"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See the base."""
+        return (self.bits,)
+
+    @property
+    def key_group(self) -> int | None:
+        """See the base."""
+        return self.group
+
+    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
+        """See the base."""
+        del evicts
+        older = jnp.maximum(kept - self.recent, 0)
+        return kept - older // self.group * self.group
+
+    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
+        """See the base."""
+        del evicts
+        return min(rows, layers * (self.recent + self.group - 1))
+
+    def least_recent(self, rows: int, evicts: bool) -> int:
+        """See the base."""
+        return 0 if evicts else min(self.recent, rows)
+
+
+QUANTIZERS: dict[str, Quantizer] = {
+    **{str(bits): RTN(bits=bits, transform=True) for bits in BITS},
+    "akvq": AKVQ(),
+    "kivi": KIVI(),
+}
+"""The quantisers by the name that the command line uses; a number is that many bits for every row,
+with the transform."""
+
+
+def make_quantizer(name: str | None) -> Quantizer | None:
+    """A quantiser by its name: "2", "4", "8", "akvq", "kivi"; None for None or "16".
+
+    Raises:
+        ValueError: there is no such quantiser.
+    """
+    if name is None or name == "16":
+        return None
+    if name not in QUANTIZERS:
+        raise ValueError(f"kv bits {name!r}: choose one of {', '.join(QUANTIZERS)}, or 16")
+    return QUANTIZERS[name]
