@@ -54,3 +54,18 @@ def transform(x: jax.Array) -> jax.Array:
         preferred_element_type=jnp.float32,
     )
     return (turned * factor(size)).astype(x.dtype)
+
+
+def butterflies(x: jax.Array, size: int) -> jax.Array:
+    """The transform by sums and differences, as kernels do it: log2(block) steps, no matrix.
+
+    Args:
+        x: rows of float32 [R, columns]; behind the head dim there may be columns of zeros.
+        size: the head dim.
+    """
+    rows = x.reshape(-1, block(size))
+    half = rows.shape[1] // 2
+    for _ in range(half.bit_length()):  # each step takes the first bit of the column to the end
+        left, right = lax.split(rows, [half, half], axis=1)
+        rows = jnp.stack([left + right, left - right], axis=-1).reshape(rows.shape)
+    return rows.reshape(x.shape) * factor(size)

@@ -55,9 +55,24 @@ def load(
     return plgpu.load(index, mask=jnp.broadcast_to(mask, (*rows.shape, *columns.shape)), other=0)
 
 
-def gather(ref: Any, index: tuple[jax.Array, ...], valid: jax.Array) -> jax.Array:
-    """Entries of a reference at index arrays that broadcast to `valid`; zeros where not valid."""
+def gather(ref: Any, index: tuple[jax.Array | int, ...], valid: jax.Array | None) -> jax.Array:
+    """Entries of a reference at index arrays that broadcast to `valid`; zeros where not valid.
+
+    Args:
+        ref: where to read.
+        index: an array or a number for each axis.
+        valid: bool, or None where all of them are.
+    """
+    if valid is None:
+        return plgpu.load(ref.at[index])
     return plgpu.load(ref.at[index], mask=valid, other=0)
+
+
+def scatter(
+    ref: Any, index: tuple[jax.Array | int, ...], valid: jax.Array, values: jax.Array
+) -> None:
+    """Write the valid entries of `values`, in the reference's type, at index arrays."""
+    plgpu.store(ref.at[index], values.astype(ref.dtype), mask=valid)
 
 
 def store(
@@ -96,11 +111,11 @@ def store_vector(
     plgpu.store(ref.at[(*lead, rows)], values.astype(ref.dtype), mask=valid)
 
 
-def dot(a: jax.Array, b: jax.Array, *, trans_b: bool = False) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, *, trans_a: bool = False, trans_b: bool = False) -> jax.Array:
     """Product of two tiles, summed in float32; of float32 tiles, really float32 (no TF32)."""
     exact = a.dtype == jnp.float32
     precision = lax.Precision.HIGHEST if exact else None
-    return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
+    return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)
 
 
 def call(

@@ -7,11 +7,11 @@ import jax
 
 from pallas_kernels.backends import choose
 from pallas_kernels.packing import BITS, per_word
-from pallas_kernels.quantized_decode_attention import xla
+from pallas_kernels.quantized_decode_attention import triton, xla
 from pallas_kernels.ragged_decode_attention import check_segments
 
-BACKENDS = {"xla": xla.quantized_decode_attention}
-APPEND_BACKENDS = {"xla": xla.append_and_attend}
+BACKENDS = {"triton": triton.quantized_decode_attention, "xla": xla.quantized_decode_attention}
+APPEND_BACKENDS = {"triton": triton.append_and_attend, "xla": xla.append_and_attend}
 """In the order of preference."""
 
 

@@ -48,7 +48,7 @@ class _Refs(NamedTuple):
     new_v: Any = None
 
 
-def _attend(
+def attend(
     q: jax.Array,
     k_ref: Any,
     v_ref: Any,
@@ -80,7 +80,8 @@ def _attend(
     return lax.fori_loop(0, trips, add, carry)
 
 
-def _nothing(q: jax.Array) -> Carry:
+def nothing(q: jax.Array) -> Carry:
+    """The softmax over no key at all."""
     rows = q.shape[:1]
     empty = jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32)
     return *empty, jnp.zeros(q.shape, jnp.float32)
@@ -90,13 +91,27 @@ def _query(refs: _Refs, group: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The query heads as a tile [padded(G), padded(H)], their numbers, and which are there."""
     heads = jnp.arange(tiles.padded(group))
     there = heads < group
+    q = tiles.load(refs.q, heads, there) if refs.cos is None else rotated(refs, heads, there)
+    return q, heads, there
+
+
+def _own_softmax(refs: _Refs, q: jax.Array, fill: jax.Array, group: int, scale: float) -> Carry:
+    """What the tail's softmax begins with: the new token's own key, if there is one."""
     if refs.cos is None:
-        return tiles.load(refs.q, heads, there), heads, there
-    return _rotated(refs, heads, there), heads, there
+        return nothing(q)
+    one = jnp.arange(1)
+    k = rotated(refs, group + one, one == 0)
+    return new_token(refs, q, k, fill, group, scale)
 
 
-def _rotated(refs: _Refs, heads: jax.Array, there: jax.Array) -> jax.Array:
-    """Rows of the new token's product, turned by RoPE: each entry and its partner are loaded."""
+def rotated(refs: Any, heads: jax.Array, there: jax.Array) -> jax.Array:
+    """Rows of the new token's product, turned by RoPE: each entry and its partner are loaded.
+
+    Args:
+        refs: with q [rows, H], cos, sin [H / 2].
+        heads: which rows, int32 [R].
+        there: bool [R]; the others are zeros.
+    """
     head_dim = refs.q.shape[1]
     columns = jnp.arange(tiles.padded(head_dim))
     inside = columns < head_dim
@@ -113,13 +128,23 @@ def _rotated(refs: _Refs, heads: jax.Array, there: jax.Array) -> jax.Array:
     return turned.astype(refs.q.dtype)
 
 
-def _new_token(refs: _Refs, q: jax.Array, fill: jax.Array, group: int, scale: float) -> Carry:
-    """The softmax over the new token's own key alone, whose row is written into the tail."""
+def new_token(
+    refs: Any, q: jax.Array, k: jax.Array, fill: jax.Array, group: int, scale: float
+) -> Carry:
+    """The softmax over the new token's own key alone, whose row is written into the tail.
+
+    Args:
+        refs: with q [G + 2, H], new_k, new_v [R, H].
+        q: its query heads [padded(G), padded(H)].
+        k: its key as the cache holds keys, [1, padded(H)].
+        fill: the row of the tail.
+        group: G.
+        scale: factor of the logits.
+    """
     head_dim = refs.q.shape[1]
     columns = jnp.arange(q.shape[1])
     inside = columns < head_dim
     one = jnp.arange(1)
-    k = _rotated(refs, group + one, one == 0)  # [1, Hp]
     v = tiles.load(refs.q, group + 1 + one, one == 0)
     for ref, row in ((refs.new_k, k), (refs.new_v, v)):
         tiles.store(ref, fill + one, one == 0, row)
@@ -131,16 +156,16 @@ def _new_token(refs: _Refs, q: jax.Array, fill: jax.Array, group: int, scale: fl
 
 def _single_kernel(*arguments: Any, group: int, appends: bool, scale: float, block_keys: int):
     """All of a kv head: `_Refs` with, after its inputs, out [G, H]."""
-    *refs, out_ref = _sort(arguments, appends, outputs=1)
+    *refs, out_ref = sort(arguments, appends, outputs=1)
     refs = _Refs(*refs)
     batch = pl.program_id(1)
     offset, length, fill = refs.offset[batch], refs.length[batch], refs.fill[batch]
     sizes = {"scale": scale, "block_keys": block_keys}
     q, heads, there = _query(refs, group)
-    carry = _new_token(refs, q, fill, group, scale) if appends else _nothing(q)
-    carry = _attend(q, refs.pool_k, refs.pool_v, offset, offset + length, carry, **sizes)
+    carry = _own_softmax(refs, q, fill, group, scale)
+    carry = attend(q, refs.pool_k, refs.pool_v, offset, offset + length, carry, **sizes)
     none = jnp.zeros_like(fill)
-    _, total, mixed = _attend(q, refs.tail_k, refs.tail_v, none, fill, carry, **sizes)
+    _, total, mixed = attend(q, refs.tail_k, refs.tail_v, none, fill, carry, **sizes)
     tiles.store(out_ref, heads, there, mixed / jnp.where(total == 0.0, 1.0, total)[:, None])
 
 
@@ -148,7 +173,7 @@ def _split_kernel(
     *arguments: Any, group: int, appends: bool, scale: float, block_keys: int, splits: int
 ):
     """One split: as above, with the partial softmaxes maximum, total [S, G] and mixed [S, G, H]."""
-    *refs, maximum_ref, total_ref, mixed_ref = _sort(arguments, appends, outputs=3)
+    *refs, maximum_ref, total_ref, mixed_ref = sort(arguments, appends, outputs=3)
     refs = _Refs(*refs)
     split, batch = pl.program_id(0), pl.program_id(2)
     offset, length, fill = refs.offset[batch], refs.length[batch], refs.fill[batch]
@@ -166,17 +191,20 @@ def _split_kernel(
         each = (length + splits - 1) // splits
         begin = offset + jnp.minimum(split * each, length)
         end = jnp.minimum(begin + each, offset + length)
-        write(_attend(q, refs.pool_k, refs.pool_v, begin, end, _nothing(q), **sizes))
+        write(attend(q, refs.pool_k, refs.pool_v, begin, end, nothing(q), **sizes))
 
     @pl.when(split == splits)
     def _() -> None:
-        carry = _new_token(refs, q, fill, group, scale) if appends else _nothing(q)
+        carry = _own_softmax(refs, q, fill, group, scale)
         none = jnp.zeros_like(fill)
-        write(_attend(q, refs.tail_k, refs.tail_v, none, fill, carry, **sizes))
+        write(attend(q, refs.tail_k, refs.tail_v, none, fill, carry, **sizes))
 
 
-def _sort(arguments: tuple[Any, ...], appends: bool, outputs: int) -> tuple[Any, ...]:
-    """The fields of `_Refs`, then the outputs; the tails are the last outputs of a kernel."""
+def sort(arguments: tuple[Any, ...], appends: bool, outputs: int) -> tuple[Any, ...]:
+    """A kernel's inputs, then the tails that are written, if one is, then its own outputs.
+
+    The tails are a kernel's last outputs.
+    """
     if not appends:
         return arguments
     inputs, own, tails = arguments[: -outputs - 2], arguments[-outputs - 2 : -2], arguments[-2:]
@@ -282,11 +310,6 @@ def _run(
     if splits is None:
         splits = configs.splits(batch * kv_heads, mean_rows, config.block_keys)
 
-    def of_head(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-        """All of one sequence's kv head of an array [B, K, ...]."""
-        sides = array.shape[2:]
-        return pl.BlockSpec((None, None, *sides), lambda *at: (at[-1], at[-2], *[0] * len(sides)))
-
     whole = pl.BlockSpec((batch,), lambda *_: (0,))
     in_specs = [whole] * 3 + [of_head(array) for array in inputs[3:8]]
     if appends:
@@ -325,6 +348,19 @@ def _run(
     )(*inputs)
     out = results[0] if splits == 1 else merge(*results[:own], dtype=given.q.dtype)
     return out.reshape(batch, kv_heads * group, head_dim), *results[own:]
+
+
+def of_head(array: jax.Array | jax.ShapeDtypeStruct, each: int = 1) -> pl.BlockSpec:
+    """All of one sequence's kv head of an array [B, K, ...].
+
+    Args:
+        array: whose.
+        each: programs of a kv head, along the grid's last axis but one.
+    """
+    sides = array.shape[2:]
+    return pl.BlockSpec(
+        (None, None, *sides), lambda *at: (at[-1], at[-2] // each, *[0] * len(sides))
+    )
 
 
 def merge(maximum: jax.Array, total: jax.Array, mixed: jax.Array, *, dtype: jnp.dtype) -> jax.Array:

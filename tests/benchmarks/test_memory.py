@@ -95,6 +95,15 @@ def test_a_decode_step_is_one_small_command_buffer(batch):
     assert found["cache_bytes"] <= 0.115 * found["full_cache_bytes"]
 
 
+@needs_plugin
+def test_a_step_from_a_quantised_cache_makes_none_of_it_wide():
+    found = run(Program(context=4096, kv_bits="akvq"))
+    check(found)
+    assert found["dequantised_in_loop"] == 0
+    assert found["kernels_per_step"]["quantized_append_and_attend"] == 32
+    assert found["cache_bytes"] <= MOST_SHARE * found["full_cache_bytes"]
+
+
 def check(row):
     assert row["fits"]
     assert row["cache_copies_in_loop"] == 0

@@ -39,7 +39,9 @@ largest reference value."""
 
 # An interpreted kernel is mostly small fusions: by XLA's older code generator for the CPU, which is
 # gone in jax 0.11, they compile in a third of the time.
-_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+_OPTIONS = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    _OPTIONS["xla_cpu_use_fusion_emitters"] = False
 
 both_backends = pytest.mark.parametrize("backend", ["triton", "xla"])
 
