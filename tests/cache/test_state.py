@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.methods import FullCache, Observation
-from vlcache_jax.cache.state import BLOCK, round_up
+from vlcache_jax.cache.state import BLOCK, Pool, round_up
 
 
 @given(st.integers(0, 10**7), st.integers(1, 1000))
@@ -27,6 +27,7 @@ def test_the_full_pool_has_room_for_every_layer(layers, rows):
     buffer = jnp.zeros((2, 1, capacity, 1))
     method = FullCache()
     pool = method.build(buffer, buffer, method.plan(Observation(), prompt), prompt)
+    assert isinstance(pool, Pool)
     assert pool.k is buffer
     assert pool.offset.tolist() == [[layer * rows for layer in range(layers)]] * 2
     assert pool.length.tolist() == [[rows] * layers, [1] * layers]
