@@ -70,6 +70,7 @@ def config_json(config: LlavaConfig) -> dict[str, Any]:
         text.vocab_size,
     )
     data["text_config"] |= {
+        "model_type": text.kind,
         "rms_norm_eps": text.rms_norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": text.rope.theta},
         "tie_word_embeddings": False,
