@@ -11,6 +11,7 @@ where nobody asks it for one: with `JAX_PLATFORMS=cpu` in the environment.
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -170,7 +171,9 @@ def compile_for(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     jitted = jax.jit(function, donate_argnums=donate_argnums)
-    with jax.sharding.use_abstract_mesh(abstract_mesh(GPUS[gpu])):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(GPUS[gpu])), warnings.catch_warnings():
+        # Where compiled programs are kept, those for a GPU that is not there cannot be read back.
+        warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
         return jitted.lower(*jax.tree.map(place, args)).compile()
 
 

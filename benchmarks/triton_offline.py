@@ -150,14 +150,23 @@ def _text(bytecode: bytes, context: ir.Context) -> str:
 _TRITON = """
 import json, pathlib, sys
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 
 path, arch, num_warps, num_stages = sys.argv[1], *map(int, sys.argv[2:])
+target = GPUTarget("cuda", arch, 32)
+# XLA begins with these passes (`MakeTTIR`), which triton.compile leaves out of code that it is given
+# as text: one of them makes products that are added up sums that begin with the last one.
+context = ir.context()
+ir.load_dialects(context)
+CUDABackend(target).load_dialects(context)
+module = ir.parse_mlir_module(path, context)
+module.context = context
+CUDABackend.make_ttir(module, {}, None, arch)
+pathlib.Path(path).write_text(str(module), encoding="utf-8")
 kernel = triton.compile(
-    path,
-    target=GPUTarget("cuda", arch, 32),
-    options={"num_warps": num_warps, "num_stages": num_stages},
+    path, target=target, options={"num_warps": num_warps, "num_stages": num_stages}
 )
 pathlib.Path(path).with_suffix(".ptx").write_text(kernel.asm["ptx"], encoding="utf-8")
 print(json.dumps({"shared": kernel.metadata.shared, "ptxas": get_ptxas(arch).path}))

@@ -13,6 +13,7 @@ import vlcache_jax
 from benchmarks.lmms_eval.arguments import batch_size_of, check_device, check_one_process
 from benchmarks.lmms_eval.requests import Request, answer_all
 from vlcache_jax.cache.methods import make_method
+from vlcache_jax.cache.quantizers import make_quantizer
 from vlcache_jax.programs import keep_programs
 
 
@@ -26,6 +27,7 @@ class VLCacheModel(lmms):
         method: what the cache keeps of a prompt: "vl-cache", "h2o", ..., "full".
         kv_budget: how much of it, a share or tokens per layer ("256tok"); the method's own default
             where it is None.
+        kv_bits: bits of what is kept, 2, 4 or 8, or "akvq" or "kivi"; None for full width.
         dtype: "float32", "bfloat16" or "float16"; the checkpoint's own by default.
         backend: attention kernels; see `vlcache_jax.load`.
         batch_size: prompts that are answered at a time.
@@ -48,6 +50,7 @@ class VLCacheModel(lmms):
         pretrained: str,
         method: str = "vl-cache",
         kv_budget: float | str | None = None,
+        kv_bits: int | str | None = None,
         dtype: str | None = None,
         backend: str | None = None,
         batch_size: int | str = 1,
@@ -62,9 +65,12 @@ class VLCacheModel(lmms):
         self.batch_size = batch_size_of(batch_size, max_batch_size)
         self.prefill_batch = prefill_batch
         self.seed = seed
-        self.cache = make_method(method, kv_budget)
+        quantizer = make_quantizer(None if kv_bits is None else str(kv_bits))
+        self.cache = make_method(method, kv_budget, quantizer)
         keep_programs()
-        self.vlm = vlcache_jax.load(pretrained, dtype, backend=backend)
+        self.vlm = vlcache_jax.load(
+            pretrained, dtype, backend=backend, transform=self.cache.transforms
+        )
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer requests, in their order.

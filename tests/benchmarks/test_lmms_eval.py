@@ -24,6 +24,7 @@ from benchmarks.lmms_eval.arguments import batch_size_of, check_device, check_on
 from benchmarks.lmms_eval.requests import Request, Settings, answer_all
 from tests.tiny import picture
 from vlcache_jax import Sampling, demo
+from vlcache_jax.cache.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).parents[2]
 MODEL_MODULE = "benchmarks.lmms_eval.model"
@@ -251,6 +252,16 @@ def test_the_class_answers_in_the_order_of_the_requests(plugin, model_dir):
     assert more["cache_share_kept"] == kept / sum(answer.cache.full_bytes for answer in alone)
 
 
+def test_bits_may_be_a_number_and_the_weights_are_made_for_them(plugin, model_dir):
+    module, _ = plugin
+    model = module.VLCacheModel(str(model_dir), kv_bits=2)
+    assert model.cache == vlcache_jax.VLCache(quantize=QUANTIZERS["2"])
+    assert model.vlm.transformed
+    model = module.VLCacheModel(str(model_dir), kv_bits="kivi")
+    assert model.cache.label == "vl-cache+kivi"
+    assert not model.vlm.transformed
+
+
 def test_the_class_frees_the_model_and_says_what_it_cannot_do(plugin, model_dir):
     module, _ = plugin
     model = module.VLCacheModel(str(model_dir), method="snapkv", kv_budget="8tok")
@@ -261,7 +272,10 @@ def test_the_class_frees_the_model_and_says_what_it_cannot_do(plugin, model_dir)
             method([])
     model.clean()
     assert not hasattr(model, "vlm")
-    for wrong in ({"method": "best"}, {"device": "cuda"}, {"batch_size": "auto"}):
+    wrong_arguments = (
+        {"method": "best"}, {"device": "cuda"}, {"batch_size": "auto"}, {"kv_bits": 3},
+    )  # fmt: skip
+    for wrong in wrong_arguments:
         with pytest.raises(ValueError):
             module.VLCacheModel(str(model_dir), **wrong)
 

@@ -361,7 +361,7 @@ def test_a_comparison_is_of_every_method_budget_and_bits(model_dir, image, monke
         transformed.append(vlm.transformed)
 
     monkeypatch.setattr(VLM, "stream", stream)
-    monkeypatch.setattr("vlcache_jax.cli._read", lambda *args: sys.exit(0))
+    monkeypatch.setattr("vlcache_jax.cli.read_params", lambda *args: sys.exit(0))
     options = ("--method", "h2o", "--method", "vl-cache", "--kv-budget", "0.1", "--kv-budget",
                "0.2", "--kv-bits", "akvq", "--kv-bits", "16")  # fmt: skip
     ask = (model_dir, "--image", image, "--prompt", "x")

@@ -4,20 +4,18 @@ import json
 import sys
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from tests.inspections import made_up_inspection
 from tests.tiny import picture
-from vlcache_jax import H2O, VLM, SnapKV, VLCache, cli, cli_inspect, demo
+from vlcache_jax import H2O, VLM, SnapKV, VLCache, cli, demo
 from vlcache_jax.cache.quantizers import make_quantizer
-
-app = typer.Typer()
-app.command()(cli_inspect.inspect)
 
 
 def run(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args])
+    return CliRunner().invoke(
+        cli.app, ["--no-compilation-cache", "inspect", *(str(arg) for arg in args)]
+    )
 
 
 def refused(message, *args):
@@ -143,7 +141,7 @@ def test_the_extra_is_named_where_there_is_no_matplotlib(model_dir, image, tmp_p
 
 
 def test_the_program_has_the_command_and_its_help_teaches(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["vlcache", "inspect", "--help"])
+    monkeypatch.setattr(sys, "argv", ["vlcache", "--no-compilation-cache", "inspect", "--help"])
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as ended:
         cli.main()

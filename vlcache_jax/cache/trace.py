@@ -108,7 +108,7 @@ class BatchTrace:
 
         scores, window = pick(self.scores), pick(self.window)
         return Trace(
-            method=method.name,
+            method=method.label,
             budget_requested=str(method.limit),
             m=m,
             prompt_is_visual=visual,
@@ -167,7 +167,7 @@ class Trace:
     """What was kept of one prompt, and why; None stands for what a method does not have.
 
     Attributes:
-        method: name of the method.
+        method: its label, the quantiser included: "vl-cache+akvq".
         budget_requested: as it was given: "0.1", "256tok".
         m: true length of the prompt, visual tokens expanded.
         prompt_is_visual: which tokens are visual, bool [m].

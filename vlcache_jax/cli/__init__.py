@@ -1,24 +1,43 @@
 """The command line: `vlcache generate`, `compare`, `info`, `calibrate`, and others' commands.
 
-What answers go to stdout; progress and errors go to stderr. Input is checked before the
-parameters are read. Heavy imports stand inside the commands, so that `--help` is quick.
+Input is checked before the parameters are read. Heavy imports stand inside the commands, so that
+`--help` is quick.
 """
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from vlcache_jax.vlm import VLM, Answer, Stream
+from vlcache_jax.cli.inspect import inspect
+from vlcache_jax.cli.options import (
+    AsJson,
+    Backend,
+    Dtype,
+    Image,
+    KvBits,
+    KvBitsList,
+    KvBudget,
+    KvBudgets,
+    MaxNewTokens,
+    Method,
+    Methods,
+    Model,
+    Prompt,
+    RawPrompt,
+)
+from vlcache_jax.cli.terminal import (
+    drain,
+    find_question,
+    find_questions,
+    open_model,
+    print_json,
+    read_params,
+    user_errors,
+)
 
 app = typer.Typer(
     name="vlcache",
@@ -27,78 +46,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_errors = Console(stderr=True, highlight=False, emoji=False)  # "demo:x:" stays as it is
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A model directory (Hugging Face format or converted), a hub id such as "
-        "llava-hf/llava-v1.6-mistral-7b-hf, or 'demo' for the tiny model in this package."
-    ),
-]
-Prompt = Annotated[
-    str | None,
-    typer.Option(
-        help="The question. <image> marks say where images go; else they come first. Without it a "
-        "demo picture's own question is asked.",
-        show_default=False,
-    ),
-]
-Image = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="An image file, or one of the pictures in this package: 'demo' or demo:1, demo:2, ... "
-        "('vlcache info demo' lists them). Give the option once for each image.",
-        show_default=False,
-    ),
-]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
-RawPrompt = Annotated[
-    bool,
-    typer.Option("--raw-prompt", help="Take the prompt as given, without the chat template."),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default."),
-]
-METHOD_HELP = (
-    "What the cache keeps of the prompt: vl-cache, h2o, snapkv, pyramidkv, streaming-llm, random, "
-    "or full."
-)
-BUDGET_HELP = (
-    "How much of it: a share of the cache such as 0.1, or tokens per layer such as 256tok. 0.1 by "
-    "default."
-)
-Method = Annotated[str, typer.Option(help=METHOD_HELP)]
-Methods = Annotated[
-    list[str] | None,
-    typer.Option(help=f"{METHOD_HELP} Give the option once for each; vl-cache by default."),
-]
-KvBudget = Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=False)]
-KvBudgets = Annotated[
-    list[str] | None, typer.Option(help=f"{BUDGET_HELP} Give the option once for each.")
-]
-BITS_HELP = (
-    "Quantise what is kept: 2, 4 or 8 bits for every token; akvq, which gives 16 or 4 bits to the "
-    "tokens that matter most and 2 to the others; kivi, 2 bits with keys by channel. 16, the "
-    "default, leaves it as it is. With --method full everything is kept, quantised."
-)
-KvBits = Annotated[str | None, typer.Option(help=BITS_HELP, show_default=False)]
-KvBitsList = Annotated[
-    list[str] | None,
-    typer.Option("--kv-bits", help=f"{BITS_HELP} Give the option once for each."),
-]
-Backend = Annotated[
-    str | None,
-    typer.Option(
-        envvar="VLCACHE_BACKEND",
-        help="Attention kernels: triton, cudnn (the prefill only) or xla; by default the best for "
-        "the device. On a CPU triton is interpreted, for tests, and slow.",
-        show_default=False,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 @app.callback()
@@ -156,12 +103,12 @@ def generate(
     from vlcache_jax.cache.quantizers import make_quantizer
     from vlcache_jax.cache.trace import check_target
 
-    with _user_errors():
+    with user_errors():
         cache = make_method(method, kv_budget, make_quantizer(kv_bits))
         if trace is not None:
             check_target(trace, force=force)
-        images, question, right = _question(image or [], prompt)
-        vlm, progress = _open(model, dtype, backend, transform=cache.transforms)
+        images, question, right = find_question(image or [], prompt)
+        vlm, progress = open_model(model, dtype, backend, transform=cache.transforms)
         stream = vlm.stream(
             images,
             question,
@@ -174,14 +121,14 @@ def generate(
             cache=cache,
             trace=trace is not None,
         )
-        _read(vlm, progress)
-    answer = _drain(stream, echo=not as_json)
+        read_params(vlm, progress)
+    answer = drain(stream, echo=not as_json)
     if trace is not None and answer.trace is not None:
-        with _user_errors():
+        with user_errors():
             answer.trace.save(trace, force=force)
     facts = display.answer_facts(answer)
     if as_json:
-        _print_json({**facts, "model": model, "versions": display.versions()})
+        print_json({**facts, "model": model, "versions": display.versions()})
     else:
         rows = display.question_rows(question, right) | display.prompt_rows(facts)
         Console().print(display.two_columns(rows | display.answer_rows(facts)))
@@ -214,15 +161,15 @@ def compare(
     from vlcache_jax.cache.methods import FullCache, make_method
     from vlcache_jax.cache.quantizers import make_quantizer
 
-    with _user_errors():
+    with user_errors():
         named = [
             make_method(name, budget, make_quantizer(bits))
             for name in method or ["vl-cache"]
             for budget in kv_budget or [None]
             for bits in kv_bits or [None]
         ]
-        images, question, right = _question(image or [], prompt)
-        vlm, progress = _open(model, dtype, backend)
+        images, question, right = find_question(image or [], prompt)
+        vlm, progress = open_model(model, dtype, backend)
         streams = [
             vlm.stream(
                 images,
@@ -233,11 +180,11 @@ def compare(
             )
             for cache in dict.fromkeys([FullCache(), *named])
         ]
-        _read(vlm, progress)
-    answers = [_drain(stream, echo=False) for stream in streams]
+        read_params(vlm, progress)
+    answers = [drain(stream, echo=False) for stream in streams]
     facts = display.comparison(question, right, answers)
     if as_json:
-        _print_json({**facts, "model": model, "versions": display.versions()})
+        print_json({**facts, "model": model, "versions": display.versions()})
     else:
         Console().print(display.comparison_tables(facts))
 
@@ -269,13 +216,13 @@ def info(
     from vlcache_jax.display import info_tables
     from vlcache_jax.loading import describe
 
-    with _user_errors():
+    with user_errors():
         cache = make_method(method, kv_budget, make_quantizer(kv_bits))
         facts = describe(
             model, dtype, context=context, batch=batch, new_tokens=new_tokens, cache=cache
         )
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         Console().print(info_tables(facts))
 
@@ -320,10 +267,10 @@ def calibrate(
     """
     from vlcache_jax import calibration, display
 
-    with _user_errors():
+    with user_errors():
         file = calibration.check_file(out or calibration.file_beside(model), force=force)
-        asked = _questions(image or [], prompt or [])
-        vlm, progress = _open(model, dtype, backend)
+        asked = find_questions(image or [], prompt or [])
+        vlm, progress = open_model(model, dtype, backend)
         task = progress.add_task("prompts", total=len(asked), amount="")
 
         def show(done: int, total: int) -> None:
@@ -337,10 +284,13 @@ def calibrate(
         found.save(file, force=force)
     facts = display.calibration_facts(found)
     if as_json:
-        _print_json({**facts, "file": str(file), "model": model})
+        print_json({**facts, "file": str(file), "model": model})
     else:
         Console().print(display.calibration_table(facts))
         sys.stdout.write(f"written to {file}\n")
+
+
+app.command()(inspect)
 
 
 def main() -> None:
@@ -351,109 +301,4 @@ def main() -> None:
     """
     for entry in metadata.entry_points(group="vlcache.commands"):
         app.command(entry.name)(entry.load())
-    from vlcache_jax.cli_inspect import inspect  # here, for it imports this module
-
-    app.command()(inspect)
     app()
-
-
-_BAD_INPUT = ValueError, OSError, NotImplementedError
-
-
-@contextmanager
-def _user_errors(kinds: tuple[type[Exception], ...] = _BAD_INPUT) -> Iterator[None]:
-    """Bad input ends the program with one line on stderr and exit code 2."""
-    try:
-        yield
-    except kinds as error:
-        text = f"error: {error or type(error).__name__}"
-        _errors.print(text, style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
-def _question(images: list[str], prompt: str | None) -> tuple[list[Path], str, str | None]:
-    """The images, the prompt, and its right answer where the prompt is a demo picture's own."""
-    from vlcache_jax import demo
-
-    shown = [demo.find(name) for name in images]
-    files = [
-        picture.file if picture else Path(name) for picture, name in zip(shown, images, strict=True)
-    ]
-    if prompt is not None:
-        return files, prompt, None
-    if len(shown) == 1 and shown[0]:
-        return files, shown[0].prompt, shown[0].answer
-    raise ValueError(
-        "give a --prompt; only where the one --image is a demo picture is its own question asked"
-    )
-
-
-def _questions(images: list[str], prompts: list[str]) -> list[tuple[list[Path], str]]:
-    """Each image with its question."""
-    if not images:
-        raise ValueError("give one --image or more, and a --prompt to each of them or to all")
-    if len(prompts) not in (0, 1, len(images)):
-        raise ValueError(
-            f"{len(images)} images and {len(prompts)} prompts: give one --prompt for each --image, "
-            "or one for all; demo pictures have questions of their own"
-        )
-    texts = prompts * len(images) if len(prompts) == 1 else prompts or [None] * len(images)
-    return [_question([image], text)[:2] for image, text in zip(images, texts, strict=True)]
-
-
-def _open(
-    model: str, dtype: str | None, backend: str | None, *, transform: bool = False
-) -> tuple["VLM", Progress]:
-    """The model with its parameters unread, and the bar that their reading moves."""
-    from vlcache_jax.loading import load
-    from vlcache_jax.report import human_bytes
-
-    progress = Progress(
-        TextColumn("reading {task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[amount]}"),
-        TimeRemainingColumn(),
-        console=_errors,
-        transient=True,
-        disable=not _errors.is_terminal,
-    )
-    task = progress.add_task("parameters", total=None, amount="")
-
-    def show(piece: str, done: int, total: int) -> None:
-        amount = f"{human_bytes(done)} of {human_bytes(total)}"
-        progress.update(task, description=piece, completed=done, total=total, amount=amount)
-
-    vlm = load(model, dtype, backend=backend, transform=transform, lazy=True, progress=show)
-    return vlm, progress
-
-
-def _read(vlm: "VLM", progress: Progress) -> None:
-    """Read the parameters, with the bar shown."""
-    with progress:
-        _ = vlm.params  # read where they are first asked for
-
-
-def _drain(stream: "Stream", echo: bool) -> "Answer":
-    """Read the stream to its end; until its first piece a spinner says what takes so long."""
-    # A backend that does not support the model says so when a program is made: of the prompt, or,
-    # behind the first piece, of the decoding.
-    with _user_errors((NotImplementedError,)):
-        with _errors.status("compiling, and reading the prompt ..."):
-            first = next(stream, "")
-        for piece in chain([first], stream):
-            if echo:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-    if echo:
-        sys.stdout.write("\n")
-    return stream.answer
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-if __name__ == "__main__":
-    main()

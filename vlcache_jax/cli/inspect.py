@@ -10,8 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from vlcache_jax.cli import (
-    _BAD_INPUT,
+from vlcache_jax.cli.options import (
     METHOD_HELP,
     AsJson,
     Backend,
@@ -22,11 +21,8 @@ from vlcache_jax.cli import (
     Model,
     Prompt,
     RawPrompt,
-    _errors,
-    _print_json,
-    _question,
-    _user_errors,
 )
+from vlcache_jax.cli.terminal import BAD_INPUT, ERRORS, find_question, print_json, user_errors
 
 if TYPE_CHECKING:
     from vlcache_jax.cache.methods import CacheMethod
@@ -85,7 +81,7 @@ def inspect(
     Example: vlcache inspect demo --image demo:2 --compare vl-cache,h2o,snapkv --kv-budget 0.2
     --out report.html --png figures
     """
-    with _user_errors((*_BAD_INPUT, ModuleNotFoundError)):
+    with user_errors((*BAD_INPUT, ModuleNotFoundError)):
         if out is None and png is None and not as_json:
             raise ValueError("name what to make: --out report.html, --png DIR or --json")
         methods = _methods(method, compare, kv_budget, kv_bits or [None])
@@ -95,16 +91,16 @@ def inspect(
             files.check_report(out, force=force)
         if png is not None:
             figures.check_folder(png, force=force)
-        asked, question, _ = _question(image or [], prompt)
+        asked, question, _ = find_question(image or [], prompt)
         written: list[Path] = []
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[amount]}"),
             TimeElapsedColumn(),
-            console=_errors,
+            console=ERRORS,
             transient=True,
-            disable=not _errors.is_terminal,
+            disable=not ERRORS.is_terminal,
         )
         task = progress.add_task("checking", total=None, amount="")
 
@@ -142,7 +138,7 @@ def inspect(
             if png is not None:
                 written += found.save_figures(png, force=force)
     if as_json:
-        _print_json(found.as_json())
+        print_json(found.as_json())
         return
     console = Console()
     console.print(_table(found))

@@ -1,0 +1,75 @@
+"""Arguments and options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A model directory (Hugging Face format or converted), a hub id such as "
+        "llava-hf/llava-v1.6-mistral-7b-hf, or 'demo' for the tiny model in this package."
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        help="The question. <image> marks say where images go; else they come first. Without it a "
+        "demo picture's own question is asked.",
+        show_default=False,
+    ),
+]
+Image = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="An image file, or one of the pictures in this package: 'demo' or demo:1, demo:2, ... "
+        "('vlcache info demo' lists them). Give the option once for each image.",
+        show_default=False,
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
+RawPrompt = Annotated[
+    bool,
+    typer.Option("--raw-prompt", help="Take the prompt as given, without the chat template."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default."),
+]
+METHOD_HELP = (
+    "What the cache keeps of the prompt: vl-cache, h2o, snapkv, pyramidkv, streaming-llm, random, "
+    "or full."
+)
+BUDGET_HELP = (
+    "How much of it: a share of the cache such as 0.1, or tokens per layer such as 256tok. 0.1 by "
+    "default."
+)
+Method = Annotated[str, typer.Option(help=METHOD_HELP)]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(help=f"{METHOD_HELP} Give the option once for each; vl-cache by default."),
+]
+KvBudget = Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=False)]
+KvBudgets = Annotated[
+    list[str] | None, typer.Option(help=f"{BUDGET_HELP} Give the option once for each.")
+]
+BITS_HELP = (
+    "Quantise what is kept: 2, 4 or 8 bits for every token; akvq, which gives 16 or 4 bits to the "
+    "tokens that matter most and 2 to the others; kivi, 2 bits with keys by channel. 16, the "
+    "default, leaves it as it is. With --method full everything is kept, quantised."
+)
+KvBits = Annotated[str | None, typer.Option(help=BITS_HELP, show_default=False)]
+KvBitsList = Annotated[
+    list[str] | None,
+    typer.Option("--kv-bits", help=f"{BITS_HELP} Give the option once for each."),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        envvar="VLCACHE_BACKEND",
+        help="Attention kernels: triton, cudnn (the prefill only) or xla; by default the best for "
+        "the device. On a CPU triton is interpreted, for tests, and slow.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
