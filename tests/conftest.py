@@ -6,23 +6,16 @@ from pathlib import Path
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     # Without a GPU the CUDA plugin starts only where nobody asks it for one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Without LLVM's optimisations tiny models compile in half the time, and run little slower.
+    # XLA's own passes (fusion, copies, buffers) run all the same, as do all of a GPU's. Processes
+    # that a test starts inherit it; =0 brings back the code that users get.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
 
 from tests.checkpoints import config_json, random_tensors, write_model
 from tests.tiny import tiny_pinpoints, tiny_processor
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_compilation():
-    """Without LLVM's optimisations tiny models compile in half the time, and run little slower.
-
-    XLA's own passes (fusion, copies, buffers) run all the same. JAX_DISABLE_MOST_OPTIMIZATIONS=0
-    brings back the code that users get; for a GPU it is never given up.
-    """
-    if jax.default_backend() == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

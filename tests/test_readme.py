@@ -57,6 +57,7 @@ def tiny_demo(models, monkeypatch):
     monkeypatch.setattr(vlcache_jax, "load", load)
 
 
+@pytest.mark.usefixtures("tiny_demo")
 def test_the_ten_lines_of_python_run(capsys):
     namespace = {}
     exec(python_of(README)[0], namespace)

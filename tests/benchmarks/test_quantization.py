@@ -5,7 +5,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import typer
@@ -35,15 +34,7 @@ ORDER = ["RTN", "+ WHT", "+ TSA", "+ PSA"]
 
 
 @pytest.fixture(scope="module")
-def fast():
-    """Programs that compile in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def errors(fast):
+def errors():
     """Of a structure: what each stage's row says, compiled once for all structures."""
 
     def run(structure):
@@ -99,7 +90,7 @@ def test_bits_by_hand():
     assert bits_of(None, np.full((1, 4, 1), 512)) == {"payload_bits": 16, "bits": 16}
 
 
-def test_without_quantising_it_is_the_attention_in_float32(fast):
+def test_without_quantising_it_is_the_attention_in_float32():
     """Against numpy, row by row, and within bfloat16's rounding."""
     planted = plant(Structure(), 5)
     batched = Planted(*(x[None] for x in planted))
@@ -161,7 +152,7 @@ def test_the_document_has_the_numbers():
 
 
 @pytest.fixture
-def invoke(fast, monkeypatch):
+def invoke(monkeypatch):
     monkeypatch.setattr(quantization, "stages", lambda: {"+ PSA": stages()["+ PSA"]})
     monkeypatch.setattr(quantization, "OTHERS", {"bfloat16": None})
     app = typer.Typer()
