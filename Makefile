@@ -23,7 +23,7 @@ demo: $(VENV)/.demo  ## set up, and answer a question with all of the cache and 
 	$(VENV)/bin/vlcache compare demo --image demo
 
 test: $(VENV)/.test  ## set up, and run all tests
-	$(VENV)/bin/python -m pytest -n 2 --dist loadscope $(PYTEST)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST)
 
 test-next: .venv-next/constraints.txt  ## run the tests under the next release of jax (PYTHON312=...)
 	$(MAKE) test VENV=.venv-next CONSTRAINTS=$< PYTHON="$(PYTHON312)"
