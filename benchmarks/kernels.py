@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +24,21 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.ahead_of_time import GPUS
-from benchmarks.command import check_out
-from benchmarks.environment import environment, write_result
+from benchmarks.command import bad_input, check_known, check_out
+from benchmarks.environment import added, environment, write_result
 from benchmarks.triton_offline import KernelError, compile_kernels
 from pallas_kernels import (
     add_rms_norm,
     prefill_attention,
+    quantized_decode_attention,
     ragged_decode_attention,
     tiles,
     window_scores,
 )
 from pallas_kernels.add_rms_norm import config as norm_config
+from pallas_kernels.packing import per_word
 from pallas_kernels.prefill_attention import config as prefill_config
+from pallas_kernels.quantized_decode_attention import config as packed_config
 from pallas_kernels.ragged_decode_attention import config as decode_config
 from pallas_kernels.window_scores import config as window_config
 
@@ -46,6 +49,7 @@ CONFIGS: dict[str, Any] = {
     "prefill_attention": prefill_config,
     "window_scores": window_config,
     "ragged_decode_attention": decode_config,
+    "quantized_decode_attention": packed_config,
     "add_rms_norm": norm_config,
 }
 """The config.py of each operation."""
@@ -56,6 +60,41 @@ WIDTHS = (1024, 4096, 7168)
 """Of the residual stream; a row's `head_dim` for the norm, whose rows are not heads."""
 BATCH, HEADS, KV_HEADS, LENGTH, WINDOW, TAIL = 2, 32, 8, 4096, 512, 128
 MEAN_ROWS = LENGTH // 10
+
+
+class Packed(NamedTuple):
+    """What is asked of the kernel over packed rows.
+
+    Attributes:
+        bits: width of each run.
+        group: query heads of a kv head.
+        groups: of channels that have a scale of their own.
+        splits: parts of each run.
+        appends: the new token, too.
+    """
+
+    bits: tuple[int, ...] = (2,)
+    group: int = HEADS // KV_HEADS
+    groups: int = 1
+    splits: int = 8
+    appends: bool = True
+
+    def __str__(self) -> str:
+        changed = {k: v for k, v in self._asdict().items() if v != self._field_defaults[k]}
+        return ", ".join(f"{name} {value}" for name, value in changed.items()) or "2 bits, appends"
+
+
+PACKED = (
+    Packed(),
+    Packed(splits=1),
+    Packed(appends=False),
+    Packed(bits=(4, 2)),
+    Packed(bits=(8,)),
+    Packed(group=1),
+    Packed(groups=2),
+)
+"""The first one is compiled for all types, head dims and configurations; the others, since each of
+them takes long, in bfloat16 with heads of 128 and the default configuration alone."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +127,7 @@ def cases() -> Iterator[Case]:
     for arch in ARCHITECTURES:
         for dtype in DTYPES:
             for head_dim in HEAD_DIMS:
-                for make in (_prefill_cases, _window_cases, _decode_cases):
+                for make in (_prefill_cases, _window_cases, _decode_cases, _packed_cases):
                     yield from make(arch, dtype, head_dim)
             for width in WIDTHS:
                 yield from _norm_cases(arch, dtype, width)
@@ -98,7 +137,8 @@ def representative(case: Case) -> bool:
     """Whether a case is among the few that a test compiles: the operations' defaults."""
     common = (case.dtype, case.head_dim) in {("bfloat16", 128), ("float32", 80), ("bfloat16", 4096)}
     first = _configs(case.operation, case.arch, case.dtype, case.head_dim)[0]
-    return common and case.config == first and case.variant not in ("bidirectional", "splits 1")
+    rare = {"bidirectional", "splits 1", *map(str, PACKED[1:])}
+    return common and case.config == first and case.variant not in rare
 
 
 def _arrays(dtype: str, *shapes: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -164,6 +204,50 @@ def _decode_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:
                 (f"appends, splits {splits}", appends, (*qkv, *angles, *cache)),
             ):
                 yield Case(name, variant, dtype, head_dim, config, arch, function, args)
+
+
+def _packed_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:
+    name = "quantized_decode_attention"
+    if dtype == "float32":  # is left to XLA
+        return
+    configs = _configs(name, arch, dtype, head_dim)
+    for config in configs:
+        every = (dtype, head_dim, config) == ("bfloat16", 128, configs[0])
+        for packed in PACKED if every else PACKED[:1]:
+            program = _packed_program(dtype, head_dim, config, packed)
+            yield Case(name, str(packed), dtype, head_dim, config, arch, *program)
+
+
+def _packed_program(
+    dtype: str, head_dim: int, config: Any, packed: Packed
+) -> tuple[Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]:
+    kernels, lanes = quantized_decode_attention.triton, per_word(min(packed.bits))
+    kv_heads, runs = HEADS // packed.group, len(packed.bits)
+    words = 32 * MEAN_ROWS // lanes
+    args = (
+        *_arrays(dtype, *[(BATCH, kv_heads, LENGTH, head_dim)] * 2),
+        *_arrays("int32", *[(BATCH,)] * 2),
+        *_arrays("uint32", *[(BATCH, kv_heads, words, head_dim)] * 2),
+        *_arrays("uint32", *[(BATCH, kv_heads, packed.groups, words * lanes)] * 2),
+        *_arrays("int32", *[(BATCH, runs)] * 2),
+        *_arrays(dtype, *[(BATCH, kv_heads, TAIL, head_dim)] * 2),
+        *_arrays("int32", (BATCH,)),
+    )
+    static = {
+        "bits": packed.bits,
+        "key_group": None,
+        "scale": head_dim**-0.5,
+        "mean_words": words,
+        "config": config,
+        "splits": packed.splits,
+    }
+    if not packed.appends:
+        plain = partial(kernels.quantized_decode_attention, **static)
+        return plain, (*_arrays(dtype, (BATCH, HEADS, head_dim)), *args)
+    qkv = _arrays(dtype, (BATCH, kv_heads, packed.group + 2, head_dim))
+    angles = _arrays("float32", *[(BATCH, head_dim // 2)] * 2)
+    appends = partial(kernels.append_and_attend, transform=True, **static)
+    return appends, (*qkv, *angles, *args)
 
 
 def _norm_cases(arch: str, dtype: str, width: int) -> Iterator[Case]:
@@ -236,7 +320,15 @@ def main(
         bool, typer.Option("--offline", help="Compile the kernels; no GPU is needed.")
     ] = False,
     some: Annotated[
-        bool, typer.Option("--representative", help="Only a few cases, under 40 s.")
+        bool, typer.Option("--representative", help="Only a few cases, under a minute.")
+    ] = False,
+    operation: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Only {', '.join(CONFIGS)}; may be repeated.", show_default=False),
+    ] = None,
+    add: Annotated[
+        bool,
+        typer.Option("--add", help="Keep the rows that the file of --out has of other operations."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[
@@ -246,12 +338,22 @@ def main(
 ) -> None:
     """Compile every kernel in every configuration for sm_80 and sm_90; exit 1 if one is not ok.
 
-    The whole table takes about ten minutes on two cores.
+    The whole table takes about 20 minutes on two cores.
     """
     if not offline:
         raise typer.BadParameter("give --offline; on a GPU run: python -m benchmarks.gpu_suite")
-    check_out(out, force=force)
-    chosen = [case for case in cases() if not some or representative(case)]
+    check_out(out, force=force or add)
+    before: dict[str, Any] = {}
+    with bad_input():
+        wanted = operation or list(CONFIGS)
+        check_known("--operation", wanted, CONFIGS)
+        if add:
+            if out is None:
+                raise ValueError("--add is for rows of a file: give --out")
+            before = json.loads(out.read_text(encoding="utf-8"))
+            before["rows"] = [row for row in before["rows"] if row["operation"] not in wanted]
+    chosen = [case for case in cases() if case.operation in wanted]
+    chosen = [case for case in chosen if not some or representative(case)]
     errors = Console(stderr=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is done in other processes
         done = pool.map(compile_case, chosen)
@@ -260,7 +362,8 @@ def main(
             for found in track(done, "compiling", total=len(chosen), console=errors, transient=True)
             for row in found
         ]
-    result = {**environment(), "rows": rows, "ok": all(row["ok"] for row in rows)}
+    ok = all(row["ok"] for row in [*before.get("rows", []), *rows])
+    result = added(before, {**environment(), "rows": rows}) | {"ok": ok}
     if out is not None:
         write_result(out, result)
     if as_json:

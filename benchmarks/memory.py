@@ -31,7 +31,7 @@ from rich.table import Table
 from benchmarks import device_memory
 from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies, loop_floats
 from benchmarks.command import bad_input, check_known, check_out
-from benchmarks.environment import environment, write_result
+from benchmarks.environment import added, environment, write_result
 from benchmarks.models import MODELS, abstract_inputs
 from pallas_kernels.packing import per_word
 from vlcache_jax.cache.methods import AnyPool, FullCache, VLCache
@@ -316,23 +316,6 @@ def _next_batch(peaks: dict[int, int], memory: int) -> int:
 def known(row: dict[str, Any]) -> Program:
     """The program of a row; in a file of an older release it says less."""
     return Program(**{item.name: row[item.name] for item in fields(Program) if item.name in row})
-
-
-def added(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A result with the rows of another one behind its own; "added" says what made these.
-
-    Args:
-        before: the result; {} for none.
-        new: the other one.
-    """
-    if not before:
-        return new
-    about = {name: value for name, value in new.items() if name != "rows"}
-    return {
-        **before,
-        "rows": [*before["rows"], *new["rows"]],
-        "added": [*before.get("added", []), {**about, "rows": len(new["rows"])}],
-    }
 
 
 def show(rows: list[dict[str, Any]]) -> Table:

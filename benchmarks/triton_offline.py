@@ -156,8 +156,8 @@ from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 
 path, arch, num_warps, num_stages = sys.argv[1], *map(int, sys.argv[2:])
 target = GPUTarget("cuda", arch, 32)
-# XLA begins with these passes (`MakeTTIR`), which triton.compile leaves out of code that it is given
-# as text: one of them makes products that are added up sums that begin with the last one.
+# XLA begins with these passes (`MakeTTIR`), which triton.compile leaves out of code in text form.
+# One of them has a product that is added to something begin with that, in the same registers.
 context = ir.context()
 ir.load_dialects(context)
 CUDABackend(target).load_dialects(context)

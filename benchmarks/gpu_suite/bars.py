@@ -91,6 +91,31 @@ def decode_share(results: Results) -> tuple[float, str] | None:
     return rate / copy, remark
 
 
+def packed_share(results: Results) -> tuple[float, str] | None:
+    """The least share of the copy's bandwidth, among rows of `LARGE_BYTES` before packing."""
+    result = results.get("speed_packed", {})
+    rows = [row for row in _timed(result, "triton") if row["full_bytes"] >= LARGE_BYTES]
+    if not rows:
+        return None
+    worst = min(rows, key=lambda row: row["bytes_per_s"])
+    return worst["bytes_per_s"] / result["copy_bytes_per_s"], f"worst: {worst['case']}"
+
+
+def packed_speed(results: Results) -> tuple[float, str] | None:
+    """The speed over such rows, as a multiple of that over the same rows in bfloat16."""
+    result = results.get("speed_packed", {})
+    pool = {row["case"]: row["seconds"] for row in _timed(result, "pool")}
+    speeds = {
+        row["case"]: pool[row["case"]] / row["seconds"]
+        for row in _timed(result, "triton")
+        if row["full_bytes"] >= LARGE_BYTES and row["case"] in pool
+    }
+    if not speeds:
+        return None
+    worst = min(speeds, key=lambda case: speeds[case])
+    return speeds[worst], f"worst: {worst}"
+
+
 def prefill_rate(results: Results) -> tuple[float, str] | None:
     """Operations per second of Triton's prefill at 8192 tokens."""
     result = results.get("speed_prefill", {})
@@ -170,6 +195,9 @@ BARS = (
         step_share((2048, 32), (2048, 64), (8192, 64)),
     ),
     Bar("decode speed-up of 10 %: share of the ideal", 0.9, 0.97, percent, speedup_share),
+    Bar("packed rows, 512 MB or more in bfloat16: share of the copy", 0.5, 0.8, percent,
+        packed_share),
+    Bar("the same: speed to the rows in bfloat16", 1.0, 1.5, percent, packed_speed),
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Every kernel that reads a cache against its dense reference: see correctness.py."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ def decode(context: Context) -> dict[str, Any]:
     return checks.run(context, groups)
 
 
-def _cache(rng: np.random.Generator, shape: Shape) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def cache(rng: np.random.Generator, shape: Shape) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """A pool and a tail, NaN where nothing stands: k, v, offset, length; k, v, fill.
 
     The end of the pool, an empty layer, all of the pool, one token, nothing at all.
@@ -88,7 +88,7 @@ def _decode_variants(
 
 def _decode_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
     dtype, head_dim, group, _ = shape
-    pool, tail = _cache(rng, shape)
+    pool, tail = cache(rng, shape)
     inputs = (2 * host(rng, dtype, len(tail[-1]), KV_HEADS * group, head_dim), *pool, *tail)
     variants = _decode_variants(decode_op.triton.ragged_decode_attention, shape, every)
 
@@ -106,7 +106,7 @@ def _decode_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
 
 def _append_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
     dtype, head_dim, group, _ = shape
-    pool, tail = _cache(rng, shape)
+    pool, tail = cache(rng, shape)
     batch, fill = len(tail[-1]), tail[-1]
     qkv = host(rng, dtype, batch, KV_HEADS, group + 2, head_dim)
     angle = 6 * rng.random((batch, head_dim // 2), np.float32)
@@ -114,29 +114,53 @@ def _append_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
     variants = _decode_variants(decode_op.triton.append_and_attend, shape, every)
 
     def expected() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        first, second = np.split(qkv[..., :-1, :].astype(np.float32), 2, axis=-1)
-        cos, sin = (x[:, None, None] for x in inputs[1:3])
-        turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        turned = turned.astype(qkv.dtype)
-        q = turned[:, :, :group].reshape(batch, -1, head_dim)
-        tail_k, tail_v = tail[0].copy(), tail[1].copy()
-        for b in range(batch):
-            tail_k[b, :, fill[b]], tail_v[b, :, fill[b]] = turned[b, :, group], qkv[b, :, -1]
-        arrays: Any = (q, *pool, tail_k, tail_v, fill + 1)
+        q, *new = appended(qkv, rotated(qkv, *inputs[1:3]), tail)
+        arrays: Any = (q, *pool, *new, fill + 1)
         out = decode_reference.ragged_decode_attention(*arrays, scale=head_dim**-0.5)
-        return out, tail_k, tail_v
+        return out, new[0], new[1]
+
+    judge = judge_appended(dtype, fill)
+    return Group("append_and_attend", label(shape), inputs, variants, expected, judge)
+
+
+def rotated(qkv: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """The queries and the key of a new token's product, after RoPE: [B, K, G + 1, H]."""
+    first, second = np.split(qkv[..., :-1, :].astype(np.float32), 2, axis=-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(qkv.dtype)
+
+
+def appended(
+    qkv: np.ndarray, turned: np.ndarray, tail: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The queries [B, N, H], and the tail with the new token in it.
+
+    Args:
+        qkv: the new token's product [B, K, G + 2, H].
+        turned: its queries and key as they meet the cache.
+        tail: k, v, fill.
+    """
+    tail_k, tail_v, fill = (x.copy() for x in tail)
+    for b, row in enumerate(fill):
+        tail_k[b, :, row], tail_v[b, :, row] = turned[b, :, -1], qkv[b, :, -1]
+    return turned[:, :, :-1].reshape(len(fill), -1, qkv.shape[-1]), tail_k, tail_v
+
+
+def judge_appended(dtype: str, fill: np.ndarray) -> Callable[[list[np.ndarray], Any], Errors]:
+    """Compares the attention, and the rows of the tails; what was NaN behind them must still be."""
 
     def judge(results: list[np.ndarray], expected: tuple[np.ndarray, ...]) -> Errors:
         error = checks.relative_error(results[0], expected[0])
         errors = {"out": (error + checks.not_finite(results[0]), BOUNDS[dtype])}
-        used = np.broadcast_to((np.arange(TAIL) <= fill[:, None])[:, None], tail[0].shape[:3])
         for name, ours, other in zip(("tail k", "tail v"), results[1:], expected[1:], strict=True):
+            used = np.broadcast_to((np.arange(TAIL) <= fill[:, None])[:, None], ours.shape[:3])
             touched = 0.0 if np.isnan(ours[~used].astype(np.float32)).all() else 1.0
             error = checks.relative_error(ours[used], other[used])
             errors[name] = error + touched, BOUNDS[dtype]
         return errors
 
-    return Group("append_and_attend", label(shape), inputs, variants, expected, judge)
+    return judge
 
 
 def _merge_group(rng: np.random.Generator, dtype: str, parts: int) -> Group:

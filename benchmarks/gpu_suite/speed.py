@@ -6,7 +6,7 @@ operations on a prompt are in speed_prompt.py.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,22 @@ def rows_of(
     limit: Device,
     programs: dict[str, Callable[[], Any]],
     calls: int,
+    others: Mapping[str, Work] | None = None,
 ) -> list[dict[str, Any]]:
-    """Time several ways of doing the same: a row for each."""
-    rows = []
+    """Time several ways of doing the same: a row for each.
+
+    Args:
+        context: of the stage.
+        case: what is done.
+        work: of all programs but `others`.
+        limit: what their shares are shares of.
+        programs: by their names.
+        calls: of the operation in each program.
+        others: the work of programs that read something else.
+    """
+    rows, works = [], dict.fromkeys(programs, work) | dict(others or {})
     for name, found in measure.compare(programs, calls=calls, effort=context.effort).items():
+        work = works[name]
         row = {"case": case, "backend": name, "bytes": work.bytes, "ops": work.operations}
         if isinstance(found, NotImplementedError):
             rows.append({**row, "ok": None, "note": f"not available: {found}"})
@@ -120,7 +132,7 @@ def decode(context: Context) -> dict[str, Any]:
             continue
         sets, shared, work = decode_sets(context, case)
         backends = ("triton", "xla") if case.xla else ("triton",)
-        programs = {name: _decode_program(name, case.rows, sets, shared) for name in backends}
+        programs = {name: decode_program(name, case.rows, sets, shared) for name in backends}
         rows += rows_of(context, str(case), work, limit, programs, len(sets))
         del sets, shared, programs
         context.save(rows=rows)
@@ -129,14 +141,21 @@ def decode(context: Context) -> dict[str, Any]:
 
 
 def decode_sets(
-    context: Context, case: DecodeCase, head_dim: int = HEAD_DIM, dtype: str = DTYPE
+    context: Context,
+    case: DecodeCase,
+    head_dim: int = HEAD_DIM,
+    dtype: str = DTYPE,
+    layers: int | None = None,
 ) -> tuple[list[Any], tuple[jax.Array, ...], Work]:
-    """Layers of one pool as input sets, the pool and the tail, and the work of one layer."""
+    """Layers of one pool as input sets, the pool and the tail, and the work of one layer.
+
+    As many layers as are larger than the cache, where their number is not given.
+    """
     lengths, batch = case.lengths, case.batch
     tail_rows, fill = (8, 5) if context.dry else (128, 64)
     head_dim = 16 if context.dry else head_dim
     row_bytes = 2 * case.kv_heads * head_dim * jnp.dtype(dtype).itemsize  # of K and V
-    layers = measure.sets_for(int(lengths.sum()) * row_bytes, dry=context.dry)
+    layers = layers or measure.sets_for(int(lengths.sum()) * row_bytes, dry=context.dry)
     each = int(lengths.max())
 
     def draw(*shape: int) -> jax.Array:
@@ -158,9 +177,11 @@ def decode_sets(
     return sets, (*pool, *tail), Work(read + 2 * sets[0][0].nbytes, ops)
 
 
-def _decode_program(
+def decode_program(
     backend: str, mean_rows: int, sets: list[Any], shared: tuple[jax.Array, ...]
 ) -> Callable[[], Any]:
+    """A program of the decode attention over `decode_sets`."""
+
     def call(q, offset, length, fill, pool_k, pool_v, tail_k, tail_v):
         return ragged_decode_attention(
             q, pool_k, pool_v, offset, length, tail_k, tail_v, fill,

@@ -74,6 +74,9 @@ STAGES = (
     Stage("paper_whole", "end_to_end:paper_whole", 120, 420),
     Stage("flags", "flags:compare", 120, 400, alone=True),
     Stage("packed_decode", "end_to_end:packed_decode", 60, 200),
+    Stage("correctness_packed", "correctness_packed:packed", 20, 90),
+    Stage("speed_packed", "speed_packed:packed", 20, 80),
+    Stage("sweep_packed", "sweep:packed", 20, 80),
 )
 """Later ones are appended. Several small stages lose less to a crash than a large one."""
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.environment import write_result
-from benchmarks.gpu_suite import checks, speed, speed_prompt
+from benchmarks.gpu_suite import checks, speed, speed_packed, speed_prompt
 from benchmarks.gpu_suite.stages import Context
 from pallas_kernels import tiles, tuning
 from pallas_kernels.add_rms_norm import config as norm_config
@@ -26,6 +26,7 @@ from pallas_kernels.add_rms_norm import triton as norm_triton
 from pallas_kernels.backends import current_device
 from pallas_kernels.prefill_attention import config as prefill_config
 from pallas_kernels.prefill_attention import triton as prefill_triton
+from pallas_kernels.quantized_decode_attention import config as packed_config
 from pallas_kernels.ragged_decode_attention import config as decode_config
 from pallas_kernels.ragged_decode_attention import triton as decode_triton
 from pallas_kernels.window_scores import config as scores_config
@@ -43,6 +44,10 @@ PREFILL = [
 DECODE = [
     (32, 2, 4), (32, 4, 4), (32, 4, 6), (64, 2, 4), (64, 4, 3), (64, 4, 5), (64, 4, 6), (64, 8, 3),
     (64, 8, 4), (128, 4, 3), (128, 4, 4), (128, 8, 2), (128, 8, 4), (256, 4, 2), (256, 8, 2),
+]  # fmt: skip
+PACKED = [
+    (16, 32, 1, 2), (16, 32, 1, 3), (16, 32, 2, 2), (32, 16, 2, 2), (32, 32, 2, 4), (32, 32, 4, 2),
+    (32, 64, 2, 2), (64, 32, 2, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2),
 ]  # fmt: skip
 SCORES = [
     (64, 64, 4, 2), (64, 64, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 3),
@@ -259,6 +264,19 @@ def _splits_case(context: Context, batch: int, rows: int) -> Case:
         ways[f"splits {splits}"] = partial(kernel, splits=splits)
     size = tiles.padded(sets[0][0].shape[-1])
     return Case("ragged_decode_attention", "bfloat16", size, str(shape), ways, {}, sets, shared)
+
+
+def packed(context: Context) -> dict[str, Any]:
+    """The stage of the decode attention over packed rows: 512 MB in bfloat16, at 2 bits."""
+    return run(context, _cases(context, _packed_case, (128, 64)))
+
+
+def _packed_case(context: Context, dtype: str, head_dim: int) -> Case:
+    shape = speed_packed.DRY if context.dry else speed_packed.CASES[0]
+    sets, shared, _ = speed_packed.packed_sets(context, shape, head_dim, dtype)
+    kernel = partial(speed_packed.attend, shape, backend="triton")
+    configs = _configs(context, packed_config, dtype, tiles.padded(head_dim), PACKED)
+    return _case("quantized_decode_attention", dtype, head_dim, kernel, configs, sets, shared)
 
 
 def norm(context: Context) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-TENSOR_CORE_OPS = {"float32": 0, "merge_splits": 0}
-"""Types and kernels whose code has just so many tensor-core instructions; all others have some."""
+TENSOR_CORE_OPS = {"merge_splits": 0}
+"""Kernels whose code has just so many tensor-core instructions; all others have some."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,6 @@ def candidates(capability: int, dtype: jnp.dtype, head_dim: int) -> tuple[Config
         dtype: of the rows of full width.
         head_dim: padded to a power of two.
     """
-    if jnp.dtype(dtype).itemsize == 4:
-        return (Config(16, 16, 4, 2),)
     return (Config(32, 32, 2, 2), Config(32, 32, 2, 3))
 
 

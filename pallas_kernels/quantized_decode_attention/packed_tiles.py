@@ -15,7 +15,6 @@
   weights times shift is added to every channel.
 
 Queries and weights are float16 times a power of two, so that no size of theirs leaves its range.
-Of float32 caches the codes are float32.
 
 A block that would end beyond the array is moved back, and the rows that it should not see are left
 out: their scales, which may be NaN, are zero before anything is multiplied.
@@ -38,8 +37,10 @@ HEADS = 4
 COLUMNS = 2 * HEADS
 """Of the products: the heads with the left side of the words, and again with the right one."""
 
-KEY_CHANNELS, VALUE_CHANNELS = 64, 128
-"""Most channels of a tile of keys and of one of values: more of them take too many registers."""
+KEY_CHANNELS, VALUE_CHANNELS = 32, 128
+"""Most channels of a tile of keys and of one of values. Few take few registers; but of values all
+pairs of rows go into one sum for 16 channels, and of few channels each product waits for another.
+"""
 
 MANTISSA = 10
 """Low bits of a float16."""
@@ -53,18 +54,13 @@ class Query(NamedTuple):
 
     Attributes:
         parts: for each group of channels, tiles [C, 2 * channels] with zeros for the other side.
-        sums: for each group, the sum of its channels, float32 [C].
-        unit: what the tiles were divided by.
+        sums: for each group, the sum of its channels in the tiles, float32 [C].
+        unit: what a column's products are multiplied by to be logits, float32 [C].
     """
 
     parts: tuple[tuple[jax.Array, ...], ...]
     sums: tuple[jax.Array, ...]
-    unit: jax.Array | float
-
-    @property
-    def exact(self) -> bool:
-        """All numbers are float32."""
-        return self.parts[0][0].dtype == jnp.float32
+    unit: jax.Array
 
 
 class _Block(NamedTuple):
@@ -75,14 +71,12 @@ class _Block(NamedTuple):
         there: rows of each that are there: the first ones, int32 [words].
         bits: width of the rows.
         lanes: scales of a word-row.
-        exact: the codes become float32, not float16.
     """
 
     words: jax.Array
     there: jax.Array
     bits: int
     lanes: int
-    exact: bool
 
     @property
     def rows(self) -> int:
@@ -92,15 +86,13 @@ class _Block(NamedTuple):
     @property
     def _each(self) -> int:
         """Pairs that are picked from a word without a shift."""
-        return 1 if self.exact else MANTISSA // self.bits
+        return MANTISSA // self.bits
 
     @property
     def units(self) -> list[float]:
         """Of each pair of rows, the number that stands for the code 1."""
         pairs = range(self.rows // 2)
-        return [
-            1.0 if self.exact else 2.0 ** (pair % self._each * self.bits - 24) for pair in pairs
-        ]
+        return [2.0 ** (pair % self._each * self.bits - 24) for pair in pairs]
 
     def codes(self, ref: Any, columns: jax.Array) -> list[jax.Array]:
         """Of each pair, the codes of some channels: [words, columns, 2], left and right.
@@ -115,8 +107,9 @@ class _Block(NamedTuple):
             shift, place = pair // self._each * self._each, pair % self._each
             mask = ((1 << self.bits) - 1) << (place * self.bits)
             picked = (words >> jnp.uint32(shift * self.bits)) & jnp.uint32(mask << 16 | mask)
-            sides = picked, picked >> jnp.uint32(16)
-            found.append(jnp.stack([self._number(side) for side in sides], axis=-1))
+            sides = [x.astype(jnp.uint16) for x in (picked, picked >> jnp.uint32(16))]
+            numbers = [lax.bitcast_convert_type(side, jnp.float16) for side in sides]
+            found.append(jnp.stack(numbers, axis=-1))
         return found
 
     def _load(self, ref: Any, columns: jax.Array) -> jax.Array:
@@ -130,32 +123,24 @@ class _Block(NamedTuple):
             valid = jnp.broadcast_to(valid, (self.words.size, columns.size))
         return tiles.gather(ref, (self.words[:, None], columns[None, :]), valid)
 
-    def _number(self, codes: jax.Array) -> jax.Array:
-        """The numbers of the codes that stand in the lower half of words."""
-        if self.exact:
-            return (codes & jnp.uint32(0xFFFF)).astype(jnp.int32).astype(jnp.float32)
-        return lax.bitcast_convert_type(codes.astype(jnp.uint16), jnp.float16)
-
     def affine(self, ref: Any, group: int) -> list[tuple[jax.Array, jax.Array]]:
-        """Of each pair, scale and shift [words, C] of a column's side; 0 where there is no row.
+        """Of each pair, scale and shift [words, 2], left and right; 0 where there is no row.
 
         Args:
             ref: scales and shifts [groups, W * lanes].
             group: which group of channels.
         """
-        rows = jnp.arange(self.rows)
-        index = self.words[:, None] * self.lanes + rows[None, :]
+        rows = jnp.arange(self.rows)[None, :]
+        index = self.words[:, None] * self.lanes + rows
         valid = index < ref.shape[1] if ref.shape[1] < self.words.size * self.lanes else None
         tile = tiles.gather(ref, (group, index), valid)
-        tile = jnp.where(rows[None, :] < self.there[:, None], tile, jnp.uint32(0))
-        of_rows = lax.split(tile, [1] * self.rows, axis=1)
-        right, half = _right()[None, :], self.rows // 2
-        pairs = zip(of_rows[:half], of_rows[half:], strict=True)
-        return [split_affine(jnp.where(right, second, first)) for first, second in pairs]
+        tile = jnp.where(rows < self.there[:, None], tile, jnp.uint32(0))
+        pairs = _parts(tile.reshape(-1, 2, self.rows // 2), 1, axis=2)
+        return [split_affine(pair.reshape(-1, 2)) for pair in pairs]
 
     def visible(self, pair: int) -> jax.Array:
-        """Whether the row of a column's side is there, bool [words, C]."""
-        row = pair + jnp.where(_right(), self.rows // 2, 0)
+        """Whether the left and the right row of a pair are there, bool [words, 2]."""
+        row = pair + jnp.arange(2) * (self.rows // 2)
         return row[None, :] < self.there[:, None]
 
 
@@ -174,6 +159,11 @@ def _right() -> jax.Array:
     return jnp.arange(COLUMNS) >= HEADS
 
 
+def _columns(x: jax.Array) -> jax.Array:
+    """What the sides have [words, 2], for each column [words, C]."""
+    return jnp.broadcast_to(x[:, :, None], (*x.shape, HEADS)).reshape(-1, COLUMNS)
+
+
 def _by_side(x: jax.Array, axis: int) -> jax.Array:
     """[..., 2]: a column's numbers on its own side and zeros on the other; columns along `axis`."""
     right, zero = jnp.expand_dims(_right(), 1 - axis), jnp.zeros_like(x)
@@ -187,26 +177,25 @@ def _power_of_two(x: jax.Array) -> jax.Array:
     return jnp.where(power == 0.0, 1.0, power)
 
 
-def packed_query(q: jax.Array, groups: int) -> Query:
+def packed_query(q: jax.Array, groups: int, factor: float) -> Query:
     """The query heads of a program, made ready.
 
     Args:
         q: [16, padded(H)]; every fourth row is the same.
         groups: of channels that have a scale of their own.
+        factor: of the logits.
     """
-    columns = first_rows(q, COLUMNS)
-    wide, unit = columns.astype(jnp.float32), 1.0
-    if q.dtype != jnp.float32:
-        unit = _power_of_two(jnp.max(jnp.max(jnp.abs(wide), axis=1), axis=0))
-        columns = (wide / unit).astype(jnp.float16)
+    wide = first_rows(q, COLUMNS).astype(jnp.float32)
+    unit = _power_of_two(jnp.max(jnp.abs(wide), axis=1))
+    wide = wide / unit[:, None]
     width = q.shape[1] // groups
     size = min(KEY_CHANNELS, width)
-    parts = _parts(_by_side(columns, axis=0).reshape(COLUMNS, -1), 2 * size, axis=1)
-    each = width // size
+    by_side = _by_side(wide.astype(jnp.float16), axis=0).reshape(COLUMNS, -1)
+    parts, each = _parts(by_side, 2 * size, axis=1), width // size
     return Query(
         tuple(parts[group * each : (group + 1) * each] for group in range(groups)),
         tuple(jnp.sum(part, axis=1) for part in _parts(wide, width, axis=1)),
-        unit,
+        unit * factor,
     )
 
 
@@ -221,7 +210,6 @@ def attend_run(
     *,
     bits: int,
     lanes: int,
-    scale: float,
     block_words: int,
 ) -> Columns:
     """Go on with an online softmax over some word-rows of a run.
@@ -236,7 +224,6 @@ def attend_run(
         carry: the softmax so far.
         bits: width of the rows.
         lanes: scales of a word-row.
-        scale: factor of the logits.
         block_words: word-rows of a block.
     """
     each, last = per_word(bits), max(refs.words_k.shape[0] - block_words, 0)
@@ -247,12 +234,13 @@ def attend_run(
         words = jnp.minimum(first + own, last) + jnp.arange(block_words)
         word = words - first
         there = jnp.where((word >= own) & (word < end), jnp.clip(rows - word * each, 0, each), 0)
-        block = _Block(words, there, bits, lanes, query.exact)
-        logits = _logits(query, refs, block, scale * tiles.LOG2_E)
-        new = jnp.maximum(maximum, jnp.max(functools.reduce(jnp.maximum, logits), axis=0))
+        block = _Block(words, there, bits, lanes)
+        products = _products(query, refs, block)
+        highest = jnp.max(functools.reduce(jnp.maximum, products), axis=0) * query.unit
+        new = jnp.maximum(maximum, highest)
         # A side that has not seen a row: shift it by 0, and its weights are exp(-inf).
         finite = jnp.where(new == -jnp.inf, 0.0, new)
-        weights = [jnp.exp2(x - finite[None, :]) for x in logits]
+        weights = [jnp.exp2(x * query.unit[None, :] - finite[None, :]) for x in products]
         decay = jnp.exp2(maximum - finite)
         total = total * decay + jnp.sum(functools.reduce(jnp.add, weights), axis=0)
         sums = _values(refs, block, weights, len(query.parts), mixed[0].shape[0])
@@ -262,24 +250,22 @@ def attend_run(
     return lax.fori_loop(0, (end - begin + block_words - 1) // block_words, add, carry)
 
 
-def _logits(query: Query, refs: Any, block: _Block, factor: float) -> list[jax.Array]:
-    """Of each pair of rows [words, C], times `factor`; -inf where there is no row."""
+def _products(query: Query, refs: Any, block: _Block) -> list[jax.Array]:
+    """Of each pair of rows, query times key [words, C]; -inf where there is no row."""
     channel, found = 0, [jnp.zeros((block.words.size, COLUMNS), jnp.float32)] * len(block.units)
     for group, (parts, total) in enumerate(zip(query.parts, query.sums, strict=True)):
         products = [jnp.zeros_like(x) for x in found]
         for part in parts:
             columns = channel + jnp.arange(part.shape[1] // 2)
             channel += columns.size
-            codes = block.codes(refs.words_k, columns)
-            products = [
-                product + tiles.dot(tile.reshape(tile.shape[0], -1), part, trans_b=True)
-                for product, tile in zip(products, codes, strict=True)
-            ]
+            for pair, codes in enumerate(block.codes(refs.words_k, columns)):
+                codes = codes.reshape(codes.shape[0], -1)
+                products[pair] += tiles.dot(codes, part, trans_b=True)
         affine = block.affine(refs.affine_k, group)
         for pair, ((scale, shift), unit) in enumerate(zip(affine, block.units, strict=True)):
-            step = scale * (query.unit * (factor / unit))
-            found[pair] += products[pair] * step + (shift * factor) * total[None, :]
-    return [jnp.where(block.visible(pair), x, -jnp.inf) for pair, x in enumerate(found)]
+            own = products[pair] * _columns(scale * (1 / unit))
+            found[pair] += own + _columns(shift) * total[None, :]
+    return [jnp.where(_columns(block.visible(i)), x, -jnp.inf) for i, x in enumerate(found)]
 
 
 def _values(
@@ -290,25 +276,25 @@ def _values(
     each = tiles.padded(refs.words_v.shape[1]) // groups // size
     for group in range(groups):
         affine = block.affine(refs.affine_v, group)
-        shifts = [weight * shift for weight, (_, shift) in zip(weights, affine, strict=True)]
+        shifts = [
+            weight * _columns(shift) for weight, (_, shift) in zip(weights, affine, strict=True)
+        ]
         shifts = jnp.sum(functools.reduce(jnp.add, shifts), axis=0)
         scaled = [
-            weight * (scale * (units[0] / own))
+            weight * _columns(scale * (units[0] / own))
             for weight, (scale, _), own in zip(weights, affine, units, strict=True)
         ]
-        unit = 1.0
-        if not block.exact:
-            largest = functools.reduce(jnp.maximum, [jnp.abs(x) for x in scaled])
-            unit = _power_of_two(jnp.max(largest, axis=0))
-            scaled = [(x * (1.0 / unit)[None, :]).astype(jnp.float16) for x in scaled]
-            unit = unit[None, :] * (1.0 / units[0])
+        largest = functools.reduce(jnp.maximum, [jnp.abs(x) for x in scaled])
+        unit = _power_of_two(jnp.max(largest, axis=0))
+        scaled = [(x * (1.0 / unit)[None, :]).astype(jnp.float16) for x in scaled]
         for part in range(group * each, (group + 1) * each):
             codes = block.codes(refs.words_v, part * size + jnp.arange(size))
             products = [
                 tiles.dot(_sides_as_rows(tile), _sides_as_rows(_by_side(x, axis=1)), trans_a=True)
                 for tile, x in zip(codes, scaled, strict=True)
             ]
-            sums.append(functools.reduce(jnp.add, products) * unit + shifts[None, :])
+            product = functools.reduce(jnp.add, products)
+            sums.append(product * (unit * (1.0 / units[0]))[None, :] + shifts[None, :])
     return sums
 
 

@@ -38,6 +38,10 @@ from pallas_kernels.ragged_decode_attention.triton import (
 )
 from pallas_kernels.tuning import best
 
+LEAST_GROUP = 64
+"""Channels with a scale of their own, where a row has several: more scales take more registers than
+there are."""
+
 
 class _Refs(NamedTuple):
     """References of one kv head of a sequence; those that a kernel does not have are None."""
@@ -143,7 +147,7 @@ class _Program(NamedTuple):
 
     def packed(self, q: jax.Array, carry: Columns, split: jax.Array | int, splits: int) -> Columns:
         """Over one of the parts of every run."""
-        query = packed_query(q, self.groups)
+        query = packed_query(q, self.groups, self.case.scale * tiles.LOG2_E)
         for run, bits in enumerate(self.case.bits):
             first, rows = (x[self.batch, run] for x in (self.refs.first, self.refs.rows))
             words = (rows + per_word(bits) - 1) // per_word(bits)
@@ -159,7 +163,6 @@ class _Program(NamedTuple):
                 carry,
                 bits=bits,
                 lanes=self.case.lanes,
-                scale=self.case.scale,
                 block_words=self.case.config.block_words,
             )
         return carry
@@ -253,7 +256,7 @@ def quantized_decode_attention(
         splits: parts that each run is cut into; by the device's size by default.
 
     Raises:
-        NotImplementedError: keys by channel, or groups that are no tiles.
+        NotImplementedError: keys by channel, groups of few channels, or float32.
     """
     batch, heads, head_dim = q.shape
     kv_heads = dense_k.shape[1]
@@ -383,8 +386,10 @@ def _run(
 def _check(given: dict[str, jax.Array], key_group: int | None) -> None:
     if key_group is not None:
         raise NotImplementedError("keys quantised by channel")
+    if given["tail_k"].dtype == jnp.float32:  # codes meet numbers of half that width
+        raise NotImplementedError("float32")
     head_dim = given["q"].shape[-1]
     keys, values = (given[name].shape[2] for name in ("affine_k", "affine_v"))
-    fits = head_dim == tiles.padded(head_dim) and head_dim // keys >= tiles.SMALLEST
+    fits = head_dim == tiles.padded(head_dim) and head_dim // keys >= LEAST_GROUP
     if keys != values or (keys > 1 and not fits):
         raise NotImplementedError(f"{keys} and {values} groups of {head_dim} channels")

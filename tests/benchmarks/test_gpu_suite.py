@@ -69,7 +69,7 @@ def test_every_stage_passes(dry):
     assert {row["stage"]: row["status"] for row in report["stages"]} == dict.fromkeys(NAMES, "ok")
     assert (code, report["ok"], report["out"]) == (0, True, str(out))
     states = {row["bar"]: row["state"] for row in report["bars"]}
-    assert list(states.values()) == ["aim reached"] + 6 * ["not measured"]
+    assert list(states.values()) == ["aim reached"] + 8 * ["not measured"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,7 +108,8 @@ def test_the_batch_of_packed_caches_is_what_the_memory_holds():
 def test_the_table_of_block_sizes_has_the_format_of_the_committed_one(dry):
     (entries,) = saved(dry[0], "measured").values()
     assert set(entries) == {
-        "prefill_attention", "window_scores", "ragged_decode_attention", "add_rms_norm",
+        "prefill_attention", "window_scores", "ragged_decode_attention",
+        "quantized_decode_attention", "add_rms_norm",
     }  # fmt: skip
     assert Config(**entries["prefill_attention"]["bfloat16/16"])
 
@@ -347,10 +348,18 @@ def test_bars_are_shares_of_what_was_measured():
         timed(case, "automatic", ops_per_s=500e12, seconds=1.1),
         timed("causal, 2048 tokens", "automatic", ops_per_s=1e12, seconds=1.0),
     ]
+    large = {"full_bytes": 600e6}
+    packed = [
+        timed("2 bits", "triton", bytes_per_s=3e12, seconds=1.0, **large),
+        timed("8 bits", "triton", bytes_per_s=3.6e12, seconds=2.0, **large),
+        timed("small", "triton", bytes_per_s=1e12, seconds=1.0, full_bytes=5e6),
+        *(timed(case, "pool", seconds=3.2, **large) for case in ("2 bits", "8 bits", "small")),
+    ]
     results = {
         "correctness_a": {"rows": [{"ok": True}, {"ok": None}, {"ok": False}, {"ok": True}]},
         "speed_decode": {"rows": decode, "copy_bytes_per_s": 4e12},
         "speed_prefill": {"rows": prefill, "matmul_ops_per_s": 790e12},
+        "speed_packed": {"rows": packed, "copy_bytes_per_s": 4e12},
     }
     found = [(row["measured"], row["state"]) for row in bars.table(results)]
     assert found == [
@@ -359,11 +368,14 @@ def test_bars_are_shares_of_what_was_measured():
         ("500", "aim reached"),
         ("90.9 %", "short"),
         *3 * [(None, "not measured")],
+        ("75.0 %", "reached"),
+        ("160.0 %", "aim reached"),
     ]
     remarks = [row["remark"] for row in bars.table(results)]
     assert remarks[0] == "1 of 3 wrong"
     assert remarks[1] == "3.60 of 4.00 TB/s copied, 83.7 % of 4.3 TB/s; worst: large"
     assert remarks[2] == "cudnn 550, product 790"
+    assert remarks[-2:] == ["worst: 2 bits", "worst: 8 bits"]
 
 
 def test_what_was_not_measured_is_no_failure():

@@ -41,6 +41,7 @@ def test_the_representative_kernels_compile():
         "window_columns",
         "ragged_decode_attention",
         "append_and_attend",
+        "quantized_append_and_attend",
         "merge_splits",
         "add_rms_norm",
     }
@@ -103,7 +104,10 @@ def test_every_operation_type_head_dim_and_configuration_is_a_case():
         options = kernels._configs(case.operation, case.arch, case.dtype, case.head_dim)
         assert case.config in options
     heads = {(c.operation, c.dtype, c.head_dim, c.arch) for c in found if c.head_dim < 1000}
-    assert len(heads) == 3 * 3 * 5 * 2
+    assert len(heads) == (3 * 3 + 2) * 5 * 2  # packed rows are not for float32
+    packed = {str(variant) for variant in kernels.PACKED}
+    assert packed == {c.variant for c in found if c.operation == "quantized_decode_attention"}
+    assert len(packed) == len(kernels.PACKED)
 
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.11.2"])

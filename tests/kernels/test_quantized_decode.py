@@ -1,26 +1,30 @@
 """Decode attention over packed rows, against the float64 version that reads them one by one."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import quantized_decode_attention as op
 from pallas_kernels.hadamard import transform
-from pallas_kernels.packing import join_affine
+from pallas_kernels.packing import join_affine, split_affine
 from pallas_kernels.quantized_decode_attention import reference, triton, xla
 from pallas_kernels.ragged_decode_attention.xla import append
 from pallas_kernels.rope import rotate
+from tests.kernels.cases import compiled
 
 BATCH, KV_HEADS, WORDS, ROWS, TAIL = 2, 2, 24, 40, 8
-BOUNDS = {"float32": 1e-5, "bfloat16": 1.5e-2}
+BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
+DTYPES = {"xla": "float32", "triton": "float16"}
+"""Of each backend: the most exact one that it has."""
 CASES = {
-    # dtype, bits, group of query heads, head dim, groups of a row
-    "two widths": ("float32", (4, 2), 2, 64, 1),
-    "bfloat16": ("bfloat16", (4, 2), 4, 128, 1),
-    "2 bit, odd group": ("float32", (2,), 7, 80, 1),
-    "8 bit, small head": ("float32", (8,), 1, 16, 1),
-    "4 bit, two groups": ("float32", (4,), 4, 64, 2),
+    # dtype if not the backend's, bits, group of query heads, head dim, groups of a row, splits
+    "two widths": (None, (4, 2), 2, 32, 1, 3),
+    "bfloat16": ("bfloat16", (2,), 4, 128, 1, 1),
+    "2 bit, odd group": (None, (2,), 7, 80, 1, 3),
+    "8 bit, small head": (None, (8,), 1, 16, 1, 1),
+    "4 bit, two groups": (None, (4,), 4, 128, 2, 3),
 }
 
 
@@ -87,18 +91,18 @@ def error(found, expected):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["xla", "triton", "triton, split"])
+@pytest.mark.parametrize("backend", DTYPES)
 def test_attention_is_that_of_the_rows_spelled_out(name, backend):
-    dtype, bits, _, head_dim, _ = CASES[name]
-    given = arrays(*CASES[name])
+    dtype, bits, group, head_dim, groups, splits = CASES[name]
+    dtype = dtype or DTYPES[backend]
+    given = arrays(dtype, bits, group, head_dim, groups)
     scale = head_dim**-0.5
     expected = reference.quantized_decode_attention(*given.values(), bits=bits, scale=scale)
     static = {"bits": bits, "key_group": None, "scale": scale, "mean_words": WORDS}
     if backend == "xla":
-        run = jax.jit(lambda *a: xla.quantized_decode_attention(*a, **static))
+        run = compiled(lambda *a: xla.quantized_decode_attention(*a, **static))
     else:
-        splits = 3 if "split" in backend else 1
-        run = jax.jit(lambda *a: triton.quantized_decode_attention(*a, **static, splits=splits))
+        run = compiled(lambda *a: triton.quantized_decode_attention(*a, **static, splits=splits))
     found = run(*given.values())
     assert found.dtype == dtype
     assert error(found, expected) < BOUNDS[dtype]
@@ -106,17 +110,16 @@ def test_attention_is_that_of_the_rows_spelled_out(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])
-@pytest.mark.parametrize("turned", [True, False])
-@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize(("head_dim", "turned"), [(64, True), (64, False), (80, True)])
 def test_a_new_token_is_turned_appended_and_attended(backend, turned, head_dim):
-    group, bits = 2, (4, 2)
-    given = arrays("float32", bits, group, head_dim, 1, seed=1)
+    group, bits, dtype = 2, (4,), DTYPES[backend]
+    given = arrays(dtype, bits, group, head_dim, 1, seed=1)
     rng = np.random.default_rng(2)
-    qkv = rng.normal(size=(BATCH, KV_HEADS, group + 2, head_dim)).astype(np.float32)
+    qkv = rng.normal(size=(BATCH, KV_HEADS, group + 2, head_dim)).astype(dtype)
     angle = rng.uniform(0, 6, (BATCH, head_dim // 2)).astype(np.float32)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     q, *rest = given.values()
-    out, tail_k, tail_v = jax.jit(
+    out, tail_k, tail_v = compiled(
         lambda *a: op.append_and_attend(*a, bits=bits, transform=turned, backend=backend)
     )(jnp.asarray(qkv), cos, sin, *rest)
     rows = rotate(jnp.asarray(qkv[:, :, : group + 1]), cos[:, None, None], sin[:, None, None])
@@ -125,12 +128,12 @@ def test_a_new_token_is_turned_appended_and_attended(backend, turned, head_dim):
     new_k = append(given["tail_k"], rows[:, :, group:], fill)
     new_v = append(given["tail_v"], jnp.asarray(qkv[:, :, group + 1 :]), fill)
     for found, expected in ((tail_k, new_k), (tail_v, new_v)):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found, expected, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
     changed = {"q": rows[:, :, :group].reshape(q.shape), "tail_k": new_k, "tail_v": new_v}
     expected = reference.quantized_decode_attention(
         *{**given, **changed, "fill": fill + 1}.values(), bits=bits, scale=head_dim**-0.5
     )
-    assert error(out, expected) < BOUNDS["float32"]
+    assert error(out, expected) < BOUNDS[dtype]
 
 
 def test_keys_by_channel_are_for_xla():
@@ -144,12 +147,36 @@ def test_keys_by_channel_are_for_xla():
         op.quantized_decode_attention(*given.values(), bits=(2,), key_group=32, backend="triton")
 
 
+@pytest.mark.parametrize(("dtype", "groups"), [("float32", 1), ("bfloat16", 2)])
+def test_float32_and_small_groups_are_for_xla(dtype, groups):
+    given = arrays(dtype, (2,), 2, 64, groups)
+    with pytest.raises(NotImplementedError, match=r"float32|2 groups"):
+        op.quantized_decode_attention(*given.values(), bits=(2,), backend="triton")
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e4])
+def test_queries_and_values_of_any_size(size):
+    """Codes meet float16: nothing that is small or large may leave its range."""
+    given = arrays("bfloat16", (2,), 1, 16, 1)
+    parts = [split_affine(given[name]) for name in ("affine_k", "affine_v")]
+    sizes = 1 / size, size
+    keys, values = (join_affine(*(x * y for x in one)) for one, y in zip(parts, sizes, strict=True))
+    none = {name: jnp.zeros_like(given[name]) for name in ("length", "fill")}
+    given |= {"q": given["q"] * size, "affine_k": keys, "affine_v": values, **none}
+    expected = reference.quantized_decode_attention(*given.values(), bits=(2,), scale=0.25)
+    run = compiled(
+        lambda *a: op.quantized_decode_attention(*a, bits=(2,), scale=0.25, backend="triton")
+    )
+    found = run(*given.values())
+    assert error(found, expected) < BOUNDS["bfloat16"]
+
+
 def test_nothing_to_attend_to_is_zero():
-    given = arrays("float32", (2,), 2, 64, 1)
-    none = {name: jnp.zeros_like(given[name]) for name in ("length", "rows", "fill")}
     for backend in ("xla", "triton"):
-        out = op.quantized_decode_attention(*{**given, **none}.values(), bits=(2,), backend=backend)
-        assert not np.asarray(out).any()
+        given = arrays(DTYPES[backend], (2,), 2, 64, 1)
+        none = {name: jnp.zeros_like(given[name]) for name in ("length", "rows", "fill")}
+        run = functools.partial(op.quantized_decode_attention, bits=(2,), backend=backend)
+        assert not np.asarray(compiled(run)(*{**given, **none}.values())).any()
 
 
 @pytest.mark.parametrize(
