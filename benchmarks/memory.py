@@ -34,7 +34,8 @@ from benchmarks.command import bad_input, check_known, check_out
 from benchmarks.environment import added, environment, write_result
 from benchmarks.models import MODELS, abstract_inputs
 from pallas_kernels.packing import per_word
-from vlcache_jax.cache.methods import AnyPool, FullCache, VLCache
+from vlcache_jax.cache.method import AnyPool
+from vlcache_jax.cache.methods import FullCache, VLCache
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
 from vlcache_jax.generate import Generate

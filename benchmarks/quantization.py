@@ -34,7 +34,8 @@ from benchmarks.documents import NOT_MEASURED, table
 from benchmarks.environment import environment, write_result
 from pallas_kernels.hadamard import transform
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import FullCache, Plan
+from vlcache_jax.cache.method import Plan
+from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.config import TextConfig

@@ -12,7 +12,7 @@ import pytest
 import vlcache_jax
 from tests.tiny import picture
 from vlcache_jax import AKVQ, Calibration, FullCache, Generate, VLCache, calibrate, demo
-from vlcache_jax.cache.methods import CacheMethod, Observation
+from vlcache_jax.cache.method import CacheMethod, Observation
 from vlcache_jax.calibration import KV_LAYERS, file_beside
 from vlcache_jax.loading import describe
 

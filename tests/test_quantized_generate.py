@@ -21,7 +21,8 @@ from tests.cache.numpy_quantize import (
 from tests.tiny import picture, tiny_config, tiny_processor
 from vlcache_jax import Buckets, FullCache, Generate, Processor, VLCache
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import Observation, as_method
+from vlcache_jax.cache.method import Observation
+from vlcache_jax.cache.methods import as_method
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.cache.state import Pool, Tail

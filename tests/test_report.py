@@ -10,7 +10,7 @@ from pallas_kernels.packing import per_word
 from tests.tiny import picture, tiny_config
 from vlcache_jax import AKVQ, KIVI, RTN, FullCache, Generate, VLCache
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import Plan
+from vlcache_jax.cache.method import Plan
 from vlcache_jax.config import TextConfig
 from vlcache_jax.report import cache_report, kv_bits, memory_need, packed_bytes, pool_bytes
 

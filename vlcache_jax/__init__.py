@@ -1,10 +1,11 @@
 """LLaVA-style vision-language models in JAX with a compressed key/value cache (VL-Cache)."""
 
+from vlcache_jax.answer import Answer, Timings
 from vlcache_jax.buckets import Buckets
 from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import (
     H2O,
-    CacheMethod,
     Custom,
     FullCache,
     PyramidKV,
@@ -24,7 +25,7 @@ from vlcache_jax.loading import load
 from vlcache_jax.processing import ModelInputs, Processor
 from vlcache_jax.report import CacheReport
 from vlcache_jax.sampling import Sampling
-from vlcache_jax.vlm import VLM, Answer, Stream, Timings
+from vlcache_jax.vlm import VLM, Stream
 
 __all__ = [
     "AKVQ",

@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from vlcache_jax.answer import Answer
 from vlcache_jax.report import human_bytes
-from vlcache_jax.vlm import Answer
 
 if TYPE_CHECKING:
     from vlcache_jax.calibration import Calibration

@@ -23,14 +23,8 @@ from jax import lax
 from pallas_kernels.backends import check_backend
 from pallas_kernels.prefill_attention import prefill_attention
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import (
-    AnyPool,
-    CacheMethod,
-    FullCache,
-    Observation,
-    Plan,
-    as_method,
-)
+from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
+from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.packed import PackedPool, spill
 from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.state import Pool, Tail, empty_tail, whole_capacity

@@ -9,7 +9,8 @@ from pallas_kernels.backends import check_backend
 from pallas_kernels.prefill_attention.cudnn import require_gpu
 from vlcache_jax import demo
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets, padding_shares
-from vlcache_jax.cache.methods import CacheMethod, FullCache
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.calibration import KV_LAYERS, Calibration
 from vlcache_jax.checkpoint import Progress, load_params, open_checkpoint, resolve
 from vlcache_jax.config import LlavaConfig, token_ids

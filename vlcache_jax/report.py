@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.cache.methods import CacheMethod
+from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.quantize import Quantizer, groups
 from vlcache_jax.cache.quantizers import QUANTIZERS
 from vlcache_jax.cache.state import whole_capacity

@@ -3,69 +3,27 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import numpy as np
 
-from vlcache_jax.cache.methods import AnyPool, CacheMethod, as_method
+from vlcache_jax.answer import Answer, Timings
+from vlcache_jax.cache.method import AnyPool, CacheMethod
+from vlcache_jax.cache.methods import as_method
 from vlcache_jax.cache.quantize import Quantizer
-from vlcache_jax.cache.trace import BatchTrace, Trace
+from vlcache_jax.cache.trace import BatchTrace
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.generate import CHUNK, DecodeState, Generate
 from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import Images, ModelInputs, Processor
-from vlcache_jax.report import CacheReport, cache_report
+from vlcache_jax.report import cache_report
 from vlcache_jax.sampling import Sampling
 
 STREAM_CHUNK = 16
 """Decode steps between two pieces of a stream: about a tenth of a second of a 7B model's time."""
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Wall time in seconds, compilation apart.
-
-    Attributes:
-        compile_s: compiling the programs that this call was the first to need; 0 when none.
-        prefill_s: from the prompt to its first token: vision, prefill, cache build. None where the
-            call is one program, whose parts cannot be told apart.
-        decode_s: all further tokens. None likewise.
-        total_s: everything but compilation and processing.
-        decode_tokens_per_s: decode steps per second of one sequence; None where none were run.
-    """
-
-    compile_s: float
-    prefill_s: float | None
-    decode_s: float | None
-    total_s: float
-    decode_tokens_per_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one prompt.
-
-    Attributes:
-        text: the decoded answer.
-        tokens: its token ids, without the stop token.
-        prompt_tokens: true length of the prompt, visual tokens included.
-        visual_tokens: visual tokens among them.
-        cache: what is kept of this sequence's cache, in tokens and bytes.
-        timings: of the whole call; a batch shares them.
-        trace: what was kept and why, where it was asked for.
-    """
-
-    text: str
-    tokens: list[int]
-    prompt_tokens: int
-    visual_tokens: int
-    cache: CacheReport
-    timings: Timings
-    trace: Trace | None = None
 
 
 class Options(TypedDict, total=False):

@@ -15,7 +15,8 @@ from benchmarks.accuracy.oracle import MostAttention, Oracle
 from benchmarks.accuracy.scene import Manner
 from benchmarks.accuracy.scoring import summarise
 from benchmarks.accuracy.tasks import TASKS, Item, make_item
-from vlcache_jax.cache.methods import METHODS, CacheMethod, Custom, make_method
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.methods import METHODS, Custom, make_method
 from vlcache_jax.report import count_parameters
 from vlcache_jax.vlm import VLM
 

@@ -36,7 +36,8 @@ from pallas_kernels.hadamard import transform
 from vlcache_jax.anyres import max_tiles, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import AnyPool, CacheMethod, FullCache, Observation, Plan
+from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
+from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.state import Pool, empty_tail, round_up
 from vlcache_jax.cache.trace import attention_mass_recall, cache_hit_rate

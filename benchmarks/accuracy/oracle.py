@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.allocate import Allocation, Uniform
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import CacheMethod, Observation
+from vlcache_jax.cache.method import CacheMethod, Observation
 from vlcache_jax.cache.score import Layer, RecentScore, Score
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.config import TextConfig

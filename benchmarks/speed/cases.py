@@ -14,7 +14,8 @@ from vlcache_jax import demo
 from vlcache_jax.anyres import max_tiles
 from vlcache_jax.cache.allocate import Allocation, Uniform, allocate
 from vlcache_jax.cache.budget import Budget, Prompt
-from vlcache_jax.cache.methods import CacheMethod, FullCache
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.generate import Generate
 from vlcache_jax.processing import ModelInputs

@@ -17,7 +17,7 @@ from benchmarks.speed.cases import Case, Variant
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
 from pallas_kernels.packing import join_affine
-from vlcache_jax.cache.methods import AnyPool
+from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.packed import PackedPool, runs_of
 from vlcache_jax.cache.state import Pool, empty_tail
 from vlcache_jax.generate import DecodeState

@@ -9,7 +9,8 @@ import typer
 from benchmarks.command import check_known
 from benchmarks.speed.cases import FULL, Variant
 from pallas_kernels.backends import check_backend
-from vlcache_jax.cache.methods import METHODS, CacheMethod, as_method, make_method
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.methods import METHODS, as_method, make_method
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
 
 Methods = Annotated[

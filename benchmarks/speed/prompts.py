@@ -13,7 +13,7 @@ from benchmarks.speed.cases import Case, Variant, paper_sparsity
 from benchmarks.speed.decoding import random_rows
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
-from vlcache_jax.cache.methods import Observation
+from vlcache_jax.cache.method import Observation
 from vlcache_jax.generate import Generate, Prefill
 from vlcache_jax.models.llava import Params
 

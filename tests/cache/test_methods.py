@@ -39,8 +39,9 @@ from vlcache_jax import (
     Trace,
     VLCache,
 )
-from vlcache_jax.cache import methods, score
-from vlcache_jax.cache.methods import Observation
+from vlcache_jax.cache import method as base
+from vlcache_jax.cache import score
+from vlcache_jax.cache.method import Observation
 from vlcache_jax.cache.trace import trace_batch
 
 ROWS = 160
@@ -199,7 +200,7 @@ def case_of(tmp_path_factory) -> Callable[[str], Case]:
 # Compiled once per shape. The rest of a method runs eagerly: each method and budget is a program of
 # its own, and there are hundreds of them.
 window_scores = jax.jit(score.window_scores, static_argnames=("threshold", "scale", "backend"))
-allocate = jax.jit(methods.allocate, static_argnames="budget")
+allocate = jax.jit(base.allocate, static_argnames="budget")
 
 
 def traces(method: CacheMethod, case: Case) -> list[Trace]:
@@ -215,7 +216,7 @@ def traces(method: CacheMethod, case: Case) -> list[Trace]:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score, "window_scores", window_scores)
-        patch.setattr(methods, "allocate", allocate)
+        patch.setattr(base, "allocate", allocate)
         seen = Observation.stack([method.observe(layer) for layer in shown])
         plan = method.plan(seen, prompt)
     weights = jnp.ones((batch, layers, case.k.shape[3], rows))  # of a decoded token: not looked at

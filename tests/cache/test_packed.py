@@ -20,7 +20,8 @@ from tests.cache.numpy_quantize import (
 from vlcache_jax import H2O, VLCache
 from vlcache_jax.cache import packed
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import Plan, as_method
+from vlcache_jax.cache.method import Plan
+from vlcache_jax.cache.methods import as_method
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 
 B, L, K, T = 6, 2, 2, 37

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlcache_jax.cache.budget import Budget, Prompt
-from vlcache_jax.cache.methods import FullCache, Observation
+from vlcache_jax.cache.method import Observation
+from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.state import BLOCK, Pool, round_up
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlcache_jax.cache.allocate import AllocationFunction, Sparsity
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import CacheMethod, Observation, Plan
+from vlcache_jax.cache.method import CacheMethod, Observation, Plan
 
 
 def prompt_attention(q: jax.Array, k: jax.Array, lengths: jax.Array) -> jax.Array:

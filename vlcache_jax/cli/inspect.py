@@ -25,7 +25,7 @@ from vlcache_jax.cli.options import (
 from vlcache_jax.cli.terminal import BAD_INPUT, ERRORS, find_question, print_json, user_errors
 
 if TYPE_CHECKING:
-    from vlcache_jax.cache.methods import CacheMethod
+    from vlcache_jax.cache.method import CacheMethod
     from vlcache_jax.inspection import Inspection
 
 

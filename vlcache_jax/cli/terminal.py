@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from vlcache_jax.vlm import VLM, Answer, Stream
+    from vlcache_jax.answer import Answer
+    from vlcache_jax.vlm import VLM, Stream
 
 ERRORS = Console(stderr=True, highlight=False, emoji=False)  # "demo:x:" stays as it is
 

@@ -21,7 +21,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.cache.methods import CacheMethod, FullCache, as_method
+from vlcache_jax.answer import Answer, Timings
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.trace import Trace
 from vlcache_jax.display import same_tokens, versions
@@ -29,7 +31,7 @@ from vlcache_jax.inspection.files import check_report, write_whole
 from vlcache_jax.patches import patch_rectangles
 from vlcache_jax.processing import ImageLike, Images, Processor, load_image
 from vlcache_jax.report import CacheReport
-from vlcache_jax.vlm import VLM, Answer, Timings
+from vlcache_jax.vlm import VLM
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done now, how many parts are done and how many there are."""

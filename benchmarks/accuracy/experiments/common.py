@@ -11,7 +11,8 @@ from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
 from benchmarks.accuracy.metrics import METRICS, score
 from benchmarks.accuracy.scoring import difference, summarise
 from benchmarks.accuracy.tasks import Item
-from vlcache_jax.cache.methods import METHODS, CacheMethod, make_method
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.methods import METHODS, make_method
 from vlcache_jax.vlm import VLM
 
 Cell = tuple[str, str]

@@ -19,7 +19,8 @@ from jax import lax
 
 from benchmarks.accuracy.evaluate import Stages
 from benchmarks.accuracy.oracle import Oracle, attention_of_answer
-from vlcache_jax.cache.methods import CacheMethod, FullCache, Observation
+from vlcache_jax.cache.method import CacheMethod, Observation
+from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.state import Pool, empty_tail
 from vlcache_jax.cache.trace import attention_mass_recall
 from vlcache_jax.generate import DecodeState

@@ -11,7 +11,8 @@ from benchmarks.accuracy.experiments.text import both, budget_of, made_by
 from benchmarks.accuracy.report import Result, scored
 from benchmarks.documents import table
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.methods import CacheMethod, Custom, FullCache, Observation, Plan, VLCache
+from vlcache_jax.cache.method import CacheMethod, Observation, Plan
+from vlcache_jax.cache.methods import Custom, FullCache, VLCache
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -41,7 +41,7 @@ from benchmarks.accuracy.tasks import Item, questions_of_one_picture
 from benchmarks.documents import table
 from vlcache_jax.anyres import num_tiles
 from vlcache_jax.buckets import Buckets
-from vlcache_jax.cache.methods import CacheMethod
+from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.state import round_up
 from vlcache_jax.vlm import VLM
 

@@ -5,7 +5,8 @@ from benchmarks.accuracy.experiments.common import Bench, Cell, compare, differe
 from benchmarks.accuracy.experiments.text import both, budget_of, change, full_cache, made_by
 from benchmarks.accuracy.report import Result, per_cent
 from benchmarks.documents import table
-from vlcache_jax.cache.methods import CacheMethod, as_method, make_method
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.methods import as_method, make_method
 from vlcache_jax.cache.quantizers import make_quantizer
 
 WHOLE_BITS = ("8", "4", "2", "kivi", "akvq")

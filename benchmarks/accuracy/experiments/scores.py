@@ -18,7 +18,8 @@ from benchmarks.accuracy.scene import Manner
 from benchmarks.accuracy.scoring import rounded
 from benchmarks.accuracy.tasks import Item
 from benchmarks.documents import table
-from vlcache_jax.cache.methods import CacheMethod, Custom, SnapKV, VLCache
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.methods import Custom, SnapKV, VLCache
 from vlcache_jax.vlm import VLM
 
 CHOSEN_ON = "tune"

@@ -40,7 +40,8 @@ from benchmarks.documents import NOT_MEASURED, source_of
 from tests.benchmarks.accuracy.test_evaluate import make_vlm
 from vlcache_jax import H2O, Custom, Generate, SnapKV, VLCache, programs
 from vlcache_jax.cache.budget import Budget, Prompt
-from vlcache_jax.cache.methods import METHODS, Observation
+from vlcache_jax.cache.method import Observation
+from vlcache_jax.cache.methods import METHODS
 from vlcache_jax.cache.score import ColumnSum, Layer, PostVisionRows
 from vlcache_jax.models.llava import bind
 

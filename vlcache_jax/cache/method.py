@@ -1,0 +1,238 @@
+"""What a cache method is: how it looks at a prompt, decides what to keep, and makes the pool of it.
+
+    observe (each layer) ─► Observation ─► plan ─► Plan ─► build ─► Pool or PackedPool
+
+The methods themselves are in methods.py.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.cache.allocate import Allocation, allocate
+from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.compact import compact
+from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
+from vlcache_jax.cache.quantize import Quantizer
+from vlcache_jax.cache.score import Layer, Score
+from vlcache_jax.cache.select import kept_rows, rank_rows
+from vlcache_jax.cache.state import Pool, whole_capacity
+from vlcache_jax.config import TextConfig
+
+AnyPool = Pool | PackedPool
+"""What a method makes: rows of full width, or most of them packed."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Observation:
+    """What a method saw of the layers while the prompt ran; None where it did not look.
+
+    Attributes:
+        scores: of each token, float32 [B, K, T] for one layer, [B, L, K, T] for all.
+        measured: the allocation's measure, float32 [B] for one layer, [B, L] for all.
+        salience: largest activation of each token in the residual stream that enters the layer,
+            float32 [B, T] for one layer, [B, L, T] for all.
+    """
+
+    scores: jax.Array | None = None
+    measured: jax.Array | None = None
+    salience: jax.Array | None = None
+
+    @classmethod
+    def stack(cls, layers: "list[Observation]") -> "Observation":
+        """The observations of all layers as one."""
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *layers)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """What is to be kept.
+
+    Attributes:
+        budgets: k, rows of each layer, int32 [B, L].
+        order: positions by worth, of which each kv head keeps the first k, int32 [B, L, K, T], or
+            [B, L, 1, T] where the heads keep the same ones; None where every row is kept.
+        salience: as in `Observation`: by it a quantiser finds its pivots.
+    """
+
+    budgets: jax.Array
+    order: jax.Array | None
+    salience: jax.Array | None = None
+
+    def kept(self, prompt: Prompt) -> jax.Array:
+        """Which tokens are kept, bool [B, L, K or 1, T]."""
+        if self.order is None:
+            inside = jnp.arange(prompt.rows) < prompt.length[:, None]
+            return jnp.broadcast_to(inside[:, None, None, :], (*self.budgets.shape, 1, prompt.rows))
+        return kept_rows(self.order, self.budgets)
+
+
+@dataclass(frozen=True)
+class CacheMethod:
+    """A way to keep a part of a prompt's cache; the base of all methods.
+
+    The lengths are per layer: all kv heads of a layer keep equally many tokens, each its own unless
+    `shared_heads`. A budget of 1 or more keeps everything: nothing is scored or moved.
+
+    Attributes:
+        budget: the share of the whole cache to keep (0.1 is 10 %), or tokens per layer ("256tok").
+        shared_heads: one set of tokens per layer, by the sum of its heads' scores.
+        quantize: how what is kept is quantised; not at all by default.
+
+    Raises:
+        ValueError: the budget or another setting is out of range.
+    """
+
+    name: ClassVar[str] = ""
+
+    budget: float | str = 0.1
+    shared_heads: bool = False
+    quantize: Quantizer | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        # Made here so that a bad setting is refused now, not when the first prompt runs.
+        _ = self.limit, self.rules()
+
+    @property
+    def limit(self) -> Budget:
+        """The budget, read."""
+        return Budget.parse(self.budget)
+
+    def rules(self) -> tuple[Score, Allocation]:
+        """What each token is worth, and how many of them each layer keeps."""
+        raise NotImplementedError(f"{type(self).__name__} has no rules")
+
+    @property
+    def label(self) -> str:
+        """The name, with that of the quantiser behind it: "vl-cache+akvq"."""
+        return self.name if self.quantize is None else f"{self.name}+{self.quantize.name}"
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the weights of the values have to be transformed (`models.fold`)."""
+        return self.quantize is not None and self.quantize.transform
+
+    def for_model(
+        self, config: TextConfig, tsa_layers: tuple[int, ...] | None = None
+    ) -> "CacheMethod":
+        """This method for a model: what its quantiser takes from the model is filled in.
+
+        Args:
+            config: the decoder.
+            tsa_layers: text-salient layers that were calibrated for the checkpoint, if any were.
+        """
+        if self.quantize is None:
+            return self
+        filled = self.quantize.for_decoder(config.kind, config.num_layers, tsa_layers)
+        return self if filled == self.quantize else replace(self, quantize=filled)
+
+    def capacity(self, layers: int, prompt_rows: int) -> int:
+        """Rows of the pool for L layers and a bucket of T prompt rows, were it not quantised."""
+        return self.limit.capacity(layers, prompt_rows)
+
+    def observe(self, layer: Layer) -> Observation:
+        """Look at one layer of the running prompt."""
+        salience = None
+        if self.quantize is not None and self.quantize.watches_stream:
+            if layer.entering is None:
+                raise ValueError("pivots are found by the stream that enters a layer: give it")
+            salience = jnp.max(jnp.abs(layer.entering), axis=-1).astype(jnp.float32)
+        if self.limit.keeps_all:
+            return Observation(salience=salience)
+        score, allocation = self.rules()
+        measured = allocation.measure(layer)
+        return Observation(score(layer), measured, salience)
+
+    def plan(self, seen: Observation, prompt: Prompt) -> Plan:
+        """Decide what is kept: budgets by the allocation, tokens by the score.
+
+        Args:
+            seen: the observations of all layers.
+            prompt: the prompts.
+        """
+        batch, layers = *prompt.length.shape, prompt.layers
+        if self.limit.keeps_all:
+            budgets = jnp.broadcast_to(prompt.length[:, None], (batch, layers))
+            return Plan(budgets, None, seen.salience)
+        score, allocation = self.rules()
+        sizes = allocation.sizes(prompt, seen.measured)
+        budgets = allocate(sizes, self.limit, prompt.length)
+        scores = seen.scores
+        if scores is None:
+            scores = jnp.zeros((batch, layers, 1, prompt.rows), jnp.float32)
+        if self.shared_heads:
+            scores = jnp.sum(scores, axis=2, keepdims=True)
+        first, last = score.always(budgets, prompt)
+        return Plan(budgets, rank_rows(scores, first, last, prompt.length), seen.salience)
+
+    def pool_shapes(
+        self,
+        config: TextConfig,
+        batch: int,
+        prompt_rows: int,
+        dtype: jnp.dtype,
+        new_rows: int = 0,
+    ) -> AnyPool:
+        """What `build` makes for a bucket of T prompt rows, as shapes; nothing is allocated."""
+        layers, heads = config.num_layers, config.num_kv_heads
+        shape = batch, heads, whole_capacity(layers, prompt_rows), config.head_dim
+        evicts = not self.limit.keeps_all
+
+        def make() -> AnyPool:
+            rows = jnp.zeros(shape, dtype)
+            prompt = Prompt(
+                jnp.zeros((batch,), jnp.int32),
+                jnp.zeros((batch, prompt_rows), bool),
+                layers,
+                self.limit,
+            )
+            order = jnp.zeros((batch, layers, heads, prompt_rows), jnp.int32) if evicts else None
+            salience = jnp.zeros((batch, layers, prompt_rows))
+            plan = Plan(jnp.zeros((batch, layers), jnp.int32), order, salience)
+            return self.build(rows, rows, plan, prompt, new_rows)
+
+        return jax.eval_shape(make)
+
+    def build(
+        self, k: jax.Array, v: jax.Array, plan: Plan, prompt: Prompt, new_rows: int = 0
+    ) -> AnyPool:
+        """Make the pool of what is kept.
+
+        Args:
+            k: keys of all layers [B, K, >= L * T, H], layer l at row l * T.
+            v: values, likewise.
+            plan: what is kept.
+            prompt: the prompts.
+            new_rows: rows of a layer's packed pool that are left free for new tokens.
+
+        Returns:
+            The pool. With everything kept and nothing quantised it is the given arrays themselves,
+            offset[l] = l * T.
+        """
+        visual = prompt.visual[:, None, None, :]
+        if self.quantize is not None:
+            kept = plan.kept(prompt)
+            arrangement = arrange(self.quantize, kept, plan.budgets, prompt, plan.salience)
+            size = self.quantize.capacity(self.limit, prompt.layers, prompt.rows, new_rows)
+            return build_packed(self.quantize, k, v, arrangement, _count(kept & visual), size)
+        if plan.order is None:
+            offset = jnp.arange(prompt.layers, dtype=jnp.int32) * prompt.rows
+            offset = jnp.broadcast_to(offset, plan.budgets.shape)
+            visual = jnp.broadcast_to(visual, (*plan.budgets.shape, 1, prompt.rows))
+            return Pool(k, v, offset, plan.budgets, _count(visual))
+        visual = jnp.take_along_axis(visual, plan.order, axis=-1)
+        visual = visual & (jnp.arange(prompt.rows) < plan.budgets[:, :, None, None])
+        order = jnp.broadcast_to(
+            plan.order, (*plan.order.shape[:2], k.shape[1], plan.order.shape[3])
+        )
+        capacity = self.capacity(prompt.layers, prompt.rows)
+        return compact(k, v, order, plan.budgets, _count(visual), capacity)
+
+
+def _count(tokens: jax.Array) -> jax.Array:
+    """Tokens of each layer, the mean over its heads: bool [B, L, K, T] -> float32 [B, L]."""
+    return jnp.mean(jnp.sum(tokens, axis=-1, dtype=jnp.float32), axis=-1)
