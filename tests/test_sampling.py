@@ -28,7 +28,7 @@ def allowed(logits, top_k, top_p):
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    size=st.integers(1, 40),
+    size=st.sampled_from([1, 2, 3, 17, 40]),  # few shapes: each is compiled
     top_k=st.one_of(st.none(), st.integers(1, 50)),
     top_p=st.sampled_from([0.05, 0.31, 0.77, 0.93, 1.0]),
 )
