@@ -14,6 +14,7 @@ from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import init_params
 from vlcache_jax.processing import Processor
 from vlcache_jax.sampling import Sampling
+from vlcache_jax.stages import Stages
 
 CONFIG = tiny_config("llava_next")
 KEY = jax.random.key(0)
@@ -43,7 +44,7 @@ def run(params, inputs, **settings):
 
 def recompute(params, inputs, row, count):
     """Greedy tokens without any cache: the whole text is run anew for each one."""
-    logits_of = jax.jit(Generate(CONFIG).prompt_logits)
+    logits_of = jax.jit(Stages(CONFIG).prompt_logits)
     tokens, index = np.array(inputs.tokens), np.array(inputs.visual_index)
     length, answer = int(inputs.length[row]), []
     room = np.zeros((len(tokens), count), np.int32)
@@ -70,11 +71,13 @@ def test_cached_decoding_equals_recomputation(params, inputs):
 
 def test_the_stages_give_what_the_whole_gives(params, inputs):
     generate = Generate(CONFIG, max_new_tokens=12, chunk=4)
-    prefilled = jax.jit(generate.prefill)(params, inputs)
-    pool = jax.jit(generate.build_cache)(prefilled, inputs)
-    state = jax.jit(generate.start)(params, prefilled, inputs, KEY)
+    stages, settings = generate.stages, generate.settings(3)
+    prefilled, token = jax.jit(stages.prefill)(params, inputs, settings)
+    pool, _ = jax.jit(stages.build_cache)(prefilled, inputs, settings)
+    start = jax.jit(stages.start, static_argnums=3)
+    state = start(token, inputs.length, settings, jnp.float32)
     columns = [np.asarray(state.token)[:, None]]
-    decode = jax.jit(generate.decode_chunk, donate_argnums=2)
+    decode = jax.jit(stages.decode_chunk, donate_argnums=2)
     for _ in range(generate.num_chunks):
         state, tokens = decode(params, pool, state)
         columns.append(np.asarray(tokens))
@@ -139,8 +142,9 @@ def test_seeds_repeat_and_differ(params, inputs):
 def test_decoding_copies_no_cache(params, inputs):
     """The pool is read in place, and the tail that goes in is the memory that comes out."""
     generate = Generate(CONFIG, max_new_tokens=33)
-    pool, state, _ = jax.jit(generate.begin)(params, inputs, KEY)
-    program = jax.jit(generate.decode_chunk, donate_argnums=2).lower(params, pool, state).compile()
+    stages = generate.stages
+    pool, state, _ = jax.jit(stages.begin)(params, inputs, generate.settings(3))
+    program = jax.jit(stages.decode_chunk, donate_argnums=2).lower(params, pool, state).compile()
     shape = f"f32[{','.join(map(str, pool.k.shape))}]"
     lines = [line for line in str(program.as_text()).splitlines() if shape in line]
     assert lines
@@ -154,9 +158,13 @@ def test_decoding_copies_no_cache(params, inputs):
 @given(tokens=st.integers(1, 3000), chunk=st.integers(1, 64))
 def test_chunks_cover_the_answer_with_little_to_spare(tokens, chunk):
     generate = Generate(CONFIG, max_new_tokens=tokens, chunk=chunk)
-    steps = generate.num_chunks * generate.chunk_steps
+    steps, stages = generate.num_chunks * generate.chunk_steps, generate.stages
     assert generate.chunk_steps <= chunk
-    assert tokens - 1 <= steps < tokens - 1 + max(1, generate.num_chunks)
+    assert tokens - 1 <= steps < tokens - 1 + generate.chunk_steps
+    assert max(1, steps) <= stages.new_rows < 2 * max(1, steps)
+    assert stages.new_rows % stages.chunk_steps == 0
+    again = replace(generate, max_new_tokens=1 + stages.new_rows, chunk=stages.chunk_steps)
+    assert again.stages == stages
 
 
 @pytest.mark.parametrize("setting", ["max_new_tokens", "chunk"])

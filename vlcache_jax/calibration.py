@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,10 +26,12 @@ from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.cache.score import ColumnSum
 from vlcache_jax.cache.trace import check_target
 from vlcache_jax.display import versions
-from vlcache_jax.generate import CHUNK, Generate
 from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import Images, ModelInputs
-from vlcache_jax.vlm import VLM, Program
+from vlcache_jax.programs import Programs
+from vlcache_jax.settings import Settings
+from vlcache_jax.stages import Stages
+from vlcache_jax.vlm import VLM
 
 KV_LAYERS = "kv_layers.json"
 """Name of the file beside a checkpoint's weights, which `load` reads."""
@@ -175,19 +178,22 @@ def calibrate(
     quantizer = AKVQ(pivots=pivots, tsa_layers=())
     method = Custom(0.5, score=ColumnSum(), allocation="uniform", quantize=quantizer)
     unmeasured = Calibration((0.0,), threshold, pivots)  # refuses a bad setting now
-    generate, prompts, _ = vlm._request(
-        images, text, CHUNK, max_new_tokens=1, raw_prompt=raw_prompt, cache=method, prefill_batch=1
+    request = vlm._request(
+        images, text, max_new_tokens=1, raw_prompt=raw_prompt, cache=method, prefill_batch=1
     )
+    stages, prompts = request.generate.stages, request.groups
     for number, inputs in enumerate(prompts, 1):
         if not (inputs.visual_index >= 0).any():
             raise ValueError(f"prompt {number} has no picture: give one to every prompt")
-    program = Program(lambda params, inputs: text_shares(generate, quantizer, params, inputs))
+    programs, name = Programs(), "text_shares"
+    settings = request.settings.rows(np.zeros(1, np.int32))  # the same for all
+    measure = partial(text_shares, stages, quantizer)
     shares = []
     for done, inputs in enumerate(prompts):
         if progress:
             progress(done, len(prompts))
-        args = vlm.params, jax.device_put(inputs)
-        run, _ = program.ready(*args)
+        args = vlm.params, jax.device_put(inputs), settings
+        run, _ = programs.ready(name, measure, *args)
         shares.append(np.asarray(run(*args))[0])
     if progress:
         progress(len(prompts), len(prompts))
@@ -196,17 +202,19 @@ def calibrate(
 
 
 def text_shares(
-    generate: Generate, quantizer: AKVQ, params: Params, inputs: ModelInputs
+    stages: Stages, quantizer: AKVQ, params: Params, inputs: ModelInputs, settings: Settings
 ) -> jax.Array:
     """Text share of each layer's attention, float32 [B, L]; see the module docstring.
 
     Args:
-        generate: of a method that scores by `ColumnSum` and has that quantiser.
+        stages: of a method that scores by `ColumnSum` and has that quantiser.
         quantizer: by whose rule the pivots are found; without text-salient layers.
         params: parameters.
         inputs: prompts padded to their buckets.
+        settings: what is asked of each sequence.
     """
-    seen, prompt = generate.prefill(params, inputs).seen, generate._prompt(inputs)
+    prefilled, _ = stages.prefill(params, inputs, settings)
+    seen, prompt = prefilled.seen, stages.prompt(inputs, settings)
     assert seen.scores is not None  # the method scores
     attention = jnp.sum(seen.scores, axis=2)  # [B, L, T]; 0 beyond a prompt's end
     counted = ~prompt.visual[:, None]

@@ -1,85 +1,39 @@
-"""Generation as pure functions: prefill, cache build, chunks of decode steps.
+"""`Generate`: one way to generate, as one pure function.
 
-`Generate(config, ...)` is the factory: a frozen object whose call is the one pure function
-`generate(params, inputs, rng) -> GenerateOutput`, to be compiled whole by `jax.jit`. Its stages
-are methods of their own, for streaming and benchmarks:
-
-    prefill ─► build_cache ─► start ─► decode_chunk ─► decode_chunk ─► ...
-    K, V, what  Pool          first    `chunk_steps` scanned steps, end test between chunks
-    was seen                  token
-
-`begin` is all that comes before the decoding, as one program: the full K and V live no longer than
-it takes to compact them. `prefill_into` does the same for a few sequences of a larger batch.
+`generate(params, inputs, rng) -> GenerateOutput` is to be compiled whole by `jax.jit`. What it is
+made of, `generate.stages`, can be compiled one by one: so does the driver (driver.py), which runs
+the same loop over chunks on the host.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.backends import check_backend
-from pallas_kernels.prefill_attention import prefill_attention
-from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
+from vlcache_jax.buckets import bucket_for
+from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.methods import FullCache, as_method
-from vlcache_jax.cache.packed import PackedPool, spill
-from vlcache_jax.cache.score import Layer
-from vlcache_jax.cache.state import Pool, Tail, empty_tail, whole_capacity
-from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
+from vlcache_jax.cache.trace import BatchTrace
 from vlcache_jax.config import LlavaConfig
-from vlcache_jax.models.llama import Attend, Kept, Stream, rope_table, rotated
-from vlcache_jax.models.llava import Llava, Params, bind
+from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import ModelInputs
-from vlcache_jax.sampling import Sampling, sample
+from vlcache_jax.sampling import Sampling
+from vlcache_jax.settings import Settings
+from vlcache_jax.stages import DecodeState, Stages
 
-Carry = tuple[jax.Array, "DecodeState", jax.Array, AnyPool | None]
+Carry = tuple[jax.Array, DecodeState, jax.Array, AnyPool | None]
 """Of the loop over chunks: the chunk's number, the state, the tokens, the pool if it changes."""
 
-CHUNK = 32
-"""Most decode steps between two tests for the end."""
+CHUNK = 16
+"""Most decode steps between two tests for the end: a twentieth of a second of a 7B model's time."""
 
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Prefill:
-    """What the prompt leaves behind.
-
-    Attributes:
-        k: keys of all layers after RoPE, [B, K, >= L * T, H]; layer l at rows l * T.
-        v: values, likewise.
-        hidden: final hidden state of the last prompt token, [B, D].
-        seen: what the cache method saw of the layers.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    hidden: jax.Array
-    seen: Observation
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DecodeState:
-    """What a decode step changes; the pool stands beside it and is only read.
-
-    Attributes:
-        tail: keys and values of the tokens decoded so far.
-        token: the token to feed next, int32 [B].
-        position: its position, the true count of tokens before it, int32 [B].
-        count: tokens of the answer so far, the stop token left out, int32 [B].
-        done: a stop token was drawn, bool [B].
-        rng: key of the next draw.
-    """
-
-    tail: Tail
-    token: jax.Array
-    position: jax.Array
-    count: jax.Array
-    done: jax.Array
-    rng: jax.Array
+CHUNKS = (1, 2, 3, 4, 6, 8)
+"""Whole chunks that a tail has room for; beyond these, twice as many and so on."""
 
 
 @jax.tree_util.register_dataclass
@@ -142,41 +96,40 @@ class Generate:
         object.__setattr__(self, "cache", as_method(self.cache).for_model(self.config.text))
 
     @property
-    def cache_backend(self) -> str | None:
-        """Backend of all but the attention of a prompt, which is what cuDNN has."""
-        return None if self.backend == "cudnn" else self.backend
+    def chunk_steps(self) -> int:
+        """Steps of one chunk: fewer than `chunk` for a short answer.
+
+        Where new tokens are packed, a whole number of chunks is what is packed at a time: so the
+        schedule is the quantiser's own, whatever the chunk.
+        """
+        steps = min(self.chunk, 1 << max(0, self.max_new_tokens - 2).bit_length())
+        quantizer = self.cache.quantize
+        if quantizer is None or quantizer.residual is None:
+            return steps
+        return math.gcd(steps, quantizer.unit)
 
     @property
     def num_chunks(self) -> int:
         """Chunks of a full-length answer; its first token comes from the prefill."""
-        return -(-(self.max_new_tokens - 1) // self.chunk)
+        return -(-(self.max_new_tokens - 1) // self.chunk_steps)
 
     @property
-    def chunk_steps(self) -> int:
-        """Steps of one chunk: all chunks are equal, with less than one step per chunk to spare."""
-        return -(-(self.max_new_tokens - 1) // max(self.num_chunks, 1))
+    def stages(self) -> Stages:
+        """The functions that it is made of; the tail has room for a bucket of whole chunks."""
+        steps = self.chunk_steps
+        rows = steps * bucket_for(self.num_chunks, CHUNKS)
+        return Stages(self.config, self.cache, steps, rows, self.backend, self.trace)
 
-    @property
-    def new_rows(self) -> int:
-        """Most new tokens whose keys and values are kept."""
-        return max(1, self.num_chunks * self.chunk_steps)
+    def settings(self, batch: int, seed: Any = 0) -> Settings:
+        """What is asked of a batch, as data: sequence i is request i.
 
-    @property
-    def spilled_rows(self) -> int | None:
-        """New tokens that are packed at a time, between two chunks; None where none are."""
-        quantizer = self.cache.quantize
-        return quantizer and quantizer.spilled_rows(self.chunk_steps)
-
-    @property
-    def tail_rows(self) -> int:
-        """Rows of the tail, R: of all new tokens, or of those that are not packed yet."""
-        quantizer = self.cache.quantize
-        return quantizer.tail_rows(self.chunk_steps, self.new_rows) if quantizer else self.new_rows
-
-    @property
-    def reserved_rows(self) -> int:
-        """Rows of a layer's pool that are kept free for new tokens."""
-        return 0 if self.spilled_rows is None else self.new_rows + self.spilled_rows
+        Args:
+            batch: sequences, B.
+            seed: of the draws, an integer.
+        """
+        requests = np.arange(batch, dtype=np.int32)
+        own = self.cache.limit, self.sampling, self.stop_ids, self.max_new_tokens
+        return Settings.of(*own, seed=seed, requests=requests)
 
     def __call__(self, params: Params, inputs: ModelInputs, rng: jax.Array) -> GenerateOutput:
         """Answer a batch of prompts: a pure function, for `jax.jit` to compile whole.
@@ -186,14 +139,13 @@ class Generate:
             inputs: prompts padded to their buckets.
             rng: a `jax.random.key`; not used when greedy.
         """
-        pool, state, trace = self.begin(params, inputs, rng)
+        settings = self.settings(inputs.tokens.shape[0], jax.random.bits(rng))
+        stages, steps = self.stages, self.chunk_steps
+        pool, state, trace = stages.begin(params, inputs, settings)
         first = state.token[:, None]
-        steps = self.chunk_steps
         drawn = jnp.zeros((first.shape[0], self.num_chunks * steps), jnp.int32)
-
-        spills = self.spilled_rows is not None
         # What no step changes stays outside of the loop: carried through it, it might be copied.
-        changing = pool if spills else None
+        changing = pool if stages.residual else None
 
         def unfinished(carry: Carry) -> jax.Array:
             index, state, *_ = carry
@@ -202,8 +154,8 @@ class Generate:
         def next_chunk(carry: Carry) -> Carry:
             index, state, drawn, changing = carry
             if changing is not None:
-                changing, state = self.spill(changing, state)
-            state, tokens = self.decode_chunk(params, changing or pool, state)
+                changing, state = stages.spill(changing, state)
+            state, tokens = stages.decode_chunk(params, changing or pool, state)
             drawn = lax.dynamic_update_slice_in_dim(drawn, tokens, index * steps, axis=1)
             return index + 1, state, drawn, changing
 
@@ -211,328 +163,4 @@ class Generate:
             carry = jnp.int32(0), state, drawn, changing
             _, state, drawn, _ = lax.while_loop(unfinished, next_chunk, carry)
         tokens = jnp.concatenate([first, drawn], axis=1)[:, : self.max_new_tokens]
-        lengths = jnp.minimum(state.count, self.max_new_tokens)
-        return GenerateOutput(tokens, lengths, pool.length, pool.visual, pool.counts, trace)
-
-    def begin(
-        self, params: Params, inputs: ModelInputs, rng: jax.Array
-    ) -> tuple[AnyPool, DecodeState, BatchTrace | None]:
-        """Prefill, cache build and the first token: the stages up to the decode loop."""
-        prefilled = self.prefill(params, inputs)
-        state = self.start(params, prefilled, inputs, rng)
-        trace = self.traced(params, prefilled, inputs, state) if self.trace else None
-        return self.build_cache(prefilled, inputs), state, trace
-
-    def prefill(self, params: Params, inputs: ModelInputs) -> Prefill:
-        """Run the prompt through the model, keeping every layer's K and V in one buffer."""
-        text, (batch, rows) = self.config.text, inputs.tokens.shape
-        capacity = whole_capacity(text.num_layers, rows)
-        shape = (batch, text.num_kv_heads, capacity, text.head_dim)
-        model = bind(self.config)(params)
-        dtype = model.embed.embedding.dtype
-        buffers = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        seen = []
-
-        def keep(layer: Layer, stream: Stream) -> Stream:
-            nonlocal buffers
-            at = (0, 0, layer.index * rows, 0)
-            buffers = tuple(
-                lax.dynamic_update_slice(buffer, part.swapaxes(1, 2), at)
-                for buffer, part in zip(buffers, (layer.k, layer.v), strict=True)
-            )
-            with jax.named_scope("scores"):
-                new = self.cache.observe(layer)
-            # Else XLA does all of this after the last layer: every layer's q, k, v live until then.
-            stream, buffers, new = lax.optimization_barrier((stream, buffers, new))
-            seen.append(new)
-            return stream
-
-        x = self._run_prompt(model, inputs, keep)
-        last = jnp.take_along_axis(x, (inputs.length - 1)[:, None, None], axis=1)
-        return Prefill(*buffers, last[:, 0], Observation.stack(seen))
-
-    def prompt_logits(self, params: Params, inputs: ModelInputs) -> jax.Array:
-        """Logits of every prompt position, float32 [B, T, V]: for tests and scoring of texts."""
-        model = bind(self.config)(params)
-        return model.logits(self._run_prompt(model, inputs, lambda layer, stream: stream))
-
-    def _run_prompt(
-        self,
-        model: Llava,
-        inputs: ModelInputs,
-        keep: Callable[[Layer, Stream], Stream],
-    ) -> jax.Array:
-        """Final hidden states [B, T, D].
-
-        `keep(layer, stream)` is handed what each layer's attention was made of and the stream
-        behind the layer; it gives the stream back.
-        """
-
-        def attend(
-            qkv: jax.Array,
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-            with jax.named_scope("prefill_attention"):
-                q, k, v = rotated(qkv, table)
-                mixed = prefill_attention(q, k, v, inputs.length, backend=self.backend)
-            return mixed, (q, k, v)
-
-        stream = Stream(model.embed_prompt(inputs, self._attend_patches))
-        table = rope_table(jnp.arange(stream.x.shape[1]), self.config.text)
-        prompt = self._prompt(inputs)
-        for index, layer in enumerate(model.layers):
-            entering = stream
-            stream, kept = layer(stream, attend, backend=self.cache_backend)
-            own = Layer(index, *kept, prompt, self.cache_backend, entering.total())
-            stream = keep(own, stream)
-        return stream.total()
-
-    def _attend_patches(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Attention of the vision tower."""
-        return prefill_attention(q, k, v, causal=False, backend=self.backend)
-
-    def _prompt(self, inputs: ModelInputs) -> Prompt:
-        """The prompts as the cache method sees them."""
-        visual = jnp.asarray(inputs.visual_index) >= 0
-        return Prompt(
-            jnp.asarray(inputs.length), visual, self.config.text.num_layers, self.cache.limit
-        )
-
-    @jax.named_scope("select")
-    def plan(self, prefilled: Prefill, inputs: ModelInputs) -> Plan:
-        """What the method keeps of the prompts."""
-        return self.cache.plan(prefilled.seen, self._prompt(inputs))
-
-    def build_cache(self, prefilled: Prefill, inputs: ModelInputs) -> AnyPool:
-        """Give the prompt's keys and values to the method, which makes the pool of them."""
-        plan = self.plan(prefilled, inputs)
-        with jax.named_scope("compact"):
-            prompt = self._prompt(inputs)
-            return self.cache.build(prefilled.k, prefilled.v, plan, prompt, self.reserved_rows)
-
-    def traced(
-        self, params: Params, prefilled: Prefill, inputs: ModelInputs, state: DecodeState
-    ) -> BatchTrace:
-        """What the method keeps, and the attention of the first decoded token to it.
-
-        Runs one decode step on the full cache; `state` is not changed by it.
-        """
-        prompt, everything = self._prompt(inputs), FullCache()
-        plan = everything.plan(Observation(), prompt)
-        full = everything.build(prefilled.k, prefilled.v, plan, prompt)
-        assert isinstance(full, Pool)
-        rows, none = prompt.rows, jnp.zeros_like(state.position)
-        segments, table = full.segments(), rope_table(state.position[:, None], self.config.text)
-
-        def attend_layer(index: int) -> Attend[jax.Array]:
-            def attend(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
-                keys = full.k[:, :, index * rows : (index + 1) * rows]
-                weights = prompt_attention(rotated(qkv, table)[0][:, 0], keys, prompt.length)
-                empty = jnp.zeros_like(full.k[:, :, :1])  # a tail for the token's own row
-                own = self._attend_cache(qkv, table, full, segments[index], empty, empty, none)
-                return own[0], weights
-
-            return attend
-
-        model = bind(self.config)(params)
-        _, weights = self._run_token(model, state.token, attend_layer)
-        plan = self.plan(prefilled, inputs)
-        return trace_batch(self.cache, prefilled.seen, plan, prompt, jnp.stack(weights, axis=1))
-
-    def start(
-        self, params: Params, prefilled: Prefill, inputs: ModelInputs, rng: jax.Array
-    ) -> DecodeState:
-        """Draw the first token and lay out an empty tail."""
-        rng, key = jax.random.split(rng)
-        logits = bind(self.config)(params).logits(prefilled.hidden)
-        token = sample(logits, key, self.sampling)
-        batch, dtype = token.shape[0], prefilled.k.dtype
-        done = self._stops(token)
-        return DecodeState(
-            tail=empty_tail(self.config.text, batch, self.tail_rows, dtype),
-            token=token,
-            position=inputs.length,
-            count=jnp.where(done, 0, 1),
-            done=done,
-            rng=rng,
-        )
-
-    def empty(self, batch: int, prompt_rows: int, dtype: jnp.dtype) -> tuple[AnyPool, DecodeState]:
-        """A cache and a state for `prefill_into` to fill.
-
-        Args:
-            batch: sequences in all, B.
-            prompt_rows: the bucket T that all of their prompts are padded to.
-            dtype: type of the cache: that of the parameters.
-        """
-        text = self.config.text
-        shapes = self.cache.pool_shapes(text, batch, prompt_rows, dtype, self.reserved_rows)
-        # Every field is an array of its own: one that stands twice cannot be donated.
-        pool = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        state = DecodeState(
-            tail=empty_tail(text, batch, self.tail_rows, dtype),
-            token=jnp.zeros((batch,), jnp.int32),
-            position=jnp.zeros((batch,), jnp.int32),
-            count=jnp.zeros((batch,), jnp.int32),
-            done=jnp.zeros((batch,), bool),
-            rng=jax.random.key(0),
-        )
-        return pool, state
-
-    def prefill_into(
-        self,
-        params: Params,
-        pool: AnyPool,
-        state: DecodeState,
-        rows: jax.Array,
-        inputs: ModelInputs,
-        rng: jax.Array,
-    ) -> tuple[AnyPool, DecodeState, BatchTrace | None]:
-        """Begin a few sequences of a larger batch, and write them into its cache.
-
-        So the full K and V of a few sequences, not of the whole batch, bound the memory of prefill.
-        Donate `pool` and `state` when this is compiled: they are then written in place. Decode once
-        every sequence has begun.
-
-        Args:
-            params: as in a call.
-            pool: the cache of the whole batch, first that of `empty`.
-            state: the decode state of the whole batch, likewise.
-            rows: which sequences of the batch these are, int32 [b].
-            inputs: their b prompts, padded to the bucket that the pool was made for.
-            rng: key of their first draws; the whole batch goes on with the one given last.
-
-        Returns:
-            The pool and state of the whole batch, and the trace of these sequences.
-        """
-        new_pool, new_state, trace = self.begin(params, inputs, rng)
-        new_shapes, shapes = ([leaf.shape[1:] for leaf in jax.tree.leaves(each)]
-                              for each in (new_pool, pool))  # fmt: skip
-        if new_shapes != shapes:
-            raise ValueError(
-                f"prompts padded to {inputs.tokens.shape[1]} rows make a pool of shapes "
-                f"{new_shapes}, which do not fit {shapes}: pad all to one bucket"
-            )
-
-        def write(whole: jax.Array, part: jax.Array) -> jax.Array:
-            for index in range(part.shape[0]):  # one update in place each; a scatter might copy
-                start = (rows[index], *[0] * (whole.ndim - 1))
-                whole = lax.dynamic_update_slice(whole, part[index : index + 1], start)
-            return whole
-
-        begun = DecodeState(
-            tail=state.tail,  # the new one is as empty: it is not moved
-            token=write(state.token, new_state.token),
-            position=write(state.position, new_state.position),
-            count=write(state.count, new_state.count),
-            done=write(state.done, new_state.done),
-            rng=new_state.rng,
-        )
-        return jax.tree.map(write, pool, new_pool), begun, trace
-
-    def spill(self, pool: AnyPool, state: DecodeState) -> tuple[AnyPool, DecodeState]:
-        """Pack the oldest new tokens where a quantiser's `residual` asks for it.
-
-        To be called in front of every chunk if `spilled_rows` is not None; donate both.
-        """
-        assert isinstance(pool, PackedPool)
-        pool, tail = spill(pool, state.tail, self.chunk_steps)
-        return pool, replace(state, tail=tail)
-
-    def decode_chunk(
-        self, params: Params, pool: AnyPool, state: DecodeState
-    ) -> tuple[DecodeState, jax.Array]:
-        """Draw the next `chunk_steps` tokens: (state, int32 [B, chunk_steps]).
-
-        Donate `state` when this is compiled alone: its tail is then written in place.
-        """
-        segments = pool.segments()  # here, not at every step
-        column = jnp.arange(self.chunk_steps)
-
-        def step(
-            index: jax.Array, carry: tuple[DecodeState, jax.Array]
-        ) -> tuple[DecodeState, jax.Array]:
-            state, tokens = carry
-            state = self.decode_step(params, pool, state, segments)[0]
-            # Not an update at `index`, nor a scan's output: on a GPU these are a copy to an address
-            # that the host has to work out, which keeps the step from being one command buffer.
-            return state, jnp.where(column == index, state.token[:, None], tokens)
-
-        tokens = jnp.zeros((state.token.shape[0], self.chunk_steps), jnp.int32)
-        return lax.fori_loop(0, self.chunk_steps, step, (state, tokens))
-
-    def decode_step(
-        self,
-        params: Params,
-        pool: AnyPool,
-        state: DecodeState,
-        segments: tuple[Any, ...] | None = None,
-    ) -> tuple[DecodeState, jax.Array]:
-        """Draw one token, and give the logits it was drawn from, float32 [B, V].
-
-        `segments` are the pool's, for a loop that takes them once before its steps.
-        """
-        segments = segments or pool.segments()
-        model = bind(self.config)(params)
-        tail, fill = state.tail, state.tail.fill
-        table = rope_table(state.position[:, None], self.config.text)
-
-        def attend_layer(index: int) -> Attend[tuple[jax.Array, jax.Array]]:
-            def attend(qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-                own = tail.k[index], tail.v[index]
-                mixed, *own = self._attend_cache(qkv, table, pool, segments[index], *own, fill)
-                return mixed, (own[0], own[1])
-
-            return attend
-
-        x, kept = self._run_token(model, state.token, attend_layer)
-        tail_k, tail_v = zip(*kept, strict=True)
-        rng, key = jax.random.split(state.rng)
-        logits = model.logits(x)
-        token = sample(logits, key, self.sampling)
-        done = state.done | self._stops(token)
-        state = DecodeState(
-            tail=Tail(tail_k, tail_v, fill + 1),
-            token=token,
-            position=state.position + 1,
-            count=state.count + jnp.where(done, 0, 1),
-            done=done,
-            rng=rng,
-        )
-        return state, logits
-
-    def _run_token(
-        self,
-        model: Llava,
-        token: jax.Array,
-        attend_layer: Callable[[int], Attend[Kept]],
-    ) -> tuple[jax.Array, list[Kept]]:
-        """Run one token per sequence: its hidden states [B, D], and what each layer kept."""
-        stream, kept = Stream(model.embed(token[:, None])), []
-        for index, layer in enumerate(model.layers):
-            stream, own = layer(stream, attend_layer(index), backend=self.cache_backend)
-            kept.append(own)
-        return stream.total()[:, 0], kept
-
-    @jax.named_scope("decode_attention")
-    def _attend_cache(
-        self,
-        qkv: jax.Array,
-        table: tuple[jax.Array, jax.Array],
-        pool: AnyPool,
-        segment: Any,
-        tail_k: jax.Array,
-        tail_v: jax.Array,
-        fill: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`Pool.append_and_attend`, of a product and a table with the axis of the one token."""
-        turns = table[0][:, 0], table[1][:, 0]
-        mixed, tail_k, tail_v = pool.append_and_attend(
-            qkv[:, 0], turns, segment, tail_k, tail_v, fill, self.cache_backend
-        )
-        return mixed[:, None], tail_k, tail_v
-
-    def _stops(self, token: jax.Array) -> jax.Array:
-        done = jnp.zeros(token.shape, bool)
-        for stop in self.stop_ids:
-            done |= token == stop
-        return done
+        return GenerateOutput(tokens, state.count, pool.length, pool.visual, pool.counts, trace)

@@ -1,9 +1,16 @@
-"""Where compiled programs are kept from one run to the next."""
+"""Compiled programs: those of this process, and where they are kept from one run to the next."""
 
 import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 import jax
+
+PROGRAMS = 128
+"""Programs that are kept at a time, by default."""
 
 
 def keep_programs() -> None:
@@ -15,3 +22,49 @@ def keep_programs() -> None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(folder / "vlcache-jax" / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class Programs:
+    """Functions compiled for the shapes of their arguments; the one used longest ago goes first.
+
+    Args:
+        most: programs that are kept.
+    """
+
+    def __init__(self, most: int = PROGRAMS):
+        self._most = most
+        self._compiled: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many are kept."""
+        return len(self._compiled)
+
+    def ready(
+        self,
+        name: Hashable,
+        function: Callable[..., Any],
+        *args: Any,
+        donate: tuple[int, ...] = (),
+    ) -> tuple[Callable[..., Any], float]:
+        """The program for arguments like these, and the seconds that compiling it took just now.
+
+        Calling it runs it and waits for the result.
+
+        Args:
+            name: what tells the function from others; the same name is the same program.
+            function: what is compiled.
+            args: its arguments, pytrees of arrays.
+            donate: numbers of those that are given up.
+        """
+        leaves, tree = jax.tree.flatten(args)
+        key = name, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        began, seconds = time.perf_counter(), 0.0
+        if key not in self._compiled:
+            jitted = jax.jit(function, donate_argnums=donate)
+            self._compiled[key] = jitted.lower(*args).compile()
+            seconds = time.perf_counter() - began
+            if len(self._compiled) > self._most:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        compiled = self._compiled[key]
+        return lambda *args: jax.block_until_ready(compiled(*args)), seconds

@@ -123,7 +123,7 @@ def pool_bytes(
         dtype: type of the cache.
         batch: sequences.
         prompt_rows: the prompts' bucket, T.
-        new_rows: rows of a layer that are left free for new tokens (`Generate.reserved_rows`).
+        new_rows: rows of a layer that are left free for new tokens (`Stages.reserved_rows`).
     """
     pool = cache.for_model(config).pool_shapes(config, batch, prompt_rows, dtype, new_rows)
     # The others are a few numbers for each layer, which say where these lie.
@@ -243,14 +243,14 @@ def memory_need(
         new_tokens: most tokens of an answer.
     """
     text, size = config.text, jnp.dtype(dtype).itemsize
-    generate = Generate(config, cache, new_tokens)
+    stages = Generate(config, cache, new_tokens).stages
     parameters = count_parameters(config)["total"] * size
     pool = pool_bytes(
-        text, cache, dtype, batch=batch, prompt_rows=rows, new_rows=generate.reserved_rows
+        text, cache, dtype, batch=batch, prompt_rows=rows, new_rows=stages.reserved_rows
     )
     full = batch * whole_capacity(text.num_layers, rows) * row_bytes(text, dtype)
     prefill = 0 if cache.limit.keeps_all and cache.quantize is None else full
-    tail = batch * generate.tail_rows * token_bytes(text, dtype)
+    tail = batch * stages.tail_rows * token_bytes(text, dtype)
     width = 2 * text.hidden_size + 3 * text.intermediate_size
     activations = batch * (rows * width * size + text.vocab_size * 4)
     total = parameters + pool + prefill + tail + activations

@@ -1,9 +1,11 @@
 """How the next token is drawn from the logits."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -57,3 +59,38 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
         least = jnp.min(jnp.where(stays, ranked, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Draws:
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    seed: Any
+    request: Any
+
+    @classmethod
+    def of(cls, sampling, seed, requests):
+        n = len(requests)
+        seed = np.uint32(seed & 0xFFFFFFFF) if isinstance(seed, int) else seed
+        return cls(
+            np.full(n, sampling.temperature, np.float32),
+            np.full(n, sampling.top_k or 0, np.int32),
+            np.full(n, sampling.top_p, np.float32),
+            np.full(n, seed, np.uint32)
+            if isinstance(seed, np.generic)
+            else jnp.full(n, seed, jnp.uint32),
+            np.asarray(requests, np.int32),
+        )
+
+    def sample(self, logits, step, backend):
+        def one(logits, t, seed, request, step):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), request), step)
+            return jax.random.categorical(key, logits / jnp.where(t > 0, t, 1))
+
+        return jnp.where(
+            self.temperature > 0,
+            jax.vmap(one)(logits, self.temperature, self.seed, self.request, step),
+            jnp.argmax(logits, -1),
+        ).astype(jnp.int32)

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vlcache_jax.cache.budget import FLOOR, Budget, Prompt
-from vlcache_jax.cache.score import Layer, PostVisionRows
+from pallas_kernels.window_scores import WindowScores
+from vlcache_jax.cache.budget import FLOOR, Limits, Prompt
+from vlcache_jax.cache.score import PostVisionRows, Window
 
 _ROUNDING = 0.5 + 1e-3
 _MOST = 2**23  # sizes beyond any prompt's length; whole numbers up to here are exact in float32
@@ -26,10 +27,21 @@ class Allocation:
     """A rule that gives every layer a size. Subclass it, or give `Custom` a function.
 
     Subclasses are frozen dataclasses, so that equal settings are equal programs.
+
+    Attributes:
+        window: the rows whose attention is measured; None where nothing is.
+        threshold: share of its row's maximum below which an entry of the window counts as zeroed.
     """
 
-    def measure(self, layer: Layer) -> jax.Array | None:
-        """What `sizes` needs to know of each layer, float32 [B], called while the prompt runs."""
+    window: Window | None = None
+    threshold: float | None = None
+
+    def measure(self, seen: WindowScores | None) -> jax.Array | None:
+        """What `sizes` needs to know of each layer, float32 [B], called while the prompt runs.
+
+        Args:
+            seen: `layer.watch(self.window, self.threshold)`; None without a window.
+        """
         return None
 
     def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
@@ -52,17 +64,17 @@ class Sparsity(Allocation):
     """
 
     renormalize: bool = False
-    window: PostVisionRows = field(default_factory=PostVisionRows)
+    window: Window = field(default=PostVisionRows())
     threshold: float = 0.01
 
     def __post_init__(self):
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold={self.threshold} must be between 0 and 1")
 
-    def measure(self, layer: Layer) -> jax.Array:
+    def measure(self, seen: WindowScores | None) -> jax.Array:
         """gamma': the share of zeroed entries among the visible ones, mean over the query heads."""
-        seen = layer.watch(self.window, self.threshold)
-        assert seen.zeroed is not None  # a threshold was given
+        assert seen is not None  # there is a window
+        assert seen.zeroed is not None  # and a threshold
         assert seen.visible is not None
         return jnp.mean(seen.zeroed / jnp.maximum(seen.visible, 1), axis=-1, dtype=jnp.float32)
 
@@ -118,15 +130,14 @@ class AllocationFunction(Allocation):
     Attributes:
         function: the rule; the sizes are whole-numbered, bounded and fitted to the budget's pool
             by `allocate`.
-        sparsity: how the sparsity that it is given is measured.
+        window: as VL-Cache measures the sparsity.
+        threshold: likewise.
     """
 
     function: Callable[[Prompt, jax.Array], jax.Array]
-    sparsity: Sparsity = field(default_factory=Sparsity)
-
-    def measure(self, layer: Layer) -> jax.Array:
-        """As VL-Cache does."""
-        return self.sparsity.measure(layer)
+    window = Sparsity.window
+    threshold = Sparsity.threshold
+    measure = Sparsity.measure
 
     def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
         """What the function says."""
@@ -149,7 +160,7 @@ ALLOCATIONS: dict[str, Allocation] = {
 
 
 def sparsity_shares(
-    sparsity: jax.Array, budget: Budget, m: jax.Array, *, renormalize: bool = False
+    sparsity: jax.Array, budget: Limits, m: jax.Array, *, renormalize: bool = False
 ) -> jax.Array:
     """VL-Cache's shares (paper, section 4.2).
 
@@ -193,14 +204,14 @@ def _renormalized(part: jax.Array, wanted: jax.Array) -> jax.Array:
     return jnp.clip(part * scale, FLOOR, 1.0)
 
 
-def uniform_sizes(budget: Budget, m: jax.Array, layers: int) -> jax.Array:
+def uniform_sizes(budget: Limits, m: jax.Array, layers: int) -> jax.Array:
     """The same size for every layer, float32 [B, L]."""
     size = budget.even_rows(m).astype(jnp.float32)
     return jnp.broadcast_to(size[:, None], (*m.shape, layers))
 
 
 def pyramid_sizes(
-    budget: Budget, m: jax.Array, layers: int, *, window: int = 32, slope: int = 20
+    budget: Limits, m: jax.Array, layers: int, *, window: int = 32, slope: int = 20
 ) -> jax.Array:
     """PyramidKV's sizes: falling linearly from the first layer to the last, plus the window.
 
@@ -230,7 +241,7 @@ def pyramid_sizes(
     return most.astype(jnp.float32)[:, None] - fall + kept.astype(jnp.float32)[:, None]
 
 
-def allocate(sizes: jax.Array, budget: Budget, m: jax.Array) -> jax.Array:
+def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:
     """Whole-number budgets that add up to the sizes' rounded sum and fit the pool.
 
     k[l] = clip(floor(x[l]), lo, m); then, one at a time, the layer with the largest x - k below m

@@ -2,15 +2,21 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlcache_jax.cache.state import round_up
 
 FLOOR = 0.01
 """Least share of the prompt that a layer keeps (VL-Cache, section 4.2), and the room that the sum
 of the budgets is given for it."""
+
+POOL_SHARES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.99)
+"""Shares of the prompt's bucket that pools are made for. With the floor's room the last holds every
+row: it is there for budgets below 1, which may leave out a token."""
 
 _SLACK = 1e-4  # keeps a float32 product just above a whole number from counting as the next one
 _RELATIVE_SLACK = 4e-7  # the same for products of any size: a few float32 roundings
@@ -76,35 +82,65 @@ class Budget:
         assert self.tokens is not None  # one of the two is given
         return min(prompt_rows, self.tokens + math.ceil(FLOOR * prompt_rows) + 1)
 
+    def bucket(self, prompt_rows: int) -> "Budget":
+        """The budget that pools are made for: the least of `POOL_SHARES` that has room for this.
+
+        One program serves all budgets of a bucket. `keeps_all` stays as it is.
+
+        Args:
+            prompt_rows: the prompts' bucket, T.
+        """
+        if self.keeps_all:
+            return Budget(share=1.0)
+        needed = self.layer_rows(prompt_rows)
+        buckets = (Budget(share=share) for share in POOL_SHARES)
+        return next(each for each in buckets if each.layer_rows(prompt_rows) >= needed)
+
     def capacity(self, layers: int, prompt_rows: int) -> int:
         """Rows of the pool for L layers and a bucket of T prompt rows, in whole blocks."""
-        return round_up(layers * self.layer_rows(prompt_rows))
+        return round_up(layers * self.bucket(prompt_rows).layer_rows(prompt_rows))
+
+    @property
+    def data(self) -> "Limits":
+        """The same as numbers that a compiled program takes."""
+        tokens = self.tokens or 0
+        share = 0.0 if self.share is None else min(self.share, 1.0)
+        return Limits(np.float32(share), np.float32(share + FLOOR), np.int32(tokens))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Limits:
+    """Budgets as data: numbers for a whole batch, or arrays [B] with one for each sequence.
+
+    Attributes:
+        share: alpha, float32, 0 to 1; 0 of a budget in tokens.
+        room: the share that the sum over the layers may reach, float32: alpha + 1 %.
+        tokens: tokens per layer on average, int32; 0 of a budget in shares.
+    """
+
+    share: Any
+    room: Any
+    tokens: Any
 
     def most(self, m: jax.Array) -> jax.Array:
-        """`layer_rows` of each sequence's own length, int32 [B]; never above that of its bucket."""
-        exact = m.astype(jnp.float32)
-        if self.share is not None:
-            rows = jnp.ceil(jnp.float32(self.share + FLOOR) * exact * (1 - _RELATIVE_SLACK)) + 1
-        else:
-            assert self.tokens is not None
-            rows = self.tokens + jnp.ceil(jnp.float32(FLOOR) * exact * (1 - _RELATIVE_SLACK)) + 1
-        return jnp.minimum(rows.astype(jnp.int32), m)
+        """`Budget.layer_rows` of each sequence's own length m, int32 [B]; at most its bucket's."""
+        rows = jnp.ceil(self.room * m.astype(jnp.float32) * (1 - _RELATIVE_SLACK))
+        return jnp.minimum(self.tokens + rows.astype(jnp.int32) + 1, m)
 
     def shares(self, m: jax.Array) -> jax.Array:
-        """The share of each sequence, alpha, at most 1, float32 [B]."""
-        if self.share is not None:
-            return jnp.full(m.shape, min(self.share, 1.0), jnp.float32)
-        assert self.tokens is not None
-        return jnp.minimum(1.0, jnp.float32(self.tokens) / m.astype(jnp.float32))
+        """The share of each sequence of length m, alpha, at most 1, float32 [B]."""
+        of_tokens = jnp.minimum(1.0, self.tokens / m.astype(jnp.float32))
+        return jnp.where(self.tokens > 0, of_tokens, self.share).astype(jnp.float32)
 
     def least(self, m: jax.Array) -> jax.Array:
-        """Fewest rows of a layer, int32 [B]: 1 % of the prompt, at least one token."""
+        """Fewest rows of a layer, int32 [B]: 1 % of the prompt's m tokens, at least one token."""
         rows = jnp.ceil(jnp.float32(FLOOR) * m.astype(jnp.float32) - jnp.float32(_SLACK))
         rows = jnp.maximum(rows.astype(jnp.int32), 1)
-        return rows if self.tokens is None else jnp.minimum(rows, self.tokens)
+        return jnp.where(self.tokens > 0, jnp.minimum(rows, self.tokens), rows)
 
     def even_rows(self, m: jax.Array) -> jax.Array:
-        """C: a layer's rows when all layers are given the same, int32 [B]."""
+        """C: a layer's rows when all layers are given the same, of m tokens, int32 [B]."""
         rows = jnp.floor(self.shares(m) * m.astype(jnp.float32) + 0.5).astype(jnp.int32)
         return jnp.clip(rows, 1, m)
 
@@ -126,13 +162,13 @@ class Prompt:
         length: m, the true length of each prompt, int32 [B].
         visual: which tokens are visual, bool [B, T]; false beyond a prompt's end.
         layers: static: L, the decoder's layers.
-        budget: static: what may be kept.
+        budget: what may be kept.
     """
 
     length: jax.Array
     visual: jax.Array
     layers: int = field(metadata={"static": True})
-    budget: Budget = field(metadata={"static": True})
+    budget: Limits
 
     @property
     def rows(self) -> int:

@@ -5,18 +5,20 @@
 The methods themselves are in methods.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.window_scores import WindowScores
 from vlcache_jax.cache.allocate import Allocation, allocate
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
 from vlcache_jax.cache.quantize import Quantizer
-from vlcache_jax.cache.score import Layer, Score
+from vlcache_jax.cache.score import Layer, Score, Window
 from vlcache_jax.cache.select import kept_rows, rank_rows
 from vlcache_jax.cache.state import Pool, whole_capacity
 from vlcache_jax.config import TextConfig
@@ -107,6 +109,13 @@ class CacheMethod:
         raise NotImplementedError(f"{type(self).__name__} has no rules")
 
     @property
+    def watches(self) -> "tuple[Watched, Watched]":
+        """What the score and the allocation look at; where that is one window, it is one thing."""
+        score, allocation = self.rules()
+        measured = allocation.window, allocation.threshold
+        return (measured if score.window == allocation.window else (score.window, None)), measured
+
+    @property
     def label(self) -> str:
         """The name, with that of the quantiser behind it: "vl-cache+akvq"."""
         return self.name if self.quantize is None else f"{self.name}+{self.quantize.name}"
@@ -130,12 +139,27 @@ class CacheMethod:
         filled = self.quantize.for_decoder(config.kind, config.num_layers, tsa_layers)
         return self if filled == self.quantize else replace(self, quantize=filled)
 
-    def capacity(self, layers: int, prompt_rows: int) -> int:
-        """Rows of the pool for L layers and a bucket of T prompt rows, were it not quantised."""
-        return self.limit.capacity(layers, prompt_rows)
+    def in_bucket(self, prompt_rows: int) -> "CacheMethod":
+        """This method with the budget that its pool is made for (`Budget.bucket`).
+
+        Methods that differ in their budgets alone are then equal, and share programs.
+
+        Args:
+            prompt_rows: the prompts' bucket, T.
+        """
+        return replace(self, budget=self.limit.bucket(prompt_rows).share)
 
     def observe(self, layer: Layer) -> Observation:
         """Look at one layer of the running prompt."""
+        return self.judge(layer, watch([self], layer))
+
+    def judge(self, layer: Layer, seen: "Seen") -> Observation:
+        """What is to be remembered of one layer.
+
+        Args:
+            layer: a decoder layer of the running prompt.
+            seen: what `watch` saw of it, for this method and perhaps for others.
+        """
         salience = None
         if self.quantize is not None and self.quantize.watches_stream:
             if layer.entering is None:
@@ -144,8 +168,8 @@ class CacheMethod:
         if self.limit.keeps_all:
             return Observation(salience=salience)
         score, allocation = self.rules()
-        measured = allocation.measure(layer)
-        return Observation(score(layer), measured, salience)
+        scored, measured = (seen.get(each) for each in self.watches)
+        return Observation(score(layer, scored), allocation.measure(measured), salience)
 
     def plan(self, seen: Observation, prompt: Prompt) -> Plan:
         """Decide what is kept: budgets by the allocation, tokens by the score.
@@ -160,7 +184,7 @@ class CacheMethod:
             return Plan(budgets, None, seen.salience)
         score, allocation = self.rules()
         sizes = allocation.sizes(prompt, seen.measured)
-        budgets = allocate(sizes, self.limit, prompt.length)
+        budgets = allocate(sizes, prompt.budget, prompt.length)
         scores = seen.scores
         if scores is None:
             scores = jnp.zeros((batch, layers, 1, prompt.rows), jnp.float32)
@@ -188,7 +212,7 @@ class CacheMethod:
                 jnp.zeros((batch,), jnp.int32),
                 jnp.zeros((batch, prompt_rows), bool),
                 layers,
-                self.limit,
+                self.limit.data,
             )
             order = jnp.zeros((batch, layers, heads, prompt_rows), jnp.int32) if evicts else None
             salience = jnp.zeros((batch, layers, prompt_rows))
@@ -216,7 +240,8 @@ class CacheMethod:
         visual = prompt.visual[:, None, None, :]
         if self.quantize is not None:
             kept = plan.kept(prompt)
-            arrangement = arrange(self.quantize, kept, plan.budgets, prompt, plan.salience)
+            evicts = not self.limit.keeps_all
+            arrangement = arrange(self.quantize, kept, plan.budgets, prompt, plan.salience, evicts)
             size = self.quantize.capacity(self.limit, prompt.layers, prompt.rows, new_rows)
             return build_packed(self.quantize, k, v, arrangement, _count(kept & visual), size)
         if plan.order is None:
@@ -229,8 +254,31 @@ class CacheMethod:
         order = jnp.broadcast_to(
             plan.order, (*plan.order.shape[:2], k.shape[1], plan.order.shape[3])
         )
-        capacity = self.capacity(prompt.layers, prompt.rows)
+        capacity = self.limit.capacity(prompt.layers, prompt.rows)
         return compact(k, v, order, plan.budgets, _count(visual), capacity)
+
+
+Watched = tuple[Window | None, float | None]
+"""A window, and the threshold below which an entry counts as zeroed; None for none."""
+
+Seen = dict[Watched, WindowScores]
+"""What the windows of a layer attend to."""
+
+
+def watch(methods: Sequence[CacheMethod], layer: Layer) -> Seen:
+    """The attention of each window that a rule of some methods looks at, observed once.
+
+    Args:
+        methods: those that keep a part of the cache look, the others do not.
+        layer: a decoder layer of the running prompt.
+    """
+    looking = [method for method in methods if not method.limit.keeps_all]
+    watched = dict.fromkeys(each for method in looking for each in method.watches)
+    return {
+        (window, threshold): layer.watch(window, threshold)
+        for window, threshold in watched
+        if window is not None
+    }
 
 
 def _count(tokens: jax.Array) -> jax.Array:

@@ -39,6 +39,7 @@ from vlcache_jax.cache.score import (
     AllRows,
     ColumnSum,
     Ends,
+    LastRows,
     Layer,
     Noise,
     PooledWindow,
@@ -134,7 +135,7 @@ class SnapKV(CacheMethod):
 
     def rules(self) -> tuple[Score, Allocation]:
         """See the class."""
-        return PooledWindow(self.window, self.kernel), Uniform()
+        return PooledWindow(LastRows(self.window), self.kernel), Uniform()
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class PyramidKV(CacheMethod):
 
     def rules(self) -> tuple[Score, Allocation]:
         """See the class."""
-        return PooledWindow(self.window, self.kernel), Pyramid(self.window, self.slope)
+        return PooledWindow(LastRows(self.window), self.kernel), Pyramid(self.window, self.slope)
 
 
 @dataclass(frozen=True)
@@ -256,18 +257,35 @@ def _named(name: str, table: dict[str, _Rule], what: str) -> _Rule:
     return table[name]
 
 
-def as_method(cache: CacheMethod | Quantizer | None) -> CacheMethod:
-    """The method that a setting stands for: the full cache for None, quantised for a quantiser."""
-    if isinstance(cache, CacheMethod):
-        return cache
-    return FullCache(quantize=cache)
-
-
 METHODS: dict[str, type[CacheMethod]] = {
     method.name: method
     for method in (FullCache, VLCache, H2O, SnapKV, PyramidKV, StreamingLLM, RandomKV)
 }
 """The methods of this library by the name that the command line, JSON and files use."""
+
+CacheLike = CacheMethod | Quantizer | type[CacheMethod] | type[Quantizer] | str | float | None
+"""What `as_method` takes."""
+
+
+def find_method(name: str) -> type[CacheMethod]:
+    """The class of a method: one of `METHODS`, or of another package.
+
+    Those of other packages are found by their entry points in the group `vlcache.methods`, each
+    a class like those above.
+
+    Raises:
+        ValueError: there is no such method.
+        NotImplementedError: the method is known and not implemented.
+    """
+    if name == "fastv":
+        raise NotImplementedError("method fastv, which prunes tokens, is not implemented")
+    if name in METHODS:
+        return METHODS[name]
+    others = {entry.name: entry for entry in metadata.entry_points(group="vlcache.methods")}
+    if name not in others:
+        names = ", ".join([*METHODS, *others])
+        raise ValueError(f"method {name!r} is not implemented: choose one of {names}")
+    return others[name].load()
 
 
 def make_method(
@@ -275,11 +293,8 @@ def make_method(
 ) -> CacheMethod:
     """A method by its name, with its other settings at their defaults.
 
-    Methods of other packages are found by their entry points in the group `vlcache.methods`, each
-    a class like those above.
-
     Args:
-        name: a name of `METHODS` or of an entry point.
+        name: as in `find_method`.
         budget: see `CacheMethod`; the method's own default where it is None.
         quantize: see `CacheMethod`.
 
@@ -287,12 +302,33 @@ def make_method(
         ValueError: there is no such method, or the budget does not fit it.
         NotImplementedError: the method is known and not implemented.
     """
-    if name == "fastv":
-        raise NotImplementedError("method fastv, which prunes tokens, is not implemented")
-    others = {entry.name: entry for entry in metadata.entry_points(group="vlcache.methods")}
-    if name not in METHODS and name not in others:
-        names = ", ".join([*METHODS, *others])
-        raise ValueError(f"method {name!r} is not implemented: choose one of {names}")
-    method = METHODS[name] if name in METHODS else others[name].load()
+    method = find_method(name)
     made = method() if budget is None else method(budget=budget)
     return made if quantize is None else replace(made, quantize=quantize)
+
+
+def as_method(cache: CacheLike) -> CacheMethod:
+    """The method that a setting stands for.
+
+    Args:
+        cache: a method; a quantiser, or None, for the full cache; a method's or a quantiser's class
+            or a method's name for its defaults; a number for VL-Cache with that budget.
+
+    Raises:
+        ValueError: it is none of these.
+        NotImplementedError: the method is known and not implemented.
+    """
+    if isinstance(cache, type) and issubclass(cache, CacheMethod | Quantizer):
+        cache = cache()
+    if isinstance(cache, CacheMethod):
+        return cache
+    if cache is None or isinstance(cache, Quantizer):
+        return FullCache(quantize=cache)
+    if isinstance(cache, str):
+        return make_method(cache)
+    if isinstance(cache, int | float) and not isinstance(cache, bool):
+        return VLCache(cache)
+    raise ValueError(
+        f"cache={cache!r:.60} is no cache method: write VLCache(0.1), 'vl-cache', or 0.1 for "
+        "VL-Cache with a tenth"
+    )

@@ -150,6 +150,7 @@ def arrange(
     budgets: jax.Array,
     prompt: Prompt,
     salience: jax.Array | None,
+    evicts: bool,
 ) -> Arrangement:
     """Give every kept row its bits.
 
@@ -162,8 +163,8 @@ def arrange(
         budgets: how many of each layer, int32 [B, L].
         prompt: the prompts.
         salience: largest activation of each token in front of each layer, float32 [B, L, T].
+        evicts: whether the kept tokens are what an eviction method chose.
     """
-    evicts = not prompt.budget.keeps_all
     runs, position = len(quantizer.widths), jnp.arange(prompt.rows, dtype=jnp.int32)
     rank = jnp.cumsum(kept, axis=-1, dtype=jnp.int32) - 1
     recent = quantizer.recent_rows(budgets, evicts)
@@ -344,25 +345,22 @@ def _quantise_block(
     return pack(codes.reshape(rows.shape), slots.bits[:, None]), affine
 
 
-def spill(pool: PackedPool, tail: Tail, steps: int) -> tuple[PackedPool, Tail]:
-    """Pack the oldest new tokens of the tail, if there are enough of them.
+def spill(pool: PackedPool, tail: Tail) -> tuple[PackedPool, Tail]:
+    """Pack the oldest new tokens of the tail, if a unit of them is due (`Quantizer.unit`).
 
-    Called between two chunks of `steps` decode steps. It always does the same work, so that it
-    needs no branch: where there are too few new tokens, what it writes is not counted as rows.
+    Called between two chunks of decode steps, of which a whole number makes a unit. It always does
+    the same work, so that it needs no branch: where nothing is due, what it writes is not counted
+    as rows.
 
     Args:
         pool: with room for the new tokens; donate it.
         tail: as full for all sequences of the batch; donate it.
-        steps: of a chunk.
-
-    Returns:
-        The pool, and a tail that has room for another chunk.
     """
     quantizer = pool.quantizer
-    count = quantizer.spilled_rows(steps)
+    count = quantizer.unit
     assert quantizer.residual is not None
-    assert count is not None
-    due = tail.fill[0] >= quantizer.residual + count
+    steps = pool.rows[0, 0, -1] + tail.fill[0]
+    due = (steps % count == 0) & (tail.fill[0] >= quantizer.residual + count)
     packed = pool.words_k, pool.words_v, pool.affine_k, pool.affine_v
     for layer, (k, v) in enumerate(zip(tail.k, tail.v, strict=True)):
         bits = quantizer.new_width(layer)

@@ -6,11 +6,13 @@ choices of this library where AKVQ-VL (Su et al. 2025, arXiv 2501.15021) leaves 
 quantisers themselves are in quantizers.py.
 """
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
@@ -21,6 +23,9 @@ from vlcache_jax.cache.state import round_up
 WORD_BLOCK = 32
 """Word-rows that the packed part of a pool is rounded up to, and its rows of full width: coarser
 ones would be a tenth of a small cache."""
+
+Rows = TypeVar("Rows", jax.Array, np.ndarray)
+"""Counts of rows, on the device or on the host."""
 
 CLIP = {2: 0.8}
 """Share of a group's range that is represented, by width; 1 for the others (AKVQ-VL, section 4)."""
@@ -125,6 +130,27 @@ class Capacity:
     reserved: int = 0
 
 
+def most_of_layers(counts: np.ndarray, layers: int, rows: int) -> int:
+    """The most that all layers together may need, however a budget is divided over them.
+
+    By weak duality, for any price p >= 0 of a row, sum(counts[k]) <= L * max(counts - p * (k - r)):
+    the best price is found by bisection.
+
+    Args:
+        counts: what a layer of k = 0, 1, ... T rows needs, int [T + 1].
+        layers: L.
+        rows: rows of a layer, at most, on average.
+    """
+    k, low, high, least = np.arange(len(counts)), 0.0, 1.0, np.inf
+    for _ in range(60):
+        price = (low + high) / 2
+        needed = counts - price * (k - rows)
+        top = int(np.argmax(needed))
+        least = min(least, float(needed[top]))
+        low, high = (price, high) if top > rows else (low, price)
+    return int(layers * least + 1e-6)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantizer:
     """How the kept rows of a cache are quantised; the base of all quantisers.
@@ -147,6 +173,7 @@ class Quantizer:
     clip: float | None = None
     transform: bool = False
     residual: int | None = None
+    pivots: ClassVar[int] = 0
 
     def __post_init__(self):
         if self.group < 1:
@@ -183,23 +210,21 @@ class Quantizer:
         """Whether the activations of the residual stream are looked at."""
         return False
 
-    def spilled_rows(self, steps: int) -> int | None:
-        """New tokens that are packed at a time, at least `steps`: whole words, whole groups.
+    @property
+    def unit(self) -> int:
+        """New tokens that are packed at a time: whole words of every width, whole groups of keys.
 
-        None without a `residual`.
+        With a `residual`, a unit is packed after every so many steps, if `residual` others stay:
+        where a chunk of decode steps ends, or a call, makes no difference.
         """
-        if self.residual is None:
-            return None
-        unit = self.key_group or self.lanes
-        return -(-steps // unit) * unit
+        return math.lcm(self.key_group or 1, per_word(min(BITS)))
 
-    def tail_rows(self, steps: int, new_rows: int) -> int:
-        """Rows of the tail for `new_rows` tokens, decoded in chunks of `steps`."""
-        count = self.spilled_rows(steps)
-        if self.residual is None or count is None:
+    def tail_rows(self, new_rows: int) -> int:
+        """Rows of the tail for `new_rows` tokens, a multiple of the chunk."""
+        if self.residual is None:
             return new_rows
-        # Those that stay, a group that is not due yet, and the next chunk.
-        return max(count, min(new_rows, self.residual + count - 1 + steps))
+        # Those that stay, a unit that is not due yet, and what comes before the next is looked at.
+        return max(self.unit, min(new_rows, self.residual + 2 * self.unit - 1))
 
     def for_decoder(
         self, kind: str, layers: int, tsa_layers: tuple[int, ...] | None = None
@@ -218,11 +243,14 @@ class Quantizer:
         """Share of a group's range that is represented at a width."""
         return CLIP.get(bits, 1.0) if self.clip is None else self.clip
 
-    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
-        """How many of each layer's kept rows, the latest, have full width: int32 [B, L].
+    def recent_rows(self, kept: Rows, evicts: bool) -> Rows:
+        """How many of a layer's kept rows, the latest, have full width.
+
+        The one count of them: rows are arranged by it, and the room for any division of a budget
+        over the layers is that of its worst case.
 
         Args:
-            kept: rows of each layer, int32 [B, L].
+            kept: rows of each layer, int32 of any shape, on the host (numpy) or the device.
             evicts: whether these are what an eviction method kept.
         """
         raise NotImplementedError(f"{type(self).__name__} has no recent rows")
@@ -250,14 +278,6 @@ class Quantizer:
         """Bits of a layer's runs: those of the prompt, and that of its new tokens."""
         return self.widths if self.residual is None else (*self.widths, self.new_width(layer))
 
-    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
-        """Most rows of full width of all layers together, `rows` of them kept in all."""
-        raise NotImplementedError(f"{type(self).__name__} has no bound of dense rows")
-
-    def least_recent(self, rows: int, evicts: bool) -> int:
-        """Fewest rows of full width of a layer with `rows` kept rows, by `recent_rows`."""
-        raise NotImplementedError(f"{type(self).__name__} has no bound of recent rows")
-
     def wide_layers(self, layers: int) -> int:
         """Layers that may have rows of the widest width; the others only have the narrowest."""
         return layers
@@ -271,13 +291,12 @@ class Quantizer:
             prompt_rows: T.
             new_rows: most new tokens that are quantised.
         """
-        evicts = not limit.keeps_all
-        total = layers * limit.layer_rows(prompt_rows)
-        dense = min(total, self.most_dense(layers, total, evicts))
-        if evicts:
-            packed = min(total, total - self.least_recent(total, evicts) + layers)
-        else:
-            packed = layers * (prompt_rows - self.least_recent(prompt_rows, evicts))
+        rows = limit.bucket(prompt_rows).layer_rows(prompt_rows)
+        total = layers * rows
+        kept = np.arange(prompt_rows + 1, dtype=np.int32)
+        recent = np.asarray(self.recent_rows(kept, not limit.keeps_all))
+        dense = min(total, layers * self.pivots + most_of_layers(recent, layers, rows))
+        packed = min(total, most_of_layers(kept - recent, layers, rows))
         wide = min(packed, self.wide_layers(layers) * prompt_rows)
         words = -(-wide // per_word(self.widths[0])) - (-(packed - wide) // self.lanes)
         # Each run of a layer may end inside of a word-row, or of a group of keys.

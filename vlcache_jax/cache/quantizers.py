@@ -19,11 +19,12 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.packing import BITS
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.quantize import WORD_BLOCK, Quantizer
+from vlcache_jax.cache.quantize import WORD_BLOCK, Quantizer, Rows
 
 TSA_LAYERS: dict[str, tuple[int, ...]] = {"llama": (0, 1), "mistral": ()}
 """Text-salient layers by the kind of decoder, as the paper found them."""
@@ -57,7 +58,7 @@ class AKVQ(Quantizer):
     text_bits: int = 4
     recent: int = 128
     recent_ratio: float = 0.1
-    pivots: int = 15
+    pivots: int = 15  # pyright: ignore[reportIncompatibleVariableOverride]
     tsa_layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
@@ -99,12 +100,13 @@ class AKVQ(Quantizer):
             raise ValueError(f"tsa_layers {wrong} are not layers of a model that has {layers}")
         return replace(self, tsa_layers=chosen)
 
-    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
-        """See the base."""
+    def recent_rows(self, kept: Rows, evicts: bool) -> Rows:
+        """A tenth of what a method kept, or so many of all; see the base."""
         if evicts:
             # The product may fall just below the whole number that it stands for.
-            return jnp.floor(self.recent_ratio * kept + 1e-4).astype(jnp.int32)
-        return jnp.minimum(self.recent, kept)
+            share = kept.astype(np.float32) * np.float32(self.recent_ratio)
+            return (share + np.float32(1e-4)).astype(np.int32)
+        return kept.clip(max=self.recent)
 
     def dense(self, prompt: Prompt, salience: jax.Array | None) -> jax.Array | None:
         """The pivots of the PSA layers."""
@@ -127,15 +129,6 @@ class AKVQ(Quantizer):
     def new_width(self, layer: int) -> int:
         """New tokens are text."""
         return self.text_bits if layer in (self.tsa_layers or ()) else self.bits
-
-    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
-        """See the base."""
-        recent = int(self.recent_ratio * rows + 1e-4 * layers) if evicts else layers * self.recent
-        return recent + layers * self.pivots
-
-    def least_recent(self, rows: int, evicts: bool) -> int:
-        """See the base."""
-        return int(self.recent_ratio * rows) if evicts else min(self.recent, rows)
 
     def wide_layers(self, layers: int) -> int:
         """The TSA layers."""
@@ -175,19 +168,9 @@ class RTN(Quantizer):
         """See the base."""
         return (self.bits,)
 
-    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
-        """See the base."""
-        del evicts
-        return jnp.minimum(self.recent, kept)
-
-    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
-        """See the base."""
-        del evicts
-        return min(rows, layers * self.recent)
-
-    def least_recent(self, rows: int, evicts: bool) -> int:
-        """See the base."""
-        return 0 if evicts else min(self.recent, rows)
+    def recent_rows(self, kept: Rows, evicts: bool) -> Rows:
+        """So many, whether or not a method evicts; see the base."""
+        return kept.clip(max=self.recent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,20 +216,9 @@ class KIVI(Quantizer):
         """See the base."""
         return self.group
 
-    def recent_rows(self, kept: jax.Array, evicts: bool) -> jax.Array:
-        """See the base."""
-        del evicts
-        older = jnp.maximum(kept - self.recent, 0)
-        return kept - older // self.group * self.group
-
-    def most_dense(self, layers: int, rows: int, evicts: bool) -> int:
-        """See the base."""
-        del evicts
-        return min(rows, layers * (self.recent + self.group - 1))
-
-    def least_recent(self, rows: int, evicts: bool) -> int:
-        """See the base."""
-        return 0 if evicts else min(self.recent, rows)
+    def recent_rows(self, kept: Rows, evicts: bool) -> Rows:
+        """So many, and what fills no group of keys; see the base."""
+        return kept - (kept - self.recent).clip(min=0) // self.group * self.group
 
 
 QUANTIZERS: dict[str, Quantizer] = {

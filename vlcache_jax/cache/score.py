@@ -1,33 +1,27 @@
 """What each prompt token is worth, by the attention that the prompt itself pays to it.
 
 A score is called once for every layer while the prompt runs, with a `Layer`: its queries, keys and
-values. Most scores watch a window of rows: `layer.watch(window)` sums the attention that those rows
-pay to each key, block by block, never as a T x T matrix.
+values. Most scores watch a window of rows: the attention that those rows pay to each key, summed
+block by block, never as a T x T matrix. The method observes each window once and hands what was
+seen to its score and to its allocation.
 
     keys     0 . . . . . . . . . . . . . m      a window is the last rows of a prompt:
     window                  [ - - - - - ]       how many is data, the most there may be is static
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.window_scores import WindowScores, average_pool, window_scores
-from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.select import recent_rows
 
 
 class Window:
-    """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses.
-
-    Attributes:
-        by_budget: whether how many there are depends on the budget.
-    """
-
-    by_budget: ClassVar[bool] = True
+    """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses."""
 
     def most(self, prompt: Prompt) -> int:
         """The most rows that a prompt of this bucket can have in the window: static."""
@@ -53,8 +47,6 @@ class PostVisionRows(Window):
     Raises:
         ValueError: one of them is below 1.
     """
-
-    by_budget: ClassVar[bool] = False
 
     fallback: int = 32
     maximum: int = 512
@@ -102,8 +94,6 @@ class LastRows(Window):
 class AllRows(Window):
     """Every row of the prompt."""
 
-    by_budget: ClassVar[bool] = False
-
     def most(self, prompt: Prompt) -> int:
         """T."""
         return prompt.rows
@@ -134,29 +124,14 @@ class Layer:
     prompt: Prompt
     backend: str | None = None
     entering: jax.Array | None = None
-    _watched: dict[tuple[Window, Budget | None], tuple[float | None, WindowScores]] = field(
-        default_factory=dict, repr=False
-    )
-
-    def under(self, budget: Budget) -> "Layer":
-        """The same layer for a method of another budget; what both watch is computed once."""
-        return replace(self, prompt=replace(self.prompt, budget=budget))
 
     def watch(self, window: Window, threshold: float | None = None) -> WindowScores:
-        """The attention that the window's rows pay; computed once for each window of a layer.
+        """The attention that a window's rows pay to each token.
 
         Args:
             window: the rows.
             threshold: also count the entries below that share of their row's maximum.
         """
-        key = window, self.prompt.budget if window.by_budget else None
-        done, found = self._watched.get(key, (None, None))
-        if found is None or threshold not in (None, done):
-            found = self._watch(window, threshold)
-            self._watched[key] = threshold, found
-        return found
-
-    def _watch(self, window: Window, threshold: float | None) -> WindowScores:
         prompt, most = self.prompt, window.most(self.prompt)
         start = prompt.length - window.rows(prompt)
         q = self.q
@@ -176,15 +151,20 @@ class Score:
     """A rule of what each token is worth. Subclass it, or give `Custom` a function.
 
     Subclasses are frozen dataclasses, so that equal settings are equal programs.
+
+    Attributes:
+        window: the rows that the score watches; None where it watches none.
     """
 
-    @property
-    def window(self) -> Window | None:
-        """The rows that the score watches; None where it watches none."""
-        return None
+    window: Window | None = None
 
-    def __call__(self, layer: Layer) -> jax.Array | None:
-        """The score of each token, float32 [B, K, T]; None where position alone decides."""
+    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array | None:
+        """The score of each token, float32 [B, K, T]; None where position alone decides.
+
+        Args:
+            layer: a decoder layer of the running prompt.
+            seen: `layer.watch(self.window)`; None without a window.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not score")
 
     def always(self, rows: jax.Array, prompt: Prompt) -> Always:
@@ -223,19 +203,15 @@ class ColumnSum(RecentScore):
     this library); image and text tokens compete in one ranking.
 
     Attributes:
-        watches: the rows.
+        window: the rows.
     """
 
-    watches: Window = field(default_factory=PostVisionRows)
+    window: Window = PostVisionRows()
 
-    @property
-    def window(self) -> Window:
-        """The rows whose attention is summed."""
-        return self.watches
-
-    def __call__(self, layer: Layer) -> jax.Array:
-        """See the class."""
-        return layer.watch(self.watches).scores
+    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array:
+        """What was seen of the window."""
+        assert seen is not None  # there is a window
+        return seen.scores
 
 
 @dataclass(frozen=True)
@@ -246,30 +222,25 @@ class PooledWindow(Score):
     averaged; the window's own tokens are always kept.
 
     Attributes:
-        rows: rows of the window.
+        window: the rows.
         kernel: neighbours of the average, an odd number.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: `kernel` is out of range.
     """
 
-    rows: int = 32
+    window: Window = LastRows()
     kernel: int = 5
 
     def __post_init__(self):
-        LastRows(self.rows)
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel={self.kernel} must be odd and at least 1")
 
-    @property
-    def window(self) -> Window:
-        """The last rows."""
-        return LastRows(self.rows)
-
-    def __call__(self, layer: Layer) -> jax.Array:
-        """See the class."""
+    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array:
+        """What was seen of the window, averaged over neighbours."""
+        assert seen is not None  # there is a window
         before = layer.prompt.length - self.window.rows(layer.prompt)
-        return average_pool(layer.watch(self.window).scores, before, self.kernel)
+        return average_pool(seen.scores, before, self.kernel)
 
     def always(self, rows: jax.Array, prompt: Prompt) -> Always:
         """The window."""
@@ -293,7 +264,7 @@ class Ends(Score):
         if self.sinks < 0:
             raise ValueError(f"sinks={self.sinks} must not be negative")
 
-    def __call__(self, layer: Layer) -> None:
+    def __call__(self, layer: Layer, seen: WindowScores | None) -> None:
         """Position alone decides."""
 
     def always(self, rows: jax.Array, prompt: Prompt) -> Always:
@@ -315,7 +286,7 @@ class Noise(RecentScore):
 
     seed: int = 0
 
-    def __call__(self, layer: Layer) -> jax.Array:
+    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array:
         """Uniform in [0, 1)."""
         batch, rows, heads, _ = layer.k.shape
         key = jax.random.fold_in(jax.random.key(self.seed), layer.index)
@@ -334,8 +305,8 @@ class ScoreFunction(RecentScore):
 
     function: Callable[[Layer], jax.Array]
 
-    def __call__(self, layer: Layer) -> jax.Array:
-        """What the function says.
+    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array:
+        """What the function says of the layer.
 
         Raises:
             ValueError: the result is not [B, K, T].
