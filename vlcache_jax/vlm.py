@@ -266,10 +266,12 @@ class VLM:
             )
         single = isinstance(text, str) or isinstance(text[0], Mapping)
         settings = generate.settings(1 if single else len(text), seed)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(each, str) and each for each in stops):
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, list | tuple) or not all(
+            isinstance(each, str) and each for each in stops
+        ):
             raise ValueError(f"{stop=!r:.60} must be a text or several, none of them empty")
-        return Request(single, generate, groups, settings, stops)
+        return Request(single, generate, groups, settings, tuple(stops))
 
 
 class Progress:
