@@ -112,9 +112,9 @@ class Uniform(Allocation):
 class Pyramid(Allocation):
     """PyramidKV's rule: sizes that fall linearly from the first layer to the last, plus the window.
 
-    With B = C - w: min = B // slope, max = 2 B - min; the mean over the layers is C. Choices of this
-    library: w shrinks with the budget (`Limits.window`); a max beyond the m - w rows that there are
-    is cut, and min raised so that the mean stays C; a single layer is given C.
+    With B = C - w: min = B // slope, max = 2 B - min; the mean over the layers is C. Choices of
+    this library: w shrinks with the budget (`Limits.window`); a max beyond the m - w rows that
+    there are is cut, and min raised so that the mean stays C; a single layer is given C.
 
     Attributes:
         always: w, last rows that are always kept, on top of the pyramid.
