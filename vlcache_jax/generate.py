@@ -6,8 +6,7 @@ the same loop over chunks on the host.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +96,7 @@ class Generate:
         rows = steps * bucket_for(self.num_chunks, CHUNKS)
         return Stages(self.config, self.cache, steps, rows, self.backend, self.trace)
 
-    def settings(self, batch: int, seed: Any = 0) -> Settings:
+    def settings(self, batch: int, seed: int = 0) -> Settings:
         """What is asked of a batch, as data: sequence i is request i.
 
         Args:
@@ -116,7 +115,9 @@ class Generate:
             inputs: prompts padded to their buckets.
             rng: a `jax.random.key`; not used when greedy.
         """
-        settings = self.settings(inputs.tokens.shape[0], jax.random.bits(rng))
+        settings = self.settings(inputs.tokens.shape[0])
+        seed = jnp.broadcast_to(jax.random.bits(rng), settings.draws.seed.shape)
+        settings = replace(settings, draws=replace(settings.draws, seed=seed))
         stages, steps = self.stages, self.chunk_steps
         pool, state, trace = stages.begin(params, inputs, settings)
         first = state.token[:, None]
