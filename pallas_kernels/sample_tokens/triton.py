@@ -107,7 +107,7 @@ def _kernel(
 
         top_k, top_p = top_k_ref[row], top_p_ref[row]
         limits = (top_k > 0) & (top_k < vocabulary)
-        low, _ = search(count, top_k, limits, jnp.int32(-0x7F800001), jnp.int32(0))
+        low, _ = search(count, top_k, limits, jnp.int32(LOWEST), jnp.int32(0))
         reached = total(mass, low, jnp.float32)
         low, reached = search(mass, top_p * reached, top_p < 1, low, reached)
         border, target = value_of(low), uniform_ref[row] * reached
