@@ -27,9 +27,10 @@ from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.trace import Trace
 from vlcache_jax.display import same_tokens, versions
+from vlcache_jax.images import ImageLike, Images, load_image
 from vlcache_jax.inspection.files import check_report, write_whole
 from vlcache_jax.patches import patch_rectangles
-from vlcache_jax.processing import ImageLike, Images, Processor, load_image
+from vlcache_jax.processing import Processor
 from vlcache_jax.report import CacheReport
 from vlcache_jax.vlm import VLM
 
