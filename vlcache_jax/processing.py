@@ -19,10 +19,14 @@ from PIL import Image
 from vlcache_jax.anyres import NEWLINE, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets
 from vlcache_jax.config import LlavaConfig
+from vlcache_jax.detokenize import BROKEN, Detokenizer
 from vlcache_jax.images import ImageLike, Images, load_image, name_of
 
 Array: TypeAlias = Any
 """numpy as the processor makes it, `jax.Array` on a device and inside a traced function."""
+
+CLEANED = 5
+"""Last characters of a text that transformers' clean-up may still change: of " n ' t"."""
 
 _TEXT = -1  # marks text and padding in the table of visual tokens
 
@@ -145,9 +149,32 @@ class Processor:
         return self._processor.image_processor
 
     def decode(self, token_ids: Sequence[int] | Array) -> str:
-        """Text of token ids `[n]`, special tokens left out."""
+        """Text of token ids `[n]`, special tokens left out: what a `detokenizer` makes of them."""
         ids = [int(i) for i in np.asarray(token_ids).reshape(-1)]
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return "".join(self.detokenizer().split(ids)) if BROKEN in text else text
+
+    def detokenizer(
+        self, stop: str | Sequence[str] = (), *, special_tokens: bool = False
+    ) -> Detokenizer:
+        """What makes the tokens of one answer text while they are drawn.
+
+        Args:
+            stop: a string that ends the text in front of it, or several.
+            special_tokens: whether special tokens are written; left out by default.
+
+        Raises:
+            ValueError: a stop string is empty, or is no string.
+        """
+        tokenizer = self.tokenizer
+        # transformers cleans up what some tokenizers decode, though not that of byte-pair ones.
+        pairs = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+        cleans = tokenizer.clean_up_tokenization_spaces and not pairs
+
+        def decode(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=not special_tokens))
+
+        return Detokenizer(decode, stop, lookahead=CLEANED if cleans else 0)
 
     def __call__(
         self,
