@@ -102,24 +102,24 @@ class Pyramid(Allocation):
     """PyramidKV's rule: sizes that fall linearly from the first layer to the last.
 
     Attributes:
-        window: w, rows that are always kept, on top of the pyramid.
+        rows: w, rows that are always kept, on top of the pyramid.
         slope: PyramidKV's beta: the last layer's size is the mean divided by it.
 
     Raises:
         ValueError: one of them is below 1.
     """
 
-    window: int = 32
+    rows: int = 32
     slope: int = 20
 
     def __post_init__(self):
-        if self.window < 1 or self.slope < 1:
-            raise ValueError(f"window={self.window} and slope={self.slope} must be at least 1")
+        if self.rows < 1 or self.slope < 1:
+            raise ValueError(f"rows={self.rows} and slope={self.slope} must be at least 1")
 
     def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
         """See `pyramid_sizes`."""
         return pyramid_sizes(
-            prompt.budget, prompt.length, prompt.layers, window=self.window, slope=self.slope
+            prompt.budget, prompt.length, prompt.layers, window=self.rows, slope=self.slope
         )
 
 
@@ -259,16 +259,17 @@ def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:
     """
     layers = sizes.shape[-1]
     x = jnp.clip(jnp.nan_to_num(sizes.astype(jnp.float32)), 0, _MOST)
-    lo, m = budget.least(m)[:, None], m[:, None]
+    bounds = budget.least(m), budget.most(m), budget.shares(m) >= 1, m
+    lo, most, whole, m = (bound[:, None] for bound in bounds)
     total = jnp.floor(jnp.sum(x, axis=-1, keepdims=True) + jnp.float32(_ROUNDING))
     total = jnp.maximum(layers * lo, total.astype(jnp.int32))
-    total = jnp.minimum(total, layers * budget.most(m))
+    total = jnp.minimum(total, layers * most)
     k = jnp.clip(jnp.floor(x).astype(jnp.int32), lo, m)
     missing = total - jnp.sum(k, axis=-1, keepdims=True)
     k = _hand_out(x, k, m, missing)
     # Taking from the smallest x - k down to lo is giving to the largest (-x) - (-k) up to -lo.
     k = -_hand_out(-x, -k, -lo, -missing)
-    return jnp.where(budget.shares(m) >= 1, m, k)
+    return jnp.where(whole, m, k)
 
 
 def _hand_out(x: jax.Array, k: jax.Array, limit: jax.Array, count: jax.Array) -> jax.Array:
