@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.device import describe
-from benchmarks.models import MODELS, abstract_inputs
+from benchmarks.models import MODELS, abstract_inputs, empty_cache
 from vlcache_jax.models.llava import abstract_params
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def peak(program: "Program", statistics: Callable[[], dict[str, int]] = device_s
 
     params = zeros(abstract_params(config, bfloat16))
     if program.stage == "decode":
-        pool, state = generate.empty(program.batch, program.context, bfloat16)
-        decode = jax.jit(generate.decode_chunk, donate_argnums=2)
+        pool, state = empty_cache(generate, program.batch, program.context, bfloat16)
+        decode = jax.jit(generate.stages.decode_chunk, donate_argnums=2)
         jax.block_until_ready(decode(params, pool, state))
     else:
         inputs = zeros(abstract_inputs(config, program.batch, program.context))

@@ -8,16 +8,12 @@ plugin: pip install 'vlcache-jax[cuda]'.
 
 import json
 import os
-import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,10 +25,11 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import device_memory
-from benchmarks.ahead_of_time import GPUS, Memory, compile_for, loop_copies, loop_floats
+from benchmarks.ahead_of_time import GPUS, Memory, compile_for
 from benchmarks.command import bad_input, check_known, check_out
 from benchmarks.environment import added, environment, write_result
-from benchmarks.models import MODELS, abstract_inputs
+from benchmarks.loops import loop_copies, loop_floats, step_launches
+from benchmarks.models import MODELS, abstract_inputs, empty_cache
 from pallas_kernels.packing import per_word
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.methods import FullCache, VLCache
@@ -111,12 +108,14 @@ def measure(program: Program, dump: Path) -> dict[str, Any]:
     """
     config, bfloat16 = MODELS[program.model], jnp.dtype(jnp.bfloat16)
     generate = program.generate()
+    stages = generate.stages
     params, text = abstract_params(config, bfloat16), config.text
     began = time.perf_counter()
     if program.stage == "decode":
-        cache = jax.eval_shape(lambda: generate.empty(program.batch, program.context, bfloat16))
+        size = program.batch, program.context, bfloat16
+        cache = jax.eval_shape(lambda: empty_cache(generate, *size))
         compiled = compile_for(
-            program.device, generate.decode_chunk, params, *cache, donate_argnums=(2,)
+            program.device, stages.decode_chunk, params, *cache, donate_argnums=(2,)
         )
     else:
         inputs = abstract_inputs(config, program.batch, program.context)
@@ -124,9 +123,9 @@ def measure(program: Program, dump: Path) -> dict[str, Any]:
         compiled = compile_for(program.device, generate, params, inputs, key)
     seconds = time.perf_counter() - began
     memory, code = Memory.of(compiled), compiled.as_text() or ""
-    tail = generate.tail_rows
+    tail = stages.tail_rows
     pool, full = (
-        cache.pool_shapes(text, program.batch, program.context, bfloat16, generate.reserved_rows)
+        cache.pool_shapes(text, program.batch, program.context, bfloat16, stages.reserved_rows)
         for cache in (generate.cache, FullCache())
     )
     tail_shape = (program.batch, text.num_kv_heads, tail, text.head_dim)
@@ -191,59 +190,6 @@ def _launches(dump: Path) -> str:
     """The order of launches, as XLA wrote it down."""
     (found,) = dump.glob("*.thunk_sequence_after_thunk_passes.txt")
     return found.read_text(encoding="utf-8")
-
-
-_THUNK = re.compile(r"(\s*)\d+: k(\w+)\s+\[[^]]*\]\s*(\S*)")
-_ATTENTION = (
-    "append_and_attend",
-    "ragged_decode_attention",
-    "quantized_append_and_attend",
-    "quantized_decode_attention",
-)
-_KERNELS = (*_ATTENTION, "merge_splits", "add_rms_norm")
-
-
-def step_launches(thunks: str) -> dict[str, Any]:
-    """What a decode step launches, by the innermost loop that has the decode kernel in it.
-
-    Args:
-        thunks: XLA's list of launches, `*.thunk_sequence_after_thunk_passes.txt`.
-
-    Returns:
-        "kernels_per_step": how often each Pallas kernel is launched in one step;
-        "launches_per_layer": from one layer's attention to the next one's, the median;
-        "one_command_buffer": the loop's body is a single command buffer. None for both where the
-        attention is not a kernel.
-    """
-    body = list(_innermost(thunks))
-    names = [name for _, kind, name in body if kind != "CommandBuffer"]
-    attention = [i for i, name in enumerate(names) if name in _ATTENTION]
-    gaps = [b - a for a, b in pairwise(attention)]
-    top = [kind for depth, kind, _ in body if depth == min(other for other, _, _ in body)]
-    return {
-        "kernels_per_step": dict(Counter(name for name in names if name in _KERNELS)),
-        "launches_per_step": len(names),
-        "launches_per_layer": statistics.median(gaps) if gaps else None,
-        "one_command_buffer": top == ["CommandBuffer"] if attention else None,
-    }
-
-
-def _innermost(thunks: str) -> Iterator[tuple[int, str, str]]:
-    """Depth, kind and name of each launch in the body of the last loop with a decode kernel."""
-    lines = thunks.splitlines()
-    bodies = [i for i, line in enumerate(lines) if line.strip() == "body:"]
-    for start in reversed(bodies):
-        depth = len(lines[start]) - len(lines[start].lstrip())
-        body = []
-        for line in lines[start + 1 :]:
-            if line.strip() and len(line) - len(line.lstrip()) <= depth:
-                break
-            if match := _THUNK.match(line):
-                # Where a program calls a kernel in two shapes, XLA numbers the second: name__1.
-                body.append((len(match[1]), match[2], match[3].split("__")[0]))
-        if any(name in _ATTENTION for _, _, name in body):
-            yield from body
-            return
 
 
 def run(program: Program) -> dict[str, Any]:

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.anyres import max_tiles
+from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.config import LlavaConfig, RopeConfig, TextConfig, VisionConfig
+from vlcache_jax.generate import Generate
 from vlcache_jax.processing import ModelInputs
+from vlcache_jax.stages import DecodeState
 
 _TOWER = VisionConfig(
     hidden_size=1024,
@@ -84,3 +87,19 @@ def abstract_inputs(config: LlavaConfig, batch: int, rows: int) -> ModelInputs:
         visual_index=ids,
         tiles=jax.ShapeDtypeStruct(tiles, jnp.float32),
     )
+
+
+def empty_cache(
+    generate: Generate, batch: int, rows: int, dtype: jnp.dtype
+) -> tuple[AnyPool, DecodeState]:
+    """What decoding starts from, behind no prompt: for `jax.eval_shape`, or as zeros.
+
+    Args:
+        generate: the way to generate.
+        batch: sequences.
+        rows: bucket of their prompts, T.
+        dtype: type of the cache.
+    """
+    stages, none = generate.stages, jnp.zeros((batch,), jnp.int32)
+    state = stages.start(none, none, generate.settings(batch), dtype)
+    return stages.empty_pool(batch, rows, dtype), state

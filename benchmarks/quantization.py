@@ -187,7 +187,7 @@ def attend(quantizer: Quantizer | None, planted: Planted) -> tuple[jax.Array, ja
         token = token.at[:, :, :, -1].set(transform(token[:, :, :, -1]))
     length = jnp.full((batch,), rows, jnp.int32)
     shown = jnp.broadcast_to(jnp.asarray(visual()), (batch, rows))
-    prompt = Prompt(length, shown, layers, method.limit)
+    prompt = Prompt(length, shown, layers, method.limit.data)
     plan = Plan(jnp.full((batch, layers), rows, jnp.int32), None, salience)
     k, v = (x.swapaxes(1, 2).reshape(batch, heads, layers * rows, size) for x in (k, v))
     pool = method.build(k, v, plan, prompt)

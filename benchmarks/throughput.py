@@ -1,14 +1,12 @@
 """Tokens per second of as many sequences as fit: `python -m benchmarks.throughput`.
 
-A few prompts at a time are prefilled into one cache, which is donated from call to call and so
-written in place, until it holds all sequences; then all are decoded together. What a small cache is
-for: more sequences in the same memory.
+The driver prefills a few prompts at a time into one cache, until it holds all sequences; then all
+are decoded together. What a small cache is for: more sequences in the same memory.
 """
 
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,14 +23,17 @@ from benchmarks import device as devices
 from benchmarks import measure
 from benchmarks.command import bad_input, check_known, check_out, counting_bar
 from benchmarks.environment import environment, write_result
+from benchmarks.models import empty_cache
 from benchmarks.roofline import WORKSPACE, Device, decode_step
 from benchmarks.speed import limit
 from benchmarks.speed.cases import Case, Variant, models
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.options import Budgets, Dtype, KvBits, Methods, dtype_of, variants_of
 from benchmarks.speed.rows import cache_of, described
+from vlcache_jax.driver import Run
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params, init_params
+from vlcache_jax.programs import Programs
 from vlcache_jax.report import human_bytes, token_bytes
 
 CPU_MEMORY = 64 * 2**20
@@ -58,7 +59,7 @@ class Load:
 
     def generate(self, variant: Variant) -> Generate:
         """The programs of a variant."""
-        return self.case.generate(variant, self.case.new_tokens, self.case.chunk)
+        return self.case.generate(variant, self.case.new_tokens)
 
     def first_guess(self, variant: Variant, weights: int) -> int:
         """Sequences that should fit beside the weights, in whole groups of those prefilled at once.
@@ -74,10 +75,9 @@ class Load:
         if self.sequences is not None:
             return math.ceil(self.sequences / group) * group
         dtype = jnp.dtype(case.dtype)
-        shapes = jax.eval_shape(lambda: self.generate(variant).empty(1, case.context, dtype))
-        each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes[0])) + sum(
-            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes[1].tail)
-        )
+        shapes = jax.eval_shape(lambda: empty_cache(self.generate(variant), 1, case.context, dtype))
+        held = jax.tree.leaves((shapes[0], shapes[1].tail))
+        each = sum(leaf.size * leaf.dtype.itemsize for leaf in held)
         prefill = 2 * group * case.context * token_bytes(case.config.text, dtype)
         room = self.memory - weights - prefill - min(WORKSPACE, self.memory // 16)
         count = math.floor(room / each / group) * group
@@ -141,7 +141,7 @@ def run(
         "tokens_per_s": rate,
         "floor_tokens_per_s": count / floor,
         "share": rate * floor / count,
-        "answers_per_s": count / (sum(found["prefill_samples"]) + found["decode_s"]),
+        "answers_per_s": count / (found["prefill_s"] + found["decode_s"]),
     }
 
 
@@ -153,53 +153,32 @@ def _hold_and_decode(
     advance: Callable[[float], None],
 ) -> dict[str, Any]:
     """Prefill `count` sequences into one cache, then decode all of them to the end."""
-    case, group, generate = load.case, load.case.batch, load.generate(variant)
-    pool, state = generate.empty(count, case.context, jnp.dtype(case.dtype))
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(pool) if leaf.ndim == 4)
-    tail = sum(leaf.nbytes for leaf in jax.tree.leaves(state.tail))
-    fill = jax.jit(generate.prefill_into, donate_argnums=(1, 2))
-    starts, key = range(0, count, group), jax.random.key(0)
-    prefill, compile_s = [], {}
-    for start in starts:
-        rows, inputs = jnp.arange(start, start + group), jax.device_put(case.inputs(start))
-        if start == 0:
-            fill, compile_s["prefill"] = _compiled(fill, params, pool, state, rows, inputs, key)
-        began = time.perf_counter()
-        pool, state, _ = fill(params, pool, state, rows, inputs, key)
-        jax.block_until_ready((pool, state))
-        prefill.append(time.perf_counter() - began)
-        advance(0.5 / len(starts))
-    share = float(pool.length.mean()) / case.context
-    bits = case.stored_bits(variant, np.asarray(pool.counts))
-    chunk = jax.jit(generate.decode_chunk, donate_argnums=2)
-    chunk, compile_s["decode"] = _compiled(chunk, params, pool, state)
-    steps = []
-    for _ in range(generate.num_chunks):
-        began = time.perf_counter()
-        state, tokens = chunk(params, pool, state)
-        jax.block_until_ready(tokens)
-        steps.append((time.perf_counter() - began) / generate.chunk_steps)
+    case, generate = load.case, load.generate(variant)
+    groups = [case.inputs(start) for start in range(0, count, case.batch)]
+    run = Run(Programs(), params, generate.stages, groups, generate.settings(count))
+    chunks, steps = iter(run), []
+    next(chunks)
+    advance(0.5)
+    for _ in chunks:
+        steps.append((run.timings.decode_s or 0.0) / generate.chunk_steps - sum(steps))
         advance(0.5 / generate.num_chunks)
-    if not bool((state.count == generate.num_chunks * generate.chunk_steps + 1).all()):
-        raise ArithmeticError(f"not every sequence has its tokens: {state.count}")
+    if not (run.counts == case.new_tokens).all():
+        raise ArithmeticError(f"not every sequence has its tokens: {run.counts}")
+    share = float(run.pool.length.mean()) / case.context
+    bits = case.stored_bits(variant, np.asarray(run.pool.counts))
+    row = token_bytes(case.config.text, jnp.dtype(case.dtype))
     return {
         "kept_share": share,
         "stored_bits": bits,
         "kept_bytes_share": share * bits / 16,
-        "cache_bytes": held,
-        "tail_bytes": tail,
-        "prefilled_at_once": group,
-        "compile_s": compile_s,
-        "prefill_samples": prefill,
+        "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(run.pool) if leaf.ndim == 4),
+        "tail_bytes": count * generate.stages.tail_rows * row,
+        "prefilled_at_once": case.batch,
+        "compile_s": run.timings.compile_s,
+        "prefill_s": run.timings.prefill_s,
         "step_samples": steps,
-        "decode_s": sum(steps) * generate.chunk_steps,
+        "decode_s": run.timings.decode_s,
     }
-
-
-def _compiled(program: Any, *arguments: Any) -> tuple[Any, float]:
-    """A program compiled for its arguments, and the seconds that took."""
-    began = time.perf_counter()
-    return program.lower(*arguments).compile(), time.perf_counter() - began
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:

@@ -32,8 +32,8 @@ class Options(TypedDict, total=False):
     tail.
 
     Attributes:
-        messages: a conversation instead of `text`, `[{"role": "user", "content": "..."}, ...]`, or a
-            list of them (`vlcache_jax.messages.Messages`).
+        messages: a conversation instead of `text`, `[{"role": "user", "content": "..."}, ...]`, or
+            a list of them (`vlcache_jax.messages.Messages`).
         max_new_tokens: most tokens of an answer, 128 by default.
         temperature: 0, the default, is greedy.
         top_k: draw among the k most likely tokens; all by default.

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.window_scores import WindowScores
 from vlcache_jax.cache.allocate import Allocation, Uniform
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod, Observation
@@ -99,7 +100,7 @@ class AnswerAttention(RecentScore):
 
     recent_ratio: float = 0.0
 
-    def __call__(self, layer: Layer) -> None:
+    def __call__(self, layer: Layer, seen: WindowScores | None) -> None:
         """Nothing yet: `Oracle.told` says it."""
 
 
@@ -124,7 +125,7 @@ class MostAttention(Allocation):
 
 @dataclass(frozen=True)
 class Oracle(CacheMethod):
-    """Keep what the full cache's own answer attends to most; for `evaluate.Evaluation` alone.
+    """Keep what the full cache's own answer attends to most; for `comparison.Comparison` alone.
 
     No method can know this. It tells what a budget allows, and so whether a loss is the budget's or
     the method's.

@@ -102,7 +102,7 @@ def fitting(case: Case, variants: Sequence[Variant], limit: Device) -> int:
     weights = count_parameters(case.config)["total"] * dtype.itemsize
     each = sum(
         pool_bytes(text, variant.cache, dtype, batch=1, prompt_rows=case.context)
-        + case.generate(variant, CHUNKS[-1] * case.chunk + 1, case.chunk).tail_rows
+        + case.generate(variant, CHUNKS[-1] * case.chunk + 1).stages.tail_rows
         * token_bytes(text, dtype)
         for variant in variants
     )  # fmt: skip

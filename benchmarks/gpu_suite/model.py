@@ -17,6 +17,7 @@ from vlcache_jax.config import LlavaConfig, TextConfig, VisionConfig
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params, init_params
 from vlcache_jax.processing import ModelInputs
+from vlcache_jax.stages import Stages
 
 BUDGET = 0.3
 LOGITS_BOUND = 2e-2
@@ -121,8 +122,9 @@ def _tokens(context: Context, params: Params, inputs: ModelInputs) -> list[dict[
 def _logits(context: Context, params: Params, inputs: ModelInputs) -> list[dict[str, Any]]:
     """One decode step in bfloat16 from the same cache, against the step in float32."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    ours, plain = (_generate(context, backend) for backend in ("triton", "xla"))
-    pool, state, _ = jax.jit(plain.begin)(params, inputs, jax.random.key(0))
+    settings = _generate(context, "xla").settings(len(inputs.length))
+    ours, plain = (_generate(context, backend).stages for backend in ("triton", "xla"))
+    pool, state, _ = jax.jit(plain.begin)(params, inputs, settings)
 
     def wide(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
@@ -131,8 +133,8 @@ def _logits(context: Context, params: Params, inputs: ModelInputs) -> list[dict[
         params, pool, state
     )
 
-    def error_of(generate: Generate) -> float:
-        logits = jax.jit(lambda *arrays: generate.decode_step(*arrays)[1])(params, pool, state)
+    def error_of(stages: Stages) -> float:
+        logits = jax.jit(lambda *arrays: stages.decode_step(*arrays)[1])(params, pool, state)
         return checks.relative_error(np.asarray(logits), np.asarray(expected))
 
     error = error_of(ours)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import device as devices
@@ -17,9 +18,12 @@ from vlcache_jax.anyres import num_tiles
 from vlcache_jax.buckets import Buckets
 from vlcache_jax.cache.methods import FullCache, VLCache
 from vlcache_jax.config import LlavaConfig
+from vlcache_jax.driver import Run
 from vlcache_jax.generate import Generate
-from vlcache_jax.models.llava import Params, bind
+from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import ModelInputs, Processor
+from vlcache_jax.programs import Programs
+from vlcache_jax.stages import Stages
 
 FULL = "full"
 """The cache that keeps everything; others are named by their budget."""
@@ -57,9 +61,7 @@ class Ours:
         processor = Processor(self.config, files, buckets)
         inputs = processor([pictures] * batch, [text] * batch, raw_prompt=True)
         self._tokens, self._visual = int(inputs.length[0]), int((inputs.visual_index[0] >= 0).sum())
-        self._inputs, self._key = jax.device_put(inputs), jax.random.key(0)
-        self._compiled = compiled
-        self._programs: dict[tuple[str, int], Any] = {}
+        self._inputs, self._compiled, self._programs = inputs, compiled, Programs()
 
     def about(self) -> dict[str, Any]:
         """What this runs on, and what the prompt is."""
@@ -71,37 +73,37 @@ class Ours:
         }
 
     def seconds(self, cache: str, tokens: int) -> float:
-        """From the inputs on the device to the tokens on the host."""
-        program = self._program(cache, tokens)
+        """From the inputs to the tokens, both on the host."""
         began = time.perf_counter()
-        np.asarray(program(self.params, self._inputs, self._key).tokens)
+        self._run(cache, tokens)
         return time.perf_counter() - began
 
     def answer(self, cache: str, tokens: int, logits: str) -> dict[str, Any]:
         """The tokens, and in a file the logits of the first one, float32 [B, 1, V]."""
-        output = self._program(cache, tokens)(self.params, self._inputs, self._key)
+        drawn, run = self._run(cache, tokens)
         np.save(logits, np.asarray(self._first_logits())[:, None])
-        kept = float(np.asarray(output.kept).mean()) / self._tokens
-        return {"tokens": np.asarray(output.tokens).tolist(), "kept_share": kept}
+        kept = float(np.asarray(run.pool.length).mean()) / self._tokens
+        return {"tokens": drawn.tolist(), "kept_share": kept}
 
     def programs(self) -> int:
         """Programs that were compiled so far."""
         return len(self._compiled)
 
-    def _program(self, cache: str, tokens: int) -> Any:
-        if (cache, tokens) not in self._programs:
-            method = FullCache() if cache == FULL else VLCache(cache)
-            generate = Generate(self.config, method, tokens)  # without stop ids
-            self._programs[cache, tokens] = jax.jit(generate)
-        return self._programs[cache, tokens]
+    def _run(self, cache: str, tokens: int) -> tuple[np.ndarray, Run]:
+        """The tokens, int32 [B, n], and the run that drew them."""
+        method = FullCache() if cache == FULL else VLCache(cache)
+        generate = Generate(self.config, method, tokens)  # without stop ids
+        settings = generate.settings(len(self._inputs.length))
+        run = Run(self._programs, self.params, generate.stages, [self._inputs], settings)
+        return np.concatenate(list(run), axis=1)[:, :tokens], run
 
     def _first_logits(self) -> jax.Array:
         """Float32 [B, V]."""
-        generate, model = Generate(self.config), bind(self.config)
+        stages, last = Stages(self.config), self._inputs.length - 1
 
         @jax.jit
         def logits(params: Params, inputs: ModelInputs) -> jax.Array:
-            return model(params).logits(generate.prefill(params, inputs).hidden)
+            return stages.prompt_logits(params, inputs)[jnp.arange(last.size), last]
 
         return logits(self.params, self._inputs)
 

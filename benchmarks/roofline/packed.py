@@ -26,7 +26,7 @@ def rows_by_width(
         evicts: whether these are what a method kept of more.
         text: text tokens of a prompt, all behind its picture.
     """
-    dense = np.asarray(quantizer.recent_rows(jnp.asarray(kept), evicts))
+    dense = quantizer.recent_rows(kept, evicts)
     wide = np.zeros_like(dense)
     if isinstance(quantizer, AKVQ):
         tsa = np.isin(np.arange(kept.shape[-1]), quantizer.tsa_layers or ())

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from benchmarks.models import MODELS, SMALL_TOWER, WINDOW
 from benchmarks.roofline.packed import bits_of, rows_by_width
 from vlcache_jax import demo
 from vlcache_jax.anyres import max_tiles
-from vlcache_jax.cache.allocate import Allocation, Uniform, allocate
-from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.allocate import Uniform, allocate
+from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.config import LlavaConfig, TextConfig
-from vlcache_jax.generate import Generate
+from vlcache_jax.generate import CHUNK, Generate
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.report import kv_bits
 
@@ -92,7 +92,7 @@ class Case:
         layers: "paper" (the method's own division, of the sparsity that the paper reports), or
             "uniform".
         new_tokens: of a whole answer.
-        chunk: decode steps of one program.
+        chunk: most decode steps of one program.
     """
 
     model: str
@@ -102,7 +102,7 @@ class Case:
     images: bool = False
     layers: str = "paper"
     new_tokens: int = 100
-    chunk: int = 16
+    chunk: int = CHUNK
 
     @cached_property
     def config(self) -> LlavaConfig:
@@ -122,10 +122,10 @@ class Case:
         """The model was not made for so many positions."""
         return self.tokens > models()[self.model].text.max_positions
 
-    def generate(self, variant: Variant, new_tokens: int, chunk: int) -> Generate:
-        """The programs of a variant."""
+    def generate(self, variant: Variant, new_tokens: int) -> Generate:
+        """How a variant answers with so many tokens."""
         return Generate(
-            self.config, variant.cache, new_tokens, chunk=chunk, backend=variant.backend
+            self.config, variant.cache, new_tokens, chunk=self.chunk, backend=variant.backend
         )
 
     def lengths(self, variant: Variant, seed: int = 0) -> jax.Array:
@@ -138,11 +138,11 @@ class Case:
         if cache.limit.keeps_all:
             return jnp.broadcast_to(m[:, None], (self.batch, text.num_layers))
         prompt = Prompt(
-            m, jnp.zeros((self.batch, self.context), bool), text.num_layers, cache.limit
+            m, jnp.zeros((self.batch, self.context), bool), text.num_layers, cache.limit.data
         )
         allocation = Uniform() if self.layers == "uniform" else cache.rules()[1]
         sparsity = jnp.asarray(paper_sparsity(self.batch, text.num_layers, seed))
-        return allocate(allocation.sizes(prompt, sparsity), cache.limit, m)
+        return allocate(allocation.sizes(prompt, sparsity), prompt.budget, m)
 
     def rows_by_width(self, variant: Variant, seed: int = 0) -> np.ndarray:
         """The same rows by their width: full width, then the quantiser's; int [B, L, 1 + widths].
@@ -192,17 +192,6 @@ class Case:
             visual_index=np.where(visual, table, -1).astype(np.int32),
             tiles=rng.standard_normal((self.batch * tiles, 3, side, side), np.float32),
         )
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _divided(
-    allocation: Allocation, budget: Budget, context: int, sparsity: jax.Array
-) -> jax.Array:
-    """A budget's rows of each layer, int32 [B, L]."""
-    batch, layers = sparsity.shape
-    m = jnp.full((batch,), context, jnp.int32)
-    prompt = Prompt(m, jnp.zeros((batch, context), bool), layers, budget)
-    return allocate(allocation.sizes(prompt, sparsity), budget, m)
 
 
 def paper_sparsity(batch: int, layers: int, seed: int = 0) -> np.ndarray:

@@ -19,9 +19,9 @@ from benchmarks.speed.rows import beside_full, row_of
 from pallas_kernels.packing import join_affine
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.packed import PackedPool, runs_of
-from vlcache_jax.cache.state import Pool, empty_tail
-from vlcache_jax.generate import DecodeState
+from vlcache_jax.cache.state import Pool
 from vlcache_jax.models.llava import Params
+from vlcache_jax.stages import DecodeState
 
 CHUNKS = (1, 3)
 """Programs in a row that are timed; a step is the difference of the two, divided by its steps."""
@@ -111,14 +111,15 @@ class Decoding:
     """A cache of random rows, and the program that decodes from it."""
 
     def __init__(self, case: Case, variant: Variant, params: Params):
-        steps = CHUNKS[-1] * case.chunk
         self.case, self.variant, self.params = case, variant, params
-        self.generate = case.generate(variant, steps + 1, case.chunk)
-        self.program = jax.jit(self.generate.decode_chunk, donate_argnums=2)
+        self.generate = case.generate(variant, CHUNKS[-1] * case.chunk + 1)
+        stages, settings = self.generate.stages, self.generate.settings(case.batch)
+        token = 5 + jnp.arange(case.batch, dtype=jnp.int32) % 50
+        length, dtype = jnp.full_like(token, case.context), jnp.dtype(case.dtype)
+        # All of the state is made on the device, anew: the program takes it for its own.
+        self.start = jax.jit(lambda: stages.start(token, length, settings, dtype))
+        self.program = jax.jit(stages.decode_chunk, donate_argnums=2)
         self.pool = random_pool(case, variant)
-        self._tail = empty_tail(
-            case.config.text, case.batch, self.generate.tail_rows, jnp.dtype(case.dtype)
-        )
 
     @property
     def kept_share(self) -> float:
@@ -139,25 +140,19 @@ class Decoding:
         step = decode_step(case.config, case.context, case.batch, *kept, tail=tail)
         return in_type(step, case.dtype)
 
-    def start(self) -> DecodeState:
-        """The state behind a prompt. It takes the tail with it, until `run` gives it back."""
-        token, position, count, done, fill, key = _beginning(self.case.batch, self.case.context)
-        return DecodeState(replace(self._tail, fill=fill), token, position, count, done, key)
-
     def run(self, chunks: int, pool: AnyPool | None = None) -> jax.Array:
         """Decode `chunks` programs' steps, and do not wait: the last tokens, int32 [B, steps]."""
-        state, tokens = self.start(), None
-        for _ in range(chunks):
+        return self._run(chunks, pool)[1]
+
+    def _run(self, chunks: int, pool: AnyPool | None = None) -> tuple[DecodeState, jax.Array]:
+        state, tokens = self.program(self.params, pool or self.pool, self.start())
+        for _ in range(chunks - 1):
             state, tokens = self.program(self.params, pool or self.pool, state)
-        self._tail = state.tail
-        assert tokens is not None  # there is at least one chunk
-        return tokens
+        return state, tokens
 
     def run_once(self, program: Any) -> jax.Array:
         """One chunk of `program`, which is this one, compiled."""
-        state, tokens = program(self.params, self.pool, self.start())
-        self._tail = state.tail
-        return tokens
+        return program(self.params, self.pool, self.start())[1]
 
     def programs(self) -> int:
         """How many programs serve the caches of three batches of prompts."""
@@ -175,21 +170,12 @@ class Decoding:
             ArithmeticError: a value of the last layer or the logits are not finite, or a row was
                 not written.
         """
-        tokens = self.run(CHUNKS[-1])
-        rows = jnp.stack([self._tail.k[-1], self._tail.v[-1]])
+        state, tokens = self._run(CHUNKS[-1])
+        rows = jnp.stack([state.tail.k[-1], state.tail.v[-1]])
         if not bool(jnp.isfinite(rows).all() & (rows != 0).any(-1).all()):
             raise ArithmeticError("the decoded tokens' keys and values are not finite, or missing")
         if not bool(tokens.any()):  # the first of all NaN
             raise ArithmeticError("every token is 0: the logits are not finite")
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _beginning(batch: int, context: int) -> tuple[jax.Array, ...]:
-    """Token, position, count, done, fill and key of a state: new arrays, to be donated."""
-    position = jnp.full((batch,), context, jnp.int32)
-    token = 5 + jnp.arange(batch, dtype=jnp.int32) % 50
-    one, zero = jnp.ones((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
-    return token, position, one, jnp.zeros((batch,), bool), zero, jax.random.key(0)
 
 
 def decode_rows(

@@ -152,10 +152,12 @@ def programs_of(
     case: Case, variants: Sequence[Variant], params: Params, stages: Sequence[str] = STAGES
 ) -> Iterator[Program]:
     """The programs of some of `STAGES` of every variant; no more than one is kept in memory."""
-    prompt = params, jax.device_put(case.inputs()), jax.random.key(0)
+    inputs = jax.device_put(case.inputs())
     for variant in variants if "prefill" in stages else ():
-        begin = jax.jit(case.generate(variant, 1, case.chunk).begin)
-        yield Program("prefill", variant, begin, prompt, lambda compiled: compiled(*prompt))
+        generate = case.generate(variant, 1)
+        prompt = params, inputs, generate.settings(case.batch)
+        call = lambda compiled, prompt=prompt: compiled(*prompt)  # noqa: E731
+        yield Program("prefill", variant, jax.jit(generate.stages.begin), prompt, call)
     for variant in variants if "decode" in stages else ():
         decoding = Decoding(case, variant, params)
         state = jax.eval_shape(decoding.start)

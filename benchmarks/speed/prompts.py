@@ -1,5 +1,6 @@
 """The stages with a prompt in them: prefill, what a method adds to it, and a whole answer."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +15,14 @@ from benchmarks.speed.decoding import random_rows
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
 from vlcache_jax.cache.method import Observation
-from vlcache_jax.generate import Generate, Prefill
+from vlcache_jax.driver import Run
+from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params
+from vlcache_jax.processing import ModelInputs
+from vlcache_jax.programs import Programs
+from vlcache_jax.stages import Prefill
 
 Found = dict[Variant, measure.Timing | Exception]
-Program = Callable[..., Any]
 
 
 def prefill_work(case: Case) -> Stage:
@@ -59,11 +63,10 @@ def prefill_rows(
 ) -> list[dict[str, Any]]:
     """Prefill up to the first token, and what each method adds to that of the full cache.
 
-    The rows "method" (scoring, selection, compaction, packing) are differences of whole programs,
+    The rows "method" (scoring, selection, compaction, packing) are differences of whole prefills,
     sample by sample: XLA may run a method's work beside that of the prefill.
     """
-    programs = {v: jax.jit(case.generate(v, 1, case.chunk).begin) for v in variants}
-    found, count = _timed(case, programs, params, effort)
+    found, count = _timed(case, variants, 1, params, effort)
     rows, added = [], []
     for variant, timing in found.items():
         works = {**prefill_work(case).parts, **method_work(case, variant).parts}
@@ -74,7 +77,7 @@ def prefill_rows(
             continue
         if isinstance(timing, measure.Timing):
             more = {
-                "how": "difference of whole programs, with the method and without",
+                "how": "difference of whole prefills, with the method and without",
                 "share_of_prefill": timing.seconds / full.seconds - 1,
             }
             timing = measure.difference(timing, full)
@@ -91,9 +94,10 @@ def build_rows(
     chosen = [variant for variant in variants if not variant.full]
     inputs, programs = jax.device_put(case.inputs()), {}
     for variant in chosen:
-        generate = case.generate(variant, 1, case.chunk)
-        prefilled, program = random_prefill(case, generate, params), jax.jit(generate.build_cache)
-        programs[str(variant)] = lambda run=program, given=prefilled: run(given, inputs)
+        generate = case.generate(variant, 1)
+        given = random_prefill(case, generate, params), inputs, generate.settings(case.batch)
+        build = jax.jit(generate.stages.build_cache)
+        programs[str(variant)] = functools.partial(build, *given)
     found = measure.compare(programs, calls=1, effort=effort)
     rows = []
     for variant in chosen:
@@ -106,7 +110,8 @@ def build_rows(
 
 def random_prefill(case: Case, generate: Generate, params: Params) -> Prefill:
     """What a prefill could have left behind: random rows and scores, the paper's sparsities."""
-    shape = jax.eval_shape(generate.prefill, params, case.inputs())
+    settings = generate.settings(case.batch)
+    shape, _ = jax.eval_shape(generate.stages.prefill, params, case.inputs(), settings)
     k, v = (random_rows(jax.random.key(seed), shape.k.shape, case.dtype) for seed in (1, 2))
     seen = shape.seen
     scores, salience = (
@@ -115,8 +120,7 @@ def random_prefill(case: Case, generate: Generate, params: Params) -> Prefill:
     measured = seen.measured
     if measured is not None:
         measured = jnp.asarray(paper_sparsity(*measured.shape))
-    hidden = measure.normal(jax.random.key(3), shape.hidden.shape, case.dtype)
-    return Prefill(k, v, hidden, Observation(scores, measured, salience))
+    return Prefill(k, v, Observation(scores, measured, salience), None)
 
 
 def _uniform(like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
@@ -126,10 +130,8 @@ def _uniform(like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
 def answer_rows(
     case: Case, variants: Sequence[Variant], params: Params, limit: Device, effort: measure.Effort
 ) -> list[dict[str, Any]]:
-    """From prompt to all tokens, one program."""
-    chunk = Generate.chunk  # the default
-    programs = {v: jax.jit(case.generate(v, case.new_tokens, chunk)) for v in variants}
-    found, count = _timed(case, programs, params, effort)
+    """From prompt to all tokens."""
+    found, count = _timed(case, variants, case.new_tokens, params, effort)
     rows = []
     for variant, timing in found.items():
         more: dict[str, Any] = {"new_tokens": case.new_tokens}
@@ -142,26 +144,32 @@ def answer_rows(
 
 
 def _timed(
-    case: Case, programs: dict[Variant, Program], params: Params, effort: measure.Effort
+    case: Case,
+    variants: Sequence[Variant],
+    new_tokens: int,
+    params: Params,
+    effort: measure.Effort,
 ) -> tuple[Found, Callable[[Variant], int]]:
-    """Time programs of (params, inputs, rng) in turns.
+    """Time answers of so many tokens in turns, by the driver.
 
     Returns:
-        What was found, and what counts the programs that serve three batches of prompts.
+        What was found, and what counts the programs of a stage that serve three batches of prompts.
     """
-    eighth = case.context // 8
+    eighth, programs = case.context // 8, Programs()
     batches = [jax.device_put(case.inputs(seed, case.context - seed * eighth)) for seed in range(3)]
-    key = jax.random.key(0)
+
+    def answer(variant: Variant, inputs: ModelInputs) -> None:
+        generate = case.generate(variant, new_tokens)
+        settings = generate.settings(case.batch)
+        for _ in Run(programs, params, generate.stages, [inputs], settings):
+            pass
 
     def count(variant: Variant) -> int:
         with measure.compilations() as seen:
             for inputs in batches[1:]:
-                jax.block_until_ready(programs[variant](params, inputs, key))
+                answer(variant, inputs)
         return 1 + len(seen)
 
-    launches = {
-        str(variant): lambda run=program: run(params, batches[0], key)
-        for variant, program in programs.items()
-    }
+    launches = {str(each): functools.partial(answer, each, batches[0]) for each in variants}
     found = measure.compare(launches, calls=1, effort=effort)
-    return {variant: found[str(variant)] for variant in programs}, count
+    return {variant: found[str(variant)] for variant in variants}, count

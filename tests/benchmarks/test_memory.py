@@ -21,7 +21,6 @@ from benchmarks.memory import (
     known,
     largest_batch,
     run,
-    step_launches,
 )
 from benchmarks.models import MODELS
 from tests.tiny import tiny_config
@@ -39,50 +38,6 @@ needs_plugin = pytest.mark.skipif(
     plugin_version() is None,
     reason="the CUDA plugin is not installed: pip install 'vlcache-jax[cuda]'",
 )
-
-THUNKS = """001: kCopy         [source       | next=003 (2)] kCopy
-003: kWhile         [prev=002 (1) | sink        ]
-condition:
-    004: kCustomKernel [source | sink] compare grid: [1, 1, 1] threads: [1, 1, 1]
-  body:
-    000: kCommandBuffer      [source       | next=466 (1)]
-        005: kCustomKernel [source       | sink        ] norm__1 grid: [1, 1, 1]
-        006: kCustomKernel [source       | next=007 (1)] append_and_attend grid: [8, 1, 1]
-        007: kCustomKernel [source       | next=008 (1)] merge_splits grid: [8, 1, 1]
-        008: kGemm         [source       | next=009 (1)] kGemm
-        009: kCustomKernel [source       | sink        ] append_and_attend__1 grid: [8, 1, 1]
-        010: kCustomKernel [source       | sink        ] add_rms_norm__1 grid: [1, 1, 1]
-{more}468: kCustomKernel       [source       | sink        ] last grid: [1, 1, 1]
-"""
-
-
-def test_launches_of_a_step_are_counted():
-    found = step_launches(THUNKS.format(more=""))
-    assert found == {
-        "kernels_per_step": {"append_and_attend": 2, "merge_splits": 1, "add_rms_norm": 1},
-        "launches_per_step": 6,
-        "launches_per_layer": 3,
-        "one_command_buffer": True,
-    }
-
-
-def test_the_kernel_of_a_quantised_cache_is_known():
-    thunks = THUNKS.replace("append_and_attend", "quantized_append_and_attend")
-    found = step_launches(thunks.format(more=""))
-    assert found["kernels_per_step"]["quantized_append_and_attend"] == 2
-    assert (found["launches_per_layer"], found["one_command_buffer"]) == (3, True)
-
-
-def test_a_launch_beside_the_command_buffer_is_seen():
-    more = "    466: kDynamicSliceFusion [prev=000 (1) | sink        ] params=1, results=1\n"
-    found = step_launches(THUNKS.format(more=more))
-    assert found["one_command_buffer"] is False
-    assert found["launches_per_step"] == 7
-
-
-def test_a_program_without_the_kernel_has_no_figures():
-    found = step_launches(THUNKS.replace("append_and_attend", "fusion").format(more=""))
-    assert found["launches_per_layer"] is found["one_command_buffer"] is None
 
 
 @needs_plugin

@@ -207,9 +207,9 @@ def test_rows_of_each_width_are_those_of_the_librarys_arrangement(quantizer):
     salience = jnp.where(jnp.arange(rows) < 3, 9.0, 1.0) * jnp.ones((1, 4, 1))
     for budget, lengths in ((0.5, np.array([40, 55, 62, 30])), (1.0, np.full(4, rows))):
         kept = (position < lengths[:, None] - text) | (position >= rows - text)
-        prompt = Prompt(jnp.array([rows]), visual[None], 4, Budget.parse(budget))
+        prompt = Prompt(jnp.array([rows]), visual[None], 4, Budget.parse(budget).data)
         given = jnp.array(kept)[None, :, None], jnp.array(lengths)[None]
-        found = arrange(quantizer, *given, prompt, salience).counts[0]
+        found = arrange(quantizer, *given, prompt, salience, budget < 1).counts[0]
         expected = rows_by_width(quantizer, lengths, evicts=budget < 1, text=text)
         np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(expected.sum(axis=-1), lengths)

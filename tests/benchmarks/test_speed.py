@@ -34,8 +34,8 @@ from vlcache_jax.cache.methods import METHODS, FullCache, VLCache
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import AKVQ, RTN
 from vlcache_jax.cache.state import Pool
-from vlcache_jax.generate import DecodeState
 from vlcache_jax.models.llava import init_params
+from vlcache_jax.stages import DecodeState
 
 TENTH = Variant(VLCache(0.1))
 PACKED = Variant(VLCache(0.1, quantize=AKVQ()))
@@ -66,7 +66,7 @@ def test_sizes_of_the_paper_vary_and_fit_the_pool():
     lengths = np.asarray(case.lengths(TENTH))
     text = case.config.text
     assert lengths.shape == (3, text.num_layers)
-    assert (lengths.sum(axis=1) <= TENTH.cache.capacity(text.num_layers, 2048)).all()
+    assert (lengths.sum(axis=1) <= TENTH.cache.limit.capacity(text.num_layers, 2048)).all()
     assert abs(lengths.mean() / 2048 - 0.1) < 0.01
     assert (lengths[:, :2].min(axis=1) > 2 * lengths[:, 2:].mean(axis=1)).all()
     assert len(np.unique(lengths[:, 5])) > 1  # every prompt has its own
@@ -113,15 +113,14 @@ def test_what_is_timed_are_the_tokens_of_generate(tiny):
     """A chunk after a chunk from one cache of two layers, whatever ran before."""
     params = init_params(DEEP)
     decoding = Decoding(dataclasses.replace(tiny, model="deep"), TENTH, params)
-    generate, pool = decoding.generate, decoding.pool
+    stages, pool = decoding.generate.stages, decoding.pool
     first = decoding.run(1)
     state: DecodeState = decoding.start()
     tokens = []
     for _ in range(CHUNKS[-1] * tiny.chunk):
-        state, _ = jax.jit(generate.decode_step)(params, pool, state)
+        state, _ = jax.jit(stages.decode_step)(params, pool, state)
         tokens.append(state.token)
     expected = np.stack(tokens, axis=1)
-    decoding._tail = state.tail
     last = decoding.run(CHUNKS[-1])
     np.testing.assert_array_equal(first, expected[:, : tiny.chunk])
     np.testing.assert_array_equal(last, expected[:, -tiny.chunk :])

@@ -274,11 +274,12 @@ def watch(methods: Sequence[CacheMethod], layer: Layer) -> Seen:
     """
     looking = [method for method in methods if not method.limit.keeps_all]
     watched = dict.fromkeys(each for method in looking for each in method.watches)
-    return {
-        (window, threshold): layer.watch(window, threshold)
-        for window, threshold in watched
-        if window is not None
-    }
+    seen: Seen = {}
+    for window, threshold in sorted(watched, key=lambda each: each[1] is None):
+        if window is not None:  # what counts zeroed entries has the scores too
+            known = (seen[each] for each in seen if each[0] == window and threshold is None)
+            seen[window, threshold] = next(known, None) or layer.watch(window, threshold)
+    return seen
 
 
 def _count(tokens: jax.Array) -> jax.Array:

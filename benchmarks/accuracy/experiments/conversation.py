@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.accuracy.evaluate import Stages
+from benchmarks.accuracy.comparison import Comparison
 from benchmarks.accuracy.oracle import Oracle, attention_of_answer
 from vlcache_jax.cache.method import CacheMethod, Observation
-from vlcache_jax.cache.methods import FullCache
-from vlcache_jax.cache.state import Pool, empty_tail
+from vlcache_jax.cache.state import Pool
 from vlcache_jax.cache.trace import attention_mass_recall
-from vlcache_jax.generate import DecodeState
+from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params, bind
 from vlcache_jax.processing import ModelInputs
+from vlcache_jax.stages import DecodeState
 
 
 class Script(NamedTuple):
@@ -85,37 +85,40 @@ class TurnOracle(Oracle):
 
 
 @dataclass(frozen=True)
-class Conversation(Stages):
+class Conversation(Comparison):
     """The stages of a conversation, each a pure function of arrays.
 
     Attributes:
         config: the model.
-        stop_ids: tokens that end an answer.
         backend: attention backend.
+        stop_ids: tokens that end an answer.
         rows: most tokens of all turns, R.
         end: the token that is fed behind an answer, however it ended.
         limit: most tokens of an answer.
     """
 
-    end: int
-    limit: int
+    stop_ids: tuple[int, ...] = ()
+    rows: int = 1
+    end: int = 0
+    limit: int = 1
 
     def build(
         self,
-        methods: tuple[CacheMethod, ...],
         full: Pool,
         inputs: ModelInputs,
         seen: list[Observation],
         mass: jax.Array,
+        *,
+        methods: tuple[CacheMethod, ...],
     ) -> tuple[Pool, jax.Array]:
         """The pools of M methods as one of M * B sequences; shares of the attention that they keep.
 
         Args:
-            methods: of pools of the same capacity.
             full: the full cache.
             inputs: the prompts.
             seen: what each method saw.
             mass: attention to the prompt by turn, of `attend`.
+            methods: of pools of the same shapes.
 
         Returns:
             The pool, and the shares float32 [M, J, B], the mean over layers and kv heads; not a
@@ -136,14 +139,13 @@ class Conversation(Stages):
 
         `position` is that token's, int32 [B]. It ends when all sequences are through their turns.
         """
-        generate, (batch, turns) = self._generate(FullCache()), script.ends.shape
-        segments, nothing = pool.segments(), jnp.zeros((batch,), jnp.int32)
+        (batch, turns), nothing = script.ends.shape, jnp.zeros(position.shape, jnp.int32)
         token, place, said = self._next(token, Place(nothing, nothing, nothing), script)
         empty = jnp.zeros((batch, self.rows), jnp.int32)
         talk = Talk(empty, jnp.full_like(empty, turns), empty.astype(bool))
-        tail = empty_tail(self.config.text, batch, self.rows, pool.k.dtype)
-        never = jnp.zeros((batch,), bool)
-        state = DecodeState(tail, token, position, nothing, never, jax.random.key(0))
+        generate = Generate(self.config, max_new_tokens=self.rows + 1, backend=self.backend)
+        stages, segments = generate.stages, pool.segments()
+        state = stages.start(token, position, generate.settings(batch), pool.k.dtype)
 
         def write(talk: Talk, index: jax.Array, *columns: jax.Array) -> Talk:
             pairs = zip(talk, columns, strict=True)
@@ -159,7 +161,7 @@ class Conversation(Stages):
             carry: tuple[jax.Array, DecodeState, Place, Talk],
         ) -> tuple[jax.Array, DecodeState, Place, Talk]:
             index, state, place, talk = carry
-            state = generate.decode_step(params, pool, state, segments)[0]
+            state = stages.decode_step(params, pool, state, segments)[0]
             token, place, said = self._next(state.token, place, script)
             talk = write(talk, index, token, place.turn, said)
             return index + 1, replace(state, token=token), place, talk

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from benchmarks.accuracy.evaluate import FULL
@@ -10,9 +11,9 @@ from benchmarks.accuracy.experiments.common import Bench, Cell, compare
 from benchmarks.accuracy.experiments.text import both, budget_of, made_by
 from benchmarks.accuracy.report import Result, scored
 from benchmarks.documents import table
-from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.method import CacheMethod, Observation, Plan
-from vlcache_jax.cache.methods import Custom, FullCache, VLCache
+from vlcache_jax.cache.budget import POOL_SHARES, Prompt
+from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
+from vlcache_jax.cache.methods import Custom, VLCache
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,15 +37,17 @@ class OneLayer(Custom):
 
     layer: int = 0
 
-    def capacity(self, layers: int, prompt_rows: int) -> int:
-        """That of the full cache."""
-        return FullCache().capacity(layers, prompt_rows)
-
     def plan(self, seen: Observation, prompt: Prompt) -> Plan:
         """The other method's plan, with the lengths of the other layers as they are."""
         plan = super().plan(seen, prompt)
         own = jnp.arange(prompt.layers) == self.layer
         return replace(plan, budgets=jnp.where(own, plan.budgets, prompt.length[:, None]))
+
+    def build(
+        self, k: jax.Array, v: jax.Array, plan: Plan, prompt: Prompt, new_rows: int = 0
+    ) -> AnyPool:
+        """As of a budget whose pool has room for every row."""
+        return Custom(POOL_SHARES[-1]).build(k, v, plan, prompt, new_rows)
 
 
 def run(bench: Bench) -> Result:

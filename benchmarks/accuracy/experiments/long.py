@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks.accuracy.budgets import tile_of
+from benchmarks.accuracy.comparison import pool_shape
 from benchmarks.accuracy.evaluate import FULL, ROW_STEP, TOKEN_STEP, prompt_tokens
 from benchmarks.accuracy.experiments.common import (
     WHOLE,
@@ -154,16 +155,16 @@ def converse(
     """
     turns, count = len(pictures[0]), len(pictures)
     way, script = _plan(vlm, pictures)
-    groups: dict[int, list[Cell]] = defaultdict(list)
+    groups: dict[Any, list[Cell]] = defaultdict(list)
     processor, rows = copy.copy(vlm.processor), _prompt_rows(vlm, pictures)
     tiles = num_tiles(pictures[0][0].images[0].shape[:2], vlm.config)
     processor.buckets = Buckets((rows,), (tiles * batch,))
     for cell, method in cells.items():
-        groups[method.capacity(vlm.config.text.num_layers, rows)].append(cell)
-    prefill = jax.jit(partial(way.prefill, tuple(cells.values())))
+        groups[pool_shape(method, vlm.config.text, rows)].append(cell)
+    prefill = jax.jit(partial(way.prefill, methods=tuple(cells.values())))
     talk, attend = jax.jit(way.talk), jax.jit(way.attend)
     builds = [
-        jax.jit(partial(way.build, tuple(cells[cell] for cell in group)))
+        jax.jit(partial(way.build, methods=tuple(cells[cell] for cell in group)))
         for group in groups.values()
     ]
     decode, params = vlm.processor.decode, vlm.params
@@ -239,7 +240,7 @@ def _plan(vlm: VLM, pictures: Sequence[Dialogue]) -> tuple[Conversation, Script]
         )
     end = vlm.processor.eos_token_id
     end = vlm.stop_ids[0] if end is None else end
-    way = Conversation(vlm.config, vlm.stop_ids, vlm.backend, rows, end, limit)
+    way = Conversation(vlm.config, vlm.backend, vlm.stop_ids, rows, end, limit)
     return way, Script(tokens, ends)
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.window_scores import average_pool
+from pallas_kernels.window_scores import WindowScores, average_pool
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.score import Always, Layer, PostVisionRows, RecentScore
 from vlcache_jax.cache.select import recent_rows
@@ -61,8 +61,8 @@ class RowScore(RecentScore):
         """The rows behind the last picture."""
         return PostVisionRows(maximum=self.last)
 
-    def __call__(self, layer: Layer) -> jax.Array:
-        """See the class."""
+    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array:
+        """See the class; what was seen of the window is a sum already."""
         weights, age = row_attention(layer, self.window)
         if self.half_life is not None:
             weight = 0.5 ** (jnp.maximum(age, 0) / self.half_life)  # [B, W]

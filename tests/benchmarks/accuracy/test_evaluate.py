@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import tasks
-from benchmarks.accuracy.evaluate import Evaluation, Stages, Together, prompt_tokens
+from benchmarks.accuracy.comparison import Comparison, Together
+from benchmarks.accuracy.evaluate import Evaluation, prompt_tokens
 from benchmarks.accuracy.network import config_json, make_files
 from benchmarks.accuracy.oracle import MostAttention, Oracle
 from benchmarks.accuracy.packing import render
@@ -139,7 +140,7 @@ def test_a_quantised_cache_keeps_the_same_tokens_in_fewer_bytes(outcomes):
 
 def test_bytes_of_a_row_of_each_width(vlm):
     """Of 16 numbers in float32: codes, and a word for each row's scale and shift."""
-    stages, text = Stages(vlm.config, (), None, 1), vlm.config.text
+    comparison, text = Comparison(vlm.config), vlm.config.text
     wide = jnp.zeros((1, text.num_kv_heads, 8, text.head_dim))
     full = Pool(wide, wide, *[jnp.zeros((1, LAYERS))] * 3)
     for quantizer, expected in (
@@ -147,7 +148,7 @@ def test_bytes_of_a_row_of_each_width(vlm):
         (AKVQ(tsa_layers=(0,)), [1, (16 * 4 / 8 + 4) / 64, (16 * 2 / 8 + 4) / 64]),
         (KIVI(group=16), [1, (16 * 2 / 8 + (4 + 16 * 4 / 16) / 2) / 64]),
     ):
-        found = stages._row_shares(FullCache(quantize=quantizer), full)
+        found = comparison._row_shares(FullCache(quantize=quantizer), full)
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -168,7 +169,8 @@ class Recorder(Together):
 @pytest.fixture(scope="module")
 def mass(vlm, items, outcomes):
     """In plain numpy: the attention of each answer's rows to its prompt, [n][L, K, m]."""
-    prefill = jax.jit(Generate(vlm.config, Recorder(), 1).prefill)
+    generate = Generate(vlm.config, Recorder(), 1)
+    prefill, settings = jax.jit(generate.stages.prefill), generate.settings(1)
     found = []
     for item, answer in zip(items, outcomes["full"].tokens, strict=True):
         inputs = vlm.processor(list(item.images), render(item), raw_prompt=True)
@@ -185,7 +187,7 @@ def mass(vlm, items, outcomes):
         longer = dataclasses.replace(
             inputs, tokens=tokens, visual_index=visual, tiles=tiles, length=np.array([m + n])
         )
-        q, k = (np.asarray(x[0], np.float64) for x in prefill(vlm.params, longer).seen)
+        q, k = (np.asarray(x[0], np.float64) for x in prefill(vlm.params, longer, settings)[0].seen)
         own = np.zeros((LAYERS, 2, m))
         for layer, head, row in np.ndindex(LAYERS, 4, n):
             logits = k[layer, : m + row + 1, head // 2] @ q[layer, m + row, head] / 4.0
@@ -236,8 +238,9 @@ def test_a_score_is_computed_once_for_all_methods_that_watch_alike(vlm, monkeypa
     def windows(*methods):
         calls.clear()
         inputs = vlm.processor(None, "one two", raw_prompt=True)
-        prefill = Generate(vlm.config, Together(methods=methods), 1).prefill
-        jax.eval_shape(prefill, abstract_params(vlm.config), inputs)
+        generate = Generate(vlm.config, Together(methods=methods), 1)
+        arguments = abstract_params(vlm.config), inputs, generate.settings(1)
+        jax.eval_shape(generate.stages.prefill, *arguments)
         return len(calls)
 
     assert windows(VLCache(0.1)) == LAYERS

@@ -17,7 +17,6 @@ from benchmarks.accuracy.budgets import Plan
 from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
 from benchmarks.accuracy.experiments import (
     __main__,
-    ablation,
     common,
     layers,
     long,
@@ -30,7 +29,6 @@ from benchmarks.accuracy.experiments import (
 )
 from benchmarks.accuracy.experiments.common import WHOLE, Bench
 from benchmarks.accuracy.experiments.conversation import answers_of, spans
-from benchmarks.accuracy.experiments.layers import OneLayer
 from benchmarks.accuracy.experiments.row_score import RowScore
 from benchmarks.accuracy.experiments.text import change
 from benchmarks.accuracy.oracle import attention_of_answer
@@ -38,12 +36,10 @@ from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import per_cent, scored
 from benchmarks.documents import NOT_MEASURED, source_of
 from tests.benchmarks.accuracy.test_evaluate import make_vlm
-from vlcache_jax import H2O, Custom, Generate, SnapKV, VLCache, programs
-from vlcache_jax.cache.budget import Budget, Prompt
-from vlcache_jax.cache.method import Observation
+from vlcache_jax import SnapKV, VLCache, programs
 from vlcache_jax.cache.methods import METHODS
-from vlcache_jax.cache.score import ColumnSum, Layer, PostVisionRows
 from vlcache_jax.models.llava import bind
+from vlcache_jax.stages import Stages
 
 N = 4
 
@@ -53,104 +49,7 @@ def evaluation():
     return Evaluation(make_vlm(), batch=N)
 
 
-# Scores.
-
-
-@pytest.fixture(scope="module")
-def layer():
-    """Two prompts of 40 rows; rows 3..20 and 2..30 are visual, the second ends after 36."""
-    rng = np.random.default_rng(0)
-    q, k = (rng.normal(size=(2, 40, heads, 16)).astype(np.float32) * 2 for heads in (6, 2))
-    q[1, 36:], k[1, 36:] = np.nan, np.nan  # never to be read
-    visual = np.zeros((2, 40), bool)
-    visual[0, 3:21] = visual[1, 2:31] = True
-    prompt = Prompt(jnp.array([40, 36]), jnp.array(visual), 3, Budget.parse(0.5))
-    return Layer(0, jnp.array(q), jnp.array(k), jnp.array(k), prompt)
-
-
-def in_numpy(score, layer, b):
-    """The score of one prompt [K, m], row by row and head by head."""
-    m = int(layer.prompt.length[b])
-    q, k = (np.asarray(x[b, :m], np.float64) for x in (layer.q, layer.k))
-    first = max((21, 31)[b], m - score.last)
-    found = np.zeros((2, 3, m - first, m))
-    for head, row in np.ndindex(6, m - first):
-        logits = k[: first + row + 1, head // 3] @ q[first + row, head] / 4
-        weights = np.exp(logits - logits.max())
-        found[head // 3, head % 3, row, : first + row + 1] = weights / weights.sum()
-        if score.half_life:
-            found[head // 3, head % 3, row] *= 0.5 ** ((m - 1 - first - row) / score.half_life)
-    reduce = {"sum": np.sum, "max": np.max}
-    found = reduce[score.group](reduce[score.rows](found, axis=2), axis=1)
-    if score.heads == "max":
-        found[:] = found.max(axis=0)
-    if score.pool > 1:
-        side = score.pool // 2
-        padded = np.pad(found, ((0, 0), (side, side)))
-        found = np.stack([padded[:, i : i + score.pool].mean(1) for i in range(m)], axis=1)
-    return found
-
-
-@pytest.mark.parametrize("name", scores.SCORES)
-def test_a_score_is_what_numpy_says(name, layer):
-    score = scores.SCORES[name]
-    found = np.asarray(score(layer))
-    for b, m in enumerate(layer.prompt.length.tolist()):
-        np.testing.assert_allclose(found[b, :, :m], in_numpy(score, layer, b), rtol=1e-4, atol=1e-6)
-
-
-def test_without_changes_it_is_the_score_of_vl_cache(layer):
-    expected = ColumnSum(PostVisionRows())(layer)
-    np.testing.assert_allclose(RowScore()(layer)[0], expected[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(RowScore()(layer)[1, :, :36], expected[1, :, :36], rtol=1e-5)
-
-
-def test_the_question_is_kept_as_far_as_it_may(layer):
-    rows = jnp.array([[30, 10, 8], [30, 10, 2]])
-    for share, expected in (
-        (1.0, [[19, 10, 8], [5, 5, 2]]),
-        (0.5, [[15, 5, 4], [5, 5, 1]]),
-        (0.0, [[3, 1, 0], [3, 1, 0]]),
-    ):
-        first, last = RowScore(question=share).always(rows, layer.prompt)
-        assert not first.any()
-        np.testing.assert_array_equal(last, expected)
-
-
-@pytest.mark.parametrize("bad", [{"pool": 2}, {"half_life": 0}, {"question": 2}, {"last": 0}])
-def test_settings_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError, match=r"must be|pool"):
-        RowScore(**bad)
-
-
-# Layers.
-
-
-def test_one_layer_alone_is_compressed(layer):
-    prompt = layer.prompt
-    seen = Observation(jnp.array(np.random.default_rng(1).random((2, 3, 2, 40)), jnp.float32))
-    even = Custom(0.5, allocation="uniform").plan(seen, prompt)
-    method = OneLayer(0.5, allocation="uniform", layer=1)
-    plan = method.plan(seen, prompt)
-    np.testing.assert_array_equal(plan.budgets, [[40, 20, 40], [36, 18, 36]])
-    kept = np.asarray(plan.kept(prompt))
-    assert kept[0, [0, 2]].all()
-    assert kept[1, [0, 2], :, :36].all()
-    assert not kept[1, :, :, 36:].any()
-    np.testing.assert_array_equal(kept[:, 1], np.asarray(even.kept(prompt))[:, 1])
-    assert method.capacity(3, 40) >= 3 * 40
-
-
-# Ablation and settings.
-
-
-def test_the_pairs_hold_vl_cache(layer):
-    pair = Custom(
-        0.1, score=ablation.SCORES["post-vision"], allocation=ablation.ALLOCATIONS["sparsity"]
-    )
-    assert pair.rules() == VLCache(0.1).rules()
-    score, sizes = ablation.SCORES["full prompt"], ablation.ALLOCATIONS["uniform"]
-    assert Custom(0.1, score=score, allocation=sizes, recent_ratio=0.5).rules() == H2O(0.1).rules()
+# Settings.
 
 
 def test_defaults_are_among_the_settings():
@@ -234,7 +133,7 @@ def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluat
         [render(items[0]) for items in pictures],
         raw_prompt=True,
     )
-    full, token, _ = jax.jit(partial(way.prefill, ()))(vlm.params, inputs)
+    full, token, _ = jax.jit(partial(way.prefill, methods=()))(vlm.params, inputs)
     talk = jax.device_get(jax.jit(way.talk)(vlm.params, full, token, inputs.length, script))
     turns = TURNS + 1
     begin, end = spans(talk, turns)
@@ -258,7 +157,7 @@ def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluat
         tokens[lane, : m[lane] + own.size] = [*inputs.tokens[lane, : m[lane]], *own]
         visual[lane, : m[lane]] = inputs.visual_index[lane, : m[lane]]
     longer = dataclasses.replace(inputs, tokens=tokens, visual_index=visual, length=m + way.rows)
-    logits = jax.jit(Generate(vlm.config).prompt_logits)(vlm.params, longer)
+    logits = jax.jit(Stages(vlm.config).prompt_logits)(vlm.params, longer)
     likeliest = np.asarray(jnp.argmax(logits, axis=-1))
     for lane, turn in np.ndindex(2, turns):
         ids = answers[lane][turn]

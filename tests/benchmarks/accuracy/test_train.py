@@ -19,9 +19,9 @@ from benchmarks.accuracy.network import config_json
 from benchmarks.accuracy.packing import pack, render
 from benchmarks.accuracy.train import Recipe, Stage, Trainer, drawn_ahead
 from vlcache_jax.config import LlavaConfig
-from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import bind
 from vlcache_jax.report import count_parameters
+from vlcache_jax.stages import Stages
 
 STAGE = Stage(
     steps=40,
@@ -77,7 +77,7 @@ def test_packed_questions_are_what_each_is_alone(trainer):
         return answer_logits(model, trainer.config, batch, table)[0]
 
     ours = np.asarray(packed(learned, batch))
-    alone = jax.jit(Generate(trainer.config).prompt_logits)
+    alone = jax.jit(Stages(trainer.config).prompt_logits)
     for p, group in enumerate(groups):
         for q, item in enumerate(group):
             text = render(item) + item.answer + "</s>"

@@ -1,0 +1,207 @@
+"""Many methods that watch one prefill: what each sees of it, plans and builds.
+
+Values that a quantiser wants transformed are so when its pool is built, and decoded by the folded
+weights: what a prefill by these would leave behind, but for the rounding.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
+from pallas_kernels.hadamard import transform
+from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan, watch
+from vlcache_jax.cache.score import LastRows, Layer
+from vlcache_jax.cache.state import Pool
+from vlcache_jax.cache.trace import attention_mass_recall, cache_hit_rate
+from vlcache_jax.config import LlavaConfig, TextConfig
+from vlcache_jax.generate import Generate
+from vlcache_jax.models.llava import Params, bind
+from vlcache_jax.processing import ModelInputs
+from vlcache_jax.report import packed_bytes, row_bytes
+from vlcache_jax.stages import Stages
+
+
+class Measures(NamedTuple):
+    """The arrays of an `evaluate.Outcome`, [B, L] each, under the same names."""
+
+    kept: Any
+    kept_bytes: Any
+    kept_visual: Any
+    hit_rate: Any
+    mass_recall: Any
+    answer_recall: Any
+
+
+@lru_cache(maxsize=1024)
+def pool_shape(method: CacheMethod, config: TextConfig, rows: int) -> Any:
+    """The shapes of a method's pool, by which pools fit together or not.
+
+    Args:
+        method: the method.
+        config: the decoder.
+        rows: prompt rows of the bucket, T.
+    """
+    pool = method.pool_shapes(config, 1, rows, jnp.dtype(jnp.bfloat16))
+    return jax.tree.structure(pool), *(leaf.shape for leaf in jax.tree.leaves(pool))
+
+
+@dataclass(frozen=True)
+class Together(CacheMethod):
+    """Several methods that watch the same prefill; they plan and build on their own.
+
+    Attributes:
+        budget: without meaning, as is `shared_heads`.
+        methods: the methods.
+    """
+
+    methods: tuple[CacheMethod, ...] = ()
+
+    def __post_init__(self):
+        """Nothing to check: the methods are made."""
+
+    def observe(self, layer: Layer) -> Any:
+        """What each method saw, in their order; what several look at alike is watched once."""
+        groups: dict[Budget | None, list[CacheMethod]] = defaultdict(list)
+        for method in self.methods:
+            groups[_watched_under(method)].append(method)
+        seen = {budget: watch(methods, _under(layer, budget)) for budget, methods in groups.items()}
+        return tuple(
+            method.judge(_under(layer, method.limit), seen[_watched_under(method)])
+            for method in self.methods
+        )
+
+
+def _watched_under(method: CacheMethod) -> Budget | None:
+    """The budget that decides which rows a method looks from; None where none does."""
+    if method.limit.keeps_all:
+        return None
+    moving = any(isinstance(window, LastRows) for window, _ in method.watches)
+    return method.limit if moving else None
+
+
+def _under(layer: Layer, budget: Budget | None) -> Layer:
+    """A layer as a method of a budget sees it."""
+    if budget is None:
+        return layer
+    return replace(layer, prompt=replace(layer.prompt, budget=budget.data))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What many methods do with one prefill: pure functions of arrays, to be compiled.
+
+    Attributes:
+        config: the model.
+        backend: attention backend.
+    """
+
+    config: LlavaConfig
+    backend: str | None = None
+
+    def prefill(
+        self, params: Params, inputs: ModelInputs, *, methods: tuple[CacheMethod, ...]
+    ) -> tuple[Pool, jax.Array, tuple[Observation, ...]]:
+        """The full cache, the likeliest first token [B], and what each method saw."""
+        generate = Generate(self.config, Together(methods=methods), 1, backend=self.backend)
+        settings = generate.settings(inputs.tokens.shape[0])
+        prefilled, token = generate.stages.prefill(params, inputs, settings)
+        nothing = replace(prefilled, seen=Observation())
+        full, _ = Stages(self.config).build_cache(nothing, inputs, settings)
+        assert isinstance(full, Pool)  # nothing is quantised
+        # What is stacked are the methods' observations of each layer, in the shape of `observe`.
+        return full, token, cast(Any, prefilled.seen)
+
+    def build(
+        self,
+        full: Pool,
+        inputs: ModelInputs,
+        seen: list[Observation],
+        attended: Attended,
+        *,
+        methods: tuple[CacheMethod, ...],
+    ) -> tuple[AnyPool, Measures]:
+        """The pools of M methods as one of M * B sequences; their measures, [M, B, L] each.
+
+        Args:
+            full: the full cache.
+            inputs: the prompts.
+            seen: what each method saw.
+            attended: what the full cache's answers attend to.
+            methods: of pools of the same shapes.
+        """
+        pools, measures = [], []
+        visual = jnp.sum(inputs.visual_index >= 0, axis=-1)
+        for method, own in zip(methods, seen, strict=True):
+            pool, plan, kept = self.compressed(method, full, inputs, own, attended.mass)
+            kept = jnp.broadcast_to(kept, attended.first.shape)
+            count = jnp.broadcast_to(plan.budgets[:, :, None], kept.shape[:3])
+            pools.append(pool)
+            measures.append(
+                Measures(
+                    pool.length / inputs.length[:, None],
+                    pool.counts @ self._row_shares(method, full) / inputs.length[:, None],
+                    pool.visual / jnp.maximum(visual, 1)[:, None],
+                    jnp.mean(cache_hit_rate(attended.first, kept, count), axis=-1),
+                    jnp.mean(attention_mass_recall(attended.first, kept), axis=-1),
+                    jnp.mean(attention_mass_recall(attended.mass, kept), axis=-1),
+                )
+            )
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *measures)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pools), stacked
+
+    def compressed(
+        self,
+        method: CacheMethod,
+        full: Pool,
+        inputs: ModelInputs,
+        seen: Observation,
+        mass: jax.Array,
+    ) -> tuple[AnyPool, Plan, jax.Array]:
+        """A method's pool, its plan, and which tokens that keeps, bool [B, L, K or 1, T].
+
+        Args:
+            method: the method.
+            full: the full cache.
+            inputs: the prompts.
+            seen: what the method saw of them.
+            mass: attention of what follows the prompts, which an oracle is told.
+        """
+        visual = inputs.visual_index >= 0
+        prompt = Prompt(inputs.length, visual, self.config.text.num_layers, method.limit.data)
+        if isinstance(method, Oracle):
+            seen = method.told(seen, mass)
+        plan = method.plan(seen, prompt)
+        v = transform(full.v) if method.transforms else full.v
+        return method.build(full.k, v, plan, prompt), plan, plan.kept(prompt)
+
+    def _row_shares(self, method: CacheMethod, full: Pool) -> jax.Array:
+        """Bytes of a row of each width, with its scales, as shares of one of full width."""
+        text, quantizer = self.config.text, method.quantize
+        whole, shares = row_bytes(text, full.k.dtype), [1.0]
+        if quantizer is not None:
+            unit = quantizer.key_group or 1  # rows of full groups
+            for width in np.eye(len(quantizer.widths), dtype=int):
+                size = sum(packed_bytes(text, quantizer, unit * width[None]))
+                shares.append(size / (unit * whole))
+        return jnp.array(shares, jnp.float32)
+
+    def attend(
+        self,
+        params: Params,
+        full: Pool,
+        inputs: ModelInputs,
+        tokens: jax.Array,
+        lengths: jax.Array,
+    ) -> Attended:
+        """What the full cache's answers, [B, R] and how long they are, attend to."""
+        model = bind(self.config)(params)
+        return attention_of_answer(
+            model, self.config.text, full, inputs, tokens, lengths, self.backend
+        )
