@@ -65,7 +65,8 @@ def numpy_shares(q, k, entering, visual):
 def test_the_share_is_that_of_numpy(vlm, found):
     generate = Generate(vlm.config, Spy(0.5))
     settings = generate.settings(1)
-    run = jax.jit(lambda *args: generate.stages.prefill(*args, settings)[0].seen)
+    prefill = generate.stages.prefill
+    run = jax.jit(lambda params, inputs: prefill(params, inputs, settings)[0].seen)
     expected = []
     for inputs in vlm.processor.groups(IMAGES, TEXTS, 1):
         seen, m = run(vlm.params, inputs), int(inputs.length[0])

@@ -1,6 +1,7 @@
 """The one loop: what is data and what is a program, draws, the end of an answer, packing."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +230,8 @@ def test_a_cache_may_be_a_method_its_name_its_class_or_a_number():
     assert as_method("snapkv") == SnapKV()
     assert as_method(None) == as_method(FullCache) == as_method("full") == FullCache()
     assert as_method(AKVQ) == as_method(AKVQ()) == FullCache(quantize=AKVQ())
-    for wrong in (True, [], VLCache.rules, object(), int):
+    wrongs: tuple[Any, ...] = (True, [], VLCache.rules, object(), int)
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=r"write VLCache\(0.1\)"):
             as_method(wrong)
     with pytest.raises(ValueError, match="choose one of full, vl-cache"):

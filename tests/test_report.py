@@ -143,7 +143,7 @@ def test_a_quantiser_has_the_name_of_the_command_line():
 def test_the_memory_that_is_foretold_is_that_of_the_arrays(cache):
     config, dtype = tiny_config("llava"), jnp.dtype("bfloat16")
     need = memory_need(config, dtype, cache, rows=512, batch=3, new_tokens=200)
-    stages, three = Generate(config, cache, 200).stages, np.ones(3, np.int32)
+    stages, three = Generate(config, cache, 200).stages, jnp.ones(3, jnp.int32)
     pool = stages.empty_pool(3, 512, dtype)
     state = stages.start(three, three, Generate(config, cache, 200).settings(3), dtype)
     assert need.pool == sum(leaf.nbytes for leaf in jax.tree.leaves(pool) if leaf.ndim == 4)

@@ -169,7 +169,7 @@ def test_a_hundred_pictures_compile_one_program_per_bucket(vlm, compilations):
     vlm._programs = Programs()
     compilations.clear()
     buckets, real_rows, rows = set(), 0, 0
-    for count, (width, height) in enumerate(sizes):
+    for width, height in sizes:
         image = Image.new("RGB", (int(width), int(height)), tuple(rng.integers(0, 256, 3).tolist()))
         text = "what is here? " + "more " * int(rng.integers(0, 8))
         inputs: ModelInputs = vlm.processor([image], text)
