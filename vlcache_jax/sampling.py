@@ -99,13 +99,15 @@ class Draws:
         return jax.vmap(draw)(self.seed, self.request, step)
 
     @jax.named_scope("sampling")
-    def sample(self, logits: jax.Array, step: jax.Array, backend: str | None = None) -> jax.Array:
+    def sample(
+        self, logits: jax.Array, uniform: jax.Array, backend: str | None = None
+    ) -> jax.Array:
         """Draw one token for each sequence, int32 [B]. Of equal logits greedy takes the lower id.
 
         Args:
             logits: float32 [B, V].
-            step: number of the token among those of its sequence, int32 [B].
+            uniform: what decides the draw: `uniform` of the token's number, float32 [B].
             backend: "triton", "xla", or None for the best that supports the case on the device.
         """
         settings = self.temperature, self.top_k, self.top_p
-        return sample_tokens(logits, *settings, self.uniform(step), backend=backend)
+        return sample_tokens(logits, *settings, uniform, backend=backend)

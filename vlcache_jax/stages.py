@@ -153,8 +153,8 @@ class Stages:
 
         x = self._run_prompt(model, inputs, keep)
         last = jnp.take_along_axis(x, (inputs.length - 1)[:, None, None], axis=1)
-        step = jnp.zeros((batch,), jnp.int32)
-        token = settings.draws.sample(model.logits(last[:, 0]), step, self.cache_backend)
+        uniform = settings.draws.uniform(jnp.zeros((batch,), jnp.int32))
+        token = settings.draws.sample(model.logits(last[:, 0]), uniform, self.cache_backend)
         attention = None
         if self.trace:
             attention = self._first_attention(model, *buffers, prompt, token)
@@ -338,12 +338,14 @@ class Stages:
             raise ValueError(f"a chunk of {steps} steps does not fit into a tail of {room} rows")
         segments = pool.segments()  # here, not at every step
         column = jnp.arange(steps)
+        uniforms = jax.vmap(state.settings.draws.uniform, 1, 1)(state.step[:, None] + column)
 
         def step(
             index: jax.Array, carry: tuple[DecodeState, jax.Array]
         ) -> tuple[DecodeState, jax.Array]:
             state, tokens = carry
-            state = self.decode_step(params, pool, state, segments)[0]
+            uniform = jnp.sum(jnp.where(column == index, uniforms, 0), axis=1)
+            state = self.decode_step(params, pool, state, segments, uniform)[0]
             # Not an update at `index`, nor a scan's output: on a GPU these are a copy to an address
             # that the host has to work out, which keeps the step from being one command buffer.
             return state, jnp.where(column == index, state.token[:, None], tokens)
@@ -357,12 +359,15 @@ class Stages:
         pool: AnyPool,
         state: DecodeState,
         segments: tuple[Any, ...] | None = None,
+        uniform: jax.Array | None = None,
     ) -> tuple[DecodeState, jax.Array]:
         """Draw one token, and give the logits it was drawn from, float32 [B, V].
 
-        `segments` are the pool's, for a loop that takes them once before its steps.
+        `segments` are the pool's and `uniform` [B] the draws' for the step: for a loop that takes
+        them once before its steps.
         """
-        segments = segments or pool.segments()
+        segments, draws = segments or pool.segments(), state.settings.draws
+        uniform = draws.uniform(state.step) if uniform is None else uniform
         model = bind(self.config)(params)
         tail, fill = state.tail, state.tail.fill
         table = rope_table(state.position[:, None], self.config.text)
@@ -378,7 +383,7 @@ class Stages:
         x, kept = self._run_token(model, state.token, attend_layer)
         tail_k, tail_v = zip(*kept, strict=True)
         logits = model.logits(x)
-        token = state.settings.draws.sample(logits, state.step, self.cache_backend)
+        token = draws.sample(logits, uniform, self.cache_backend)
         return self._drawn(state, token, Tail(tail_k, tail_v, fill + 1)), logits
 
     def _drawn(self, state: DecodeState, token: jax.Array, tail: Tail) -> DecodeState:
