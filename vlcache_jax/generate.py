@@ -22,12 +22,13 @@ from jax import lax
 
 from pallas_kernels.backends import check_backend
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.rows import NewToken, Tail
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
 from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.packed import PackedPool, spill
 from vlcache_jax.cache.score import Layer
-from vlcache_jax.cache.state import Pool, Tail, empty_tail, whole_capacity
+from vlcache_jax.cache.state import Pool, Tails, empty_tail, whole_capacity
 from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llama import Attend, Kept, Stream, rope_table, rotated
@@ -74,7 +75,7 @@ class DecodeState:
         rng: key of the next draw.
     """
 
-    tail: Tail
+    tail: Tails
     token: jax.Array
     position: jax.Array
     count: jax.Array
@@ -328,7 +329,8 @@ class Generate:
                 keys = full.k[:, :, index * rows : (index + 1) * rows]
                 weights = prompt_attention(rotated(qkv, table)[0][:, 0], keys, prompt.length)
                 empty = jnp.zeros_like(full.k[:, :, :1])  # a tail for the token's own row
-                own = self._attend_cache(qkv, table, full, segments[index], empty, empty, none)
+                tail = Tail(empty, empty, none)
+                own = self._attend_cache(qkv, table, full, segments[index], tail)
                 return own[0], weights
 
             return attend
@@ -473,25 +475,19 @@ class Generate:
         """
         segments = segments or pool.segments()
         model = bind(self.config)(params)
-        tail, fill = state.tail, state.tail.fill
         table = rope_table(state.position[:, None], self.config.text)
 
-        def attend_layer(index: int) -> Attend[tuple[jax.Array, jax.Array]]:
-            def attend(qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-                own = tail.k[index], tail.v[index]
-                mixed, *own = self._attend_cache(qkv, table, pool, segments[index], *own, fill)
-                return mixed, (own[0], own[1])
+        def attend_layer(index: int) -> Attend[Tail]:
+            own = segments[index], state.tail.layer(index)
+            return lambda qkv: self._attend_cache(qkv, table, pool, *own)
 
-            return attend
-
-        x, kept = self._run_token(model, state.token, attend_layer)
-        tail_k, tail_v = zip(*kept, strict=True)
+        x, tails = self._run_token(model, state.token, attend_layer)
         rng, key = jax.random.split(state.rng)
         logits = model.logits(x)
         token = sample(logits, key, self.sampling)
         done = state.done | self._stops(token)
         state = DecodeState(
-            tail=Tail(tail_k, tail_v, fill + 1),
+            tail=Tails.of(tails),
             token=token,
             position=state.position + 1,
             count=state.count + jnp.where(done, 0, 1),
@@ -520,16 +516,12 @@ class Generate:
         table: tuple[jax.Array, jax.Array],
         pool: AnyPool,
         segment: Any,
-        tail_k: jax.Array,
-        tail_v: jax.Array,
-        fill: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        tail: Tail,
+    ) -> tuple[jax.Array, Tail]:
         """`Pool.append_and_attend`, of a product and a table with the axis of the one token."""
-        turns = table[0][:, 0], table[1][:, 0]
-        mixed, tail_k, tail_v = pool.append_and_attend(
-            qkv[:, 0], turns, segment, tail_k, tail_v, fill, self.cache_backend
-        )
-        return mixed[:, None], tail_k, tail_v
+        new = NewToken(qkv[:, 0], table[0][:, 0], table[1][:, 0])
+        mixed, tail = pool.append_and_attend(new, segment, tail, self.cache_backend)
+        return mixed[:, None], tail
 
     def _stops(self, token: jax.Array) -> jax.Array:
         done = jnp.zeros(token.shape, bool)
