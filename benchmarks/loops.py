@@ -186,12 +186,7 @@ def _overlap(array: _Array, name: str, computation: Computation) -> bool:
 
 
 _THUNK = re.compile(r"(\s*)\d+: k(\w+)\s+\[[^]]*\]\s*(\S*)")
-_ATTENTION = (
-    "append_and_attend",
-    "ragged_decode_attention",
-    "quantized_append_and_attend",
-    "quantized_decode_attention",
-)
+_ATTENTION = ("append_and_attend", "quantized_append_and_attend")
 _KERNELS = (*_ATTENTION, "merge_splits", "add_rms_norm", "sample_tokens")
 
 

@@ -122,14 +122,17 @@ def sets_for(set_bytes: int, *, dry: bool, most: int = 64) -> int:
     return 2 if dry else min(most, max(2, math.ceil(2 * L2_BYTES / set_bytes)))
 
 
-def program_of(operation: Callable[..., Any]) -> Any:
+def program_of(operation: Callable[..., Any], *, carries: bool = False) -> Any:
     """One program that calls an operation once for every input set, one call after the other.
 
     Each call waits for the one before: its first argument is tied to that one's result. Else XLA
     could merge calls, or run them side by side.
 
     Args:
-        operation: a function of the arrays of an input set and of those that all sets share.
+        operation: a function of the arrays of an input set and of those that all sets share; both
+            may be trees of arrays.
+        carries: it gives its result, and what the next call shares instead: what is written in
+            place is copied once, not by each call.
 
     Returns:
         A jitted function of (input sets, shared arrays).
@@ -142,17 +145,24 @@ def program_of(operation: Callable[..., Any]) -> Any:
         for first, *others in sets:
             if results:
                 first, results[-1] = lax.optimization_barrier((first, results[-1]))
-            results.append(inner(first, *others, *shared))
+            result = inner(first, *others, *shared)
+            if carries:
+                result, *shared = result
+            results.append(result)
         return results
 
     return program
 
 
 def chain(
-    operation: Callable[..., Any], sets: Sequence[Any], shared: Sequence[Any] = ()
+    operation: Callable[..., Any],
+    sets: Sequence[Any],
+    shared: Sequence[Any] = (),
+    *,
+    carries: bool = False,
 ) -> Callable[[], Any]:
     """What launches the program of `program_of` on these arrays, and does not wait for it."""
-    program = program_of(operation)
+    program = program_of(operation, carries=carries)
     return lambda: program(sets, shared)
 
 

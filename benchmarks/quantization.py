@@ -33,6 +33,7 @@ from benchmarks.command import bad_input, check_known, check_out, counting_bar
 from benchmarks.documents import NOT_MEASURED, table
 from benchmarks.environment import environment, write_result
 from pallas_kernels.hadamard import transform
+from pallas_kernels.rows import NewToken, Tail
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import Plan
 from vlcache_jax.cache.methods import FullCache
@@ -192,16 +193,16 @@ def attend(quantizer: Quantizer | None, planted: Planted) -> tuple[jax.Array, ja
     k, v = (x.swapaxes(1, 2).reshape(batch, heads, layers * rows, size) for x in (k, v))
     pool = method.build(k, v, plan, prompt)
     level = jnp.ones((batch, size // 2)), jnp.zeros((batch, size // 2))  # no turn of RoPE
-    tail, fill = jnp.zeros((batch, heads, 1, size), k.dtype), jnp.zeros((batch,), jnp.int32)
-    # All layers in one loop: what differs between their segments is data.
-    first, *others = pool.segments()
-    segments = jax.tree.map(
-        lambda x, *xs: x if isinstance(x, int) else jnp.stack([x, *xs]), first, *others
-    )
+    empty = jnp.zeros((batch, heads, 1, size), k.dtype)
+    tail = Tail(empty, empty, jnp.zeros((batch,), jnp.int32))
+    segments = pool.segments()
 
     def one(layer: jax.Array) -> jax.Array:
-        own = jax.tree.map(lambda x: x if isinstance(x, int) else x[layer], segments)
-        return pool.append_and_attend(token[:, layer], level, own, tail, tail, fill, None)[0]
+        # All layers in one loop: what differs between their segments are numbers.
+        own = jax.tree.map(
+            lambda x, *xs: x if x.ndim > 2 else jnp.stack([x, *xs])[layer], *segments
+        )
+        return pool.append_and_attend(NewToken(token[:, layer], *level), own, tail, None)[0]
 
     out = lax.map(one, jnp.arange(layers)).swapaxes(0, 1)
     return (transform(out) if method.transforms else out), pool.counts

@@ -79,7 +79,7 @@ def choose(
     operation: str,
     requested: str | None,
     backends: Mapping[str, Callable[..., Result]],
-    *arrays: jax.Array,
+    *arrays: Any,
     **static: Hashable,
 ) -> Result:
     """Run an operation on the backend that is asked for, or the first that supports the case.
@@ -88,7 +88,7 @@ def choose(
         operation: its name, for messages.
         requested: a backend's name, or None for the first one that does it.
         backends: name to implementation, in the order of preference.
-        arrays: arguments of the implementations.
+        arrays: arguments of the implementations, pytrees of arrays.
         static: their compile-time arguments.
 
     Raises:
@@ -108,8 +108,9 @@ def choose(
     for name in preferred if device.platform == "gpu" else ():
         try:
             if device.present:
-                shapes = tuple((array.shape, array.dtype) for array in arrays)
-                case = name, device, shapes, tuple(static.items())
+                leaves, tree = jax.tree.flatten(arrays)
+                shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+                case = name, device, shapes, tree, tuple(static.items())
                 if _failure(operation, backends[name], *case) is not None:
                     continue
             return backends[name](*arrays, **static)
@@ -125,16 +126,21 @@ def _failure(
     name: str,
     device: Device,
     shapes: tuple[tuple[tuple[int, ...], Any], ...],
+    tree: Any,
     static: tuple[tuple[str, Hashable], ...],
 ) -> str | None:
     """Why a backend's program does not compile on the device, after one warning; None if it does.
 
     Compiled alone, once per case, so that a kernel that the GPU cannot run (too much shared memory,
     an old architecture) costs a warning and not the whole program.
+
+    Raises:
+        NotImplementedError: the backend does not support the case, or a lack of memory that may
+            pass keeps it from compiling: what is raised is not remembered.
     """
-    leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    arrays = tree.unflatten(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
     try:
-        jax.jit(functools.partial(function, **dict(static))).lower(*leaves).compile()
+        jax.jit(functools.partial(function, **dict(static))).lower(*arrays).compile()
     except NotImplementedError:
         raise
     except Exception as error:  # whatever the compiler and the driver may raise
@@ -146,5 +152,18 @@ def _failure(
             RuntimeWarning,
             stacklevel=4,
         )
+        if _passes(error):
+            raise NotImplementedError(cause) from error
         return cause
     return None
+
+
+def _passes(error: Exception) -> bool:
+    """Whether it is the device's or the host's memory that was used up for now.
+
+    Shared memory is another matter, whose error has the same code: a kernel has too much of it at
+    any time.
+    """
+    text = str(error).lower().replace("_", " ")
+    exhausted = "resource exhausted" in text and "shared memory" not in text
+    return exhausted or "out of memory" in text or isinstance(error, MemoryError)

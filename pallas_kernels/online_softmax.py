@@ -24,18 +24,6 @@ class Partial(NamedTuple):
     mixed: jax.Array
 
 
-class RowStats(NamedTuple):
-    """The softmax's normalisation of each query row, float32 [B, N, T].
-
-    Attributes:
-        maximum: largest logit, -inf where no key is visible.
-        lse: log-sum-exp of the logits; meaningless there.
-    """
-
-    maximum: jax.Array
-    lse: jax.Array
-
-
 def empty(q: jax.Array) -> Partial:
     """Attention over no key at all, for queries [B, K, R, H]."""
     rows = q.shape[:3]
@@ -86,13 +74,6 @@ def merge(one: Partial, other: Partial) -> Partial:
         maximum,
         one.total * left + other.total * right,
         one.mixed * left[..., None] + other.mixed * right[..., None],
-    )
-
-
-def row_stats(partial: Partial) -> tuple[jax.Array, jax.Array]:
-    """Maximum and log-sum-exp of the rows of a finished `Partial`, [B, K, R] each."""
-    return partial.maximum, partial.maximum + jnp.log(
-        jnp.where(partial.total == 0, 1, partial.total)
     )
 
 

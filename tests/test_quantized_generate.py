@@ -25,7 +25,7 @@ from vlcache_jax.cache.method import Observation
 from vlcache_jax.cache.methods import as_method
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
-from vlcache_jax.cache.state import Pool, Tail
+from vlcache_jax.cache.state import Pool, Tails
 from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.models.llava import abstract_params
 from vlcache_jax.stages import Stages
@@ -268,7 +268,7 @@ def plain(pool, tail, new=None):
         k[b, head, own] = np.concatenate(own_k) @ turn
         v[b, head, own] = np.concatenate(own_v)
     arrays = map(jnp.asarray, (k, v, offset, length, np.zeros(length.shape, np.float32)))
-    return Pool(*arrays), Tail(tuple(x @ turn for x in tail.k), tail.v, tail.fill)
+    return Pool(*arrays, most=700), Tails(tuple(x @ turn for x in tail.k), tail.v, tail.fill)
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.rows import NewToken, Tail
 from vlcache_jax.cache.budget import POOL_SHARES, Prompt
 from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.packed import PackedPool, spill
 from vlcache_jax.cache.score import Layer
-from vlcache_jax.cache.state import Pool, Tail, empty_tail, whole_capacity
+from vlcache_jax.cache.state import Pool, Tails, empty_tail, whole_capacity
 from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llama import Attend, Kept, Stream, rope_table, rotated
@@ -290,8 +291,8 @@ class Stages:
                 keys = full.k[:, :, index * rows : (index + 1) * rows]
                 weights = prompt_attention(rotated(qkv, table)[0][:, 0], keys, prompt.length)
                 empty = jnp.zeros_like(full.k[:, :, :1])  # a tail for the token's own row
-                own = self._attend_cache(qkv, table, full, segments[index], empty, empty, none)
-                return own[0], weights
+                own = Tail(empty, empty, none)
+                return self._attend_cache(qkv, table, full, segments[index], own)[0], weights
 
             return attend
 
@@ -369,24 +370,18 @@ class Stages:
         segments, draws = segments or pool.segments(), state.settings.draws
         uniform = draws.uniform(state.step) if uniform is None else uniform
         model = bind(self.config)(params)
-        tail, fill = state.tail, state.tail.fill
         table = rope_table(state.position[:, None], self.config.text)
 
-        def attend_layer(index: int) -> Attend[tuple[jax.Array, jax.Array]]:
-            def attend(qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-                own = tail.k[index], tail.v[index]
-                mixed, *own = self._attend_cache(qkv, table, pool, segments[index], *own, fill)
-                return mixed, (own[0], own[1])
+        def attend_layer(index: int) -> Attend[Tail]:
+            own = segments[index], state.tail.layer(index)
+            return lambda qkv: self._attend_cache(qkv, table, pool, *own)
 
-            return attend
-
-        x, kept = self._run_token(model, state.token, attend_layer)
-        tail_k, tail_v = zip(*kept, strict=True)
+        x, tails = self._run_token(model, state.token, attend_layer)
         logits = model.logits(x)
         token = draws.sample(logits, uniform, self.cache_backend)
-        return self._drawn(state, token, Tail(tail_k, tail_v, fill + 1)), logits
+        return self._drawn(state, token, Tails.of(tails)), logits
 
-    def _drawn(self, state: DecodeState, token: jax.Array, tail: Tail) -> DecodeState:
+    def _drawn(self, state: DecodeState, token: jax.Array, tail: Tails) -> DecodeState:
         """The state behind a token that was drawn."""
         settings = state.settings
         stops = jnp.any(token[:, None] == settings.stop_ids, axis=-1)
@@ -422,13 +417,9 @@ class Stages:
         table: tuple[jax.Array, jax.Array],
         pool: AnyPool,
         segment: Any,
-        tail_k: jax.Array,
-        tail_v: jax.Array,
-        fill: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        tail: Tail,
+    ) -> tuple[jax.Array, Tail]:
         """`Pool.append_and_attend`, of a product and a table with the axis of the one token."""
-        turns = table[0][:, 0], table[1][:, 0]
-        mixed, tail_k, tail_v = pool.append_and_attend(
-            qkv[:, 0], turns, segment, tail_k, tail_v, fill, self.cache_backend
-        )
-        return mixed[:, None], tail_k, tail_v
+        new = NewToken(qkv[:, 0], table[0][:, 0], table[1][:, 0])
+        mixed, tail = pool.append_and_attend(new, segment, tail, self.cache_backend)
+        return mixed[:, None], tail

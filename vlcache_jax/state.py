@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from vlcache_jax.cache.method import Observation
-from vlcache_jax.cache.state import Tail
+from vlcache_jax.cache.state import Tails
 from vlcache_jax.cache.trace import BatchTrace
 from vlcache_jax.settings import Settings
 
@@ -43,7 +43,7 @@ class DecodeState:
         settings: what is asked of each sequence.
     """
 
-    tail: Tail
+    tail: Tails
     token: jax.Array
     position: jax.Array
     step: jax.Array

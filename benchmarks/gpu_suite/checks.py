@@ -38,7 +38,7 @@ class Group:
     Attributes:
         kernel: the operation.
         label: what the inputs are.
-        inputs: arrays of the host, or of the device where they are large.
+        inputs: arrays, or trees of them, of the host, or of the device where they are large.
         variants: functions of the inputs by what is special about them.
         expected: makes the reference; called once, when the first result is there.
         judge: compares the leaves of a result with the reference.
@@ -81,7 +81,7 @@ def run(
     pool = ThreadPoolExecutor(2 if context.dry else min(8, os.cpu_count() or 1))
     planned: list[tuple[Group, str, Future[Any]]] = []
     for group in groups:
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in group.inputs]
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), group.inputs)
         names = list(group.variants)
         if context.dry:
             names = list(dict.fromkeys([names[0], names[-1]]))
@@ -139,7 +139,7 @@ def _row(row: dict[str, Any], what: str, error: float, bound: float, again: bool
     return {**row, **numbers, "ok": good}
 
 
-def _compile(function: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStruct]) -> Any:
+def _compile(function: Callable[..., Any], shapes: Sequence[Any]) -> Any:
     return jax.jit(function).lower(*shapes).compile()
 
 

@@ -1,10 +1,9 @@
 """Every kernel that reads a cache against its dense reference: see correctness.py."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +16,6 @@ from benchmarks.gpu_suite.correctness import (
     configs,
     label,
     named,
-    odd,
     shapes,
 )
 from benchmarks.gpu_suite.stages import Context
@@ -26,6 +24,7 @@ from pallas_kernels import tiles
 from pallas_kernels import window_scores as scores_op
 from pallas_kernels.ragged_decode_attention import config as decode_config
 from pallas_kernels.ragged_decode_attention import reference as decode_reference
+from pallas_kernels.rows import NewToken, Segment, Tail
 from pallas_kernels.window_scores import config as scores_config
 from pallas_kernels.window_scores import reference as scores_reference
 
@@ -37,123 +36,101 @@ TAIL = 40
 
 
 def decode(context: Context) -> dict[str, Any]:
-    """The stage of the decode attention, without and with a new token, and of its merge."""
+    """The stage of the decode attention, with the new token, and of its merge."""
     rng = np.random.default_rng(context.seed)
     groups = [_decode_group(rng, *shape) for shape in shapes(context)]
-    for shape, every in shapes(context):
-        if (odd(shape) and not context.dry) or (every and shape[0] == "bfloat16"):
-            groups.append(_append_group(rng, shape, every))
     parts = (3,) if context.dry else (2, 5, 34)
     groups += [_merge_group(rng, dtype, count) for dtype in DTYPES[:2] for count in parts]
     return checks.run(context, groups)
 
 
-def cache(rng: np.random.Generator, shape: Shape) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """A pool and a tail, NaN where nothing stands: k, v, offset, length; k, v, fill.
+def layer(rng: np.random.Generator, shape: Shape) -> tuple[NewToken, Segment, Tail]:
+    """A new token, a layer's rows and its tail, NaN where nothing stands.
 
-    The end of the pool, an empty layer, all of the pool, one token, nothing at all.
+    The end of the pool, an empty layer, all of the pool, one token, nothing at all; the last tail
+    has no room left.
     """
-    dtype, head_dim, _, rows = shape
-    offset = np.array([rows // 3, rows // 2, 0, rows // 2, 0], np.int32)
-    length = np.array([rows - rows // 3, 0, rows, 1, 0], np.int32)
-    fill = np.array([TAIL - 1, 1, 0, TAIL // 2, 0], np.int32)
-    pool = [host(rng, dtype, len(fill), KV_HEADS, rows, head_dim) for _ in range(2)]
-    tail = [host(rng, dtype, len(fill), KV_HEADS, TAIL, head_dim) for _ in range(2)]
+    dtype, head_dim, group, rows = shape
+    offset: Any = np.array([rows // 3, rows // 2, 0, rows // 2, 0, 0], np.int32)
+    length: Any = np.array([rows - rows // 3, 0, rows, 1, 0, 1], np.int32)
+    fill: Any = np.array([TAIL - 1, 1, 0, TAIL // 2, 0, TAIL], np.int32)
+    pool: Any = [host(rng, dtype, len(fill), KV_HEADS, rows, head_dim) for _ in range(2)]
+    tail: Any = [host(rng, dtype, len(fill), KV_HEADS, TAIL, head_dim) for _ in range(2)]
     for b in range(len(fill)):
         for x in pool:
             x[b, :, : offset[b]] = x[b, :, offset[b] + length[b] :] = np.nan
         for x in tail:
             x[b, :, fill[b] :] = np.nan
-    return [*pool, offset, length], [*tail, fill]
+    qkv: Any = host(rng, dtype, len(fill), KV_HEADS, group + 2, head_dim)
+    angle: Any = 6 * rng.random((len(fill), head_dim // 2), np.float32)
+    new = NewToken(qkv, np.cos(angle), np.sin(angle))
+    return new, Segment(pool[0], pool[1], offset, length), Tail(tail[0], tail[1], fill)
 
 
-def _decode_variants(
-    kernel: Callable[..., Any], shape: Shape, every: bool
-) -> dict[str, Callable[..., Any]]:
+def _decode_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
     dtype, head_dim, _, rows = shape
+    inputs = new, pool, tail = layer(rng, shape)
     ways: list[tuple[Any, int | None]]
     ways = [(config, 4) for config in configs(decode_config, dtype, tiles.padded(head_dim), every)]
     ways[1:1] = [(None, None), (None, 1)] if every else [(None, 1)]
-    return {
+    scale = head_dim**-0.5
+    variants = {
         f"splits {splits or 'default'}, {named(config)}": functools.partial(
-            kernel,
-            scale=head_dim**-0.5,
-            mean_rows=max(1, rows // 2),
+            decode_op.triton.append_and_attend,
+            scale=scale,
+            most_rows=rows,
             config=config,
             splits=splits,
         )
         for config, splits in ways
     }
 
+    def expected() -> tuple[np.ndarray, ...]:
+        q, *rest = appended(new, rotated(new), tail)
+        segments: Any = pool.k, pool.v, pool.offset, pool.length, *rest, tail.fill + 1
+        return decode_reference.ragged_decode_attention(q, *segments, scale=scale), *rest
 
-def _decode_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
-    dtype, head_dim, group, _ = shape
-    pool, tail = cache(rng, shape)
-    inputs = (2 * host(rng, dtype, len(tail[-1]), KV_HEADS * group, head_dim), *pool, *tail)
-    variants = _decode_variants(decode_op.triton.ragged_decode_attention, shape, every)
-
-    def judge(results: list[np.ndarray], expected: np.ndarray) -> Errors:
-        error = checks.relative_error(results[0], expected)
-        return {"out": (error + checks.not_finite(results[0]), BOUNDS[dtype])}
-
-    def expected() -> np.ndarray:
-        arrays: Any = inputs
-        return decode_reference.ragged_decode_attention(*arrays, scale=head_dim**-0.5)
-
-    words = label(shape)
-    return Group("ragged_decode_attention", words, inputs, variants, expected, judge)
-
-
-def _append_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
-    dtype, head_dim, group, _ = shape
-    pool, tail = cache(rng, shape)
-    batch, fill = len(tail[-1]), tail[-1]
-    qkv = host(rng, dtype, batch, KV_HEADS, group + 2, head_dim)
-    angle = 6 * rng.random((batch, head_dim // 2), np.float32)
-    inputs = (qkv, np.cos(angle), np.sin(angle), *pool, *tail)
-    variants = _decode_variants(decode_op.triton.append_and_attend, shape, every)
-
-    def expected() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        q, *new = appended(qkv, rotated(qkv, *inputs[1:3]), tail)
-        arrays: Any = (q, *pool, *new, fill + 1)
-        out = decode_reference.ragged_decode_attention(*arrays, scale=head_dim**-0.5)
-        return out, new[0], new[1]
-
-    judge = judge_appended(dtype, fill)
+    judge = judge_appended(dtype, tail.fill)
     return Group("append_and_attend", label(shape), inputs, variants, expected, judge)
 
 
-def rotated(qkv: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+def rotated(new: NewToken) -> np.ndarray:
     """The queries and the key of a new token's product, after RoPE: [B, K, G + 1, H]."""
+    qkv = np.asarray(new.qkv)
     first, second = np.split(qkv[..., :-1, :].astype(np.float32), 2, axis=-1)
-    cos, sin = cos[:, None, None], sin[:, None, None]
+    cos, sin = (np.asarray(x)[:, None, None] for x in (new.cos, new.sin))
     turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(qkv.dtype)
 
 
 def appended(
-    qkv: np.ndarray, turned: np.ndarray, tail: Sequence[np.ndarray]
+    new: NewToken, turned: np.ndarray, tail: Tail
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The queries [B, N, H], and the tail with the new token in it.
+    """The queries [B, N, H], and the tail's rows with the new token in it, where there is room.
 
     Args:
-        qkv: the new token's product [B, K, G + 2, H].
+        new: the new token.
         turned: its queries and key as they meet the cache.
-        tail: k, v, fill.
+        tail: the tail without it.
     """
-    tail_k, tail_v, fill = (x.copy() for x in tail)
-    for b, row in enumerate(fill):
-        tail_k[b, :, row], tail_v[b, :, row] = turned[b, :, -1], qkv[b, :, -1]
-    return turned[:, :, :-1].reshape(len(fill), -1, qkv.shape[-1]), tail_k, tail_v
+    tail_k, tail_v = (np.array(x) for x in (tail.k, tail.v))
+    for b in np.flatnonzero(np.asarray(tail.fill) < TAIL):
+        row = int(tail.fill[b])
+        tail_k[b, :, row], tail_v[b, :, row] = turned[b, :, -1], new.qkv[b, :, -1]
+    return turned[:, :, :-1].reshape(len(turned), -1, turned.shape[-1]), tail_k, tail_v
 
 
-def judge_appended(dtype: str, fill: np.ndarray) -> Callable[[list[np.ndarray], Any], Errors]:
-    """Compares the attention, and the rows of the tails; what was NaN behind them must still be."""
+def judge_appended(dtype: str, fill: Any) -> Callable[[list[np.ndarray], Any], Errors]:
+    """Compares the attention, and the rows of the tails; what was NaN behind them must still be.
+
+    The attention of a token that found no room has no meaning, but is finite.
+    """
+    room = fill < TAIL
 
     def judge(results: list[np.ndarray], expected: tuple[np.ndarray, ...]) -> Errors:
-        error = checks.relative_error(results[0], expected[0])
+        error = checks.relative_error(results[0][room], expected[0][room])
         errors = {"out": (error + checks.not_finite(results[0]), BOUNDS[dtype])}
-        for name, ours, other in zip(("tail k", "tail v"), results[1:], expected[1:], strict=True):
+        for name, ours, other in zip(("tail k", "tail v"), results[1:3], expected[1:], strict=True):
             used = np.broadcast_to((np.arange(TAIL) <= fill[:, None])[:, None], ours.shape[:3])
             touched = 0.0 if np.isnan(ours[~used].astype(np.float32)).all() else 1.0
             error = checks.relative_error(ours[used], other[used])
@@ -208,22 +185,11 @@ def _scores_group(rng: np.random.Generator, shape: Shape, every: bool, most: int
     k = host(rng, dtype, 3, length, KV_HEADS, head_dim)
     for b in range(3):
         k[b, lengths[b] :] = q[b, max(0, lengths[b] - start[b]) :] = np.nan
-    stats = _row_stats(q, k, start, lengths, scale)
-    kernel = scores_op.triton.window_scores
-
-    def variant(config: Any, given: bool) -> Callable[..., Any]:
-        def call(*arrays: jax.Array) -> Any:
-            arrays = arrays if given else arrays[:4]
-            return kernel(*arrays, threshold=THRESHOLD, scale=scale, config=config)
-
-        return call
-
-    ways = [(c, False) for c in configs(scores_config, dtype, tiles.padded(head_dim), every)]
-    if every or odd(shape):
-        ways.insert(1, (None, True))
     variants = {
-        f"statistics {'given' if given else 'computed'}, {named(config)}": variant(config, given)
-        for config, given in ways
+        named(config): functools.partial(
+            scores_op.triton.window_scores, threshold=THRESHOLD, scale=scale, config=config
+        )
+        for config in configs(scores_config, dtype, tiles.padded(head_dim), every)
     }
 
     def judge(results: list[np.ndarray], expected: tuple[np.ndarray, ...]) -> Errors:
@@ -242,23 +208,4 @@ def _scores_group(rng: np.random.Generator, shape: Shape, every: bool, most: int
         )
 
     words = f"{label(shape)}, window {window}"
-    inputs = (q, k, start, lengths, *stats)
-    return Group("window_scores", words, inputs, variants, expected, judge)
-
-
-def _row_stats(
-    q: np.ndarray, k: np.ndarray, start: np.ndarray, lengths: np.ndarray, scale: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Maximum and log-sum-exp of the window's rows [B, N, W]; NaN beyond the lengths."""
-    (batch, window, heads, _), kv_heads = q.shape, k.shape[2]
-    maximum, lse = (np.full((batch, heads, window), np.nan, np.float32) for _ in range(2))
-    for b in range(batch):
-        rows = np.arange(max(0, min(window, lengths[b] - start[b])))
-        seen = np.arange(lengths[b]) <= (start[b] + rows)[:, None]
-        for n in range(heads):
-            keys = k[b, : lengths[b], n // (heads // kv_heads)].astype(np.float64)
-            logits = scale * q[b, rows, n].astype(np.float64) @ keys.T
-            logits = np.where(seen, logits, -np.inf)
-            maximum[b, n, rows] = logits.max(axis=1)
-            lse[b, n, rows] = np.logaddexp.reduce(logits, axis=1)
-    return maximum, lse
+    return Group("window_scores", words, (q, k, start, lengths), variants, expected, judge)

@@ -19,6 +19,7 @@ from benchmarks.gpu_suite.stages import Context
 from pallas_kernels import prefill_attention as prefill_op
 from pallas_kernels import ragged_decode_attention as decode_op
 from pallas_kernels import window_scores as scores_op
+from pallas_kernels.rows import NewToken, Segment, Tail
 
 DTYPE, HEAD_DIM = "bfloat16", 128
 SCALE = HEAD_DIM**-0.5
@@ -44,7 +45,7 @@ def long(context: Context) -> dict[str, Any]:
             why = f"not available: {limit / 1e9:.0f} GB of memory are less than the 24 GB it needs"
             case = f"pool beyond 2^31 elements, {kv_heads} kv heads"
             result["rows"].append(
-                {"kernel": "ragged_decode_attention", "case": case, "ok": None, "note": why}
+                {"kernel": "append_and_attend", "case": case, "ok": None, "note": why}
             )
     for make in makers:  # one at a time: each has the memory to itself
         try:
@@ -60,10 +61,10 @@ def _random(context: Context, *shape: int) -> jax.Array:
     return measure.normal(context.key(), shape, DTYPE)
 
 
-def _wide(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def _wide(*arrays: Any) -> Any:
     """The same numbers in float32."""
-    return tuple(
-        x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in arrays
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, arrays
     )
 
 
@@ -132,11 +133,20 @@ def _decode_group(context: Context, length: int) -> Group:
         _poisoned(_random(context, 2, 2, length + 512, HEAD_DIM), offset, offset + true, axis=2)
         for _ in range(2)
     ]
-    tail = [_random(context, 2, 2, 32, HEAD_DIM) for _ in range(2)]
-    fill = jnp.array([32, 7], jnp.int32)
-    inputs = (_random(context, 2, 8, HEAD_DIM), *pool, offset, true, *tail, fill)
+    new, tail = _new_token(context, 2, 2, jnp.array([31, 7], jnp.int32))
     words = f"{DTYPE}, 8/2 heads of {HEAD_DIM}, length {length}"
-    return _pool_group(words, inputs, inputs, length)
+    pool = Segment(*pool, offset=offset, length=true)
+    return _pool_group(words, (new, pool, tail), pool, length)
+
+
+def _new_token(
+    context: Context, batch: int, kv_heads: int, fill: jax.Array
+) -> tuple[NewToken, Tail]:
+    """A token of 4 query heads for each kv head, which RoPE does not turn, and a tail."""
+    qkv = _random(context, batch, kv_heads, 6, HEAD_DIM)
+    still = jnp.zeros((batch, HEAD_DIM // 2))
+    tail = [_random(context, batch, kv_heads, 32, HEAD_DIM) for _ in range(2)]
+    return NewToken(qkv, still + 1, still), Tail(*tail, fill=fill)
 
 
 def _large_pool_group(context: Context, kv_heads: int) -> Group:
@@ -152,36 +162,33 @@ def _large_pool_group(context: Context, kv_heads: int) -> Group:
         return lax.dynamic_update_slice_in_dim(pool, rows, capacity - length, axis=2)
 
     rows = [_random(context, 1, kv_heads, length, HEAD_DIM) for _ in range(2)]
-    tail = [_random(context, 1, kv_heads, 32, HEAD_DIM) for _ in range(2)]
-    q, fill = _random(context, 1, 4 * kv_heads, HEAD_DIM), jnp.array([9], jnp.int32)
-    inputs = (q, *(place(x) for x in rows), offset, true, *tail, fill)
-    sliced = (q, *rows, jnp.zeros_like(offset), true, *tail, fill)
+    new, tail = _new_token(context, 1, kv_heads, jnp.array([9], jnp.int32))
+    pool = Segment(*(place(x) for x in rows), offset=offset, length=true)
+    sliced = Segment(*rows, offset=jnp.zeros_like(offset), length=true)
     elements = kv_heads * capacity * HEAD_DIM
     words = f"{DTYPE}, {4 * kv_heads}/{kv_heads} heads of {HEAD_DIM}, pool of {elements} elements"
-    return _pool_group(words, inputs, sliced, length)
+    return _pool_group(words, (new, pool, tail), sliced, length)
 
 
 def _pool_group(
-    words: str, inputs: tuple[jax.Array, ...], sliced: tuple[jax.Array, ...], mean_rows: int
+    words: str, inputs: tuple[NewToken, Segment, Tail], sliced: Segment, most_rows: int
 ) -> Group:
-    """Decode attention; `sliced` are inputs with the same result for the reference."""
+    """Decode attention; `sliced` is a pool with the same rows for the reference."""
+    settings = {"scale": SCALE, "most_rows": most_rows}
     variants = {
         f"splits {splits or 'default'}": functools.partial(
-            decode_op.triton.ragged_decode_attention,
-            scale=SCALE,
-            mean_rows=mean_rows,
-            splits=splits,
+            decode_op.triton.append_and_attend, **settings, splits=splits
         )
         for splits in (None, 4, 1)
     }
-    reference = functools.partial(
-        decode_op.xla.ragged_decode_attention, scale=SCALE, mean_rows=mean_rows
-    )
+    new, _, tail = inputs
+    reference = functools.partial(decode_op.xla.append_and_attend, **settings, together=False)
 
     def expected() -> np.ndarray:
-        return np.asarray(jax.jit(lambda *arrays: reference(*_wide(*arrays)))(*sliced))
+        out, _ = jax.jit(lambda *arrays: reference(*_wide(*arrays)))(new, sliced, tail)
+        return np.asarray(out)
 
-    return Group("ragged_decode_attention", words, inputs, variants, expected, _close)
+    return Group("append_and_attend", words, inputs, variants, expected, _close)
 
 
 def _scores_group(context: Context, length: int, window: int) -> Group:

@@ -5,9 +5,10 @@ that the mask leaves. All at the sizes of LLaVA-1.6-Mistral-7B unless a case say
 operations on a prompt are in speed_prompt.py.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ from benchmarks.gpu_suite import ceilings
 from benchmarks.gpu_suite.checks import NOT_RUN
 from benchmarks.gpu_suite.stages import Context
 from benchmarks.roofline import Device, Work
-from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.ragged_decode_attention import append_and_attend
+from pallas_kernels.rows import NewToken, Segment, Tail
 from vlcache_jax.cache.compact import compact
 
 DTYPE, ITEM = "bfloat16", 2
@@ -132,7 +134,7 @@ def decode(context: Context) -> dict[str, Any]:
             continue
         sets, shared, work = decode_sets(context, case)
         backends = ("triton", "xla") if case.xla else ("triton",)
-        programs = {name: decode_program(name, case.rows, sets, shared) for name in backends}
+        programs = {name: decode_program(name, case, sets, shared) for name in backends}
         rows += rows_of(context, str(case), work, limit, programs, len(sets))
         del sets, shared, programs
         context.save(rows=rows)
@@ -146,8 +148,8 @@ def decode_sets(
     head_dim: int = HEAD_DIM,
     dtype: str = DTYPE,
     layers: int | None = None,
-) -> tuple[list[Any], tuple[jax.Array, ...], Work]:
-    """Layers of one pool as input sets, the pool and the tail, and the work of one layer.
+) -> tuple[list[Any], tuple[Tail], Work]:
+    """New tokens and layers of one pool as input sets, the tail, and the work of one layer.
 
     As many layers as are larger than the cache, where their number is not given.
     """
@@ -161,34 +163,45 @@ def decode_sets(
     def draw(*shape: int) -> jax.Array:
         return measure.normal(context.key(), shape, dtype)
 
-    pool = [draw(batch, case.kv_heads, layers * each, head_dim) for _ in range(2)]
+    k, v = (draw(batch, case.kv_heads, layers * each, head_dim) for _ in range(2))
     tail = [draw(batch, case.kv_heads, tail_rows, head_dim) for _ in range(2)]
     sets = [
         (
-            draw(batch, HEADS, head_dim),
-            jnp.full((batch,), layer * each, jnp.int32),
-            jnp.asarray(lengths),
-            jnp.full((batch,), fill, jnp.int32),
+            new_token(context, batch, case.kv_heads, head_dim, dtype),
+            Segment(k, v, jnp.full((batch,), layer * each, jnp.int32), jnp.asarray(lengths)),
         )
         for layer in range(layers)
     ]
-    read = (int(lengths.sum()) + batch * fill) * row_bytes
-    ops = 4 * (int(lengths.sum()) + batch * fill) * HEADS * head_dim
-    return sets, (*pool, *tail), Work(read + 2 * sets[0][0].nbytes, ops)
+    rows = int(lengths.sum()) + batch * fill
+    # The product is read, and as much is written: the result, the new key and value.
+    work = Work(rows * row_bytes + 2 * sets[0][0].qkv.nbytes, 4 * rows * HEADS * head_dim)
+    return sets, (Tail(*tail, fill=jnp.full((batch,), fill, jnp.int32)),), work
+
+
+def new_token(context: Context, batch: int, kv_heads: int, head_dim: int, dtype: str) -> NewToken:
+    """A random one."""
+    qkv = batch, kv_heads, HEADS // kv_heads + 2, head_dim
+    angle = measure.normal(context.key(), (batch, head_dim // 2), "float32")
+    return NewToken(measure.normal(context.key(), qkv, dtype), jnp.cos(angle), jnp.sin(angle))
 
 
 def decode_program(
-    backend: str, mean_rows: int, sets: list[Any], shared: tuple[jax.Array, ...]
+    backend: str, case: DecodeCase, sets: list[Any], shared: tuple[Tail]
 ) -> Callable[[], Any]:
     """A program of the decode attention over `decode_sets`."""
+    most = int(case.lengths.max())
+    attend = functools.partial(append_and_attend, most_rows=most, backend=backend)
+    return measure.chain(again(attend), sets, shared, carries=True)
 
-    def call(q, offset, length, fill, pool_k, pool_v, tail_k, tail_v):
-        return ragged_decode_attention(
-            q, pool_k, pool_v, offset, length, tail_k, tail_v, fill,
-            mean_rows=mean_rows, backend=backend,
-        )  # fmt: skip
 
-    return measure.chain(call, sets, shared)
+def again(operation: Callable[..., tuple[jax.Array, Tail]]) -> Callable[..., tuple[Any, Tail]]:
+    """A decode operation that writes the same row of the tail at every call of a program."""
+
+    def call(*arrays: Any, **settings: Any) -> tuple[jax.Array, Tail]:
+        out, tail = operation(*arrays, **settings)
+        return out, replace(tail, fill=arrays[-1].fill)
+
+    return call
 
 
 # Compaction.

@@ -16,6 +16,7 @@ from benchmarks.gpu_suite.stages import Context
 from benchmarks.roofline import Work
 from pallas_kernels import quantized_decode_attention as op
 from pallas_kernels.packing import join_affine, per_word
+from pallas_kernels.rows import PackedRows, Segment, Tail
 
 SIDES, DRY_SIDES = (128, 64, 128), (8, 5, 8)
 """Rows of full width in a layer, rows of the tail in use, rows of the tail."""
@@ -87,10 +88,10 @@ def packed(context: Context) -> dict[str, Any]:
         same = DecodeCase(case.batch, case.kv_heads, case.rows + recent)
         pool_sets, pool, full = speed.decode_sets(context, same, layers=len(sets))
         programs: dict[str, Callable[[], Any]] = {
-            backend: measure.chain(partial(attend, case, backend=backend), sets, shared)
+            backend: measure.chain(attend(case, backend), sets, shared, carries=True)
             for backend in (("triton", "xla") if case.xla else ("triton",))
         }
-        programs["pool"] = speed.decode_program("triton", same.rows, pool_sets, pool)
+        programs["pool"] = speed.decode_program("triton", same, pool_sets, pool)
         others = {"pool": full}
         found = speed.rows_of(context, str(case), work, limit, programs, len(sets), others)
         rows += [{**row, "full_bytes": full.bytes} for row in found]
@@ -103,8 +104,8 @@ def packed(context: Context) -> dict[str, Any]:
 
 def packed_sets(
     context: Context, case: PackedCase, head_dim: int = HEAD_DIM, dtype: str = DTYPE
-) -> tuple[list[Any], tuple[jax.Array, ...], Work]:
-    """Layers of one pool as input sets, the pool and the tail, and the work of one layer."""
+) -> tuple[list[Any], tuple[Tail], Work]:
+    """New tokens and layers of one pool as input sets, the tail, and the work of one layer."""
     batch, kv_heads, each = case.batch, case.kv_heads, sum(case.words)
     head_dim = 16 if context.dry else head_dim
     recent, fill, tail_rows = DRY_SIDES if context.dry else SIDES
@@ -123,34 +124,34 @@ def packed_sets(
 
     size = batch, kv_heads, layers * each, head_dim
     words = [jax.random.bits(context.key(), size, jnp.uint32) for _ in range(2)]
-    dense = [draw(batch, kv_heads, layers * recent, head_dim) for _ in range(2)]
+    arrays = [*words, affine(), affine()]
+    k, v = (draw(batch, kv_heads, layers * recent, head_dim) for _ in range(2))
     tail = [draw(batch, kv_heads, tail_rows, head_dim) for _ in range(2)]
-    begins = [sum(case.words[:run]) for run in range(len(case.runs))]
-    rows = jnp.array([rows for _, rows in case.runs], jnp.int32)
+    begins = jnp.array([sum(case.words[:run]) for run in range(len(case.runs))], jnp.int32)
+    rows = jnp.tile(jnp.array([rows for _, rows in case.runs], jnp.int32), (batch, 1))
+
+    def numbers(value: int) -> jax.Array:
+        return jnp.full((batch,), value, jnp.int32)
+
     sets = [
         (
-            draw(batch, HEADS, head_dim),
-            jnp.full((batch,), layer * recent, jnp.int32),
-            jnp.full((batch,), recent, jnp.int32),
-            jnp.tile(layer * each + jnp.array(begins, jnp.int32), (batch, 1)),
-            jnp.tile(rows, (batch, 1)),
-            jnp.full((batch,), fill, jnp.int32),
+            speed.new_token(context, batch, kv_heads, head_dim, dtype),
+            Segment(k, v, numbers(layer * recent), numbers(recent)),
+            PackedRows(
+                *arrays,
+                first=jnp.tile(layer * each + begins, (batch, 1)),
+                rows=rows,
+                bits=case.bits,
+            ),
         )
         for layer in range(layers)
     ]
     ops = 4 * batch * (case.rows + recent + fill) * HEADS * head_dim
-    work = Work(2 * kv_heads * (wide + narrow) + 2 * sets[0][0].nbytes, ops)
-    return sets, (*dense, *words, affine(), affine(), *tail), work
+    work = Work(2 * kv_heads * (wide + narrow) + 2 * sets[0][0].qkv.nbytes, ops)
+    return sets, (Tail(*tail, fill=numbers(fill)),), work
 
 
-def attend(case: PackedCase, *arrays: jax.Array, backend: str, config: Any = None) -> jax.Array:
-    """The operation over one set of `packed_sets`; with block sizes, the kernel alone."""
-    q, offset, length, first, rows, fill, dense_k, dense_v, *packed, tail_k, tail_v = arrays
-    given: Any = (q, dense_k, dense_v, offset, length, *packed, first, rows, tail_k, tail_v, fill)
-    static = {"bits": case.bits, "mean_words": sum(case.words)}
-    if config is None:
-        return op.quantized_decode_attention(*given, backend=backend, **static)
-    scale = q.shape[-1] ** -0.5
-    return op.triton.quantized_decode_attention(
-        *given, key_group=None, scale=scale, config=config, **static
-    )
+def attend(case: PackedCase, backend: str) -> Callable[..., Any]:
+    """The operation over one set of `packed_sets`."""
+    most = {"most_rows": SIDES[0], "most_words": sum(case.words)}
+    return speed.again(partial(op.append_and_attend, backend=backend, **most))

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,7 +23,6 @@ from benchmarks.gpu_suite.speed import (
 )
 from benchmarks.gpu_suite.stages import ROOT, Context
 from benchmarks.roofline import Device, Work
-from pallas_kernels.online_softmax import RowStats
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.window_scores import window_scores
 
@@ -47,7 +45,6 @@ def prefill(context: Context) -> dict[str, Any]:
             "triton": {"backend": "triton"},
             "cudnn": {"backend": "cudnn"},
             "automatic": {"backend": None},
-            "triton, with statistics": {"backend": "triton", "stats": True},
         }
         if length == short:
             ways["xla"] = {"backend": "xla"}
@@ -134,15 +131,11 @@ def scores(context: Context) -> dict[str, Any]:
             continue
         sets, work = scores_sets(context, length, window)
         threshold = None if window == length else 0.01
-        ways: dict[str, Callable[..., Any]] = {
-            "triton": functools.partial(_scores, given=False, backend="triton", p=threshold),
-            "triton, statistics given": functools.partial(
-                _scores, given=True, backend="triton", p=threshold
-            ),
-        }
-        if length == min(case[0] for case in cases):
-            ways["xla"] = functools.partial(_scores, given=False, backend="xla", p=threshold)
-        programs = {name: measure.chain(way, sets) for name, way in ways.items()}
+        shortest = length == min(case[0] for case in cases)
+        programs: dict[str, Callable[[], Any]] = {}
+        for backend in ("triton", "xla") if shortest else ("triton",):
+            way = functools.partial(window_scores, threshold=threshold, backend=backend)
+            programs[backend] = measure.chain(way, sets)
         rows += rows_of(context, words, work, limit, programs, len(sets))
         del sets, programs
         context.save(rows=rows)
@@ -151,41 +144,21 @@ def scores(context: Context) -> dict[str, Any]:
     return result(rows, limit, f"us per layer: {', '.join(times)}")
 
 
-def _scores(
-    q: jax.Array,
-    k: jax.Array,
-    start: jax.Array,
-    lengths: jax.Array,
-    maximum: jax.Array,
-    lse: jax.Array,
-    *,
-    given: bool,
-    backend: str,
-    p: float | None,
-) -> Any:
-    stats = RowStats(maximum, lse) if given else None
-    return window_scores(q, k, start, lengths, threshold=p, stats=stats, backend=backend)
-
-
 def scores_sets(
     context: Context, length: int, window: int, head_dim: int = HEAD_DIM, dtype: str = DTYPE
 ) -> tuple[list[Any], Work]:
-    """Input sets (q, k, start, lengths, maximum, lse), and the work of one: one pass over K."""
+    """Input sets (q, k, start, lengths), and the work of one: one pass over K."""
     heads, kv_heads = (4, 2) if context.dry else (HEADS, KV_HEADS)
     head_dim = 16 if context.dry else head_dim
     read = (window * heads + length * kv_heads) * head_dim * jnp.dtype(dtype).itemsize
-    sets = []
-    for _ in range(measure.sets_for(read, dry=context.dry)):
-        highest = 4 + measure.normal(context.key(), (1, heads, window), "float32")
-        sets.append(
-            (
-                measure.normal(context.key(), (1, window, heads, head_dim), dtype),
-                measure.normal(context.key(), (1, length, kv_heads, head_dim), dtype),
-                jnp.array([length - window], jnp.int32),
-                jnp.array([length], jnp.int32),
-                highest,
-                highest + 1,
-            )
+    sets = [
+        (
+            measure.normal(context.key(), (1, window, heads, head_dim), dtype),
+            measure.normal(context.key(), (1, length, kv_heads, head_dim), dtype),
+            jnp.array([length - window], jnp.int32),
+            jnp.array([length], jnp.int32),
         )
+        for _ in range(measure.sets_for(read, dry=context.dry))
+    ]
     pairs = window * (length - window) + window * (window + 1) // 2
     return sets, Work(read + 4 * kv_heads * length, 2 * heads * head_dim * pairs)

@@ -27,6 +27,7 @@ from pallas_kernels.backends import current_device
 from pallas_kernels.prefill_attention import config as prefill_config
 from pallas_kernels.prefill_attention import triton as prefill_triton
 from pallas_kernels.quantized_decode_attention import config as packed_config
+from pallas_kernels.quantized_decode_attention import triton as packed_triton
 from pallas_kernels.ragged_decode_attention import config as decode_config
 from pallas_kernels.ragged_decode_attention import triton as decode_triton
 from pallas_kernels.window_scores import config as scores_config
@@ -56,6 +57,7 @@ SCORES = [
 ]  # fmt: skip
 NORM = [(1,), (2,), (4,), (8,), (16,), (32,)]
 SPLITS = (1, 2, 4, 8, 16, 33, 66)
+DECODE_KERNEL = speed.again(decode_triton.append_and_attend)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Case:
         configs: by the same names; empty where nothing is written to the table.
         sets: input sets.
         shared: arrays of all sets.
+        carries: as in `measure.program_of`.
     """
 
     operation: str
@@ -80,7 +83,8 @@ class Case:
     ways: dict[str, Callable[..., Any]]
     configs: dict[str, Any]
     sets: list[Any]
-    shared: tuple[jax.Array, ...] = ()
+    shared: tuple[Any, ...] = ()
+    carries: bool = False
 
 
 def run(context: Context, makers: Sequence[Callable[[], Case]]) -> dict[str, Any]:
@@ -119,10 +123,7 @@ def _time(context: Context, case: Case) -> list[dict[str, Any]]:
     expected: np.ndarray | None = None
     workers = 2 if context.dry else min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:  # compiling is most of the time
-        compiled = {
-            name: pool.submit(_compile, way, case.sets, case.shared)
-            for name, way in case.ways.items()
-        }
+        compiled = {name: pool.submit(_compile, way, case) for name, way in case.ways.items()}
         for name, program in compiled.items():
             try:
                 launch = partial(program.result(), case.sets, case.shared)
@@ -147,8 +148,9 @@ def _time(context: Context, case: Case) -> list[dict[str, Any]]:
     return rows
 
 
-def _compile(way: Callable[..., Any], sets: list[Any], shared: tuple[jax.Array, ...]) -> Any:
-    return measure.program_of(way).lower(sets, shared).compile()
+def _compile(way: Callable[..., Any], case: Case) -> Any:
+    program = measure.program_of(way, carries=case.carries)
+    return program.lower(case.sets, case.shared).compile()
 
 
 def _write(context: Context, case: Case, config: Any) -> None:
@@ -184,11 +186,13 @@ def _case(
     kernel: Callable[..., Any],
     configs: Sequence[Any],
     sets: list[Any],
-    shared: tuple[jax.Array, ...] = (),
+    shared: tuple[Any, ...] = (),
+    *,
+    carries: bool = False,
 ) -> Case:
     names = {checks.short(config): config for config in configs}
     ways = {name: partial(kernel, config=config) for name, config in names.items()}
-    return Case(operation, dtype, size, f"{dtype}/{size}", ways, names, sets, shared)
+    return Case(operation, dtype, size, f"{dtype}/{size}", ways, names, sets, shared, carries)
 
 
 def prefill(context: Context) -> dict[str, Any]:
@@ -200,9 +204,7 @@ def _prefill_case(context: Context, dtype: str, head_dim: int) -> Case:
     length = 32 if context.dry else 8192
     sets, _ = speed_prompt.prefill_sets(context, length, head_dim, dtype)
     lengths = jnp.array([length], jnp.int32)
-    kernel = partial(
-        prefill_triton.prefill_attention, causal=True, scale=head_dim**-0.5, stats=False
-    )
+    kernel = partial(prefill_triton.prefill_attention, causal=True, scale=head_dim**-0.5)
     configs = _configs(context, prefill_config, dtype, tiles.padded(head_dim), PREFILL)
     return _case("prefill_attention", dtype, head_dim, kernel, configs, sets, (lengths,))
 
@@ -217,8 +219,7 @@ def _scores_case(context: Context, dtype: str, head_dim: int) -> Case:
     sets, _ = speed_prompt.scores_sets(context, length, window, head_dim, dtype)
     kernel = partial(scores_triton.window_scores, threshold=0.01, scale=head_dim**-0.5)
     configs = _configs(context, scores_config, dtype, tiles.padded(head_dim), SCORES)
-    plain = [arrays[:4] for arrays in sets]  # statistics are computed
-    return _case("window_scores", dtype, head_dim, kernel, configs, plain)
+    return _case("window_scores", dtype, head_dim, kernel, configs, sets)
 
 
 def decode(context: Context) -> dict[str, Any]:
@@ -229,41 +230,26 @@ def decode(context: Context) -> dict[str, Any]:
     return run(context, makers)
 
 
-def _decode(
-    q: jax.Array,
-    offset: jax.Array,
-    length: jax.Array,
-    fill: jax.Array,
-    *cache: jax.Array,
-    mean_rows: int,
-    config: Any,
-    splits: int | None,
-) -> jax.Array:
-    pool_k, pool_v, tail_k, tail_v = cache
-    return decode_triton.ragged_decode_attention(
-        q, pool_k, pool_v, offset, length, tail_k, tail_v, fill,
-        scale=q.shape[-1] ** -0.5, mean_rows=mean_rows, config=config, splits=splits,
-    )  # fmt: skip
-
-
 def _decode_case(context: Context, dtype: str, head_dim: int) -> Case:
     shape = speed.DecodeCase(*((2, 8, 40) if context.dry else (8, 8, 16384)))
     sets, shared, _ = speed.decode_sets(context, shape, head_dim, dtype)
-    kernel = partial(_decode, mean_rows=shape.rows, splits=None)
+    kernel = partial(DECODE_KERNEL, scale=head_dim**-0.5, most_rows=shape.rows)
     configs = _configs(context, decode_config, dtype, tiles.padded(head_dim), DECODE)
-    return _case("ragged_decode_attention", dtype, head_dim, kernel, configs, sets, shared)
+    name = "ragged_decode_attention"
+    return _case(name, dtype, head_dim, kernel, configs, sets, shared, carries=True)
 
 
 def _splits_case(context: Context, batch: int, rows: int) -> Case:
     """What `SPLIT_PROGRAMS` should be: the kernel's own choice first."""
     shape = speed.DecodeCase(batch, 8, rows)
     sets, shared, _ = speed.decode_sets(context, shape)
-    kernel = partial(_decode, mean_rows=rows, config=None)
-    ways = {"splits as it chooses": partial(kernel, splits=None)}
+    head_dim = sets[0][0].qkv.shape[-1]
+    kernel = partial(DECODE_KERNEL, scale=head_dim**-0.5, most_rows=rows)
+    ways: dict[str, Callable[..., Any]] = {"splits as it chooses": kernel}
     for splits in SPLITS[: 2 if context.dry else None]:
         ways[f"splits {splits}"] = partial(kernel, splits=splits)
-    size = tiles.padded(sets[0][0].shape[-1])
-    return Case("ragged_decode_attention", "bfloat16", size, str(shape), ways, {}, sets, shared)
+    case = "ragged_decode_attention", "bfloat16", tiles.padded(head_dim), str(shape)
+    return Case(*case, ways, {}, sets, shared, carries=True)
 
 
 def packed(context: Context) -> dict[str, Any]:
@@ -274,9 +260,16 @@ def packed(context: Context) -> dict[str, Any]:
 def _packed_case(context: Context, dtype: str, head_dim: int) -> Case:
     shape = speed_packed.DRY if context.dry else speed_packed.CASES[0]
     sets, shared, _ = speed_packed.packed_sets(context, shape, head_dim, dtype)
-    kernel = partial(speed_packed.attend, shape, backend="triton")
+    kernel = partial(
+        speed.again(packed_triton.append_and_attend),
+        transform=True,
+        scale=head_dim**-0.5,
+        most_rows=speed_packed.SIDES[0],
+        most_words=sum(shape.words),
+    )
     configs = _configs(context, packed_config, dtype, tiles.padded(head_dim), PACKED)
-    return _case("quantized_decode_attention", dtype, head_dim, kernel, configs, sets, shared)
+    name = "quantized_decode_attention"
+    return _case(name, dtype, head_dim, kernel, configs, sets, shared, carries=True)
 
 
 def norm(context: Context) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from benchmarks.roofline import (
     tokens_per_second,
 )
 from benchmarks.roofline.packed import bits_of, quantised_rows
+from benchmarks.roofline.trips import trip_rows, trip_table
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
 from vlcache_jax.config import LlavaConfig
@@ -166,7 +167,7 @@ def capacity_rows(
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Both tables for a terminal."""
+    """The tables for a terminal."""
     device = result["device"]
     console.print(
         f"{result['model']}, {result['context']} tokens x {result['batch']}, on {device['name']} "
@@ -200,7 +201,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{row['largest_batch']:,}",
             f"{row['tokens_per_s']:,.0f}",
         )
-    console.print(stages, fits)
+    console.print(stages, fits, trip_table(result["serial_trips"]))
 
 
 def draw(
@@ -327,6 +328,7 @@ def main(
         "tail_rows_at_largest_batch": TAIL_ROWS,
         "rows": stage_rows(chosen, config, context, batch, compared, window),
         "capacity": capacity_rows(chosen, config, context, batch, compared),
+        "serial_trips": trip_rows(config.text),
     }
     if out is not None:
         write_result(out, {**environment(), **result})

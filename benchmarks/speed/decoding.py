@@ -80,7 +80,7 @@ def random_pool(case: Case, variant: Variant) -> AnyPool:
     dense = shapes.dense if isinstance(shapes, PackedPool) else shapes
     k, v = (random_rows(next(keys), x.shape, case.dtype) for x in (dense.k, dense.v))
     none = jnp.zeros(dense.length.shape, jnp.int32)
-    pool = Pool(k, v, none, none, jnp.zeros(none.shape))
+    pool = Pool(k, v, none, none, jnp.zeros(none.shape), dense.most)
     if isinstance(shapes, PackedPool):
         bits, runs = min(shapes.quantizer.widths), jnp.zeros(shapes.first.shape, jnp.int32)
         pool = PackedPool(
@@ -92,6 +92,7 @@ def random_pool(case: Case, variant: Variant) -> AnyPool:
             runs,
             runs,
             shapes.quantizer,
+            shapes.most_words,
         )
     return divided(pool, case, variant, seed=0)
 

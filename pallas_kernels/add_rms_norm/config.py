@@ -4,9 +4,6 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-TENSOR_CORE_OPS = {"add_rms_norm": 0}
-"""Kernels whose code has just so many tensor-core instructions."""
-
 
 @dataclass(frozen=True)
 class Config:

@@ -1,13 +1,11 @@
 """Attention of whole sequences with grouped heads, never a T x T matrix."""
 
 import math
-from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backends import choose
-from pallas_kernels.online_softmax import RowStats
 from pallas_kernels.prefill_attention import cudnn, triton, xla
 
 BACKENDS = {
@@ -19,7 +17,6 @@ BACKENDS = {
 Triton's prefill is slower; it has not been measured by this project yet."""
 
 
-@overload
 def prefill_attention(
     q: jax.Array,
     k: jax.Array,
@@ -28,36 +25,8 @@ def prefill_attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    stats: Literal[False] = False,
     backend: str | None = None,
-) -> jax.Array: ...
-
-
-@overload
-def prefill_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array | None = None,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    stats: Literal[True],
-    backend: str | None = None,
-) -> tuple[jax.Array, RowStats]: ...
-
-
-def prefill_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array | None = None,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    stats: bool = False,
-    backend: str | None = None,
-) -> jax.Array | tuple[jax.Array, RowStats]:
+) -> jax.Array:
     """softmax(q k^T * scale) v for sequences padded at the right.
 
     Keys at or beyond a row's length are never read into a result, whatever they hold (NaN
@@ -70,13 +39,11 @@ def prefill_attention(
         lengths: true length of each row, int32 [B]; T for every row by default.
         causal: position i sees the keys 0..i only.
         scale: factor of the logits; 1 / sqrt(H) by default.
-        stats: also give each row's maximum and log-sum-exp, for `window_scores`.
-        backend: "triton", "cudnn" (bfloat16 and float16, without `stats`), "xla", or None for the
-            best that supports the case on the device.
+        backend: "triton", "cudnn" (bfloat16 and float16), "xla", or None for the best that supports
+            the case on the device.
 
     Returns:
-        [B, T, N, H] in q's type; softmax and sums are float32. With `stats`, the `RowStats` too;
-        those of rows beyond the length have no meaning.
+        [B, T, N, H] in q's type; softmax and sums are float32.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -92,16 +59,5 @@ def prefill_attention(
     if lengths.shape != (batch,):
         raise ValueError(f"{lengths.shape=} must be {(batch,)}")
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    out, of_rows = choose(
-        "prefill_attention",
-        backend,
-        BACKENDS,
-        q,
-        k,
-        v,
-        lengths,
-        causal=causal,
-        scale=scale,
-        stats=stats,
-    )
-    return out if of_rows is None else (out, of_rows)
+    arrays = q, k, v, lengths
+    return choose("prefill_attention", backend, BACKENDS, *arrays, causal=causal, scale=scale)

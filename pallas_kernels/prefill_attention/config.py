@@ -4,9 +4,6 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-TENSOR_CORE_OPS = {"float32": 0}
-"""Types whose code has just so many tensor-core instructions; all others have some."""
-
 
 @dataclass(frozen=True)
 class Config:

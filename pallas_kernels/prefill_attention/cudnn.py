@@ -14,9 +14,19 @@ def prefill_attention(
     *,
     causal: bool,
     scale: float,
-    stats: bool,
-) -> tuple[jax.Array, None]:
-    """See the package's public function.
+) -> jax.Array:
+    """Attention of whole sequences by cuDNN.
+
+    Args:
+        q: queries [B, T, N, H].
+        k: keys [B, T, K, H].
+        v: values [B, T, K, H].
+        lengths: true length of each row, int32 [B].
+        causal: position i sees the keys 0..i only.
+        scale: factor of the logits.
+
+    Returns:
+        [B, T, N, H] in q's type.
 
     Raises:
         NotImplementedError: the case is none that cuDNN does, or its GPU is not here.
@@ -26,12 +36,9 @@ def prefill_attention(
         raise NotImplementedError(f"cuDNN's attention is for 16 bits, not {q.dtype}: use 'triton'")
     if q.shape[-1] > 128 or q.shape[-1] % 8:
         raise NotImplementedError(f"cuDNN has no attention for {q.shape[-1]=}: use 'triton'")
-    if stats:
-        # JAX gives its log-sum-exp in q's type only: too coarse to recompute a probability.
-        raise NotImplementedError("backend 'cudnn' gives no row statistics: use 'triton'")
     # A weight of 0 times what stands behind a prompt is NaN where that is NaN.
     inside = (jnp.arange(k.shape[1]) < lengths[:, None])[:, :, None, None]
-    out = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         q,
         k,
         jnp.where(inside, v, 0),
@@ -41,7 +48,6 @@ def prefill_attention(
         key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
-    return out, None
 
 
 def require_gpu() -> None:

@@ -16,7 +16,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tiles
-from pallas_kernels.online_softmax import RowStats
 from pallas_kernels.prefill_attention.config import Config, candidates
 from pallas_kernels.tuning import best
 
@@ -27,14 +26,14 @@ def _kernel(
     k_ref: Any,
     v_ref: Any,
     out_ref: Any,
-    *stats_refs: Any,
+    *,
     causal: bool,
     scale: float,
     block_q: int,
     block_k: int,
     blocks: int,
 ) -> None:
-    """References of one head: q, out [T, H]; k, v [T, H]; stats [T]; lengths [B]."""
+    """References of one head: q, out [T, H]; k, v [T, H]; lengths [B]."""
     # The last rows have the most keys to read: they start first.
     first = (blocks - 1 - pl.program_id(0)) * block_q
     length = lengths_ref[pl.program_id(2)]
@@ -71,15 +70,9 @@ def _kernel(
     )
     carry = lax.fori_loop(0, whole, lambda i, c: attend(i, c, True), carry)
     trips = (stop + block_k - 1) // block_k
-    maximum, total, mixed = lax.fori_loop(whole, trips, lambda i, c: attend(i, c, False), carry)
-    inside = rows < out_ref.shape[0]
+    _, total, mixed = lax.fori_loop(whole, trips, lambda i, c: attend(i, c, False), carry)
     divisor = jnp.where(total == 0.0, 1.0, total)
-    tiles.store(out_ref, rows, inside, mixed / divisor[:, None])
-    if stats_refs:
-        maximum_ref, lse_ref = stats_refs
-        ln2 = 1 / tiles.LOG2_E
-        tiles.store_vector(maximum_ref, rows, inside, maximum * ln2)
-        tiles.store_vector(lse_ref, rows, inside, maximum * ln2 + jnp.log(divisor))
+    tiles.store(out_ref, rows, rows < out_ref.shape[0], mixed / divisor[:, None])
 
 
 def prefill_attention(
@@ -90,20 +83,21 @@ def prefill_attention(
     *,
     causal: bool,
     scale: float,
-    stats: bool,
     config: Config | None = None,
-) -> tuple[jax.Array, RowStats | None]:
-    """See the package's public function.
+) -> jax.Array:
+    """Attention of whole sequences by the kernel.
 
     Args:
-        q: as there.
-        k: as there.
-        v: as there.
-        lengths: as there.
-        causal: as there.
-        scale: as there.
-        stats: also give the row statistics.
+        q: queries [B, T, N, H].
+        k: keys [B, T, K, H].
+        v: values [B, T, K, H].
+        lengths: true length of each row, int32 [B].
+        causal: position i sees the keys 0..i only.
+        scale: factor of the logits.
         config: block sizes; those of the device by default.
+
+    Returns:
+        [B, T, N, H] in q's type.
     """
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
@@ -114,16 +108,14 @@ def prefill_attention(
     blocks = pl.cdiv(length, block_q)
     of_head = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n, 0))
     of_kv_head = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
-    of_row = pl.BlockSpec((None, None, length), lambda i, n, b: (b, n, 0))
-    row_shape = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
     pairs = batch * heads * length * length // (2 if causal else 1)
-    out, *of_rows = tiles.call(
+    return tiles.call(
         _kernel,
         "prefill_attention",
         grid=(blocks, heads, batch),
         in_specs=[pl.BlockSpec((batch,), lambda i, n, b: (0,)), of_head, of_kv_head, of_kv_head],
-        out_specs=[of_head, *[of_row] * (2 * stats)],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *[row_shape] * (2 * stats)],
+        out_specs=of_head,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         cost=pl.CostEstimate(
@@ -137,4 +129,3 @@ def prefill_attention(
         block_k=block_k,
         blocks=blocks,
     )(lengths, q, k, v)
-    return out, RowStats(*of_rows) if stats else None

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import online_softmax
-from pallas_kernels.online_softmax import RowStats
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
@@ -24,9 +23,20 @@ def prefill_attention(
     *,
     causal: bool,
     scale: float,
-    stats: bool,
-) -> tuple[jax.Array, RowStats | None]:
-    """See the package's public function."""
+) -> jax.Array:
+    """Attention of whole sequences, a block of queries and of keys at a time.
+
+    Args:
+        q: queries [B, T, N, H].
+        k: keys [B, T, K, H].
+        v: values [B, T, K, H].
+        lengths: true length of each row, int32 [B].
+        causal: position i sees the keys 0..i only.
+        scale: factor of the logits.
+
+    Returns:
+        [B, T, N, H] in q's type.
+    """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
@@ -37,10 +47,7 @@ def prefill_attention(
     q, zero = lax.optimization_barrier((q, jnp.zeros((), q.dtype)))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
 
-    def query_block(
-        index: jax.Array, done: tuple[jax.Array, RowStats | None]
-    ) -> tuple[jax.Array, RowStats | None]:
-        out, of_rows = done
+    def query_block(index: jax.Array, out: jax.Array) -> jax.Array:
         start = jnp.minimum(index * rows, length - rows)
         block = lax.dynamic_slice_in_dim(q, start, rows, axis=1)
         block = block.transpose(0, 2, 3, 1, 4)  # [B, K, G, rows, H]
@@ -71,18 +78,8 @@ def prefill_attention(
         partial = lax.fori_loop(0, trips, key_block, online_softmax.empty(block))
         mixed = online_softmax.finish(partial).astype(q.dtype)
         mixed = mixed.reshape(batch, kv_heads, group, rows, head_dim).transpose(0, 3, 1, 2, 4)
-        out = lax.dynamic_update_slice_in_dim(out, mixed, start, axis=1)
-        if of_rows is not None:
-            found = (x.reshape(batch, heads, rows) for x in online_softmax.row_stats(partial))
-            of_rows = RowStats(
-                *(
-                    lax.dynamic_update_slice_in_dim(whole, part, start, axis=2)
-                    for whole, part in zip(of_rows, found, strict=True)
-                )
-            )
-        return out, of_rows
+        return lax.dynamic_update_slice_in_dim(out, mixed, start, axis=1)
 
-    nothing = jnp.full((batch, heads, length), -jnp.inf, jnp.float32)
-    done = jnp.full_like(q, zero), RowStats(nothing, nothing) if stats else None
-    out, of_rows = lax.fori_loop(0, (longest + rows - 1) // rows, query_block, done)
-    return out.reshape(batch, length, heads, head_dim), of_rows
+    trips = (longest + rows - 1) // rows
+    out = lax.fori_loop(0, trips, query_block, jnp.full_like(q, zero))
+    return out.reshape(batch, length, heads, head_dim)

@@ -4,9 +4,6 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-TENSOR_CORE_OPS = {"merge_splits": 0}
-"""Kernels whose code has just so many tensor-core instructions; all others have some."""
-
 
 @dataclass(frozen=True)
 class Config:
@@ -41,13 +38,13 @@ SPLIT_WARPS = 1056
 their registers hold at once."""
 
 
-def splits(programs: int, mean_words: int, config: Config) -> int:
-    """Parts that a layer's packed rows are cut into.
+def splits(programs: int, most_blocks: int, num_warps: int) -> int:
+    """Parts that a layer's rows are cut into: what fills the GPU, and two blocks at least.
 
     Args:
         programs: those there are without a split.
-        mean_words: word-rows of a layer, on average.
-        config: the block sizes.
+        most_blocks: blocks of the largest layer there can be, of all its sections.
+        num_warps: warps of a program.
     """
-    wanted = -(-SPLIT_WARPS // (programs * config.num_warps))
-    return max(1, min(wanted, mean_words // (2 * config.block_words)))
+    wanted = -(-SPLIT_WARPS // (programs * num_warps))
+    return max(1, min(wanted, most_blocks // 2))

@@ -181,7 +181,7 @@ def packed_query(q: jax.Array, groups: int, factor: float) -> Query:
     """The query heads of a program, made ready.
 
     Args:
-        q: [16, padded(H)]; every fourth row is the same.
+        q: [16, padded(H)]: the heads, and again, and eight rows that do not count.
         groups: of channels that have a scale of their own.
         factor: of the logits.
     """
@@ -216,7 +216,7 @@ def attend_run(
 
     Args:
         query: the query heads.
-        refs: with words_k, words_v [W, H] and affine_k, affine_v [groups, W * lanes].
+        refs: `PackedRows` with words_k, words_v [W, H] and affine_k, affine_v [groups, W * lanes].
         first: first word-row of the run.
         rows: rows of the run.
         begin: first word-row to attend to, counted from `first`.

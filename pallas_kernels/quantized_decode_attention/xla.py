@@ -11,73 +11,63 @@ from jax import lax
 from pallas_kernels import online_softmax
 from pallas_kernels.hadamard import transform as hadamard
 from pallas_kernels.packing import dequantise, dequantise_channels, per_word, unpack
-from pallas_kernels.ragged_decode_attention.xla import append, attend_segments, read_rows
+from pallas_kernels.ragged_decode_attention.xla import append, attend_segments, finish, read_rows
 from pallas_kernels.rope import rotate
+from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
 
 ROW_BLOCK = 512
 """Rows that are unpacked at a time."""
 
 
-def quantized_decode_attention(
-    q: jax.Array,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
-    offset: jax.Array,
-    length: jax.Array,
-    words_k: jax.Array,
-    words_v: jax.Array,
-    affine_k: jax.Array,
-    affine_v: jax.Array,
-    first: jax.Array,
-    rows: jax.Array,
-    tail_k: jax.Array,
-    tail_v: jax.Array,
-    fill: jax.Array,
+def append_and_attend(
+    new: NewToken,
+    dense: Segment,
+    packed: PackedRows,
+    tail: Tail,
     *,
-    bits: tuple[int, ...],
-    key_group: int | None,
+    transform: bool,
     scale: float,
-    mean_words: int,
-) -> jax.Array:
-    """See the package's public function; [B, N, H] -> [B, N, H]."""
-    del mean_words  # the blocks are those of the longest run
-    batch, heads, head_dim = q.shape
-    kv_heads = dense_k.shape[1]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    arrays = dense_k, dense_v, offset, length, tail_k, tail_v, fill
-    partial = attend_segments(grouped, *arrays, scale=scale)
-    lanes = per_word(min(bits))
-    for run, width in enumerate(bits):
-        partial = online_softmax.merge(
-            partial,
-            _attend_run(
-                grouped,
-                (words_k, affine_k),
-                (words_v, affine_v),
-                first[:, run],
-                rows[:, run],
-                bits=width,
-                lanes=lanes,
-                key_group=key_group,
-                scale=scale,
-            ),
-        )
-    return online_softmax.finish(partial).astype(q.dtype).reshape(batch, heads, head_dim)
+    most_rows: int,
+    most_words: int,
+    together: bool,
+) -> tuple[jax.Array, Tail]:
+    """RoPE of a new token, the transform, its row into the tail, and its attention.
+
+    Args:
+        new: the token's product, qkv [B, K, G + 2, H], and its angles, cos and sin [B, H / 2].
+        dense: the layer's rows of full width, k and v [B, K, capacity, H].
+        packed: its packed rows, words [B, K, W, H].
+        tail: the tokens before, k and v [B, K, R, H] with fill int32 [B].
+        transform: multiply query and key by the Walsh-Hadamard transform after RoPE.
+        scale: factor of the logits.
+        most_rows: not used: the blocks are those of the longest segment.
+        most_words: not used, for the same reason.
+        together: all of `fill` are equal.
+
+    Returns:
+        The attention [B, K * G, H] in qkv's type, and the tail with the token.
+    """
+    del most_rows, most_words
+    turned = rotate(new.qkv[:, :, :-1], new.cos[:, None, None], new.sin[:, None, None])
+    if transform:
+        turned = hadamard(turned)
+    tail = append(tail, turned[:, :, -1:], new.qkv[:, :, -1:], together)
+    segments = dense.k, dense.v, dense.offset, dense.length, tail.k, tail.v, tail.fill
+    q = turned[:, :, :-1]
+    partial = attend_segments(q, *segments, scale=scale)
+    for run in range(len(packed.bits)):
+        partial = online_softmax.merge(partial, _attend_run(q, packed, run, scale))
+    return finish(partial, new), tail
 
 
 def _attend_run(
-    grouped: jax.Array,
-    keys: tuple[jax.Array, jax.Array],
-    values: tuple[jax.Array, jax.Array],
-    first: jax.Array,
-    rows: jax.Array,
-    *,
-    bits: int,
-    lanes: int,
-    key_group: int | None,
-    scale: float,
+    grouped: jax.Array, packed: PackedRows, run: int, scale: float
 ) -> online_softmax.Partial:
-    """Attention of the queries [B, K, G, H] over one packed run; keys and values with scales."""
+    """Attention of the queries [B, K, G, H] over one packed run."""
+    bits, key_group = packed.bits[run], packed.key_group
+    first, rows = packed.first[:, run], packed.rows[:, run]
+    keys, values = (packed.words_k, packed.affine_k), (packed.words_v, packed.affine_v)
+    lanes = per_word(min(packed.bits))
     total = keys[0].shape[2]
     each = per_word(bits)
     whole = key_group // each if key_group else 1  # word-rows of a group of keys
@@ -122,50 +112,3 @@ def _read(
     own = read_rows(affine, start * lanes, count * lanes, axis=2)
     own = own.reshape(*own.shape[:-1], count, lanes)[..., :each]
     return dequantise(codes, own.reshape(*own.shape[:-2], count * each))
-
-
-def append_and_attend(
-    qkv: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
-    offset: jax.Array,
-    length: jax.Array,
-    words_k: jax.Array,
-    words_v: jax.Array,
-    affine_k: jax.Array,
-    affine_v: jax.Array,
-    first: jax.Array,
-    rows: jax.Array,
-    tail_k: jax.Array,
-    tail_v: jax.Array,
-    fill: jax.Array,
-    *,
-    bits: tuple[int, ...],
-    key_group: int | None,
-    transform: bool,
-    scale: float,
-    mean_words: int,
-    together: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See the package's public function."""
-    batch, _, width, head_dim = qkv.shape
-    turned = rotate(qkv[:, :, : width - 1], cos[:, None, None], sin[:, None, None])
-    if transform:
-        turned = hadamard(turned)
-    q = turned[:, :, : width - 2].reshape(batch, -1, head_dim)
-    at = fill[0] if together else fill
-    tail_k = append(tail_k, turned[:, :, width - 2 :], at)
-    tail_v = append(tail_v, qkv[:, :, width - 1 :], at)
-    out = quantized_decode_attention(
-        q,
-        *(dense_k, dense_v, offset, length),
-        *(words_k, words_v, affine_k, affine_v, first, rows),
-        *(tail_k, tail_v, fill + 1),
-        bits=bits,
-        key_group=key_group,
-        scale=scale,
-        mean_words=mean_words,
-    )
-    return out, tail_k, tail_v

@@ -4,9 +4,6 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-TENSOR_CORE_OPS = {"float32": 0, "merge_splits": 0}
-"""Types and kernels whose code has just so many tensor-core instructions; all others have some."""
-
 
 @dataclass(frozen=True)
 class Config:
@@ -41,13 +38,13 @@ SPLIT_PROGRAMS = 264
 their shared memory holds at once."""
 
 
-def splits(pairs: int, mean_rows: int, block_keys: int) -> int:
-    """Parts that a layer's rows are cut into.
+def splits(pairs: int, most_rows: int, block_keys: int) -> int:
+    """Parts that a layer's rows are cut into: what fills the GPU, and two blocks at least.
 
     Args:
         pairs: sequences times kv heads: programs without a split.
-        mean_rows: rows of a layer, on average.
+        most_rows: rows of the largest layer there can be, its tail among them.
         block_keys: rows of a block.
     """
     wanted = -(-SPLIT_PROGRAMS // pairs)
-    return max(1, min(wanted, mean_rows // (2 * block_keys)))
+    return max(1, min(wanted, most_rows // (2 * block_keys)))

@@ -6,6 +6,7 @@ from jax import lax
 
 from pallas_kernels import online_softmax
 from pallas_kernels.rope import rotate
+from pallas_kernels.rows import NewToken, Segment, Tail
 
 BLOCK_BYTES = 2**21
 """Keys and values that are read at a time, of all sequences: what stays in a core's cache, where a
@@ -21,29 +22,6 @@ def block_rows(pool_k: jax.Array) -> int:
     fewest, most = BLOCK_ROWS
     rows = BLOCK_BYTES // (2 * batch * kv_heads * head_dim * pool_k.dtype.itemsize)
     return max(fewest, min(most, rows // fewest * fewest))
-
-
-def ragged_decode_attention(
-    q: jax.Array,
-    pool_k: jax.Array,
-    pool_v: jax.Array,
-    offset: jax.Array,
-    length: jax.Array,
-    tail_k: jax.Array,
-    tail_v: jax.Array,
-    fill: jax.Array,
-    *,
-    scale: float,
-    mean_rows: int,
-) -> jax.Array:
-    """See the package's public function; [B, N, H] -> [B, N, H]."""
-    del mean_rows  # the blocks are those of the longest row
-    batch, heads, head_dim = q.shape
-    kv_heads = pool_k.shape[1]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    arrays = pool_k, pool_v, offset, length, tail_k, tail_v, fill
-    partial = attend_segments(grouped, *arrays, scale=scale)
-    return online_softmax.finish(partial).astype(q.dtype).reshape(batch, heads, head_dim)
 
 
 def attend_segments(
@@ -94,46 +72,52 @@ def read_rows(pool: jax.Array, start: jax.Array, rows: int, axis: int = 1) -> ja
 
 
 def append_and_attend(
-    qkv: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    pool_k: jax.Array,
-    pool_v: jax.Array,
-    offset: jax.Array,
-    length: jax.Array,
-    tail_k: jax.Array,
-    tail_v: jax.Array,
-    fill: jax.Array,
-    *,
-    scale: float,
-    mean_rows: int,
-    together: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See the package's public function."""
-    batch, _, rows, head_dim = qkv.shape
-    cos, sin = cos[:, None, None], sin[:, None, None]
-    q = rotate(qkv[:, :, : rows - 2], cos, sin).reshape(batch, -1, head_dim)
-    at = fill[0] if together else fill
-    tail_k = append(tail_k, rotate(qkv[:, :, rows - 2 : rows - 1], cos, sin), at)
-    tail_v = append(tail_v, qkv[:, :, rows - 1 :], at)
-    tails = tail_k, tail_v, fill + 1
-    out = ragged_decode_attention(
-        q, pool_k, pool_v, offset, length, *tails, scale=scale, mean_rows=mean_rows
-    )
-    return out, tail_k, tail_v
-
-
-def append(rows: jax.Array, new: jax.Array, fill: jax.Array) -> jax.Array:
-    """Write the new token's row of one layer into its tail.
+    new: NewToken, pool: Segment, tail: Tail, *, scale: float, most_rows: int, together: bool
+) -> tuple[jax.Array, Tail]:
+    """RoPE of a new token, its row into the tail, and its attention.
 
     Args:
-        rows: [B, K, R, H].
-        new: [B, K, 1, H].
-        fill: where to write, int32 [] for the whole batch (one update in place) or [B].
+        new: the token's product, qkv [B, K, G + 2, H], and its angles, cos and sin [B, H / 2].
+        pool: the layer's rows, k and v [B, K, capacity, H] with offset and length int32 [B].
+        tail: the tokens before, k and v [B, K, R, H] with fill int32 [B].
+        scale: factor of the logits.
+        most_rows: not used: the blocks are those of the longest row.
+        together: all of `fill` are equal.
+
+    Returns:
+        The attention [B, K * G, H] in qkv's type, and the tail with the token.
     """
-    new = new.astype(rows.dtype)
-    if fill.ndim == 0:
-        return lax.dynamic_update_slice_in_dim(rows, new, fill, axis=2)
-    return jax.vmap(lambda r, n, at: lax.dynamic_update_slice_in_dim(r, n, at, axis=1))(
-        rows, new, fill
-    )
+    del most_rows
+    turned = rotate(new.qkv[:, :, :-1], new.cos[:, None, None], new.sin[:, None, None])
+    tail = append(tail, turned[:, :, -1:], new.qkv[:, :, -1:], together)
+    segments = pool.k, pool.v, pool.offset, pool.length, tail.k, tail.v, tail.fill
+    partial = attend_segments(turned[:, :, :-1], *segments, scale=scale)
+    return finish(partial, new), tail
+
+
+def finish(partial: online_softmax.Partial, new: NewToken) -> jax.Array:
+    """The attention of a new token's heads [B, K * G, H] in its type."""
+    out = online_softmax.finish(partial).astype(new.qkv.dtype)
+    return out.reshape(out.shape[0], -1, out.shape[3])
+
+
+def append(tail: Tail, k: jax.Array, v: jax.Array, together: bool) -> Tail:
+    """Write the new token's row of one layer into its tail, where there is room for it.
+
+    Args:
+        tail: k and v [B, K, R, H].
+        k: the new key, [B, K, 1, H].
+        v: the new value, [B, K, 1, H].
+        together: all of `tail.fill` are equal: one update in place.
+    """
+
+    def put(rows: jax.Array, new: jax.Array) -> jax.Array:
+        new, at = new.astype(rows.dtype), tail.fill
+        if not together:
+            return rows.at[jnp.arange(at.size), :, at].set(new[:, :, 0], mode="drop")
+        # An update past the end would be moved back in silence, onto a row that is in use.
+        last = lax.dynamic_slice_in_dim(rows, at[0], 1, axis=2)
+        new = jnp.where(at[0] < rows.shape[2], new, last)
+        return lax.dynamic_update_slice_in_dim(rows, new, at[0], axis=2)
+
+    return Tail(put(tail.k, k), put(tail.v, v), tail.fill + 1)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.backends import choose
-from pallas_kernels.online_softmax import RowStats
 from pallas_kernels.window_scores import triton, xla
 
 BACKENDS = {"triton": triton.window_scores, "xla": xla.window_scores}
@@ -37,7 +36,6 @@ def window_scores(
     *,
     threshold: float | None = None,
     scale: float | None = None,
-    stats: RowStats | None = None,
     backend: str | None = None,
 ) -> WindowScores:
     """Column sums and sparsity of softmax(q k^T * scale) for a window of rows per sequence.
@@ -58,8 +56,6 @@ def window_scores(
         threshold: p, the share of its row's maximum below which an entry counts as zeroed; None
             to count nothing.
         scale: factor of the logits; 1 / sqrt(H) by default.
-        stats: maximum and log-sum-exp of the window's rows, [B, N, W], from `prefill_attention` of
-            the same q and k; computed here where they are not given.
         backend: "triton", "xla", or None for the best that supports the case on the device.
 
     Raises:
@@ -78,10 +74,8 @@ def window_scores(
             f"{rows} window rows of {k.shape[1]} keys cannot be counted in 32 bits: use fewer "
             "rows, or no threshold"
         )
-    if stats is not None and any(part.shape != (batch, heads, rows) for part in stats):
-        raise ValueError(f"row statistics must be [B, N, W] = {(batch, heads, rows)} each")
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    arrays = (q, k, start, lengths, *(stats or ()))
+    arrays = q, k, start, lengths
     sums = choose("window_scores", backend, BACKENDS, *arrays, threshold=threshold, scale=scale)
     return WindowScores(*sums)
 

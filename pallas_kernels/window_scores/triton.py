@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tiles
-from pallas_kernels.online_softmax import RowStats
 from pallas_kernels.tuning import best
 from pallas_kernels.window_scores import config as configs
 from pallas_kernels.window_scores.config import Config
@@ -133,18 +132,30 @@ def window_scores(
     k: jax.Array,
     start: jax.Array,
     lengths: jax.Array,
-    *stats: jax.Array,
+    *,
     threshold: float | None,
     scale: float,
     config: Config | None = None,
 ) -> Sums:
-    """See the package's public function; `stats` are the fields of a `RowStats`, or left out."""
+    """Column sums and counts of a window of rows.
+
+    Args:
+        q: queries of the window's rows [B, W, N, H].
+        k: keys of the whole prompt [B, T, K, H].
+        start: position of the window's first row, int32 [B].
+        lengths: true length of each prompt, int32 [B].
+        threshold: share of its row's maximum below which an entry is zeroed; None to count nothing.
+        scale: factor of the logits.
+        config: block sizes; those of the device by default.
+
+    Returns:
+        The scores float32 [B, K, T], and the counts of zeroed and visible entries, int32 [B, N] or
+        None.
+    """
     if config is None:
         size = tiles.padded(q.shape[-1])
         config = best("window_scores", configs.candidates, q.dtype, size)
-    maximum, share = _row_sums(
-        q, k, start, lengths, RowStats(*stats) if stats else None, scale, config
-    )
+    maximum, share = _row_sums(q, k, start, lengths, scale, config)
     return _column_sums(q, k, start, lengths, maximum, share, threshold, scale, config)
 
 
@@ -153,13 +164,10 @@ def _row_sums(
     k: jax.Array,
     start: jax.Array,
     lengths: jax.Array,
-    stats: RowStats | None,
     scale: float,
     config: Config,
 ) -> tuple[jax.Array, jax.Array]:
     """Each row's maximum and 1 / sum, [B, N, W]: an entry is exp(logit - maximum) times that."""
-    if stats is not None:
-        return stats.maximum, jnp.exp(stats.maximum - stats.lse)
     batch, window, heads, head_dim = q.shape
     keys, group = k.shape[1], heads // k.shape[2]
     block_rows = min(config.block_rows, tiles.padded(window))

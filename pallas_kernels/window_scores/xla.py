@@ -17,11 +17,24 @@ def window_scores(
     k: jax.Array,
     start: jax.Array,
     lengths: jax.Array,
-    *stats: jax.Array,
+    *,
     threshold: float | None,
     scale: float,
 ) -> Sums:
-    """See the package's public function; `stats` are the fields of a `RowStats`, or left out."""
+    """Column sums and counts of a window of rows.
+
+    Args:
+        q: queries of the window's rows [B, W, N, H].
+        k: keys of the whole prompt [B, T, K, H].
+        start: position of the window's first row, int32 [B].
+        lengths: true length of each prompt, int32 [B].
+        threshold: share of its row's maximum below which an entry is zeroed; None to count nothing.
+        scale: factor of the logits.
+
+    Returns:
+        The scores float32 [B, K, T], and the counts of zeroed and visible entries, int32 [B, N] or
+        None.
+    """
     batch, window, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
@@ -67,17 +80,8 @@ def window_scores(
             return new, total * jnp.exp(highest - shift) + added
 
         shape = (batch, kv_heads, group, rows)
-        if stats:
-            highest, lse = (
-                lax.dynamic_slice_in_dim(part, row_at, rows, axis=2).reshape(shape)
-                for part in stats
-            )
-            there = real[:, None, None]  # what is given for the other rows has no meaning
-            highest = jnp.where(there, highest, -jnp.inf)
-            total = jnp.where(there, jnp.exp(lse - highest), 1.0)
-        else:
-            nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
-            highest, total = lax.fori_loop(0, trips, softmax_pass, nothing)
+        nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
+        highest, total = lax.fori_loop(0, trips, softmax_pass, nothing)
         highest = jnp.where(highest == -jnp.inf, 0.0, highest)[..., None]
         total = jnp.where(total == 0.0, 1.0, total)[..., None]
 
@@ -107,7 +111,13 @@ def window_scores(
 
 
 def average_pool(scores: jax.Array, last: jax.Array, kernel: int) -> jax.Array:
-    """See the package's public function."""
+    """The mean over `kernel` neighbours, zeros counted at both ends.
+
+    Args:
+        scores: float32 [B, K, T].
+        last: keys that take part, the first `last[b]` of each row, int32 [B].
+        kernel: odd number of neighbours.
+    """
     inside = jnp.arange(scores.shape[-1]) < last[:, None, None]
     scores = jnp.where(inside, scores, 0.0)
     side = kernel // 2

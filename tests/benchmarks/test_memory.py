@@ -131,8 +131,8 @@ def test_a_layer_that_is_made_wide_is_seen(kind, rows, found):
     words, affine = jnp.zeros((1, 2, 8, 16), jnp.uint32), jnp.zeros((1, 2, 1, 128), jnp.uint32)
     numbers, dense = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 2, 8, 16))
     pool = PackedPool(
-        Pool(dense, dense, numbers, numbers, numbers), words, words, affine, affine,
-        numbers[..., None], numbers[..., None], RTN(),
+        Pool(dense, dense, numbers, numbers, numbers, 2), words, words, affine, affine,
+        numbers[..., None], numbers[..., None], RTN(), 2,
     )  # fmt: skip
     text = LOOP.format(kind=kind, rows=rows)
     assert dequantised(text, pool) == found

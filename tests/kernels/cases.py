@@ -20,7 +20,7 @@ SHAPES: dict[str, Sequence[Any]] = {
 FACTORS: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "prefill_attention": SHAPES | {"causal": (True, False)},
     "window_scores": SHAPES | {"window": ("first", "inside", "last", "one", "all")},
-    "ragged_decode_attention": SHAPES | {"splits": (1, 3, None), "appends": (True, False)},
+    "ragged_decode_attention": SHAPES | {"splits": (1, 3, None)},
     "add_rms_norm": {
         "dtype": SHAPES["dtype"],
         "width": (1, 80, 128, 1000, 4096),
@@ -34,7 +34,7 @@ FACTORS: Mapping[str, Mapping[str, Sequence[Any]]] = {
         "temperature": (1.0, 0.2, 1e4, 1e30),
     },
 }
-"""Of each operation; `splits` None is the kernel's own choice, `appends` is `append_and_attend`."""
+"""Of each operation; `splits` None is the kernel's own choice."""
 
 TOLERANCES = {
     "float32": {1.0: 4e-6, 0.99: 1e-6, 0.9: 5e-7},
@@ -112,6 +112,22 @@ def int32(*numbers: int) -> Any:
 def poison(array: Any, there: Any) -> Any:
     """The array with NaN where nothing is there: what stands in padding must not matter."""
     return np.where(there, array, np.array(np.nan, array.dtype))
+
+
+def rotate(x: Any, cos: Any, sin: Any) -> Any:
+    """RoPE of x [B, K, rows, H] by angles [B, H / 2], rounded to the type of x."""
+    first, second = np.split(x.astype(np.float32), 2, axis=-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def put(tail: Any, fill: Any, row: Any) -> Any:
+    """The tail [B, K, R, H] with one row more, row [B, K, H] at `fill` of each sequence."""
+    tail = np.array(tail)
+    for b, at in enumerate(fill):
+        tail[b, :, at] = row[b]
+    return tail
 
 
 def assert_close(ours: Any, reference: Any, dtype: str) -> None:

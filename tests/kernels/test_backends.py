@@ -20,9 +20,11 @@ from pallas_kernels import (
     tuning,
     window_scores,
 )
+from pallas_kernels import quantized_decode_attention as quantized
 from pallas_kernels import ragged_decode_attention as ragged
 from pallas_kernels.backends import Device, check_backend, choose, current_device
 from pallas_kernels.prefill_attention import cudnn, reference
+from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
 from tests.kernels.cases import FACTORS, SHAPES, assert_close, draw, int32, poison
 
 CPU = Device("cpu", "cpu", None, present=True)
@@ -31,8 +33,8 @@ ABSENT = Device("gpu", "NVIDIA H200", 90, present=False)
 OPERATIONS = {
     "prefill_attention": (prefill_attention.prefill_attention, prefill_attention.BACKENDS),
     "window_scores": (window_scores.window_scores, window_scores.BACKENDS),
-    "ragged_decode_attention": (ragged.ragged_decode_attention, ragged.BACKENDS),
-    "append_and_attend": (ragged.append_and_attend, ragged.APPEND_BACKENDS),
+    "append_and_attend": (ragged.append_and_attend, ragged.BACKENDS),
+    "quantized_append_and_attend": (quantized.append_and_attend, quantized.BACKENDS),
     "add_rms_norm": (add_rms_norm.add_rms_norm, add_rms_norm.BACKENDS),
     "sample_tokens": (sample_tokens.sample_tokens, sample_tokens.BACKENDS),
 }
@@ -43,12 +45,21 @@ def arguments(operation) -> Any:
     """Small ones that fit each other."""
     rows, pool = jnp.zeros((1, 8, 4, 16)), jnp.zeros((1, 2, 8, 16))
     one, angles = jnp.zeros((1,), jnp.int32), jnp.zeros((1, 8))
-    cache = pool, pool, one, one, pool, pool, one
+    half = pool.astype(jnp.bfloat16)
+    words, affine = (jnp.zeros(s, jnp.uint32) for s in ((1, 2, 8, 16), (1, 2, 1, 128)))
+    runs = jnp.zeros((1, 1), jnp.int32)
+
+    def layer(rows: Any) -> Any:
+        new = NewToken(jnp.zeros((1, 2, 4, 16), rows.dtype), angles, angles)
+        return new, Segment(rows, rows, one, one), Tail(rows, rows, one)
+
+    new, dense, tail = layer(half)
+    packed = PackedRows(words, words, affine, affine, runs, runs, (2,))
     return {
         "prefill_attention": (rows, rows, rows, one),
         "window_scores": (rows, rows, one, one),
-        "ragged_decode_attention": (rows[:, 0], *cache),
-        "append_and_attend": (jnp.zeros((1, 2, 4, 16)), angles, angles, *cache),
+        "append_and_attend": layer(pool),
+        "quantized_append_and_attend": (new, dense, packed, tail),
         "add_rms_norm": (rows[0, 0], rows[0, 0], rows[0, 0, 0]),
         "sample_tokens": (rows[0, 0, :1], jnp.zeros((1,)), one, jnp.ones((1,)), jnp.zeros((1,))),
     }[operation]
@@ -93,7 +104,8 @@ def test_every_operation_ends_with_xla_and_has_factors():
     for _, implementations in OPERATIONS.values():
         assert set(implementations) <= set(backends.BACKENDS)
         assert list(implementations)[-1] == "xla"
-    assert OPERATIONS.keys() - FACTORS.keys() == {"append_and_attend"}
+    appends = {"append_and_attend", "quantized_append_and_attend"}
+    assert OPERATIONS.keys() - FACTORS.keys() == appends
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -172,6 +184,49 @@ def test_a_compiler_that_fails_is_replaced_with_one_warning(on):
         run(X[:1], by=3)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes."),
+        RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+        RuntimeError("RESOURCE_EXHAUSTED: failed to allocate 4.00GiB"),
+        MemoryError(),
+    ],
+)
+def test_a_lack_of_memory_that_passes_is_not_remembered(error, on):
+    on(H200)
+    memory = [error, None, None]
+
+    def scarce(x, *, by):
+        if (problem := memory.pop(0)) is not None:
+            raise problem
+        return by * x + 1
+
+    run = partial(choose, "multiply", None, {"triton": scarce, "xla": multiply}, by=3)
+    with pytest.warns(RuntimeWarning, match="multiply: the triton backend does not compile"):
+        assert run(X).tolist() == (3 * X).tolist()
+    assert run(X).tolist() == (3 * X + 1).tolist()
+    assert memory == []
+
+
+def test_arguments_that_are_trees_are_one_case_by_all_that_is_in_them(on):
+    on(H200)
+    compiled = []
+
+    def kernel(rows, *, by):
+        compiled.append(rows.bits)
+        return by * rows.first
+
+    def rows(first, bits):
+        return PackedRows(X, X, X, X, first, X, bits)
+
+    run = partial(choose, "multiply", None, {"triton": kernel, "xla": never}, by=3)
+    for first, bits in ((X, (2,)), (2 * X, (2,)), (X[:1], (2,)), (X, (4,))):
+        assert run(rows(first, bits)).tolist() == (3 * first).tolist()
+    # Each is called once to run, and once for each of three cases to be compiled before.
+    assert compiled == [(2,), (2,), (2,), (2,), (2,), (4,), (4,)]
+
+
 def test_a_fallback_goes_on_inside_of_a_larger_program(on):
     on(H200)
     run = partial(choose, "multiply", None, {"triton": fails, "xla": multiply}, by=3)
@@ -205,10 +260,10 @@ def test_a_request_is_never_replaced(device, on):
             choose("multiply", "triton", {"triton": failing, "xla": never}, X, by=3)
 
 
-def attend(dtype=jnp.bfloat16, head_dim=64, stats=False):
+def attend(dtype=jnp.bfloat16, head_dim=64):
     q = jnp.zeros((1, 8, 2, head_dim), dtype)
     one = jnp.ones((1,), jnp.int32)
-    return cudnn.prefill_attention(q, q, q, one, causal=True, scale=1.0, stats=stats)
+    return cudnn.prefill_attention(q, q, q, one, causal=True, scale=1.0)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +274,6 @@ def attend(dtype=jnp.bfloat16, head_dim=64, stats=False):
         (H200, {"dtype": jnp.float32}, "16 bits, not float32"),
         (H200, {"head_dim": 20}, "no attention for"),
         (H200, {"head_dim": 136}, "no attention for"),
-        (H200, {"stats": True}, "no row statistics"),
     ],
 )
 def test_cudnn_refuses_what_it_does_not_do(device, changes, message, on):
@@ -246,8 +300,7 @@ def test_cudnn_is_told_which_keys_are_there(dtype, causal, on, monkeypatch):
     expected = np.asarray(reference.prefill_attention(q, k, v, lengths, **settings))
     there = np.arange(33) < lengths[:, None]
     v = poison(v, there[:, :, None, None])
-    out, stats = cudnn.prefill_attention(q, k, v, lengths, **settings, stats=False)
-    assert stats is None
+    out = cudnn.prefill_attention(q, k, v, lengths, **settings)
     assert out.dtype == dtype
     assert_close(np.asarray(out)[there], expected[there], dtype)
 

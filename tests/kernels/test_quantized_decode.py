@@ -1,7 +1,10 @@
 """Decode attention over packed rows, against the float64 version that reads them one by one."""
 
 import functools
+from dataclasses import replace
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,10 +12,9 @@ import pytest
 from pallas_kernels import quantized_decode_attention as op
 from pallas_kernels.hadamard import transform
 from pallas_kernels.packing import join_affine, split_affine
-from pallas_kernels.quantized_decode_attention import reference, triton, xla
-from pallas_kernels.ragged_decode_attention.xla import append
-from pallas_kernels.rope import rotate
-from tests.kernels.cases import compiled
+from pallas_kernels.quantized_decode_attention import reference, triton
+from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
+from tests.kernels.cases import compiled, put, rotate, same_bits
 
 BATCH, KV_HEADS, WORDS, ROWS, TAIL = 2, 2, 24, 40, 8
 BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
@@ -57,7 +59,6 @@ def arrays(dtype, bits, group, head_dim, groups, *, seed=0, key_group=None):
     scales = [[np.where(spoiled, np.nan, part) for part in one] for one in scales]
     if key_group:
         scales[0] = list(affine((*first_of_all, WORDS * lanes // key_group, head_dim)))
-    affine_k, affine_v = (join_affine(*map(jnp.asarray, one)) for one in scales)
 
     def partly(count, used):
         x = rng.normal(size=(*first_of_all, count, head_dim))
@@ -66,22 +67,49 @@ def arrays(dtype, bits, group, head_dim, groups, *, seed=0, key_group=None):
         return jnp.asarray(x, dtype)
 
     dense, tail = (range(3, 20), range(0)), (range(5), range(0))
-    return {
-        "q": jnp.asarray(rng.normal(size=(BATCH, KV_HEADS * group, head_dim)), dtype),
-        "dense_k": partly(ROWS, dense),
-        "dense_v": partly(ROWS, dense),
-        "offset": jnp.array([3, 0], jnp.int32),
-        "length": jnp.array([17, 0], jnp.int32),
-        "words_k": jnp.asarray(words[0]),
-        "words_v": jnp.asarray(words[1]),
-        "affine_k": affine_k,
-        "affine_v": affine_v,
-        "first": jnp.asarray(first, jnp.int32),
-        "rows": jnp.asarray(rows, jnp.int32),
-        "tail_k": partly(TAIL, tail),
-        "tail_v": partly(TAIL, tail),
-        "fill": jnp.array([5, 0], jnp.int32),
-    }
+    qkv: Any = rng.normal(size=(BATCH, KV_HEADS, group + 2, head_dim))
+    angle: Any = rng.uniform(0, 6, (BATCH, head_dim // 2)).astype(np.float32)
+    numbers = [jnp.array(x, jnp.int32) for x in ([3, 0], [17, 0], first, rows, [5, 0])]
+    offset, length, first, rows, fill = numbers
+    words_k, words_v = map(jnp.asarray, words)
+    affine_k, affine_v = (join_affine(*map(jnp.asarray, one)) for one in scales)
+    packed = words_k, words_v, affine_k, affine_v, first, rows
+    return (
+        NewToken(qkv.astype(jnp.dtype(dtype)), np.cos(angle), np.sin(angle)),
+        Segment(partly(ROWS, dense), partly(ROWS, dense), offset, length),
+        PackedRows(*packed, bits=bits, key_group=key_group),
+        Tail(partly(TAIL, tail), partly(TAIL, tail), fill),
+    )
+
+
+def expect(new, dense, packed, tail, *, scale, turned=False) -> Any:
+    """Attention and tail: the token is turned, appended and attended, one after the other."""
+    rows: Any = rotate(new.qkv[:, :, :-1], new.cos, new.sin)
+    if turned:
+        rows = np.asarray(transform(jnp.asarray(rows)))
+    tail_k = put(tail.k, tail.fill, rows[:, :, -1])
+    tail_v = put(tail.v, tail.fill, new.qkv[:, :, -1])
+    q = rows[:, :, :-1].reshape(BATCH, -1, rows.shape[-1])
+    out = reference.quantized_decode_attention(
+        q, dense.k, dense.v, dense.offset, dense.length,
+        packed.words_k, packed.words_v, packed.affine_k, packed.affine_v, packed.first, packed.rows,
+        tail_k, tail_v, tail.fill + 1,
+        bits=packed.bits, key_group=packed.key_group, scale=scale,
+    )  # fmt: skip
+    return out, tail_k, tail_v
+
+
+def check(given, found, *, turned=False, scale=None):
+    """An operation's result is the expected one."""
+    new, dtype = given[0], given[0].qkv.dtype.name
+    scale = new.qkv.shape[-1] ** -0.5 if scale is None else scale
+    out, tail = found
+    expected, *tails = expect(*given, scale=scale, turned=turned)
+    assert out.dtype == dtype
+    assert error(out, expected) < BOUNDS[dtype]
+    assert (tail.fill == given[-1].fill + 1).all()
+    for ours, theirs in zip((tail.k, tail.v), tails, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
 
 
 def error(found, expected):
@@ -90,109 +118,115 @@ def error(found, expected):
     return np.max(np.abs(found - expected)) / np.abs(expected).max()
 
 
+@functools.cache  # to compile once for tests of the same shapes
+def operation(backend, splits, **static):
+    """The public function, or the kernel with so many splits."""
+    if backend == "triton" and splits is not None:
+        sizes = {"most_rows": ROWS, "most_words": WORDS, "splits": splits}
+        return compiled(lambda *a: triton.append_and_attend(*a, **sizes, **static))
+    return compiled(lambda *a: op.append_and_attend(*a, **static, backend=backend))
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", DTYPES)
 def test_attention_is_that_of_the_rows_spelled_out(name, backend):
     dtype, bits, group, head_dim, groups, splits = CASES[name]
-    dtype = dtype or DTYPES[backend]
-    given = arrays(dtype, bits, group, head_dim, groups)
-    scale = head_dim**-0.5
-    expected = reference.quantized_decode_attention(*given.values(), bits=bits, scale=scale)
-    static = {"bits": bits, "key_group": None, "scale": scale, "mean_words": WORDS}
-    if backend == "xla":
-        run = compiled(lambda *a: xla.quantized_decode_attention(*a, **static))
-    else:
-        run = compiled(lambda *a: triton.quantized_decode_attention(*a, **static, splits=splits))
-    found = run(*given.values())
-    assert found.dtype == dtype
-    assert error(found, expected) < BOUNDS[dtype]
-    assert np.array_equal(np.asarray(run(*given.values())), np.asarray(found))
+    given = arrays(dtype or DTYPES[backend], bits, group, head_dim, groups)
+    run = operation(backend, splits, scale=head_dim**-0.5, transform=False)
+    found = run(*given)
+    check(given, found)
+    assert same_bits(*map(jax.tree.leaves, (found, run(*given))))
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])
 @pytest.mark.parametrize(("head_dim", "turned"), [(64, True), (64, False), (80, True)])
 def test_a_new_token_is_turned_appended_and_attended(backend, turned, head_dim):
-    group, bits, dtype = 2, (4,), DTYPES[backend]
-    given = arrays(dtype, bits, group, head_dim, 1, seed=1)
-    rng = np.random.default_rng(2)
-    qkv = rng.normal(size=(BATCH, KV_HEADS, group + 2, head_dim)).astype(dtype)
-    angle = rng.uniform(0, 6, (BATCH, head_dim // 2)).astype(np.float32)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    q, *rest = given.values()
-    out, tail_k, tail_v = compiled(
-        lambda *a: op.append_and_attend(*a, bits=bits, transform=turned, backend=backend)
-    )(jnp.asarray(qkv), cos, sin, *rest)
-    rows = rotate(jnp.asarray(qkv[:, :, : group + 1]), cos[:, None, None], sin[:, None, None])
-    rows = transform(rows) if turned else rows
-    fill = given["fill"]
-    new_k = append(given["tail_k"], rows[:, :, group:], fill)
-    new_v = append(given["tail_v"], jnp.asarray(qkv[:, :, group + 1 :]), fill)
-    for found, expected in ((tail_k, new_k), (tail_v, new_v)):
-        np.testing.assert_allclose(found, expected, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
-    changed = {"q": rows[:, :, :group].reshape(q.shape), "tail_k": new_k, "tail_v": new_v}
-    expected = reference.quantized_decode_attention(
-        *{**given, **changed, "fill": fill + 1}.values(), bits=bits, scale=head_dim**-0.5
-    )
-    assert error(out, expected) < BOUNDS[dtype]
+    given = arrays(DTYPES[backend], (4,), 2, head_dim, 1, seed=1)
+    check(given, operation(backend, None, transform=turned)(*given), turned=turned)
+
+
+def test_splits_that_nothing_is_left_for():
+    """One sequence has 9 blocks and the other 2."""
+    given = arrays("float16", (4, 2), 2, 32, 1)
+    run = operation("triton", 40, scale=32**-0.5, transform=False)
+    check(given, run(*given))
+
+
+@pytest.mark.parametrize("backend", ["xla", "xla, together", "triton"])
+def test_a_full_tail_is_left_as_it_is(backend):
+    backend, *together = backend.split(", ")
+    static = {"scale": 32**-0.5, "transform": False}
+    run = operation(backend, 3, **static, **({"together": True} if together else {}))
+    *given, tail = arrays(DTYPES[backend], (4, 2), 2, 32, 1)
+    for rows in (TAIL, TAIL + 9):
+        full = jnp.full((BATCH,), rows, jnp.int32)
+        tail = Tail(jnp.nan_to_num(tail.k), jnp.nan_to_num(tail.v), full)
+        out, after = run(*given, tail)
+        assert same_bits([after.k, after.v], [tail.k, tail.v])
+        assert np.isfinite(np.asarray(out)).all()
 
 
 def test_keys_by_channel_are_for_xla():
     given = arrays("float32", (2,), 2, 64, 1, key_group=32)
-    expected = reference.quantized_decode_attention(
-        *given.values(), bits=(2,), key_group=32, scale=0.125
-    )
-    found = op.quantized_decode_attention(*given.values(), bits=(2,), key_group=32)
-    assert error(found, expected) < BOUNDS["float32"]
-    with pytest.raises(NotImplementedError):
-        op.quantized_decode_attention(*given.values(), bits=(2,), key_group=32, backend="triton")
+    check(given, op.append_and_attend(*given))
+    with pytest.raises(NotImplementedError, match="by channel"):
+        op.append_and_attend(*given, backend="triton")
 
 
 @pytest.mark.parametrize(("dtype", "groups"), [("float32", 1), ("bfloat16", 2)])
 def test_float32_and_small_groups_are_for_xla(dtype, groups):
-    given = arrays(dtype, (2,), 2, 64, groups)
     with pytest.raises(NotImplementedError, match=r"float32|2 groups"):
-        op.quantized_decode_attention(*given.values(), bits=(2,), backend="triton")
+        op.append_and_attend(*arrays(dtype, (2,), 2, 64, groups), backend="triton")
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e4])
 def test_queries_and_values_of_any_size(size):
     """Codes meet float16: nothing that is small or large may leave its range."""
-    given = arrays("bfloat16", (2,), 1, 16, 1)
-    parts = [split_affine(given[name]) for name in ("affine_k", "affine_v")]
+    new, dense, packed, tail = arrays("bfloat16", (2,), 1, 16, 1)
+    parts = [split_affine(x) for x in (packed.affine_k, packed.affine_v)]
     sizes = 1 / size, size
     keys, values = (join_affine(*(x * y for x in one)) for one, y in zip(parts, sizes, strict=True))
-    none = {name: jnp.zeros_like(given[name]) for name in ("length", "fill")}
-    given |= {"q": given["q"] * size, "affine_k": keys, "affine_v": values, **none}
-    expected = reference.quantized_decode_attention(*given.values(), bits=(2,), scale=0.25)
-    run = compiled(
-        lambda *a: op.quantized_decode_attention(*a, bits=(2,), scale=0.25, backend="triton")
+    factor = np.array([size, *sizes])[:, None]  # of the query, the key, the value
+    none = jnp.zeros((BATCH,), jnp.int32)
+    given = (
+        replace(new, qkv=(new.qkv * factor).astype(new.qkv.dtype)),
+        replace(dense, length=none),
+        replace(packed, affine_k=keys, affine_v=values),
+        replace(tail, fill=none),
     )
-    found = run(*given.values())
-    assert error(found, expected) < BOUNDS["bfloat16"]
+    out, _ = operation("triton", None, scale=0.25)(*given)
+    assert error(out, expect(*given, scale=0.25)[0]) < BOUNDS["bfloat16"]
 
 
-def test_nothing_to_attend_to_is_zero():
-    for backend in ("xla", "triton"):
-        given = arrays(DTYPES[backend], (2,), 2, 64, 1)
-        none = {name: jnp.zeros_like(given[name]) for name in ("length", "rows", "fill")}
-        run = functools.partial(op.quantized_decode_attention, bits=(2,), backend=backend)
-        assert not np.asarray(compiled(run)(*{**given, **none}.values())).any()
+@pytest.mark.parametrize("backend", DTYPES)
+def test_a_token_alone_attends_to_itself(backend):
+    new, dense, packed, tail = arrays(DTYPES[backend], (4, 2), 2, 32, 1)
+    none = jnp.zeros((BATCH,), jnp.int32)
+    packed = replace(packed, rows=jnp.zeros_like(packed.rows))
+    given = new, replace(dense, length=none), packed, replace(tail, fill=none)
+    for splits in (1, 3):
+        out, _ = operation(backend, splits, scale=32**-0.5, transform=False)(*given)
+        assert same_bits([out], [np.repeat(new.qkv[:, :, -1], 2, axis=1)])
 
 
 @pytest.mark.parametrize(
-    ("changed", "bits", "message"),
+    ("changed", "message"),
     [
-        ({}, (3,), "bits"),
-        ({}, (), "bits"),
-        ({"words_k": jnp.zeros((2, 2, 3, 64), jnp.uint32)}, (2,), "words_k"),
-        ({"words_k": jnp.zeros((2, 2, WORDS, 64)), "words_v": jnp.zeros((2, 2, WORDS, 64))}, (2,),
+        ({"bits": (3,)}, "bits"),
+        ({"bits": ()}, "bits"),
+        ({"words_k": jnp.zeros((2, 2, 3, 64), jnp.uint32)}, "words_k"),
+        ({"words_k": jnp.zeros((2, 2, WORDS, 64)), "words_v": jnp.zeros((2, 2, WORDS, 64))},
          "uint32"),
-        ({"rows": jnp.zeros((2, 2), jnp.int32)}, (2,), "first and rows"),
-        ({"affine_v": jnp.zeros((2, 2, 3, 4), jnp.uint32)}, (2,), "affine"),
-        ({"fill": jnp.zeros((3,), jnp.int32)}, (2,), "fill"),
+        ({"rows": jnp.zeros((2, 2), jnp.int32)}, "first and rows"),
+        ({"affine_v": jnp.zeros((2, 2, 3, 4), jnp.uint32)}, "affine"),
+        ({"fill": jnp.zeros((3,), jnp.int32)}, "fill"),
     ],
 )  # fmt: skip
-def test_shapes_that_do_not_fit_are_refused(changed, bits, message):
-    given = arrays("float32", (2,), 2, 64, 1)
+def test_shapes_that_do_not_fit_are_refused(changed, message):
+    new, dense, packed, tail = arrays("float32", (2,), 2, 64, 1)
+    if "fill" in changed:
+        tail = replace(tail, **changed)
+    else:
+        packed = replace(packed, **changed)
     with pytest.raises(ValueError, match=message):
-        op.quantized_decode_attention(*{**given, **changed}.values(), bits=bits)
+        op.append_and_attend(new, dense, packed, tail)

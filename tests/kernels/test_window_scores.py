@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.online_softmax import RowStats
-from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.window_scores import average_pool, reference, window_scores
 from tests.kernels.cases import (
     assert_close,
@@ -30,7 +28,6 @@ WINDOW = 133
 """Rows of a window that is not the whole prompt: odd, and more than one block of any backend."""
 
 run = compiled(window_scores, "threshold", "scale", "backend")
-attend = compiled(prefill_attention, "stats", "backend")
 
 
 def cut(q, start, rows):
@@ -116,25 +113,6 @@ def test_counts_of_the_cases_are_exact():
         assert 0.1 * visible.sum() < zeroed.sum() < visible.sum()
 
 
-@both_backends
-@pytest.mark.parametrize("window", ["last", "all"])
-def test_given_row_statistics_are_as_good_as_its_own(window, backend):
-    """What is given for rows beyond a length, -inf or NaN, has no meaning and does not matter."""
-    q, k = draw((3, 300, 4, 64), (3, 300, 2, 64))
-    lengths = int32(300, 256, 0)  # no block of queries reaches behind the second
-    start, rows = place(300, lengths, window)
-    _, stats = attend(q, k, k, lengths, stats=True, backend=backend)
-    by_row = (np.asarray(part).swapaxes(1, 2) for part in stats)
-    stats = RowStats(*(jnp.asarray(cut(part, start, rows).swapaxes(1, 2)) for part in by_row))
-    arrays = cut(q, start, rows), k, start, lengths
-    given = run(*arrays, threshold=THRESHOLD, stats=stats, backend=backend)
-    own = run(*arrays, threshold=THRESHOLD, backend=backend)
-    assert_close(given.scores, own.scores, "float32")
-    assert given.visible.tolist() == own.visible.tolist()
-    near = near_the_threshold(arrays[0].astype(float), k.astype(float), start, lengths)
-    assert (np.abs(given.zeroed - own.zeroed) <= near).all()
-
-
 def case(length, window, heads, kv_heads, start, sharpness=3.0) -> Any:
     q, k = draw((1, window, heads, 16), (1, length, kv_heads, 16), sharpness=sharpness)
     return q, k, int32(start), int32(length)
@@ -203,8 +181,6 @@ def test_shapes_that_do_not_fit_are_refused():
         window_scores(q, k, start[:0], lengths)
     with pytest.raises(ValueError, match=r"expected \[B, W, N, H\]"):
         window_scores(q[..., :8], k, start, lengths)
-    with pytest.raises(ValueError, match="row statistics"):
-        window_scores(q, k, start, lengths, stats=RowStats(start, start))
     with pytest.raises(ValueError, match="odd"):
         average_pool(jnp.zeros((1, 1, 4)), jnp.array([4]), 4)
     with pytest.raises(NotImplementedError, match="no backend 'cudnn'"):

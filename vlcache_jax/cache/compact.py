@@ -47,4 +47,6 @@ def compact(
     position = jnp.take_along_axis(flat, source, axis=-1)  # [B, K, capacity]
     row = (layer * rows)[:, None, :] + position
     gathered = [jnp.take_along_axis(x, row[..., None], axis=2) for x in (k, v)]
-    return Pool(*gathered, offset=offset.astype(jnp.int32), length=budgets, visual=visual)
+    offset = offset.astype(jnp.int32)
+    most = min(rows, capacity)
+    return Pool(*gathered, offset=offset, length=budgets, visual=visual, most=most)

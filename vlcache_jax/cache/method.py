@@ -248,7 +248,7 @@ class CacheMethod:
             offset = jnp.arange(prompt.layers, dtype=jnp.int32) * prompt.rows
             offset = jnp.broadcast_to(offset, plan.budgets.shape)
             visual = jnp.broadcast_to(visual, (*plan.budgets.shape, 1, prompt.rows))
-            return Pool(k, v, offset, plan.budgets, _count(visual))
+            return Pool(k, v, offset, plan.budgets, _count(visual), prompt.rows)
         visual = jnp.take_along_axis(visual, plan.order, axis=-1)
         visual = visual & (jnp.arange(prompt.rows) < plan.budgets[:, :, None, None])
         order = jnp.broadcast_to(

@@ -20,10 +20,11 @@ from jax import lax
 from pallas_kernels.hadamard import transform
 from pallas_kernels.packing import BITS, join_affine, pack, per_word
 from pallas_kernels.quantized_decode_attention import append_and_attend
+from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.quantize import Capacity, Quantizer, grid, groups, round_to
-from vlcache_jax.cache.state import Pool, Segment, Tail
+from vlcache_jax.cache.state import Pool, Tails
 
 PACKED_AT_ONCE = 512
 """Most word-rows that are packed at a time: enough to keep a GPU busy, and few beside a cache."""
@@ -34,15 +35,11 @@ class PackedSegment(NamedTuple):
 
     Attributes:
         dense: its rows of full width.
-        first: first word-row of each run, int32 [B, runs].
-        rows: rows of each run, likewise.
-        bits: width of each run.
+        packed: its runs of packed rows.
     """
 
     dense: Segment
-    first: jax.Array
-    rows: jax.Array
-    bits: tuple[int, ...]
+    packed: PackedRows
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +57,7 @@ class PackedPool:
         first: first word-row of each layer's runs, int32 [B, L, runs].
         rows: rows of each run, int32 [B, L, runs].
         quantizer: static: how they were quantised.
+        most_words: static: word-rows that one layer can have at most.
     """
 
     dense: Pool
@@ -70,6 +68,7 @@ class PackedPool:
     first: jax.Array
     rows: jax.Array
     quantizer: Quantizer = field(metadata={"static": True})
+    most_words: int = field(metadata={"static": True})
 
     @property
     def length(self) -> jax.Array:
@@ -88,44 +87,37 @@ class PackedPool:
         return jnp.concatenate([self.dense.length[..., None], packed], axis=-1)
 
     def segments(self) -> tuple[PackedSegment, ...]:
-        """Where each layer's rows lie."""
-        return tuple(
-            PackedSegment(
-                dense, self.first[:, layer], self.rows[:, layer], self.quantizer.runs(layer)
-            )
-            for layer, dense in enumerate(self.dense.segments())
-        )
+        """Each layer's rows."""
+
+        def packed(layer: int) -> PackedRows:
+            words = self.words_k, self.words_v, self.affine_k, self.affine_v
+            runs = self.first[:, layer], self.rows[:, layer]
+            return PackedRows(*words, *runs, self.quantizer.runs(layer), self.quantizer.key_group)
+
+        dense = self.dense.segments()
+        return tuple(PackedSegment(rows, packed(layer)) for layer, rows in enumerate(dense))
 
     def append_and_attend(
-        self,
-        qkv: jax.Array,
-        table: tuple[jax.Array, jax.Array],
-        segment: PackedSegment,
-        tail_k: jax.Array,
-        tail_v: jax.Array,
-        fill: jax.Array,
-        backend: str | None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `Pool.append_and_attend`."""
+        self, new: NewToken, segment: PackedSegment, tail: Tail, backend: str | None
+    ) -> tuple[jax.Array, Tail]:
+        """Attention of a new token to one layer's rows, to its tail and to itself.
+
+        Args:
+            new: the layer's product of the token, qkv [B, K, G + 2, H], and its position's angles.
+            segment: the layer's rows, of `segments`.
+            tail: the tokens before, k and v [B, K, R, H].
+            backend: of the kernel.
+
+        Returns:
+            [B, N, H], and the tail with the token.
+        """
         return append_and_attend(
-            qkv,
-            *table,
-            self.dense.k,
-            self.dense.v,
-            *segment.dense,
-            self.words_k,
-            self.words_v,
-            self.affine_k,
-            self.affine_v,
-            segment.first,
-            segment.rows,
-            tail_k,
-            tail_v,
-            fill,
-            bits=segment.bits,
-            key_group=self.quantizer.key_group,
+            new,
+            *segment,
+            tail,
             transform=self.quantizer.transform,
-            mean_words=self.words_k.shape[2] // self.first.shape[1],
+            most_rows=self.dense.most,
+            most_words=self.most_words,
             together=True,  # all sequences of a batch begin to decode at once
             backend=backend,
         )
@@ -207,8 +199,9 @@ def build_packed(
     order, counts = arrangement
     order = jnp.broadcast_to(order, (*order.shape[:2], k.shape[1], order.shape[3]))
     dense = compact(k, v, order, counts[..., 0], visual, capacity.dense)
+    dense = replace(dense, most=capacity.layer_dense)
     if quantizer.transform:
-        dense = Pool(transform(dense.k), dense.v, dense.offset, dense.length, dense.visual)
+        dense = replace(dense, k=transform(dense.k))
     first, rows = runs_of(quantizer, counts[..., 1:])
     packed = _pack(quantizer, k, v, order, counts, first, capacity)
     if quantizer.residual is not None:
@@ -216,7 +209,7 @@ def build_packed(
         own = jnp.broadcast_to(own.astype(jnp.int32)[:, None], (*rows.shape[:2], 1))
         first = jnp.concatenate([first, own], axis=-1)
         rows = jnp.concatenate([rows, jnp.zeros_like(own)], axis=-1)
-    return PackedPool(dense, *packed, first=first, rows=rows, quantizer=quantizer)
+    return PackedPool(dense, *packed, first, rows, quantizer, capacity.layer_words)
 
 
 def runs_of(quantizer: Quantizer, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -345,7 +338,7 @@ def _quantise_block(
     return pack(codes.reshape(rows.shape), slots.bits[:, None]), affine
 
 
-def spill(pool: PackedPool, tail: Tail) -> tuple[PackedPool, Tail]:
+def spill(pool: PackedPool, tail: Tails) -> tuple[PackedPool, Tails]:
     """Pack the oldest new tokens of the tail, if a unit of them is due (`Quantizer.unit`).
 
     Called between two chunks of decode steps, of which a whole number makes a unit. It always does
@@ -386,4 +379,4 @@ def spill(pool: PackedPool, tail: Tail) -> tuple[PackedPool, Tail]:
     names = "words_k", "words_v", "affine_k", "affine_v"
     pool = replace(pool, rows=rows, **dict(zip(names, packed, strict=True)))
     k, v = (tuple(jnp.roll(x, -moved, axis=2) for x in part) for part in (tail.k, tail.v))
-    return pool, Tail(k, v, tail.fill - moved)
+    return pool, Tails(k, v, tail.fill - moved)

@@ -92,11 +92,15 @@ class Capacity:
         dense: rows of full width.
         words: word-rows of packed rows of the prompt.
         reserved: word-rows of each layer behind these, for new tokens that are quantised.
+        layer_dense: rows of full width that one layer can have at most.
+        layer_words: word-rows that one layer can have at most.
     """
 
     dense: int
     words: int
-    reserved: int = 0
+    reserved: int
+    layer_dense: int
+    layer_words: int
 
 
 def most_of_layers(counts: np.ndarray, layers: int, rows: int) -> int:
@@ -272,4 +276,11 @@ class Quantizer:
         ends = layers * len(self.widths) * self.align + 2
         unit = per_word(self.widths[0]) * self.align
         reserved = -(-new_rows // unit) * self.align
-        return Capacity(round_up(dense, WORD_BLOCK), round_up(words + ends, WORD_BLOCK), reserved)
+        longest = -(-prompt_rows // per_word(self.widths[0])) + len(self.widths) * self.align
+        return Capacity(
+            round_up(dense, WORD_BLOCK),
+            round_up(words + ends, WORD_BLOCK),
+            reserved,
+            layer_dense=min(dense, self.pivots + int(recent.max())),
+            layer_words=min(words + ends, longest) + reserved,
+        )

@@ -9,24 +9,18 @@ Each layer has its own share of one pool, and where it lies is data, not shape: 
 program serves every allocation. The pool is read-only while decoding.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_decode_attention import append_and_attend
+from pallas_kernels.rows import NewToken, Segment, Tail
 from vlcache_jax.config import TextConfig
 
 BLOCK = 128
 """Rows that the capacity of a pool is rounded up to."""
-
-
-class Segment(NamedTuple):
-    """One layer's part of the pool: its first row and how many there are, int32 [B] each."""
-
-    offset: jax.Array
-    length: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +34,7 @@ class Pool:
         offset: first row of each layer, int32 [B, L].
         length: rows of each layer, int32 [B, L].
         visual: visual tokens among them, the mean over the kv heads, float32 [B, L]: for reports.
+        most: static: rows that one layer can have at most.
     """
 
     k: jax.Array
@@ -47,11 +42,12 @@ class Pool:
     offset: jax.Array
     length: jax.Array
     visual: jax.Array
+    most: int = field(metadata={"static": True})
 
     def segments(self) -> tuple[Segment, ...]:
-        """Where each layer's rows lie."""
+        """Each layer's rows."""
         layers = range(self.offset.shape[1])
-        return tuple(Segment(self.offset[:, i], self.length[:, i]) for i in layers)
+        return tuple(Segment(self.k, self.v, self.offset[:, i], self.length[:, i]) for i in layers)
 
     @property
     def counts(self) -> jax.Array:
@@ -59,39 +55,24 @@ class Pool:
         return self.length[..., None]
 
     def append_and_attend(
-        self,
-        qkv: jax.Array,
-        table: tuple[jax.Array, jax.Array],
-        segment: Segment,
-        tail_k: jax.Array,
-        tail_v: jax.Array,
-        fill: jax.Array,
-        backend: str | None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, new: NewToken, segment: Segment, tail: Tail, backend: str | None
+    ) -> tuple[jax.Array, Tail]:
         """Attention of a new token to one layer's rows, to its tail and to itself.
 
         Args:
-            qkv: the layer's product of the token, [B, K, G + 2, H].
-            table: cosine and sine of its position, [B, H / 2] each.
-            segment: the layer's part of the pool.
-            tail_k: keys of the tokens before, [B, K, R, H].
-            tail_v: values, likewise.
-            fill: how many these are, int32 [B].
+            new: the layer's product of the token, qkv [B, K, G + 2, H], and its position's angles.
+            segment: the layer's rows, of `segments`.
+            tail: the tokens before, k and v [B, K, R, H].
             backend: of the kernel.
 
         Returns:
-            [B, N, H], and the tails with the token.
+            [B, N, H], and the tail with the token.
         """
         return append_and_attend(
-            qkv,
-            *table,
-            self.k,
-            self.v,
-            *segment,
-            tail_k,
-            tail_v,
-            fill,
-            mean_rows=self.k.shape[2] // self.offset.shape[1],
+            new,
+            segment,
+            tail,
+            most_rows=self.most,
             together=True,  # all sequences of a batch begin to decode at once
             backend=backend,
         )
@@ -99,18 +80,27 @@ class Pool:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Tail:
+class Tails:
     """The tokens decoded so far: a leaf per layer, so that an append copies nothing.
 
     Attributes:
         k: L keys [B, K, R, H].
-        v: L values, likewise.
+        v: L values [B, K, R, H].
         fill: rows in use, int32 [B]; the same for the whole batch in `generate`.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
     fill: jax.Array
+
+    def layer(self, index: int) -> Tail:
+        """One layer's."""
+        return Tail(self.k[index], self.v[index], self.fill)
+
+    @classmethod
+    def of(cls, layers: Sequence[Tail]) -> "Tails":
+        """Those of all layers, which are as full."""
+        return cls(tuple(x.k for x in layers), tuple(x.v for x in layers), layers[0].fill)
 
 
 def round_up(count: int, block: int = BLOCK) -> int:
@@ -123,11 +113,11 @@ def whole_capacity(layers: int, prompt_rows: int) -> int:
     return round_up(layers * prompt_rows)
 
 
-def empty_tail(config: TextConfig, batch: int, rows: int, dtype: jnp.dtype) -> Tail:
-    """A tail with room for `rows` new tokens. Zeros: uninitialised rows could hold NaN."""
+def empty_tail(config: TextConfig, batch: int, rows: int, dtype: jnp.dtype) -> Tails:
+    """Tails with room for `rows` new tokens. Zeros: uninitialised rows could hold NaN."""
     shape = (batch, config.num_kv_heads, rows, config.head_dim)
     layers = range(config.num_layers)
-    return Tail(
+    return Tails(
         tuple(jnp.zeros(shape, dtype) for _ in layers),
         tuple(jnp.zeros(shape, dtype) for _ in layers),
         jnp.zeros((batch,), jnp.int32),

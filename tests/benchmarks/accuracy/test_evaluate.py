@@ -142,7 +142,7 @@ def test_bytes_of_a_row_of_each_width(vlm):
     """Of 16 numbers in float32: codes, and a word for each row's scale and shift."""
     comparison, text = Comparison(vlm.config), vlm.config.text
     wide = jnp.zeros((1, text.num_kv_heads, 8, text.head_dim))
-    full = Pool(wide, wide, *[jnp.zeros((1, LAYERS))] * 3)
+    full = Pool(wide, wide, *[jnp.zeros((1, LAYERS))] * 3, most=8)
     for quantizer, expected in (
         (None, [1]),
         (AKVQ(tsa_layers=(0,)), [1, (16 * 4 / 8 + 4) / 64, (16 * 2 / 8 + 4) / 64]),

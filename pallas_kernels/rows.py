@@ -1,0 +1,116 @@
+"""What decode attention reads and writes: the arrays of one layer, by their roles."""
+
+from dataclasses import dataclass, field
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NewToken:
+    """A layer's product of one new token of each sequence, before RoPE.
+
+    Attributes:
+        qkv: for each kv head its G query heads, its key and its value, [B, K, G + 2, H].
+        cos: cosine of RoPE's angles at the token's position, float32 [B, H / 2].
+        sin: sine of them, float32 [B, H / 2].
+    """
+
+    qkv: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Segment:
+    """One layer's rows of full width, in a pool that all layers share.
+
+        k, v   . . . |<- length[b] ->| . . . .      the rows of other layers around them
+                 offset[b]
+
+    Attributes:
+        k: keys of all layers, [B, K, capacity, H].
+        v: values of all layers, [B, K, capacity, H].
+        offset: first row of this layer, int32 [B].
+        length: rows of this layer, int32 [B]; may be 0.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    offset: jax.Array
+    length: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tail:
+    """One layer's rows of the tokens decoded so far.
+
+    Attributes:
+        k: keys, [B, K, R, H].
+        v: values, [B, K, R, H].
+        fill: rows in use, the first ones, int32 [B]; may be 0.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    fill: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedRows:
+    """One layer's packed rows, in arrays of words that all layers share: see `packing`.
+
+        words   . . |<- run 0 ->|<- run 1 ->| . .      run i has rows of bits[i] bits
+                    first[b, 0]  first[b, 1]
+
+    Attributes:
+        words_k: packed keys of all layers, uint32 [B, K, W, H].
+        words_v: packed values of all layers, uint32 [B, K, W, H].
+        affine_k: scales and shifts of the keys, uint32 [B, K, groups, W * lanes]; with `key_group`
+            [B, K, W * lanes / key_group, H].
+        affine_v: scales and shifts of the values, uint32 [B, K, groups, W * lanes].
+        first: first word-row of each run, int32 [B, runs].
+        rows: rows of each run, int32 [B, runs]; may be 0.
+        bits: static: width of each run's rows, 2, 4 or 8.
+        key_group: static: rows that share a scale per channel, of keys quantised by channel (KIVI);
+            None for keys quantised in groups along H. All runs then have one width, and begin at a
+            multiple of `key_group` rows.
+    """
+
+    words_k: jax.Array
+    words_v: jax.Array
+    affine_k: jax.Array
+    affine_v: jax.Array
+    first: jax.Array
+    rows: jax.Array
+    bits: tuple[int, ...] = field(metadata={"static": True})
+    key_group: int | None = field(default=None, metadata={"static": True})
+
+
+def check(new: NewToken, rows: Segment, tail: Tail) -> None:
+    """Refuse shapes that do not fit each other.
+
+    Args:
+        new: the new token.
+        rows: the layer's rows of full width.
+        tail: its new tokens.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    batch, kv_heads, width, head_dim = new.qkv.shape
+    if width < 3 or head_dim % 2:
+        raise ValueError(f"{new.qkv.shape=}: expected [B, K, G + 2, H] with an even H")
+    if not new.cos.shape == new.sin.shape == (batch, head_dim // 2):
+        raise ValueError(f"{new.cos.shape=}, {new.sin.shape=} must be {(batch, head_dim // 2)}")
+    for k, v in ((rows.k, rows.v), (tail.k, tail.v)):
+        if k.shape != v.shape or (*k.shape[:2], k.shape[3]) != (batch, kv_heads, head_dim):
+            raise ValueError(
+                f"{k.shape=}, {v.shape=}: expected [{batch}, {kv_heads}, rows, {head_dim}] of both"
+            )
+    numbers = rows.offset.shape, rows.length.shape, tail.fill.shape
+    if set(numbers) != {(batch,)}:
+        raise ValueError(f"offset, length and fill {list(numbers)} must be {(batch,)}")
