@@ -25,11 +25,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 
 from vlcache_jax import demo
 from vlcache_jax.config import LlavaConfig
+from vlcache_jax.models.fold import fold_layer
 from vlcache_jax.models.llava import Params, abstract_params
 from vlcache_jax.weights import (
     DTYPES,
@@ -65,50 +67,50 @@ Progress = Callable[[str, int, int], None]
 """Called after each parameter with its piece, the bytes done and the bytes in all."""
 
 
-def resolve(model: str | Path, *, weights: bool = True) -> Path:
-    """The directory of a model: a local one, or a download of a Hugging Face hub id.
-
-    "demo" is the checkpoint in this package, where there is no directory of that name.
+def resolve(model: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
+    """The directory of a model: a local one, "demo" in this package, or a download from the hub.
 
     Only weights in safetensors, configuration and tokenizer files are fetched; nothing that is
     fetched is ever run.
 
     Args:
-        model: a directory, or `owner/name` where no such directory exists.
+        model: a directory; where there is none of that name, `owner/name` on the hub or "demo".
         weights: whether a download includes the weights.
+        revision: branch, tag or commit of a hub id; its main branch by default.
 
     Raises:
-        ValueError: it is a file.
-        FileNotFoundError: there is no such directory, nor such a model on the hub.
+        ValueError: it is a file, or a `revision` is given for what is not on the hub.
+        FileNotFoundError: there is no such directory, nor such a model or revision on the hub.
         ConnectionError: the hub cannot be reached and the model is not in the local cache.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    path, name = Path(model).expanduser(), str(model)
+    if path.is_dir() or (name == "demo" and not path.exists()):
+        if revision is not None:
+            raise ValueError(f"{name} is not on the hub and has no {revision=}: leave that out")
+        return path if path.is_dir() else demo.CHECKPOINT
     if path.exists():
         raise ValueError(f"{path} is a file: give the model's directory")
-    name = str(model)
-    if name == "demo":
-        return demo.CHECKPOINT
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(
             f"no directory {name}: give a model's directory or a hub id such as "
             "llava-hf/llava-1.5-7b-hf"
         )
-    patterns = [*CONFIG_PATTERNS, "*.safetensors"] if weights else [*CONFIG_PATTERNS]
+    files = [*CONFIG_PATTERNS, "*.safetensors"] if weights else [*CONFIG_PATTERNS]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)
     except RepositoryNotFoundError:
         raise FileNotFoundError(
             f"no directory {name}, and no model of that name on the Hugging Face hub: check the "
             "spelling, or log in with `hf auth login` if the model is private or gated"
         ) from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{name} has no {revision=} on the hub: check it") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(
-            f"no directory {name}, and the Hugging Face hub cannot be reached "
-            f"({_first_line(error)}): go online, or download the model elsewhere and give its "
-            "directory"
+            f"no directory {name}, and no reply from the hub ({_first_line(error)}): go online, or "
+            "download the model elsewhere and give its directory"
         ) from None
+    return Path(found)
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,11 @@ def open_checkpoint(path: str | Path, config: LlavaConfig | None = None) -> Chec
 
 
 def load_params(
-    source: str | Path | Checkpoint, dtype: Any = None, progress: Progress | None = None
+    source: str | Path | Checkpoint,
+    dtype: Any = None,
+    progress: Progress | None = None,
+    *,
+    transform: bool = False,
 ) -> Params:
     """The parameters of a model directory of either kind, on the default device.
 
@@ -256,6 +262,7 @@ def load_params(
         source: the directory, or what `open_checkpoint` made of it.
         dtype: float32, bfloat16 or float16; as stored by default.
         progress: called after each parameter with its piece, the bytes done and the bytes in all.
+        transform: fold the transform of the values into each layer as it is read (`models.fold`).
 
     Returns:
         The nested dict of arrays that `vlcache_jax.models.llava.abstract_params` describes.
@@ -267,8 +274,7 @@ def load_params(
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     dtype = checkpoint.target_dtype(dtype)
-    total = checkpoint.num_bytes(dtype)
-    done = 0
+    total, done = checkpoint.num_bytes(dtype), 0
     leaves: dict[str, jax.Array] = {}
     for piece in checkpoint.pieces:
         for name, array in checkpoint.read(piece, dtype):
@@ -277,6 +283,10 @@ def load_params(
             done += array.nbytes
             if progress is not None:
                 progress(piece, done, total)
+        if transform and piece.startswith("layer_"):  # at once: never two layers unfolded
+            names = [f"layers.{int(piece[6:])}.{leaf}" for leaf in ("qkv", "out")]
+            folded = jax.block_until_ready(fold_layer(*(leaves.pop(name) for name in names)))
+            leaves.update(zip(names, folded, strict=True))
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(checkpoint.config))
     return tree.unflatten([leaves[parameter_name(path)] for path, _ in paths])
 

@@ -122,8 +122,7 @@ class VLM:
     @cached_property
     def params(self) -> Params:
         """The parameters, read at the first use."""
-        params = self._read_params()
-        return fold_transform(params) if self.transformed else params
+        return self._read_params()
 
     @cached_property
     def _folded(self) -> Params:
