@@ -138,7 +138,7 @@ class Checkpoint(ABC):
         return pieces
 
     def target_dtype(self, dtype: Any = None) -> np.dtype:
-        """The number type that was asked for, or the checkpoint's own.
+        """The number type that was asked for by name or object, or the checkpoint's own.
 
         Raises:
             ValueError: the type is not supported, or none was asked for and the weights differ.
@@ -158,7 +158,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and values of each parameter of a piece.
+        """Name and values of each parameter of a piece ("vision", ...), in the number type.
 
         Raises:
             ValueError: the file is damaged, or a value does not fit the number type.
@@ -178,7 +178,7 @@ class SafetensorsCheckpoint(Checkpoint):
     files: Mapping[str, Any]
 
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-        """See `Checkpoint.read`."""
+        """Name and values of each parameter of a piece, joined from its tensors one by one."""
         if piece == "embed":
             self._check_tied()
         for name in self.pieces[piece]:
@@ -205,7 +205,7 @@ class ConvertedCheckpoint(Checkpoint):
     """A checkpoint that `convert` has made: one Orbax checkpoint per piece."""
 
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-        """See `Checkpoint.read`."""
+        """Name and values of each parameter of a piece, restored together."""
         names = self.pieces[piece]
         # A numpy leaf makes Orbax restore to numpy; the pages of these are never touched.
         like = {piece_of(name)[1]: np.empty(self.shapes[name], self.dtype) for name in names}

@@ -98,6 +98,11 @@ def read_stop_ids(path: Path, config: LlavaConfig, processor: Processor) -> tupl
 
     They are those of generation_config.json, else of the text config, else of the tokenizer.
 
+    Args:
+        path: the model's directory.
+        config: the model.
+        processor: the model's.
+
     Raises:
         ValueError: generation_config.json is damaged.
     """
