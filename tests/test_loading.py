@@ -1,18 +1,21 @@
 """`load` and `describe`: stop tokens, the shipped demo, what is checked before weights are read."""
 
+import gc
 import json
 import shutil
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
 
 import vlcache_jax
 from convert.program import convert
+from tests.checkpoints import config_json, random_tensors, write_model
+from tests.tiny import tiny_processor
 from vlcache_jax import checkpoint
-from vlcache_jax.checkpoint import load_params
 from vlcache_jax.loading import describe
-from vlcache_jax.models.fold import fold_layer, fold_transform
+from vlcache_jax.models.fold import fold_transform
 
 
 @pytest.fixture
@@ -97,27 +100,63 @@ def test_an_unknown_backend_is_refused_before_anything_is_read(monkeypatch):
         vlcache_jax.load("nowhere")
 
 
-@pytest.mark.parametrize("kind", ["hugging face", "converted"])
-def test_each_layer_is_folded_as_it_is_read(model_dir, tmp_path, monkeypatch, kind):
-    """At no time are there more arrays than the parameters and one layer's kernels."""
-    if kind == "converted":
-        convert(model_dir, tmp_path / "converted")
-        model_dir = tmp_path / "converted"
-    expected = fold_transform(load_params(model_dir))
-    before, alive = {id(array) for array in jax.live_arrays()}, []
+def test_a_revision_of_the_hub_is_opened(model_dir, monkeypatch):
+    asked = []
 
-    def fold(qkv, out, fold=fold_layer):
-        folded = fold(qkv, out)
-        alive.append(sum(id(array) not in before for array in jax.live_arrays()))
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(model_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    vlcache_jax.load("owner/name", revision="v1.6", lazy=True)
+    facts = describe("owner/name", revision="main")
+    assert asked == [("owner/name", "v1.6"), ("owner/name", "main")]
+    assert (facts["model"], facts["revision"]) == ("owner/name", "main")
+    for model in (model_dir, "demo"):
+        with pytest.raises(ValueError, match=r"is not on the hub and has no revision='v1\.6'"):
+            vlcache_jax.load(model, revision="v1.6", lazy=True)
+        with pytest.raises(ValueError, match="has no revision='main'"):
+            describe(model, revision="main")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A model of eight small layers in both formats."""
+    folder, config = tmp_path_factory.mktemp("deep"), config_json()
+    config["text_config"] |= {"num_hidden_layers": 8, "vocab_size": 264}
+    config["vision_config"] |= {"image_size": 56}
+    config["image_grid_pinpoints"] = [[56, 112], [112, 56]]
+    plain = write_model(folder / "plain", config, random_tensors(config))
+    (plain / "tokenizer.model").unlink()
+    tiny_processor("llava_next", pinpoints=((56, 112), (112, 56))).save_pretrained(plain)
+    return {"plain": plain, "converted": convert(plain, folder / "converted")}
+
+
+@pytest.mark.parametrize("kind", ["plain", "converted"])
+def test_each_layer_is_folded_as_it_is_read(deep, kind, monkeypatch):
+    expected = fold_transform(vlcache_jax.load(deep[kind]).params)
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(expected))
+    layer = sum(expected["layers"][0][name].nbytes for name in ("qkv", "out"))
+    expected = jax.tree.map(np.array, expected)
+    live, fold = [], checkpoint.fold_layer
+
+    def bytes_now():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def watched(*arrays):
+        folded = jax.block_until_ready(fold(*arrays))
+        live.append(bytes_now())  # both forms of this layer, and what was read before it
         return folded
 
-    monkeypatch.setattr(checkpoint, "fold_layer", fold)
-    vlm = vlcache_jax.load(model_dir, transform=True)
-    leaves = jax.tree.leaves(vlm.params)
-    layer = len(jax.tree.leaves(vlm.params["layers"][0]))
-    first, second = alive
-    assert second == first + layer  # the second was read when the first had been folded
-    assert second <= len(leaves) + 2
-    for one, other in zip(leaves, jax.tree.leaves(expected), strict=True):
-        assert np.array_equal(one, other)
+    monkeypatch.setattr(checkpoint, "fold_layer", watched)
+    before = bytes_now()
+    vlm = vlcache_jax.load(deep[kind], transform=True)
     assert vlm.transformed
+    assert len(live) == 8
+    assert max(live) - before <= whole + layer
+    assert live == sorted(live)
+    sizes = np.diff(live)
+    assert set(sizes) == {sum(leaf.nbytes for leaf in jax.tree.leaves(vlm.params["layers"][0]))}
+    assert bytes_now() - before == whole
+    jax.tree.map(np.testing.assert_array_equal, vlm.params, expected)

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 
@@ -66,50 +67,50 @@ Progress = Callable[[str, int, int], None]
 """Called after each parameter with its piece, the bytes done and the bytes in all."""
 
 
-def resolve(model: str | Path, *, weights: bool = True) -> Path:
-    """The directory of a model: a local one, or a download of a Hugging Face hub id.
-
-    "demo" is the checkpoint in this package, where there is no directory of that name.
+def resolve(model: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
+    """The directory of a model: a local one, "demo" in this package, or a download from the hub.
 
     Only weights in safetensors, configuration and tokenizer files are fetched; nothing that is
     fetched is ever run.
 
     Args:
-        model: a directory, or `owner/name` where no such directory exists.
+        model: a directory; where there is none of that name, `owner/name` on the hub or "demo".
         weights: whether a download includes the weights.
+        revision: branch, tag or commit of a hub id; its main branch by default.
 
     Raises:
-        ValueError: it is a file.
-        FileNotFoundError: there is no such directory, nor such a model on the hub.
+        ValueError: it is a file, or a `revision` is given for what is not on the hub.
+        FileNotFoundError: there is no such directory, nor such a model or revision on the hub.
         ConnectionError: the hub cannot be reached and the model is not in the local cache.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    path, name = Path(model).expanduser(), str(model)
+    if path.is_dir() or (name == "demo" and not path.exists()):
+        if revision is not None:
+            raise ValueError(f"{name} is not on the hub and has no {revision=}: leave that out")
+        return path if path.is_dir() else demo.CHECKPOINT
     if path.exists():
         raise ValueError(f"{path} is a file: give the model's directory")
-    name = str(model)
-    if name == "demo":
-        return demo.CHECKPOINT
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(
             f"no directory {name}: give a model's directory or a hub id such as "
             "llava-hf/llava-1.5-7b-hf"
         )
-    patterns = [*CONFIG_PATTERNS, "*.safetensors"] if weights else [*CONFIG_PATTERNS]
+    files = [*CONFIG_PATTERNS, "*.safetensors"] if weights else [*CONFIG_PATTERNS]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)
     except RepositoryNotFoundError:
         raise FileNotFoundError(
             f"no directory {name}, and no model of that name on the Hugging Face hub: check the "
             "spelling, or log in with `hf auth login` if the model is private or gated"
         ) from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{name} has no {revision=} on the hub: check it") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(
-            f"no directory {name}, and the Hugging Face hub cannot be reached "
-            f"({_first_line(error)}): go online, or download the model elsewhere and give its "
-            "directory"
+            f"no directory {name}, and no reply from the hub ({_first_line(error)}): go online, or "
+            "download the model elsewhere and give its directory"
         ) from None
+    return Path(found)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Checkpoint(ABC):
         return pieces
 
     def target_dtype(self, dtype: Any = None) -> np.dtype:
-        """The number type that was asked for, or the checkpoint's own.
+        """The number type that was asked for by name or object, or the checkpoint's own.
 
         Raises:
             ValueError: the type is not supported, or none was asked for and the weights differ.
@@ -157,7 +158,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and values of each parameter of a piece.
+        """Name and values of each parameter of a piece ("vision", ...), in the number type.
 
         Raises:
             ValueError: the file is damaged, or a value does not fit the number type.
@@ -177,7 +178,7 @@ class SafetensorsCheckpoint(Checkpoint):
     files: Mapping[str, Any]
 
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-        """See `Checkpoint.read`."""
+        """Name and values of each parameter of a piece, joined from its tensors one by one."""
         if piece == "embed":
             self._check_tied()
         for name in self.pieces[piece]:
@@ -204,7 +205,7 @@ class ConvertedCheckpoint(Checkpoint):
     """A checkpoint that `convert` has made: one Orbax checkpoint per piece."""
 
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-        """See `Checkpoint.read`."""
+        """Name and values of each parameter of a piece, restored together."""
         names = self.pieces[piece]
         # A numpy leaf makes Orbax restore to numpy; the pages of these are never touched.
         like = {piece_of(name)[1]: np.empty(self.shapes[name], self.dtype) for name in names}
@@ -273,8 +274,7 @@ def load_params(
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     dtype = checkpoint.target_dtype(dtype)
-    total = checkpoint.num_bytes(dtype)
-    done = 0
+    total, done = checkpoint.num_bytes(dtype), 0
     leaves: dict[str, jax.Array] = {}
     for piece in checkpoint.pieces:
         for name, array in checkpoint.read(piece, dtype):
@@ -283,10 +283,10 @@ def load_params(
             done += array.nbytes
             if progress is not None:
                 progress(piece, done, total)
-        if transform and piece.startswith("layer_"):
-            kernels = [name for name in checkpoint.pieces[piece] if name.endswith((".qkv", ".out"))]
-            kernels.sort(reverse=True)  # qkv, out
-            leaves |= zip(kernels, fold_layer(*(leaves[name] for name in kernels)), strict=True)
+        if transform and piece.startswith("layer_"):  # at once: never two layers unfolded
+            names = [f"layers.{int(piece[6:])}.{leaf}" for leaf in ("qkv", "out")]
+            folded = jax.block_until_ready(fold_layer(*(leaves.pop(name) for name in names)))
+            leaves.update(zip(names, folded, strict=True))
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(checkpoint.config))
     return tree.unflatten([leaves[parameter_name(path)] for path, _ in paths])
 

@@ -174,7 +174,8 @@ def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: one of them is empty, or is no string.
     """
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"{stop=} must be a string or a list of strings, none of them empty")
-    return strings
+    strings = [stop] if isinstance(stop, str) else stop
+    listed = isinstance(strings, list | tuple)
+    if not listed or not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"{stop=!r:.60} must be a string or a list of strings, none of them empty")
+    return tuple(strings)

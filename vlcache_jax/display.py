@@ -167,8 +167,9 @@ def calibration_table(facts: dict[str, Any]) -> Table:
 def info_tables(facts: dict[str, Any]) -> Group:
     """What `loading.describe` gives."""
     parts, need = facts["parameters"], facts["memory"]
+    name = facts["model"] if facts["revision"] is None else f"{facts['model']}@{facts['revision']}"
     model = {
-        "model": f"{facts['model']} ({facts['family']}, {facts['dtype']})",
+        "model": f"{name} ({facts['family']}, {facts['dtype']})",
         "parameters": f"{parts['total']:,} "
         f"({', '.join(f'{name} {n:,}' for name, n in parts.items() if name != 'total')})",
         "cache per token": human_bytes(facts["kv_bytes_per_token"]),

@@ -20,6 +20,9 @@ def load_image(source: ImageLike) -> Image.Image:
     As `transformers.image_utils.load_image`: the EXIF orientation is applied, then Pillow converts
     to RGB (transparency is dropped, 16-bit values are clipped). The same for every kind of source.
 
+    Args:
+        source: a local file's path, a PIL image, or a uint8 array [height, width, 3].
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an image, is damaged or empty, or is larger than Pillow's limit

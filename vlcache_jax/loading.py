@@ -28,6 +28,7 @@ def load(
     buckets: Buckets | None = None,
     backend: str | None = None,
     transform: bool = False,
+    revision: str | None = None,
     lazy: bool = False,
     progress: Progress | None = None,
 ) -> VLM:
@@ -44,9 +45,11 @@ def load(
         buckets: sizes that prompts and tiles are padded to.
         backend: "triton", "cudnn" (prefill's attention only) or "xla"; by default what the
             environment variable VLCACHE_BACKEND names, else the best that supports the case.
-        transform: fold the Walsh-Hadamard transform of the values into the parameters now, for a
-            quantised cache with the transform (`AKVQ`): else its first use makes folded copies of
-            the attention's weights beside the others. Every method runs on folded parameters.
+        transform: fold the Walsh-Hadamard transform of the values into each layer as it is read,
+            for a quantised cache with the transform (`AKVQ`): else its first use makes folded
+            copies of the attention's weights beside the others. Every method runs on folded
+            parameters.
+        revision: branch, tag or commit of a hub id; its main branch by default.
         lazy: read the parameters when they are first needed, not now; everything that can be
             checked without reading them is checked now all the same.
         progress: called with the bytes done and the bytes in all while parameters are read.
@@ -57,14 +60,15 @@ def load(
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
         ConnectionError: the hub cannot be reached.
-        ValueError: a file is damaged, or `dtype` or `backend` is unknown.
+        ValueError: a file is damaged, `dtype` or `backend` is unknown, or a `revision` is given for
+            what is not on the hub.
         NotImplementedError: the checkpoint describes a model that is not implemented, or the
             backend is "cudnn" and there is no GPU.
     """
     backend = check_backend(backend)
     if backend == "cudnn":
         require_gpu()
-    path = resolve(model)
+    path = resolve(model, revision=revision)
     config = LlavaConfig.from_file(path)
     processor = Processor.from_pretrained(path, config, buckets)
     stop_ids = read_stop_ids(path, config, processor)
@@ -94,6 +98,11 @@ def read_stop_ids(path: Path, config: LlavaConfig, processor: Processor) -> tupl
 
     They are those of generation_config.json, else of the text config, else of the tokenizer.
 
+    Args:
+        path: the model's directory.
+        config: the model.
+        processor: the model's.
+
     Raises:
         ValueError: generation_config.json is damaged.
     """
@@ -116,25 +125,30 @@ def describe(
     batch: int = 1,
     new_tokens: int = 128,
     cache: CacheMethod | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Facts about a model from its configuration alone, as plain values for JSON.
 
     Of the model in this package, the pictures that come with it too.
 
     Args:
-        model: as in `load`.
-        dtype: as in `load`; the type named by config.json by default.
+        model: a directory in Hugging Face format, a directory made by `python -m convert`, a hub
+            id, or "demo" for the one in this package.
+        dtype: "float32", "bfloat16" or "float16"; the type named by config.json by default.
         context: prompt tokens of one sequence; 4096 or what the model can hold by default.
         batch: sequences.
         new_tokens: tokens of an answer.
         cache: what is kept of a prompt; everything by default.
+        revision: branch, tag or commit of a hub id; its main branch by default.
 
     Raises:
-        ValueError: more tokens than the model has positions for; or as `load`.
-        FileNotFoundError: as `load`.
-        NotImplementedError: as `load`.
+        ValueError: more tokens than the model has positions for, a file is damaged, `dtype` is
+            unknown, or a `revision` is given for what is not on the hub.
+        FileNotFoundError: there is no such model, or a file of it is missing.
+        ConnectionError: the hub cannot be reached.
+        NotImplementedError: the checkpoint describes a model that is not implemented.
     """
-    path = resolve(model, weights=False)
+    path = resolve(model, weights=False, revision=revision)
     config = LlavaConfig.from_file(path)
     kind = parse_dtype(dtype or _stored_dtype(path))
     limit = config.text.max_positions
@@ -150,6 +164,7 @@ def describe(
     pictures = [dataclasses.asdict(picture) | {"file": str(picture.file)} for picture in shown]
     return {
         "model": str(model),
+        "revision": revision,
         "family": config.family,
         "dtype": kind.name,
         "parameters": count_parameters(config),

@@ -114,6 +114,11 @@ class Processor:
     ) -> "Processor":
         """Read the processor and tokenizer files of a local model directory.
 
+        Args:
+            path: the directory.
+            config: the model.
+            buckets: the sizes to pad to; None for `default_buckets(config)`.
+
         Raises:
             FileNotFoundError: there is no such directory, or the files are not in it.
             ValueError: the files cannot be read, ask for remote code, or belong to another model.

@@ -9,23 +9,10 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 import vlcache_jax
-from tests.tiny import picture
-from vlcache_jax import VLM, demo
-from vlcache_jax.cli import app
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "image.png"
-    picture(70, 40).save(path)
-    return path
-
-
-def run(*args):
-    return CliRunner().invoke(app, ["--no-compilation-cache", *(str(arg) for arg in args)])
+from tests.cli.program import refused, run
+from vlcache_jax import demo
 
 
 def test_json_is_one_object_and_nothing_else(model_dir, image):
@@ -79,6 +66,18 @@ def test_raw_prompt_and_seeds(model_dir, image):
     hot = ("--prompt", "what?", "--temperature", 3, "--top-p", 0.99, "--top-k", 200)
     one, same, other = (tokens(*hot, "--seed", seed) for seed in (1, 1, 2))
     assert one == same != other
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "inspect", "calibrate", "info"])
+def test_a_revision_is_of_the_hub(model_dir, image, command, tmp_path):
+    more = {
+        "inspect": ("--json", "--image", image, "--prompt", "x"),
+        "calibrate": ("--image", image, "--prompt", "x", "--out", tmp_path / "layers.json"),
+        "info": (),
+    }
+    options = more.get(command, ("--image", image, "--prompt", "x"))
+    refused("is not on the hub and has no revision='v1'", command, model_dir, *options,
+            "--revision", "v1")  # fmt: skip
 
 
 def test_a_trace_holds_what_was_kept(model_dir, image, tmp_path):
@@ -231,16 +230,6 @@ def test_bad_options(model_dir, image, options, message):
     refused(message, "generate", model_dir, "--image", image, *options)
 
 
-def refused(message, *args):
-    """Exit code 2, one clear error on stderr, nothing on stdout."""
-    result = run(*args)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 def test_info(model_dir):
     result = run("info", model_dir, "--context", 500, "--batch", 3, "--method", "full", "--json")
     assert result.exit_code == 0, result.output
@@ -309,30 +298,6 @@ def test_the_shipped_demo_answers():
     assert answer["visual_tokens"] > 200
 
 
-def test_a_comparison_is_with_the_full_cache(model_dir, image):
-    ask = (model_dir, "--image", image, "--prompt", "what?", "--max-new-tokens", 6)
-    options = ("--method", "vl-cache", "--method", "h2o", "--method", "full")
-    result = run("compare", *ask, *options, "--json")
-    assert result.exit_code == 0, result.output
-    compared = json.loads(result.stdout)
-    assert set(compared) == {"prompt", "right_answer", "answers", "model", "versions"}
-    assert (compared["prompt"], compared["right_answer"]) == ("what?", None)
-    answers = compared["answers"]
-    assert [answer["kv"]["method"] for answer in answers] == ["full", "vl-cache", "h2o"]
-    full, *kept = answers
-    assert full["agrees"]
-    for answer in kept:
-        same = answer["same_tokens"]
-        assert answer["tokens"][:same] == full["tokens"][:same]
-        assert answer["agrees"] == (answer["tokens"] == full["tokens"])
-        assert answer["agrees"] or answer["tokens"][same] != full["tokens"][same]
-        assert answer["kv"]["kept_bytes"] < 0.12 * answer["kv"]["full_bytes"]
-        assert answer["right"] is None
-    for answer, method in zip(answers, ("full", "vl-cache", "h2o"), strict=True):
-        alone = json.loads(run("generate", *ask, "--method", method, "--json").stdout)
-        assert (alone["tokens"], alone["kv"]) == (answer["tokens"], answer["kv"])
-
-
 def test_a_quantised_cache_is_told_byte_by_byte(model_dir, image):
     args = ("--image", image, "--prompt", "what?", "--max-new-tokens", 3, "--method", "full",
             "--kv-bits", "2")  # fmt: skip
@@ -351,37 +316,6 @@ def test_a_quantised_cache_is_told_byte_by_byte(model_dir, image):
     table = run("compare", model_dir, *args, "--kv-bits", "16").stdout
     for word in ("full, budget 1.0, 2 bits", "bits per number", "6.00", "codes"):
         assert word in table
-
-
-def test_a_comparison_is_of_every_method_budget_and_bits(model_dir, image, monkeypatch):
-    asked, transformed = [], []
-
-    def stream(vlm, *args, cache, **rest):
-        asked.append(cache)
-        transformed.append(vlm.transformed)
-
-    monkeypatch.setattr(VLM, "stream", stream)
-    monkeypatch.setattr("vlcache_jax.cli.read_params", lambda *args: sys.exit(0))
-    options = ("--method", "h2o", "--method", "vl-cache", "--kv-budget", "0.1", "--kv-budget",
-               "0.2", "--kv-bits", "akvq", "--kv-bits", "16")  # fmt: skip
-    ask = (model_dir, "--image", image, "--prompt", "x")
-    result = run("compare", *ask, *options)
-    assert result.exit_code == 0, result.output
-    assert not any(transformed)  # the full cache's answer is that of the weights as they are
-    assert [(cache.label, cache.budget) for cache in asked] == [
-        ("full", 1.0),
-        ("h2o+akvq", "0.1"),
-        ("h2o", "0.1"),
-        ("h2o+akvq", "0.2"),
-        ("h2o", "0.2"),
-        ("vl-cache+akvq", "0.1"),
-        ("vl-cache", "0.1"),
-        ("vl-cache+akvq", "0.2"),
-        ("vl-cache", "0.2"),
-    ]
-    for bits, folded in (("akvq", True), ("kivi", False), ("16", False)):
-        assert run("generate", *ask, "--kv-bits", bits).exit_code == 0
-        assert transformed[-1] == folded
 
 
 def test_calibration_leaves_a_file_that_later_runs_find(model_dir, image, tmp_path):
@@ -422,15 +356,6 @@ def test_calibration_leaves_a_file_that_later_runs_find(model_dir, image, tmp_pa
         refused(message, "calibrate", *options)
 
 
-def test_a_comparison_is_shown_side_by_side(model_dir):
-    args = ("compare", model_dir, "--image", "demo:2", "--max-new-tokens", 3)
-    result = run(*args, "--kv-budget", "0.9", "--kv-budget", "40tok")
-    assert result.exit_code == 0, result.output
-    for word in ("1.0", "0.9", "40tok", "as the full cache", "cache", "kept per layer", "decode",
-                 "right answer", demo.pictures()[1].answer):  # fmt: skip
-        assert word in result.stdout
-
-
 def test_a_demo_picture_brings_its_question(model_dir):
     third = demo.pictures()[2]
     args = ("generate", model_dir, "--image", "demo:3", "--max-new-tokens", 2)
@@ -443,21 +368,6 @@ def test_a_demo_picture_brings_its_question(model_dir):
         return json.loads(run(*args, "--json", *more).stdout)["tokens"]
 
     assert tokens() == tokens("--prompt", third.prompt)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "give a --prompt"),
-        (("--image", "demo", "--image", "demo:2"), "give a --prompt"),
-        (("--image", "demo:0"), "there is no picture demo:0: choose one of demo:1"),
-        (("--image", "demo", "--method", "fastv"), "fastv"),
-        (("--image", "demo", "--kv-budget", "0.1", "--kv-budget", "x"), "'x'"),
-        (("--image", "demo", "--method", "full", "--kv-budget", "0.1"), "keeps everything"),
-    ],
-)
-def test_comparisons_that_cannot_be_made(model_dir, options, message):
-    refused(message, "compare", model_dir, *options)
 
 
 def test_info_lists_the_demo_pictures():

@@ -4,35 +4,19 @@ import json
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
+from tests.cli import program
 from tests.inspections import made_up_inspection
-from tests.tiny import picture
 from vlcache_jax import H2O, VLM, SnapKV, VLCache, cli, demo
 from vlcache_jax.cache.quantizers import make_quantizer
 
 
 def run(*args):
-    return CliRunner().invoke(
-        cli.app, ["--no-compilation-cache", "inspect", *(str(arg) for arg in args)]
-    )
+    return program.run("inspect", *args)
 
 
 def refused(message, *args):
-    """Exit code 2, one clear error on stderr, nothing on stdout."""
-    result = run(*args)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "image.png"
-    picture(70, 40).save(path)
-    return path
+    program.refused(message, "inspect", *args)
 
 
 @pytest.fixture

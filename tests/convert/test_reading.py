@@ -8,7 +8,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.numpy import save_file
 
 from convert.program import convert
@@ -258,10 +262,11 @@ def test_resolve_prefers_a_directory(tmp_path, monkeypatch):
 
 
 def test_resolve_downloads_safetensors_and_text_only(tmp_path, monkeypatch):
-    asked = {}
+    asked, revisions = {}, []
 
-    def download(name, allow_patterns):
+    def download(name, revision, allow_patterns):
         asked[name] = allow_patterns
+        revisions.append(revision)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -270,13 +275,15 @@ def test_resolve_downloads_safetensors_and_text_only(tmp_path, monkeypatch):
     assert sorted(patterns) == ["*.jinja", "*.json", "*.safetensors", "tokenizer.model"]
     resolve("llava-hf/without", weights=False)
     assert sorted(asked["llava-hf/without"]) == ["*.jinja", "*.json", "tokenizer.model"]
+    resolve("llava-hf/branch", revision="refs/pr/3")
+    assert revisions == [None, None, "refs/pr/3"]
 
 
-class _NotFound(RepositoryNotFoundError):
+def _without_response(kind):
     """The hub's error without the web response that belongs to it."""
-
-    def __init__(self, text):
-        Exception.__init__(self, text)
+    error = kind.__new__(kind)
+    Exception.__init__(error, "404")
+    return error
 
 
 @pytest.mark.parametrize(
@@ -284,9 +291,14 @@ class _NotFound(RepositoryNotFoundError):
     [
         (LocalEntryNotFoundError("no network"), ConnectionError, r"\(no network\): go online, or"),
         (
-            _NotFound("404"),
+            _without_response(RepositoryNotFoundError),
             FileNotFoundError,
             "no model of that name on the Hugging Face hub: check the spelling, or log in",
+        ),
+        (
+            _without_response(RevisionNotFoundError),
+            FileNotFoundError,
+            "owner/name has no revision='v9' on the hub",
         ),
     ],
 )
@@ -296,7 +308,14 @@ def test_resolve_says_what_to_do(raised, expected, message, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(expected, match=message):
-        resolve("owner/name")
+        resolve("owner/name", revision="v9")
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_revision_is_of_the_hub(weights, tmp_path):
+    for model in (tmp_path, "demo"):
+        with pytest.raises(ValueError, match=f"{model} is not on the hub and has no revision='v1'"):
+            resolve(model, weights=weights, revision="v1")
 
 
 def test_weights_are_read_when_they_are_asked_for(tensors, tmp_path):

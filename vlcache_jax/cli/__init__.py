@@ -28,6 +28,7 @@ from vlcache_jax.cli.options import (
     Model,
     Prompt,
     RawPrompt,
+    Revision,
 )
 from vlcache_jax.cli.terminal import (
     drain,
@@ -35,6 +36,7 @@ from vlcache_jax.cli.terminal import (
     find_questions,
     open_model,
     print_json,
+    read_messages,
     read_params,
     user_errors,
 )
@@ -64,14 +66,33 @@ def _options(
 def generate(
     model: Model,
     prompt: Prompt = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help='A conversation in place of --prompt: [{"role": "user", "content": "..."}, ...]. '
+            'The roles are system, user and assistant; a content may be a list of {"type": "text", '
+            '"text": "..."} and {"type": "image"}.',
+            show_default=False,
+        ),
+    ] = None,
     image: Image = None,
     max_new_tokens: MaxNewTokens = 128,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="End the answer in front of this text. Give the option once for each; \\n stands "
+            "for a new line.",
+            show_default=False,
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k most likely tokens.")] = None,
     top_p: Annotated[
         float, typer.Option(help="Draw among the tokens that reach this probability together.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    revision: Revision = None,
     dtype: Dtype = None,
     method: Method = "vl-cache",
     kv_budget: KvBudget = None,
@@ -107,11 +128,16 @@ def generate(
         cache = make_method(method, kv_budget, make_quantizer(kv_bits))
         if trace is not None:
             check_target(trace, force=force)
-        images, question, right = find_question(image or [], prompt)
-        vlm, progress = open_model(model, dtype, backend, transform=cache.transforms)
+        if messages is not None and prompt is not None:
+            raise ValueError("give --prompt or --messages, not both")
+        turns = None if messages is None else read_messages(messages)
+        images, question, right = find_question(image or [], prompt if turns is None else "")
+        vlm, progress = open_model(model, revision, dtype, backend, transform=cache.transforms)
         stream = vlm.stream(
             images,
             question,
+            messages=turns,
+            stop=[text.replace("\\n", "\n") for text in stop or []],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -140,6 +166,7 @@ def compare(
     prompt: Prompt = None,
     image: Image = None,
     max_new_tokens: MaxNewTokens = 128,
+    revision: Revision = None,
     dtype: Dtype = None,
     method: Methods = None,
     kv_budget: KvBudgets = None,
@@ -169,7 +196,7 @@ def compare(
             for bits in kv_bits or [None]
         ]
         images, question, right = find_question(image or [], prompt)
-        vlm, progress = open_model(model, dtype, backend)
+        vlm, progress = open_model(model, revision, dtype, backend)
         streams = [
             vlm.stream(
                 images,
@@ -198,6 +225,7 @@ def info(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    revision: Revision = None,
     dtype: Dtype = None,
     method: Method = "vl-cache",
     kv_budget: KvBudget = None,
@@ -219,7 +247,13 @@ def info(
     with user_errors():
         cache = make_method(method, kv_budget, make_quantizer(kv_bits))
         facts = describe(
-            model, dtype, context=context, batch=batch, new_tokens=new_tokens, cache=cache
+            model,
+            dtype,
+            context=context,
+            batch=batch,
+            new_tokens=new_tokens,
+            cache=cache,
+            revision=revision,
         )
     if as_json:
         print_json(facts)
@@ -251,6 +285,7 @@ def calibrate(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    revision: Revision = None,
     dtype: Dtype = None,
     backend: Backend = None,
     raw_prompt: RawPrompt = False,
@@ -270,7 +305,7 @@ def calibrate(
     with user_errors():
         file = calibration.check_file(out or calibration.file_beside(model), force=force)
         asked = find_questions(image or [], prompt or [])
-        vlm, progress = open_model(model, dtype, backend)
+        vlm, progress = open_model(model, revision, dtype, backend)
         task = progress.add_task("prompts", total=len(asked), amount="")
 
         def show(done: int, total: int) -> None:

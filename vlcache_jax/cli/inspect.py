@@ -21,6 +21,7 @@ from vlcache_jax.cli.options import (
     Model,
     Prompt,
     RawPrompt,
+    Revision,
 )
 from vlcache_jax.cli.terminal import BAD_INPUT, ERRORS, find_question, print_json, user_errors
 
@@ -64,6 +65,7 @@ def inspect(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
+    revision: Revision = None,
     dtype: Dtype = None,
     backend: Backend = None,
     raw_prompt: RawPrompt = False,
@@ -121,7 +123,9 @@ def inspect(
             from vlcache_jax.loading import load
             from vlcache_jax.report import human_bytes
 
-            vlm = load(model, dtype, backend=backend, lazy=True, progress=reading)
+            vlm = load(
+                model, dtype, backend=backend, revision=revision, lazy=True, progress=reading
+            )
             found = run(
                 vlm,
                 list(asked),

@@ -11,6 +11,12 @@ Model = Annotated[
         "llava-hf/llava-v1.6-mistral-7b-hf, or 'demo' for the tiny model in this package."
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        help="Branch, tag or commit of a hub id; its main branch by default.", show_default=False
+    ),
+]
 Prompt = Annotated[
     str | None,
     typer.Option(

@@ -37,6 +37,21 @@ def user_errors(kinds: tuple[type[Exception], ...] = BAD_INPUT) -> Iterator[None
         raise typer.Exit(130) from None
 
 
+def read_messages(file: Path) -> list[dict[str, Any]]:
+    """The conversation that a JSON file holds."""
+    from vlcache_jax.messages import is_one
+
+    try:
+        messages = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): correct it") from None
+    if isinstance(messages, str) or not is_one(messages):
+        raise ValueError(
+            f'{file} must hold a list of messages, such as [{{"role": "user", "content": "..."}}]'
+        )
+    return messages
+
+
 def find_question(images: list[str], prompt: str | None) -> tuple[list[Path], str, str | None]:
     """The images, the prompt, and its right answer where the prompt is a demo picture's own."""
     from vlcache_jax import demo
@@ -68,7 +83,12 @@ def find_questions(images: list[str], prompts: list[str]) -> list[tuple[list[Pat
 
 
 def open_model(
-    model: str, dtype: str | None, backend: str | None, *, transform: bool = False
+    model: str,
+    revision: str | None,
+    dtype: str | None,
+    backend: str | None,
+    *,
+    transform: bool = False,
 ) -> tuple["VLM", Progress]:
     """The model with its parameters unread, and the bar that their reading moves."""
     from vlcache_jax.loading import load
@@ -89,7 +109,15 @@ def open_model(
         amount = f"{human_bytes(done)} of {human_bytes(total)}"
         progress.update(task, description=piece, completed=done, total=total, amount=amount)
 
-    vlm = load(model, dtype, backend=backend, transform=transform, lazy=True, progress=show)
+    vlm = load(
+        model,
+        dtype,
+        backend=backend,
+        transform=transform,
+        revision=revision,
+        lazy=True,
+        progress=show,
+    )
     return vlm, progress
 
 

@@ -226,7 +226,7 @@ def inspect(
 
     Args:
         vlm: the model.
-        images: None, an image or a list of images, as in `VLM.generate`.
+        images: None, an image or a list of images: local files, PIL images or uint8 [H, W, 3].
         text: the prompt.
         methods: one or more methods, or quantisers, which keep everything.
         max_new_tokens: most tokens of an answer.
@@ -234,7 +234,8 @@ def inspect(
         progress: called before each answer with its label.
 
     Raises:
-        ValueError: there is no method, or as `VLM.generate`.
+        ValueError: there is no method, an image or the prompt is bad, or there are more tokens
+            than the model has positions for.
         FileNotFoundError: an image file does not exist.
     """
     if not methods:
@@ -318,7 +319,13 @@ def locate(processor: Processor, sources: Sequence[ImageLike], visual: np.ndarra
 
 
 def prompt_pieces(processor: Processor, tokens: np.ndarray, visual: np.ndarray) -> list[str]:
-    """The text of each token of a prompt [m], special tokens with it; "" for visual ones."""
+    """The text of each token of a prompt, special tokens with it; "" for visual ones.
+
+    Args:
+        processor: the model's.
+        tokens: ids, [m].
+        visual: which of them are visual, bool [m].
+    """
     text = iter(processor.detokenizer(special_tokens=True).split(tokens[~visual]))
     return ["" if is_visual else next(text) for is_visual in visual]
 

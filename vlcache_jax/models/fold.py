@@ -16,10 +16,12 @@ from vlcache_jax.models.llava import Params
 def fold_transform(params: Params) -> Params:
     """The same model with transformed values in its cache.
 
-    All arrays but the layers' `qkv` and `out` are those given, not copies.
-
     Args:
-        params: the tree of `vlcache_jax.models.llava.abstract_params`.
+        params: the parameters, as `vlcache_jax.models.llava.init_params` makes them.
+
+    Every kv head's columns of the value weights are multiplied by the transform, and the rows of
+    the output weights of the G query heads that read it by the transposed one. In float32, then
+    rounded to the type of the weights. All other arrays are those given, not copies.
     """
     layers = {}
     for index, layer in params["layers"].items():
@@ -30,15 +32,11 @@ def fold_transform(params: Params) -> Params:
 
 @jax.jit
 def fold_layer(qkv: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One layer's weights with the transform in them.
-
-    Every kv head's columns of the value weights are multiplied by the transform, and the rows of
-    the output weights of the G query heads that read it by the transposed one. In float32, then
-    rounded to the type of the weights.
+    """One layer's projections with the transform folded in.
 
     Args:
-        qkv: [D, K, G + 2, H].
-        out: [K, G, H, D].
+        qkv: the kernel of queries, keys and values, [D, K, G + 2, H].
+        out: the kernel of the attention's output, [K, G, H, D].
     """
     size = qkv.shape[-1]
     turn = signs(size).astype(np.float32) * np.float32(factor(size))
