@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
             of a prefill is that of these, not of the whole batch.
     """
 
-    messages: Messages | Sequence[Messages]
+    messages: Messages | Sequence[Messages] | None
     max_new_tokens: int
     temperature: float
     top_k: int | None
