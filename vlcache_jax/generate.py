@@ -409,7 +409,7 @@ class Generate:
         new_pool, new_state, trace = self.begin(params, inputs, rng)
         new_shapes, shapes = ([leaf.shape[1:] for leaf in jax.tree.leaves(each)]
                               for each in (new_pool, pool))  # fmt: skip
-        if new_shapes != shapes:
+        if new_shapes != shapes or jax.tree.structure(new_pool) != jax.tree.structure(pool):
             raise ValueError(
                 f"prompts padded to {inputs.tokens.shape[1]} rows make a pool of shapes "
                 f"{new_shapes}, which do not fit {shapes}: pad all to one bucket"
