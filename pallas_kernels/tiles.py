@@ -140,10 +140,10 @@ def call(
         kernel: takes the references and `static`.
         name: of the kernel, in programs and traces.
         grid: number of programs along each axis, the first varying fastest.
-        in_specs: of the inputs.
+        in_specs: of the inputs, which may be trees of arrays.
         out_specs: of the outputs.
         out_shape: of the outputs.
-        aliases: input number to the number of the output that is the same memory.
+        aliases: input array's number to that of the output array that is the same memory.
         num_warps: warps of one program.
         num_stages: how many trips of a loop are loaded ahead.
         cost: operations and bytes, for XLA's scheduler.

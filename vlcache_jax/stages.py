@@ -262,7 +262,7 @@ class Stages:
         part, trace = self.build_cache(prefilled, inputs, settings)
         new_shapes, shapes = ([leaf.shape[1:] for leaf in jax.tree.leaves(each)]
                               for each in (part, pool))  # fmt: skip
-        if new_shapes != shapes:
+        if new_shapes != shapes or jax.tree.structure(part) != jax.tree.structure(pool):
             raise ValueError(
                 f"prompts padded to {inputs.tokens.shape[1]} rows make a pool of shapes "
                 f"{new_shapes}, which do not fit {shapes}: pad all to one bucket"

@@ -20,7 +20,8 @@ class WindowScores(NamedTuple):
             heads of its group, float32 [B, K, T]; 0 for keys that no row sees.
         zeroed: entries below `threshold` times the largest of their own row, int32 [B, N]; None
             where no threshold was given.
-        visible: entries that the causal mask and the lengths leave, int32 [B, N]; None likewise.
+        visible: entries that the causal mask and the lengths leave, int32 [B, N]; None where no
+            threshold was given.
     """
 
     scores: jax.Array

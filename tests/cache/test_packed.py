@@ -180,6 +180,15 @@ def test_every_row_of_the_pool(case, monkeypatch):
     assert np.allclose(pool.visual, (kept & VISUAL[:, None, None]).sum(-1).mean(-1))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_no_layer_is_larger_than_the_most_that_one_can_be(case):
+    pool = run(case)[2]
+    each = np.array([32 // bits for bits in pool.quantizer.widths])
+    words = np.sum(-(-pool.rows // each), axis=-1)
+    assert pool.dense.length.max() <= pool.dense.most <= T
+    assert words.max() <= pool.most_words <= pool.words_k.shape[2]
+
+
 def test_the_payload_of_akvq_alone():
     """2 + 14 n16 / m + 2 n4 / m bits for each value (AKVQ-VL, section 3)."""
     method, _, pool, *_, salience = run("akvq")

@@ -30,7 +30,7 @@ class Pool:
 
     Attributes:
         k: keys after RoPE, [B, K, capacity, H].
-        v: values, likewise.
+        v: values, [B, K, capacity, H].
         offset: first row of each layer, int32 [B, L].
         length: rows of each layer, int32 [B, L].
         visual: visual tokens among them, the mean over the kv heads, float32 [B, L]: for reports.
