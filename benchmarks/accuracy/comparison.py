@@ -67,30 +67,21 @@ class Together(CacheMethod):
         """Nothing to check: the methods are made."""
 
     def observe(self, layer: Layer) -> Any:
-        """What each method saw, in their order; what several look at alike is watched once."""
+        """What each method saw, in their order; what no budget changes is watched once for all."""
+
+        def under(method: CacheMethod) -> Layer:
+            return replace(layer, prompt=replace(layer.prompt, budget=method.limit.data))
+
         groups: dict[Budget | None, list[CacheMethod]] = defaultdict(list)
         for method in self.methods:
-            groups[_watched_under(method)].append(method)
-        seen = {budget: watch(methods, _under(layer, budget)) for budget, methods in groups.items()}
-        return tuple(
-            method.judge(_under(layer, method.limit), seen[_watched_under(method)])
-            for method in self.methods
-        )
-
-
-def _watched_under(method: CacheMethod) -> Budget | None:
-    """The budget that decides which rows a method looks from; None where none does."""
-    if method.limit.keeps_all:
-        return None
-    moving = any(isinstance(window, LastRows) for window, _ in method.watches)
-    return method.limit if moving else None
-
-
-def _under(layer: Layer, budget: Budget | None) -> Layer:
-    """A layer as a method of a budget sees it."""
-    if budget is None:
-        return layer
-    return replace(layer, prompt=replace(layer.prompt, budget=budget.data))
+            windows = () if method.limit.keeps_all else method.watches
+            moving = any(isinstance(window, LastRows) for window, _ in windows)
+            groups[method.limit if moving else None].append(method)
+        found = {}
+        for methods in groups.values():
+            seen = watch(methods, under(methods[0]))
+            found |= {method: method.judge(under(method), seen) for method in methods}
+        return tuple(found[method] for method in self.methods)
 
 
 @dataclass(frozen=True)
