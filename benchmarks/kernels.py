@@ -32,6 +32,7 @@ from pallas_kernels import (
     prefill_attention,
     quantized_decode_attention,
     ragged_decode_attention,
+    sample_tokens,
     tiles,
     window_scores,
 )
@@ -40,6 +41,7 @@ from pallas_kernels.packing import per_word
 from pallas_kernels.prefill_attention import config as prefill_config
 from pallas_kernels.quantized_decode_attention import config as packed_config
 from pallas_kernels.ragged_decode_attention import config as decode_config
+from pallas_kernels.sample_tokens import config as sample_config
 from pallas_kernels.window_scores import config as window_config
 
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200"}
@@ -51,6 +53,7 @@ CONFIGS: dict[str, Any] = {
     "ragged_decode_attention": decode_config,
     "quantized_decode_attention": packed_config,
     "add_rms_norm": norm_config,
+    "sample_tokens": sample_config,
 }
 """The config.py of each operation."""
 
@@ -58,6 +61,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (32, 64, 80, 96, 128)
 WIDTHS = (1024, 4096, 7168)
 """Of the residual stream; a row's `head_dim` for the norm, whose rows are not heads."""
+VOCABULARIES = (4096, 32000, 151936)
+"""A row's `head_dim` for the draw of a token."""
 BATCH, HEADS, KV_HEADS, LENGTH, WINDOW, TAIL = 2, 32, 8, 4096, 512, 128
 MEAN_ROWS = LENGTH // 10
 
@@ -131,11 +136,14 @@ def cases() -> Iterator[Case]:
                     yield from make(arch, dtype, head_dim)
             for width in WIDTHS:
                 yield from _norm_cases(arch, dtype, width)
+        for vocabulary in VOCABULARIES:
+            yield from _sample_cases(arch, vocabulary)
 
 
 def representative(case: Case) -> bool:
     """Whether a case is among the few that a test compiles: the operations' defaults."""
-    common = (case.dtype, case.head_dim) in {("bfloat16", 128), ("float32", 80), ("bfloat16", 4096)}
+    few = {("bfloat16", 128), ("float32", 80), ("bfloat16", 4096), ("float32", 32000)}
+    common = (case.dtype, case.head_dim) in few
     first = _configs(case.operation, case.arch, case.dtype, case.head_dim)[0]
     rare = {"bidirectional", "splits 1", *map(str, PACKED[1:])}
     return common and case.config == first and case.variant not in rare
@@ -256,6 +264,15 @@ def _norm_cases(arch: str, dtype: str, width: int) -> Iterator[Case]:
     for config in _configs(name, arch, dtype, width):
         function = partial(add_rms_norm.triton.add_rms_norm, eps=1e-5, config=config)
         yield Case(name, "rows", dtype, width, config, arch, function, args)
+
+
+def _sample_cases(arch: str, vocabulary: int) -> Iterator[Case]:
+    name, dtype = "sample_tokens", "float32"
+    settings = [_arrays(kind, (BATCH,))[0] for kind in (dtype, "int32", dtype, dtype)]
+    args = (*_arrays(dtype, (BATCH, vocabulary)), *settings)
+    for config in _configs(name, arch, dtype, vocabulary):
+        function = partial(sample_tokens.triton.sample_tokens, config=config)
+        yield Case(name, "rows", dtype, vocabulary, config, arch, function, args)
 
 
 def compile_case(case: Case) -> list[dict[str, Any]]:

@@ -192,7 +192,7 @@ _ATTENTION = (
     "quantized_append_and_attend",
     "quantized_decode_attention",
 )
-_KERNELS = (*_ATTENTION, "merge_splits", "add_rms_norm")
+_KERNELS = (*_ATTENTION, "merge_splits", "add_rms_norm", "sample_tokens")
 
 
 def step_launches(thunks: str) -> dict[str, Any]:

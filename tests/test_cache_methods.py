@@ -99,8 +99,9 @@ def test_a_budget_of_everything_is_the_full_cache(params, processor):
 
     def run(cache):
         generate = Generate(CONFIG, cache, 6)
-        pool, state, _ = jax.jit(generate.begin)(params, inputs, KEY)
-        step, logits = jax.jit(generate.decode_step), []
+        stages, settings = generate.stages, generate.settings(3)
+        pool, state, _ = jax.jit(stages.begin)(params, inputs, settings)
+        step, logits = jax.jit(stages.decode_step), []
         for _ in range(4):
             state, own = step(params, pool, state)
             logits.append(own)
@@ -168,14 +169,15 @@ def test_a_stream_keeps_what_generate_keeps(vlm):
 def test_a_hundred_prompts_of_a_bucket_are_one_program(params, processor, compilations):
     """Every prompt has other budgets; each stage is compiled once."""
     generate = Generate(CONFIG, VLCache(0.3), 3)
-    begin, decode = jax.jit(generate.begin), jax.jit(generate.decode_chunk)
+    stages, settings = generate.stages, generate.settings(1)
+    begin, decode = jax.jit(stages.begin), jax.jit(stages.decode_chunk)
     budgets = set()
     rng = np.random.default_rng(0)
     for seed in range(100):
         text = "".join(chr(rng.integers(97, 123)) for _ in range(int(rng.integers(1, 40))))
         inputs = processor(picture(60, 40, seed), text)
         compilations.clear()
-        pool, state, _ = begin(params, inputs, KEY)
+        pool, state, _ = begin(params, inputs, settings)
         assert len(compilations) == (1 if seed == 0 else 0)
         decode(params, pool, state)
         assert len(compilations) == (2 if seed == 0 else 0)
@@ -191,52 +193,53 @@ def test_only_the_pool_and_the_tail_stay(params, processor, method):
     """The full K and V are gone: what is alive afterwards is counted by JAX itself."""
     inputs = jax.device_put(processor(IMAGES, TEXTS))
     generate = Generate(CONFIG, method, 6)
-    begin = jax.jit(generate.begin)
-    begin(params, inputs, KEY)  # compiled: constants are alive before and after
+    stages, settings = generate.stages, generate.settings(3)
+    begin = jax.jit(stages.begin)
+    begin(params, inputs, settings)  # compiled: constants are alive before and after
     before = {id(array) for array in jax.live_arrays()}
-    pool, state, _ = begin(params, inputs, KEY)
+    pool, state, _ = begin(params, inputs, settings)
     new = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
     text = CONFIG.text
     row = 2 * text.num_kv_heads * text.head_dim * 4
-    tail = 3 * text.num_layers * generate.tail_rows * row
-    capacity = method.capacity(text.num_layers, 160)
+    tail = 3 * text.num_layers * stages.tail_rows * row
+    capacity = method.limit.capacity(text.num_layers, 160)
     assert pool.k.nbytes + pool.v.nbytes == 3 * capacity * row
     small = sum(x.nbytes for x in jax.tree.leaves((pool, state)) if x.ndim <= 2)
     assert new <= 3 * capacity * row + tail + small
-    assert capacity <= round_up(text.num_layers * (method.limit.layer_rows(160)))
+    assert capacity == round_up(text.num_layers * method.limit.bucket(160).layer_rows(160))
 
 
 def test_prefilling_into_a_batch_writes_in_place(params, processor):
     generate = Generate(CONFIG, VLCache(0.3), 3)
-    pool, state = generate.empty(6, 160, jnp.float32)
+    stages, settings = generate.stages, generate.settings(2)
+    pool = stages.empty_pool(6, 160, jnp.float32)
     assert isinstance(pool, Pool)
     inputs = processor(IMAGES[:2], TEXTS[:2])
     rows = np.array([4, 1], np.int32)
-    program = jax.jit(generate.prefill_into, donate_argnums=(1, 2))
-    args = (params, pool, state, rows, inputs, KEY)
+    program = jax.jit(stages.build_into, donate_argnums=0)
+    prefilled, _ = jax.jit(stages.prefill)(params, inputs, settings)
+    args = (pool, rows, prefilled, inputs, settings)
     memory = program.lower(*args).compile().memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes >= pool.k.nbytes + pool.v.nbytes
     old = pool.k
-    pool, state, _ = program(*args)
+    pool, _ = program(*args)
     assert old.is_deleted()
-    alone, first, _ = jax.jit(generate.begin)(params, inputs, KEY)
+    alone, _ = jax.jit(stages.build_cache)(prefilled, inputs, settings)
     for place, row in enumerate(rows):
         assert np.array_equal(pool.length[row], alone.length[place])
         assert np.array_equal(pool.k[row], alone.k[place])
-        assert state.token[row] == first.token[place]
-        assert state.position[row] == inputs.length[place]
     assert not np.asarray(pool.length)[[0, 2, 3, 5]].any()
 
 
 def test_prompts_of_another_bucket_do_not_fit(params, processor):
     generate = Generate(CONFIG, VLCache(0.9), 3)
-    pool, state = generate.empty(2, 1000, jnp.float32)
+    stages, settings = generate.stages, generate.settings(1)
+    pool, rows = stages.empty_pool(2, 1000, jnp.float32), np.zeros(1, np.int32)
     inputs = processor(None, "hello")
+    prefilled, _ = jax.eval_shape(stages.prefill, params, inputs, settings)
     with pytest.raises(ValueError, match="pad all to one bucket"):
-        jax.eval_shape(
-            generate.prefill_into, params, pool, state, np.zeros(1, np.int32), inputs, KEY
-        )
+        jax.eval_shape(stages.build_into, pool, rows, prefilled, inputs, settings)
 
 
 @pytest.mark.parametrize("budget", [0.01, 0.1, 0.5, 0.99, 1.0, "1tok", "40tok", "5000tok"])
@@ -249,7 +252,10 @@ def test_the_capacity_formula(method, budget):
             own = min(rows, cache.limit.tokens + int(np.ceil(0.01 * rows)) + 1)
         elif cache.limit.share is not None and not cache.limit.keeps_all:
             own = min(rows, int(np.ceil((cache.limit.share + 0.01) * rows)) + 1)
-        capacity = cache.capacity(layers, rows)
+        shares = [0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6]
+        sizes = [min(rows, int(np.ceil((share + 0.01) * rows)) + 1) for share in shares]
+        own = min([size for size in sizes if size >= own], default=rows)  # that of its bucket
+        capacity = cache.limit.capacity(layers, rows)
         assert capacity % BLOCK == 0
         assert 0 <= capacity - layers * own < max(BLOCK, capacity * (layers * own == 0))
 
@@ -263,13 +269,13 @@ def test_every_length_fits_its_pool(method, budget):
     m = jnp.arange(1, rows + 1)
     rng = np.random.default_rng(0)
     sparsity = jnp.asarray(1 - rng.uniform(0, 1, (rows, layers)) ** 8, jnp.float32)
-    prompt = vlcache_jax.Prompt(m, jnp.zeros((rows, rows), bool), layers, cache.limit)
+    prompt = vlcache_jax.Prompt(m, jnp.zeros((rows, rows), bool), layers, cache.limit.data)
     _, allocation = cache.rules()
-    k = np.asarray(allocate(allocation.sizes(prompt, sparsity), cache.limit, m))
+    k = np.asarray(allocate(allocation.sizes(prompt, sparsity), prompt.budget, m))
     assert (k >= 1).all()
     assert (k <= np.asarray(m)[:, None]).all()
-    assert (k.sum(1) <= layers * np.asarray(cache.limit.most(m))).all()
-    assert k.sum(1).max() <= cache.capacity(layers, rows)
+    assert (k.sum(1) <= layers * np.asarray(prompt.budget.most(m))).all()
+    assert k.sum(1).max() <= cache.limit.capacity(layers, rows)
 
 
 # A user's own
@@ -331,10 +337,10 @@ def test_wrong_shapes_of_own_rules_are_told():
     prompt = processor(None, "hello")
     params = jax.eval_shape(lambda: init_params(CONFIG))
     with pytest.raises(ValueError, match=r"expected \[B, K, T\]"):
-        jax.eval_shape(Generate(CONFIG, wrong).prefill, params, prompt)
+        jax.eval_shape(Generate(CONFIG, wrong).__call__, params, prompt, KEY)
     wrong = Custom(allocation=lambda prompt, sparsity: sparsity[:, :1])
     with pytest.raises(ValueError, match=r"expected \[B, L\]"):
-        jax.eval_shape(Generate(CONFIG, wrong).begin, params, prompt, KEY)
+        jax.eval_shape(Generate(CONFIG, wrong).__call__, params, prompt, KEY)
 
 
 def test_equal_settings_are_equal_methods():

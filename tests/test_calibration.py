@@ -64,7 +64,9 @@ def numpy_shares(q, k, entering, visual):
 
 def test_the_share_is_that_of_numpy(vlm, found):
     generate = Generate(vlm.config, Spy(0.5))
-    run = jax.jit(lambda params, inputs: generate.prefill(params, inputs).seen)
+    settings = generate.settings(1)
+    prefill = generate.stages.prefill
+    run = jax.jit(lambda params, inputs: prefill(params, inputs, settings)[0].seen)
     expected = []
     for inputs in vlm.processor.groups(IMAGES, TEXTS, 1):
         seen, m = run(vlm.params, inputs), int(inputs.length[0])
@@ -120,8 +122,7 @@ def test_a_file_is_read_as_it_was_written(found, tmp_path):
 
 
 def tsa_layers(vlm, cache):
-    generate, _, _ = vlm._request(None, "x", 8, cache=cache)
-    return generate.cache.quantize.tsa_layers
+    return vlm._request(None, "x", cache=cache).generate.cache.quantize.tsa_layers
 
 
 def test_a_file_beside_the_weights_is_used(copy):
@@ -132,7 +133,7 @@ def test_a_file_beside_the_weights_is_used(copy):
     assert vlm.tsa_layers == tsa_layers(vlm, AKVQ()) == (1,)
     assert tsa_layers(vlm, VLCache(quantize=AKVQ())) == (1,)
     assert tsa_layers(vlm, AKVQ(tsa_layers=(0,))) == (0,)
-    assert vlm._request(None, "x", 8, cache=VLCache())[0].cache == VLCache()
+    assert vlm._request(None, "x", cache=VLCache()).generate.cache == VLCache()
     assert describe(copy, cache=FullCache(quantize=AKVQ()))["memory"]["pool"] < plain
 
 

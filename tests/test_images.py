@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.image_utils import load_image as hf_load_image
 
 from tests.tiny import picture
-from vlcache_jax.processing import load_image
+from vlcache_jax.images import load_image
 
 
 def modes():

@@ -7,16 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import vlcache_jax
 from tests.inspections import made_up_inspection
-from tests.tiny import picture, tiny_tokenizer
+from tests.tiny import picture
 from vlcache_jax import VLCache
 from vlcache_jax.cache.quantizers import make_quantizer
-from vlcache_jax.inspection import figures, split_text
+from vlcache_jax.inspection import figures
 
 METHODS = (VLCache(0.3, quantize=make_quantizer("4")),)
 TEXT = "one <image> two <image> é?"
@@ -135,24 +133,6 @@ def test_pieces_are_the_prompt(vlm, seen):
     assert seen.pieces[at - 1] == ""  # the first of its two bytes
     assert not seen.visual[at - 1]
     assert all(not piece for piece, visual in zip(seen.pieces, seen.visual, strict=True) if visual)
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
-def test_pieces_join_to_the_text(text):
-    tokens = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-    pieces = split_text(lambda ids: str(TOKENIZER.decode(ids)), tokens)
-    assert len(pieces) == len(tokens)
-    assert "".join(pieces) == text
-
-
-TOKENIZER = tiny_tokenizer()
-
-
-def test_pieces_keep_spaces_that_a_decoder_strips():
-    words = {1: " What", 2: " is", 3: " it", 4: "?"}
-    pieces = split_text(lambda ids: "".join(words[i] for i in ids).lstrip(), [1, 2, 3, 4])
-    assert pieces == ["What", " is", " it", "?"]
-    assert split_text(lambda ids: "".join(words[i] for i in ids), []) == []
 
 
 def test_json_is_all_of_it(seen, tmp_path):

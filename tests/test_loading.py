@@ -3,10 +3,16 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 import vlcache_jax
+from convert.program import convert
+from vlcache_jax import checkpoint
+from vlcache_jax.checkpoint import load_params
 from vlcache_jax.loading import describe
+from vlcache_jax.models.fold import fold_layer, fold_transform
 
 
 @pytest.fixture
@@ -89,3 +95,29 @@ def test_an_unknown_backend_is_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setenv("VLCACHE_BACKEND", "magic")
     with pytest.raises(ValueError, match="VLCACHE_BACKEND='magic'"):
         vlcache_jax.load("nowhere")
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "converted"])
+def test_each_layer_is_folded_as_it_is_read(model_dir, tmp_path, monkeypatch, kind):
+    """At no time are there more arrays than the parameters and one layer's kernels."""
+    if kind == "converted":
+        convert(model_dir, tmp_path / "converted")
+        model_dir = tmp_path / "converted"
+    expected = fold_transform(load_params(model_dir))
+    before, alive = {id(array) for array in jax.live_arrays()}, []
+
+    def fold(qkv, out, fold=fold_layer):
+        folded = fold(qkv, out)
+        alive.append(sum(id(array) not in before for array in jax.live_arrays()))
+        return folded
+
+    monkeypatch.setattr(checkpoint, "fold_layer", fold)
+    vlm = vlcache_jax.load(model_dir, transform=True)
+    leaves = jax.tree.leaves(vlm.params)
+    layer = len(jax.tree.leaves(vlm.params["layers"][0]))
+    first, second = alive
+    assert second == first + layer  # the second was read when the first had been folded
+    assert second <= len(leaves) + 2
+    for one, other in zip(leaves, jax.tree.leaves(expected), strict=True):
+        assert np.array_equal(one, other)
+    assert vlm.transformed

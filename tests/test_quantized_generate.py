@@ -28,6 +28,7 @@ from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.cache.state import Pool, Tail
 from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.models.llava import abstract_params
+from vlcache_jax.stages import Stages
 
 CONFIG = tiny_config("llava_next")
 ONE_LAYER = replace(CONFIG, text=replace(CONFIG.text, num_layers=1))
@@ -90,10 +91,11 @@ def test_sixteen_bits_with_the_transform_are_the_full_cache(params, folded, proc
 
     def run(cache, params):
         generate = Generate(CONFIG, cache, 9)
-        pool, state, _ = compiled(generate, "begin")(params, inputs, KEY)
+        stages = generate.stages
+        pool, state, _ = compiled(stages, "begin")(params, inputs, generate.settings(2))
         tokens, logits = [state.token], []
         for _ in range(8):
-            state, own = compiled(generate, "decode_step")(params, pool, state)
+            state, own = compiled(stages, "decode_step")(params, pool, state)
             tokens.append(state.token)
             logits.append(own)
         return pool, np.stack(tokens), np.stack(logits)
@@ -124,7 +126,7 @@ def test_folded_weights_are_the_same_model(processor, heads, kv_heads, head_dim)
         assert own["down"] is layer["down"]
     assert folded["embed"] is params["embed"]
     inputs = processor(None, "a few words")
-    logits_of = jax.jit(Generate(config).prompt_logits)
+    logits_of = jax.jit(Stages(config).prompt_logits)
     length = int(inputs.length[0])
     expected = logits_of(params, inputs)[0, :length]
     assert close(logits_of(folded, inputs)[0, :length], expected, 1e-5)
@@ -188,7 +190,7 @@ def test_ten_percent_at_two_bits_are_three_percent_of_the_bytes():
     rng = np.random.default_rng(0)
     visual = np.zeros((1, rows), bool)
     visual[:, 10:2900] = True
-    prompt = Prompt(jnp.array([rows], jnp.int32), jnp.asarray(visual), layers, method.limit)
+    prompt = Prompt(jnp.array([rows], jnp.int32), jnp.asarray(visual), layers, method.limit.data)
     seen = Observation(
         jnp.asarray(rng.random((1, layers, 1, rows), np.float32)),
         jnp.asarray(rng.uniform(0.5, 0.99, (1, layers)).astype(np.float32)),
@@ -221,12 +223,14 @@ def float_shapes(program):
 def test_there_is_never_a_dequantised_cache(params):
     """In no program of decoding is there an array of full width as large as a part of the cache."""
     generate, rows = Generate(CONFIG, as_method(replace(SMALL, residual=32)), 97), 4096
-    shapes = jax.eval_shape(partial(generate.empty, 1, rows, jnp.float32))
-    pool, _ = shapes
+    stages, one = generate.stages, np.ones(1, np.int32)
+    pool = jax.eval_shape(partial(stages.empty_pool, 1, rows, jnp.float32))
+    start = partial(stages.start, dtype=jnp.float32)
+    shapes = pool, jax.eval_shape(start, one, one, generate.settings(1))
     whole = pool.words_k.size * 16  # values of the keys at two bits
     assert whole >= HEADS * CONFIG.text.head_dim * 2 * rows
     for stage, args in (("decode_chunk", (params, *shapes)), ("spill", shapes)):
-        program = jax.jit(getattr(generate, stage)).lower(*args).compile()
+        program = jax.jit(getattr(stages, stage)).lower(*args).compile()
         assert float_shapes(program) < whole / 8
     both = pool.words_v, pool.affine_v
 
@@ -278,29 +282,28 @@ def plain(pool, tail, new=None):
 )
 def test_new_tokens_are_packed_too(folded, processor, cache, config):
     generate = Generate(config, as_method(cache), 600, chunk=16)
-    quantizer, count = generate.cache.quantize, generate.spilled_rows
-    steps = generate.chunk_steps
+    stages, quantizer, steps = generate.stages, generate.cache.quantize, generate.chunk_steps
     assert quantizer is not None
-    assert count is not None
+    count = quantizer.unit
     inputs = processor(None, ["what?", "another text, a bit longer"])
     layers = range(config.text.num_layers)
     folded = {**folded, "layers": {i: folded["layers"][i] for i in layers}}
-    pool, state, _ = jax.jit(generate.begin)(folded, inputs, KEY)
-    spill, decode = jax.jit(generate.spill, donate_argnums=(0, 1)), jax.jit(generate.decode_step)
+    pool, state, _ = jax.jit(stages.begin)(folded, inputs, generate.settings(2))
+    spill, decode = jax.jit(stages.spill, donate_argnums=(0, 1)), jax.jit(stages.decode_step)
     prompt = np.asarray(pool.counts)
     moved = []  # keys and values [L, B, K, n, H], as they were
-    assert generate.tail_rows <= 32 + 2 * count + steps < 600 / 4
+    assert stages.tail_rows <= 32 + 2 * count + steps < 600 / 4
     packed = 0
     for index in range(generate.num_chunks + 1):
         before = jax.device_get(state.tail)
         pool, state = spill(pool, state)
         new = int(before.fill[0] - state.tail.fill[0])
-        assert new == (count if before.fill[0] >= 32 + count else 0)
+        assert new == (count if index * steps % count == 0 and before.fill[0] >= 32 + count else 0)
         moved.append([np.stack(x)[:, :, :, :new] for x in (before.k, before.v)])
         packed += new
         assert (np.asarray(pool.rows)[..., -1] == packed).all()
         assert (np.asarray(state.tail.fill) == index * steps - packed).all()
-        assert int(state.tail.fill[0]) <= generate.tail_rows - steps
+        assert int(state.tail.fill[0]) <= stages.tail_rows - steps
         if index < generate.num_chunks:
             for _ in range(steps):
                 state, _ = decode(folded, pool, state)
@@ -313,7 +316,7 @@ def test_new_tokens_are_packed_too(folded, processor, cache, config):
 
     # One more step on the packed rows is that on the same rows dequantised, and near that on exact
     # ones where they have 8 bits.
-    own, full = decode(folded, pool, state)[1], replace(generate, cache=FullCache())
+    own, full = decode(folded, pool, state)[1], replace(stages, cache=FullCache())
     for new, tolerance in ((None, 5e-5), ((new_k, new_v), 0.02)):
         dense, tail = plain(host, state.tail, new)
         expected = compiled(full, "decode_step")(folded, dense, replace(state, tail=tail))[1]

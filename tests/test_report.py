@@ -32,7 +32,7 @@ def build(method, dtype, new_rows):
     shape = (2, TEXT.num_kv_heads, TEXT.num_layers * ROWS, TEXT.head_dim)
     k, v = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
     visual = jnp.asarray(rng.random((2, ROWS)) < 0.6)
-    prompt = Prompt(jnp.array(LENGTHS), visual, TEXT.num_layers, method.limit)
+    prompt = Prompt(jnp.array(LENGTHS), visual, TEXT.num_layers, method.limit.data)
     if method.limit.keeps_all:
         budgets, order = jnp.broadcast_to(prompt.length[:, None], (2, 3)), None
     else:
@@ -143,7 +143,9 @@ def test_a_quantiser_has_the_name_of_the_command_line():
 def test_the_memory_that_is_foretold_is_that_of_the_arrays(cache):
     config, dtype = tiny_config("llava"), jnp.dtype("bfloat16")
     need = memory_need(config, dtype, cache, rows=512, batch=3, new_tokens=200)
-    pool, state = Generate(config, cache, 200).empty(3, 512, dtype)
+    stages, three = Generate(config, cache, 200).stages, jnp.ones(3, jnp.int32)
+    pool = stages.empty_pool(3, 512, dtype)
+    state = stages.start(three, three, Generate(config, cache, 200).settings(3), dtype)
     assert need.pool == sum(leaf.nbytes for leaf in jax.tree.leaves(pool) if leaf.ndim == 4)
     assert need.tail == sum(leaf.nbytes for leaf in (*state.tail.k, *state.tail.v))
     whole = 2 * 3 * 512 * config.text.num_layers * 2 * 8 * 2
@@ -184,16 +186,15 @@ def test_an_answer_counts_what_its_program_made(model_dir):
     cache = VLCache(0.5, quantize=RTN(bits=4, residual=8, recent=3))
     answer = vlm.generate(picture(70, 40), "what?", max_new_tokens=60, cache=cache)
     report, text = answer.cache, vlm.config.text
-    generate = Generate(vlm.config, cache, 60)
+    stages = Generate(vlm.config, cache, 60).stages
     row = 2 * text.num_kv_heads * text.head_dim
     assert report.dense_bytes == text.num_layers * 3 * row * 4
     packed = sum(report.layer_budgets) - text.num_layers * 3
     assert report.payload_bytes == packed * row // 2
     assert report.scale_bytes == packed * 2 * text.num_kv_heads * 4
-    assert report.tail_bytes == text.num_layers * generate.tail_rows * row * 4
-    pool, _ = generate.empty(
-        1, vlm.processor(picture(70, 40), "what?").tokens.shape[1], jnp.float32
-    )
+    assert report.tail_bytes == text.num_layers * stages.tail_rows * row * 4
+    prompt_rows = vlm.processor(picture(70, 40), "what?").tokens.shape[1]
+    pool = stages.empty_pool(1, prompt_rows, jnp.float32)
     large = [leaf.nbytes for leaf in jax.tree.leaves(pool) if leaf.ndim == 4]
     assert report.allocated_bytes == sum(large)
     assert (report.label, report.kv_bits) == ("vl-cache+rtn", "rtn")

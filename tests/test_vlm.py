@@ -10,7 +10,9 @@ from PIL import Image
 
 import vlcache_jax
 from tests.tiny import picture
+from vlcache_jax.cache.state import whole_capacity
 from vlcache_jax.processing import ModelInputs
+from vlcache_jax.programs import Programs
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +84,12 @@ def test_requests_are_answered_in_order_the_next_one_read_meanwhile(vlm, monkeyp
                 second_was_read.set()
             yield {"text": prompt, "max_new_tokens": 3}
 
-    def run_whole(generate, inputs, key, run=vlm._run_whole):
+    def answer(request, answer=vlm._answer):
         assert second_was_read.wait(timeout=60)  # while the first one runs, in another thread
-        return run(generate, inputs, key)
+        return answer(request)
 
     alone = [vlm.generate(text=prompt, max_new_tokens=3).tokens for prompt in prompts]
-    monkeypatch.setattr(vlm, "_run_whole", run_whole)
+    monkeypatch.setattr(vlm, "_answer", answer)
     answers = vlm.generate_each(requests())
     assert read == []
     assert [answer.tokens for answer in answers] == alone
@@ -164,20 +166,21 @@ def test_dtype_is_that_of_parameters_and_cache(model_dir):
 def test_a_hundred_pictures_compile_one_program_per_bucket(vlm, compilations):
     rng = np.random.default_rng(0)
     sizes = rng.integers(32, 2000, (100, 2))
-    vlm._programs.clear()
+    vlm._programs = Programs()
+    compilations.clear()
     buckets, real_rows, rows = set(), 0, 0
-    for count, (width, height) in enumerate(sizes):
+    for width, height in sizes:
         image = Image.new("RGB", (int(width), int(height)), tuple(rng.integers(0, 256, 3).tolist()))
         text = "what is here? " + "more " * int(rng.integers(0, 8))
         inputs: ModelInputs = vlm.processor([image], text)
-        if count == 0:  # what is compiled once whatever the prompt: making a key from a seed
-            vlm.generate([image], text, max_new_tokens=4)
-            compilations.clear()
-            vlm._programs.clear()
         vlm.generate([image], text, max_new_tokens=4)
         buckets.add((inputs.tokens.shape[1], inputs.tiles.shape[0]))
         real_rows += int(inputs.length[0])
         rows += inputs.tokens.shape[1]
-    assert len(compilations) == len(buckets) <= 8
+    prompts = {rows for rows, _ in buckets}
+    pools = {whole_capacity(vlm.config.text.num_layers, rows) for rows in prompts}
+    # A prefill for each bucket, a cache build for its prompts, decoding for its pool; one start.
+    assert len(compilations) == len(buckets) + len(prompts) + len(pools) + 1
+    assert len(buckets) <= 8
     assert len(buckets) > 1
     assert 1 - real_rows / rows <= 0.25

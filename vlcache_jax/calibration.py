@@ -26,8 +26,9 @@ from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.cache.score import ColumnSum
 from vlcache_jax.cache.trace import check_target
 from vlcache_jax.display import versions
+from vlcache_jax.images import Images
 from vlcache_jax.models.llava import Params
-from vlcache_jax.processing import Images, ModelInputs
+from vlcache_jax.processing import ModelInputs
 from vlcache_jax.programs import Programs
 from vlcache_jax.settings import Settings
 from vlcache_jax.stages import Stages

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlcache_jax import demo
 from vlcache_jax.config import LlavaConfig
+from vlcache_jax.models.fold import fold_layer
 from vlcache_jax.models.llava import Params, abstract_params
 from vlcache_jax.weights import (
     DTYPES,
@@ -248,7 +249,11 @@ def open_checkpoint(path: str | Path, config: LlavaConfig | None = None) -> Chec
 
 
 def load_params(
-    source: str | Path | Checkpoint, dtype: Any = None, progress: Progress | None = None
+    source: str | Path | Checkpoint,
+    dtype: Any = None,
+    progress: Progress | None = None,
+    *,
+    transform: bool = False,
 ) -> Params:
     """The parameters of a model directory of either kind, on the default device.
 
@@ -256,6 +261,7 @@ def load_params(
         source: the directory, or what `open_checkpoint` made of it.
         dtype: float32, bfloat16 or float16; as stored by default.
         progress: called after each parameter with its piece, the bytes done and the bytes in all.
+        transform: fold the transform of the values into each layer as it is read (`models.fold`).
 
     Returns:
         The nested dict of arrays that `vlcache_jax.models.llava.abstract_params` describes.
@@ -277,6 +283,10 @@ def load_params(
             done += array.nbytes
             if progress is not None:
                 progress(piece, done, total)
+        if transform and piece.startswith("layer_"):
+            kernels = [name for name in checkpoint.pieces[piece] if name.endswith((".qkv", ".out"))]
+            kernels.sort(reverse=True)  # qkv, out
+            leaves |= zip(kernels, fold_layer(*(leaves[name] for name in kernels)), strict=True)
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(checkpoint.config))
     return tree.unflatten([leaves[parameter_name(path)] for path, _ in paths])
 

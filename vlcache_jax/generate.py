@@ -6,8 +6,7 @@ the same loop over chunks on the host.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,13 @@ from pallas_kernels.backends import check_backend
 from vlcache_jax.buckets import bucket_for
 from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.methods import FullCache, as_method
-from vlcache_jax.cache.trace import BatchTrace
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.sampling import Sampling
 from vlcache_jax.settings import Settings
-from vlcache_jax.stages import DecodeState, Stages
+from vlcache_jax.stages import Stages
+from vlcache_jax.state import DecodeState, GenerateOutput
 
 Carry = tuple[jax.Array, DecodeState, jax.Array, AnyPool | None]
 """Of the loop over chunks: the chunk's number, the state, the tokens, the pool if it changes."""
@@ -34,29 +33,6 @@ CHUNK = 16
 
 CHUNKS = (1, 2, 3, 4, 6, 8)
 """Whole chunks that a tail has room for; beyond these, twice as many and so on."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class GenerateOutput:
-    """The answers of a batch.
-
-    Attributes:
-        tokens: int32 [B, max_new_tokens]; what stands at or beyond `lengths` has no meaning.
-        lengths: tokens of each answer, the stop token left out, int32 [B].
-        kept: prompt tokens kept by each layer, int32 [B, L].
-        kept_visual: visual tokens among them, the mean over the kv heads, float32 [B, L].
-        counts: the kept tokens by their width: those of full width, then of each width of the
-            quantiser, int32 [B, L, 1 + widths].
-        trace: with `trace=True`, what was kept and why.
-    """
-
-    tokens: jax.Array
-    lengths: jax.Array
-    kept: jax.Array
-    kept_visual: jax.Array
-    counts: jax.Array
-    trace: BatchTrace | None
 
 
 @dataclass(frozen=True)
@@ -120,7 +96,7 @@ class Generate:
         rows = steps * bucket_for(self.num_chunks, CHUNKS)
         return Stages(self.config, self.cache, steps, rows, self.backend, self.trace)
 
-    def settings(self, batch: int, seed: Any = 0) -> Settings:
+    def settings(self, batch: int, seed: int = 0) -> Settings:
         """What is asked of a batch, as data: sequence i is request i.
 
         Args:
@@ -139,7 +115,9 @@ class Generate:
             inputs: prompts padded to their buckets.
             rng: a `jax.random.key`; not used when greedy.
         """
-        settings = self.settings(inputs.tokens.shape[0], jax.random.bits(rng))
+        settings = self.settings(inputs.tokens.shape[0])
+        seed = jnp.broadcast_to(jax.random.bits(rng), settings.draws.seed.shape)
+        settings = replace(settings, draws=replace(settings.draws, seed=seed))
         stages, steps = self.stages, self.chunk_steps
         pool, state, trace = stages.begin(params, inputs, settings)
         first = state.token[:, None]

@@ -72,7 +72,7 @@ def load(
     kind = checkpoint.target_dtype(dtype)
 
     def read_params() -> Params:
-        return load_params(checkpoint, kind, progress)
+        return load_params(checkpoint, kind, progress, transform=transform)
 
     vlm = VLM(
         config,

@@ -10,24 +10,24 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from vlcache_jax.anyres import NEWLINE, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets
 from vlcache_jax.config import LlavaConfig
-
-ImageLike: TypeAlias = str | Path | Image.Image | np.ndarray
-"""A picture: a local file, a PIL image, or a uint8 array `[height, width, 3]`."""
-
-Images: TypeAlias = ImageLike | Sequence[ImageLike] | None
-"""The pictures of one prompt."""
+from vlcache_jax.detokenize import BROKEN, Detokenizer
+from vlcache_jax.images import ImageLike, Images, load_image, name_of
+from vlcache_jax.messages import Text, conversation, is_one
 
 Array: TypeAlias = Any
 """numpy as the processor makes it, `jax.Array` on a device and inside a traced function."""
+
+CLEANED = 5
+"""Last characters of a text that transformers' clean-up may still change: of " n ' t"."""
 
 _TEXT = -1  # marks text and padding in the table of visual tokens
 
@@ -150,41 +150,69 @@ class Processor:
         return self._processor.image_processor
 
     def decode(self, token_ids: Sequence[int] | Array) -> str:
-        """Text of token ids `[n]`, special tokens left out."""
+        """Text of token ids `[n]`, special tokens left out: what a `detokenizer` makes of them."""
         ids = [int(i) for i in np.asarray(token_ids).reshape(-1)]
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return "".join(self.detokenizer().split(ids)) if BROKEN in text else text
+
+    def detokenizer(
+        self, stop: str | Sequence[str] = (), *, special_tokens: bool = False
+    ) -> Detokenizer:
+        """What makes the tokens of one answer text while they are drawn.
+
+        Args:
+            stop: a string that ends the text in front of it, or several.
+            special_tokens: whether special tokens are written; left out by default.
+
+        Raises:
+            ValueError: a stop string is empty, or is no string.
+        """
+        tokenizer = self.tokenizer
+        # transformers cleans up what some tokenizers decode, though not that of byte-pair ones.
+        pairs = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+        cleans = tokenizer.clean_up_tokenization_spaces and not pairs
+
+        def decode(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=not special_tokens))
+
+        return Detokenizer(decode, stop, lookahead=CLEANED if cleans else 0)
 
     def __call__(
         self,
         images: Images | Sequence[Images],
-        text: str | Sequence[str],
+        text: Text | Sequence[Text],
         *,
         raw_prompt: bool = False,
     ) -> ModelInputs:
         """Make the inputs of one prompt or of a batch of prompts.
 
         Args:
-            images: for one text: None, an image or a list of images; for a list of texts: None,
-                or a list that holds one of these for each text.
-            text: one prompt or a list of them. `<image>` marks say where the images go. Without a
-                mark they come first. The checkpoint's chat template makes a conversation of it and
-                may move the images (the one of LLaVA-1.5 puts them first).
-            raw_prompt: take the text as it is, with a mark for each image and no chat template.
+            images: for one prompt: None, an image or a list of images; for a list of prompts:
+                None, or a list that holds one of these for each prompt. An image is a local file,
+                a PIL image or a uint8 array [height, width, 3].
+            text: one prompt or a list of them. A prompt is a string, what the user says, or a
+                conversation: a list of `{"role": ..., "content": ...}` (see `messages.Messages`).
+                `<image>` marks, and the `{"type": "image"}` parts of a conversation, say where the
+                images go. Without either they come first in the first user message. The
+                checkpoint's chat template makes one text of it, with the beginning of the answer,
+                and may move the images (the one of LLaVA-1.5 puts them first).
+            raw_prompt: take a string as it is, with a mark for each image and no chat template.
 
         Returns:
-            The inputs, padded to `buckets`; a text alone is a batch of one.
+            The inputs, padded to `buckets`; a prompt alone is a batch of one.
 
         Raises:
             FileNotFoundError: an image file does not exist.
             ValueError: an image cannot be read, marks and images differ in number, a prompt is
-                empty or longer than the model's positions, or there is no chat template.
+                empty or longer than the model's positions, a message is malformed, or there is no
+                chat template, or one that refuses the messages.
         """
         return self.groups(images, text, raw_prompt=raw_prompt)[0]
 
     def groups(
         self,
         images: Images | Sequence[Images],
-        text: str | Sequence[str],
+        text: Text | Sequence[Text],
         size: int | None = None,
         *,
         raw_prompt: bool = False,
@@ -192,15 +220,17 @@ class Processor:
         """A batch of prompts as groups of equal shapes, so that one program serves them all.
 
         Args:
-            images: as in a call.
-            text: as in a call.
+            images: for one prompt: None, an image or a list of images; for a list of prompts:
+                None, or a list that holds one of these for each prompt.
+            text: one prompt, a string or a list of messages, or a list of prompts.
             size: prompts of a group, all of them by default. The last group is filled up by
                 repeating the last prompt.
-            raw_prompt: as in a call.
+            raw_prompt: take a string as it is, with a mark for each image and no chat template.
 
         Raises:
-            FileNotFoundError: as a call.
-            ValueError: as a call, or `size` is below 1.
+            FileNotFoundError: an image file does not exist.
+            ValueError: `size` is below 1, an image cannot be read, a prompt is empty, malformed or
+                too long, or the chat template refuses it.
         """
         if size is not None and size < 1:
             raise ValueError(f"groups of {size} prompts: at least 1")
@@ -214,11 +244,11 @@ class Processor:
         s = bucket_for(most_tiles, self.buckets.tiles)
         return [self._pad(group, t, s) for group in groups]
 
-    def _row(self, images: list[ImageLike], text: str, *, raw_prompt: bool) -> _Row:
+    def _row(self, images: list[ImageLike], text: Text, *, raw_prompt: bool) -> _Row:
         prompt = self._render(text, len(images), raw_prompt)  # cheap errors before slow images
         pictures = [load_image(image) for image in images]
         for source, picture in zip(images, pictures, strict=True):
-            self._refuse_thin(picture, _name(source))
+            self._refuse_thin(picture, name_of(source))
         bos = self.tokenizer.bos_token
         encoded = self._processor(
             images=pictures or None,
@@ -234,38 +264,32 @@ class Processor:
             tiles=self._tiles(encoded.get("pixel_values"), sizes),
         )
 
-    def _render(self, text: str, num_images: int, raw_prompt: bool) -> str:
+    def _render(self, text: Text, num_images: int, raw_prompt: bool) -> str:
         """The prompt with one mark per image, chat template applied."""
         mark = self._mark
-        marks = text.count(mark)
-        if not text and not num_images:
-            raise ValueError("the prompt is empty: give a text, an image or both")
-        if marks != num_images and (raw_prompt or marks):
-            hint = "" if raw_prompt else ", or leave the marks out and the images come first"
-            raise ValueError(
-                f"{marks} {mark} marks in the text but {num_images} images: "
-                f"give one mark for each image{hint}"
-            )
+        if raw_prompt and not isinstance(text, str):
+            raise ValueError("raw_prompt takes a string, not messages: leave one of them out")
+        messages = conversation(text, num_images, mark, raw=raw_prompt)
         if raw_prompt:
-            return text
+            return str(text)
+        remedy = "write the whole prompt yourself and pass raw_prompt=True (--raw-prompt)"
         if not self._processor.chat_template:
-            raise ValueError(
-                "this checkpoint has no chat template: write the whole prompt yourself, with its "
-                f"{mark} marks, and pass raw_prompt=True (--raw-prompt)"
+            raise ValueError(f"this checkpoint has no chat template: {remedy}, with {mark} marks")
+        try:
+            rendered = self._processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
             )
-        content = [] if marks else [{"type": "image"}] * num_images
-        for i, part in enumerate(text.split(mark)):
-            if i > 0:
-                content.append({"type": "image"})
-            if part:
-                content.append({"type": "text", "text": part})
-        rendered = self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        except Exception as error:  # a template is a program, which may raise anything
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"the chat template refuses the messages ({reason}): change them, or {remedy}"
+            ) from error
+        if any(str(message["content"]) in rendered for message in messages if message["content"]):
+            raise ValueError(f"the chat template takes no parts of messages, only texts: {remedy}")
         if rendered.count(mark) != num_images:
             raise ValueError(
                 f"the chat template wrote {rendered.count(mark)} {mark} marks for {num_images} "
-                "images: write the whole prompt yourself and pass raw_prompt=True (--raw-prompt)"
+                f"images: {remedy}"
             )
         return rendered
 
@@ -357,77 +381,15 @@ class Processor:
         )
 
 
-def load_image(source: ImageLike) -> Image.Image:
-    """Open an image as 8-bit RGB, upright.
-
-    As `transformers.image_utils.load_image`: the EXIF orientation is applied, then Pillow converts
-    to RGB (transparency is dropped, 16-bit values are clipped). The same for every kind of source.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not an image, is damaged or empty, or is larger than Pillow's limit
-            against decompression bombs.
-    """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
-            raise ValueError(
-                f"an image array must be uint8 of shape (height, width, 3), not {source.dtype} "
-                f"of shape {source.shape}"
-            )
-        return Image.fromarray(source)
-    if isinstance(source, Image.Image):
-        return _decode(source, _name(source))
-    if not isinstance(source, str | Path):
-        raise ValueError(
-            f"{source!r} is not an image: give a path, a PIL image or an array (height, width, 3)"
-        )
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"no image file at {source}: images are read from local files")
-    with Path(source).open("rb") as file:
-        return _decode(file, _name(source))
-
-
-def _decode(source: BinaryIO | Image.Image, name: str) -> Image.Image:
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        pixels = image.width * image.height
-        if not pixels:
-            raise ValueError(f"it has {image.width} x {image.height} pixels")
-        # Up to twice its limit Pillow only warns. Checked here, not by turning the warning into an
-        # error, because warning filters belong to the whole process.
-        if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # the same colours, without Pillow's warning
-        return image.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{name} is larger than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels ({error}): "
-            "scale it down"
-        ) from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image that Pillow can read") from None
-    except Exception as error:  # decoders raise anything on damaged data
-        raise ValueError(f"{name} is a damaged or truncated image: {error}") from error
-
-
-def _name(source: ImageLike) -> str:
-    """How error messages call an image."""
-    if isinstance(source, str | Path):
-        return f"image file {source}"
-    return "the image" if isinstance(source, np.ndarray) else f"the image {source!r}"
-
-
-def _pair(
-    images: Images | Sequence[Images], text: str | Sequence[str]
-) -> list[tuple[list[ImageLike], str]]:
+def _pair(images: Images | Sequence[Images], text: Any) -> list[tuple[list[ImageLike], Text]]:
     """One (images, text) per prompt of the batch."""
-    if isinstance(text, str):
+    if is_one(text):
         return [(_as_list(images), text)]
-    is_list = isinstance(text, list | tuple)
-    if not is_list or not text or not all(isinstance(prompt, str) for prompt in text):
-        raise ValueError(f"text must be a string or a non-empty list of strings, not {text!r}")
+    if not isinstance(text, list | tuple) or not text or not all(map(is_one, text)):
+        raise ValueError(
+            "text must be a string, a list of messages (mappings), or a non-empty list of these, "
+            f"not {text!r}"
+        )
     per_row = [None] * len(text) if images is None else _as_list(images)
     if len(per_row) != len(text):
         raise ValueError(

@@ -10,6 +10,7 @@ besides the shapes of its arguments is `Stages.program`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax import lax
 
 from pallas_kernels.prefill_attention import prefill_attention
 from vlcache_jax.cache.budget import POOL_SHARES, Prompt
-from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
+from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.packed import PackedPool, spill
 from vlcache_jax.cache.score import Layer
@@ -29,52 +30,10 @@ from vlcache_jax.models.llama import Attend, Kept, Stream, rope_table, rotated
 from vlcache_jax.models.llava import Llava, Params, bind
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.settings import Settings
-
+from vlcache_jax.state import DecodeState, Prefill
 
 Heads = tuple[jax.Array, jax.Array, jax.Array]
 """Queries [B, T, N, H], keys and values [B, T, K, H] of a layer."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Prefill:
-    """What the prompt leaves behind.
-
-    Attributes:
-        k: keys of all layers after RoPE, [B, K, >= L * T, H]; layer l at rows l * T.
-        v: values of all layers, [B, K, >= L * T, H].
-        seen: what the cache method saw of the layers.
-        attention: what the first decoded token attends to, float32 [B, L, K, T], where traced.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    seen: Observation
-    attention: jax.Array | None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DecodeState:
-    """What a decode step changes; the pool stands beside it and is only read.
-
-    Attributes:
-        tail: keys and values of the tokens decoded so far.
-        token: the token to feed next, int32 [B].
-        position: its position, the true count of tokens before it, int32 [B].
-        step: tokens drawn so far, whether or not they are part of the answer, int32 [B].
-        count: tokens of the answer so far, the stop token left out, int32 [B].
-        done: the answer has ended, bool [B].
-        settings: what is asked of each sequence.
-    """
-
-    tail: Tail
-    token: jax.Array
-    position: jax.Array
-    step: jax.Array
-    count: jax.Array
-    done: jax.Array
-    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -194,8 +153,8 @@ class Stages:
 
         x = self._run_prompt(model, inputs, keep)
         last = jnp.take_along_axis(x, (inputs.length - 1)[:, None, None], axis=1)
-        step = jnp.zeros((batch,), jnp.int32)
-        token = settings.draws.sample(model.logits(last[:, 0]), step, self.cache_backend)
+        uniform = settings.draws.uniform(jnp.zeros((batch,), jnp.int32))
+        token = settings.draws.sample(model.logits(last[:, 0]), uniform, self.cache_backend)
         attention = None
         if self.trace:
             attention = self._first_attention(model, *buffers, prompt, token)
@@ -224,7 +183,8 @@ class Stages:
                 mixed = prefill_attention(q, k, v, inputs.length, backend=self.backend)
             return mixed, (q, k, v)
 
-        stream = Stream(model.embed_prompt(inputs, self._attend_patches))
+        patches = partial(prefill_attention, causal=False, backend=self.backend)
+        stream = Stream(model.embed_prompt(inputs, patches))
         table = rope_table(jnp.arange(stream.x.shape[1]), self.config.text)
         for index, layer in enumerate(model.layers):
             entering = stream
@@ -233,19 +193,10 @@ class Stages:
                 stream = keep(index, kept, entering, stream)
         return stream.total()
 
-    def _attend_patches(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Attention of the vision tower."""
-        return prefill_attention(q, k, v, causal=False, backend=self.backend)
-
     def prompt(self, inputs: ModelInputs, settings: Settings) -> Prompt:
         """The prompts as the cache method sees them."""
         visual, layers = jnp.asarray(inputs.visual_index) >= 0, self.config.text.num_layers
         return Prompt(jnp.asarray(inputs.length), visual, layers, settings.limits)
-
-    @jax.named_scope("select")
-    def plan(self, prefilled: Prefill, inputs: ModelInputs, settings: Settings) -> Plan:
-        """What the method keeps of the prompts."""
-        return self.cache.plan(prefilled.seen, self.prompt(inputs, settings))
 
     def build_cache(
         self, prefilled: Prefill, inputs: ModelInputs, settings: Settings
@@ -260,8 +211,9 @@ class Stages:
         Returns:
             The pool, and what was kept and why, where it is traced.
         """
-        plan, prompt = self.plan(prefilled, inputs, settings), self.prompt(inputs, settings)
-        trace = None
+        prompt, trace = self.prompt(inputs, settings), None
+        with jax.named_scope("select"):
+            plan = self.cache.plan(prefilled.seen, prompt)
         if prefilled.attention is not None:
             trace = trace_batch(self.cache, prefilled.seen, plan, prompt, prefilled.attention)
         with jax.named_scope("compact"):
@@ -278,8 +230,8 @@ class Stages:
         """
         sizes = self.config.text, batch, prompt_rows, dtype, self.reserved_rows
         # Every field is an array of its own: one that stands twice cannot be donated.
-        zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)  # noqa: E731
-        return jax.tree.map(zeros, self.cache.pool_shapes(*sizes))
+        shapes = self.cache.pool_shapes(*sizes)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def build_into(
         self,
@@ -386,12 +338,14 @@ class Stages:
             raise ValueError(f"a chunk of {steps} steps does not fit into a tail of {room} rows")
         segments = pool.segments()  # here, not at every step
         column = jnp.arange(steps)
+        uniforms = jax.vmap(state.settings.draws.uniform, 1, 1)(state.step[:, None] + column)
 
         def step(
             index: jax.Array, carry: tuple[DecodeState, jax.Array]
         ) -> tuple[DecodeState, jax.Array]:
             state, tokens = carry
-            state = self.decode_step(params, pool, state, segments)[0]
+            uniform = jnp.sum(jnp.where(column == index, uniforms, 0), axis=1)
+            state = self.decode_step(params, pool, state, segments, uniform)[0]
             # Not an update at `index`, nor a scan's output: on a GPU these are a copy to an address
             # that the host has to work out, which keeps the step from being one command buffer.
             return state, jnp.where(column == index, state.token[:, None], tokens)
@@ -405,12 +359,15 @@ class Stages:
         pool: AnyPool,
         state: DecodeState,
         segments: tuple[Any, ...] | None = None,
+        uniform: jax.Array | None = None,
     ) -> tuple[DecodeState, jax.Array]:
         """Draw one token, and give the logits it was drawn from, float32 [B, V].
 
-        `segments` are the pool's, for a loop that takes them once before its steps.
+        `segments` are the pool's and `uniform` [B] the draws' for the step: for a loop that takes
+        them once before its steps.
         """
-        segments = segments or pool.segments()
+        segments, draws = segments or pool.segments(), state.settings.draws
+        uniform = draws.uniform(state.step) if uniform is None else uniform
         model = bind(self.config)(params)
         tail, fill = state.tail, state.tail.fill
         table = rope_table(state.position[:, None], self.config.text)
@@ -426,7 +383,7 @@ class Stages:
         x, kept = self._run_token(model, state.token, attend_layer)
         tail_k, tail_v = zip(*kept, strict=True)
         logits = model.logits(x)
-        token = state.settings.draws.sample(logits, state.step, self.cache_backend)
+        token = draws.sample(logits, uniform, self.cache_backend)
         return self._drawn(state, token, Tail(tail_k, tail_v, fill + 1)), logits
 
     def _drawn(self, state: DecodeState, token: jax.Array, tail: Tail) -> DecodeState:

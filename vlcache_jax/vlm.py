@@ -10,14 +10,14 @@ import numpy as np
 from vlcache_jax.answer import Answer
 from vlcache_jax.cache.methods import CacheLike, as_method
 from vlcache_jax.config import LlavaConfig
-from vlcache_jax.detokenize import Detokenizer
+from vlcache_jax.detokenize import check_stop
 from vlcache_jax.driver import Run
 from vlcache_jax.generate import Generate
+from vlcache_jax.images import Images
+from vlcache_jax.messages import Messages, is_one
 from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.models.llava import Params
-from vlcache_jax.processing import Images, ModelInputs, Processor
-
-Message = Any
+from vlcache_jax.processing import ModelInputs, Processor
 from vlcache_jax.programs import Programs
 from vlcache_jax.report import cache_report
 from vlcache_jax.sampling import Sampling
@@ -32,7 +32,8 @@ class Options(TypedDict, total=False):
     tail.
 
     Attributes:
-        messages: a conversation instead of `text`: `[{"role": "user", "content": "..."}, ...]`.
+        messages: a conversation instead of `text`, `[{"role": "user", "content": "..."}, ...]`, or
+            a list of them (`vlcache_jax.messages.Messages`).
         max_new_tokens: most tokens of an answer, 128 by default.
         temperature: 0, the default, is greedy.
         top_k: draw among the k most likely tokens; all by default.
@@ -49,7 +50,7 @@ class Options(TypedDict, total=False):
             of a prefill is that of these, not of the whole batch.
     """
 
-    messages: Sequence[Message] | Sequence[Sequence[Message]]
+    messages: Messages | Sequence[Messages]
     max_new_tokens: int
     temperature: float
     top_k: int | None
@@ -122,8 +123,7 @@ class VLM:
     @cached_property
     def params(self) -> Params:
         """The parameters, read at the first use."""
-        params = self._read_params()
-        return fold_transform(params) if self.transformed else params
+        return self._read_params()
 
     @cached_property
     def _folded(self) -> Params:
@@ -247,6 +247,7 @@ class VLM:
             if text:
                 raise ValueError("give text or messages, not both")
             text = messages
+        stops = check_stop(stop)
         generate = Generate(
             self.config,
             as_method(cache).for_model(self.config.text, self.tsa_layers),
@@ -264,11 +265,8 @@ class VLM:
                 f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's "
                 f"{limit} positions: at most {limit + 1 - longest} new tokens fit"
             )
-        single = isinstance(text, str) or isinstance(text[0], Mapping)
+        single = is_one(text)
         settings = generate.settings(1 if single else len(text), seed)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(each, str) and each for each in stops):
-            raise ValueError(f"{stop=!r:.60} must be a text or several, none of them empty")
         return Request(single, generate, groups, settings, stops)
 
 
@@ -284,7 +282,7 @@ class Progress:
         batch = len(settings.max_new_tokens)
         self._tokens: list[list[int]] = [[] for _ in range(batch)]
         self._texts = [""] * batch
-        self._words = [Detokenizer(vlm.processor.decode, request.stop) for _ in range(batch)]
+        self._words = [vlm.processor.detokenizer(request.stop) for _ in range(batch)]
 
     def pieces(self) -> Iterator[list[str]]:
         """Run it to the end: for each answer the text that a chunk has added."""
@@ -331,7 +329,7 @@ class Progress:
             answers.append(
                 Answer(
                     text=text,
-                    tokens=tokens[: self._words[row].used],
+                    tokens=tokens[: self._words[row].count],
                     prompt_tokens=length,
                     visual_tokens=int(visual.sum()),
                     cache=report,

@@ -17,12 +17,15 @@ from benchmarks.gpu_suite.checks import BOUNDS, DTYPES, Errors, Group, host
 from benchmarks.gpu_suite.stages import Context
 from pallas_kernels import add_rms_norm as norm_op
 from pallas_kernels import prefill_attention as prefill_op
+from pallas_kernels import sample_tokens as sample_op
 from pallas_kernels import tiles
 from pallas_kernels.add_rms_norm import config as norm_config
 from pallas_kernels.add_rms_norm import reference as norm_reference
 from pallas_kernels.backends import current_device
 from pallas_kernels.prefill_attention import config as prefill_config
 from pallas_kernels.prefill_attention import reference as prefill_reference
+from pallas_kernels.sample_tokens import config as sample_config
+from pallas_kernels.sample_tokens import reference as sample_reference
 
 KV_HEADS, GROUP = 2, 4
 
@@ -177,3 +180,35 @@ def _norm_group(rng: np.random.Generator, dtype: str, width: int) -> Group:
 
     words = f"{dtype}, width {width}"
     return Group("add_rms_norm", words, (x, delta, weight), variants, expected, judge)
+
+
+# The draw.
+
+
+def sample(context: Context) -> dict[str, Any]:
+    """The stage of the draw of tokens: greedy and sampled rows in one batch."""
+    rng = np.random.default_rng(context.seed)
+    sizes = (70,) if context.dry else (4096, 32001, 151936)
+    return checks.run(context, [_sample_group(rng, vocabulary) for vocabulary in sizes])
+
+
+def _sample_group(rng: np.random.Generator, vocabulary: int) -> Group:
+    logits = 3 * host(rng, "float32", 32, vocabulary)
+    logits[::2] = logits[::2].round()  # ties
+    logits[:, ::7] = -np.inf
+    settings = (rng.choice(x, 32) for x in ([0.0, 0.5, 1.0], [0, 1, 50], [0.3, 0.9, 1.0]))
+    temperature, top_k, top_p = settings
+    uniform = rng.random(32, np.float32)
+    inputs = (logits, np.float32(temperature), np.int32(top_k), np.float32(top_p), uniform)
+    variants: dict[str, Callable[..., Any]] = {
+        named(config): functools.partial(sample_op.triton.sample_tokens, config=config)
+        for config in configs(sample_config, "float32", tiles.padded(vocabulary), True)
+    }
+    variants["xla"] = functools.partial(sample_op.sample_tokens, backend="xla")
+
+    def judge(results: list[np.ndarray], near: np.ndarray) -> Errors:
+        return {"wrong tokens": (float((results[0] != near).all(0).sum()), 0.0)}
+
+    words = f"vocabulary {vocabulary}"
+    expected = functools.partial(sample_reference.near, *inputs)
+    return Group("sample_tokens", words, inputs, variants, expected, judge)

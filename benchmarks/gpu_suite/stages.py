@@ -77,6 +77,7 @@ STAGES = (
     Stage("correctness_packed", "correctness_packed:packed", 20, 90),
     Stage("speed_packed", "speed_packed:packed", 20, 80),
     Stage("sweep_packed", "sweep:packed", 20, 80),
+    Stage("correctness_sample", "correctness:sample", 15, 60),
 )
 """Later ones are appended. Several small stages lose less to a crash than a large one."""
 

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlcache_jax.cache import allocate as rules
-from vlcache_jax.cache.allocate import pyramid_sizes, uniform_sizes
-from vlcache_jax.cache.budget import Budget
+from vlcache_jax.cache.allocate import Pyramid, Sparsity, Uniform
+from vlcache_jax.cache.budget import Budget, Prompt
 
 F = np.float32
-allocate = jax.jit(rules.allocate, static_argnames="budget")
-sparsity_shares = jax.jit(rules.sparsity_shares, static_argnames=("budget", "renormalize"))
+
+
+@jax.jit
+def run_allocate(sizes, limits, m):
+    return rules.allocate(sizes, limits, m)
+
+
+def allocate(sizes, budget, m):
+    """Compiled, with a budget that is data."""
+    return run_allocate(sizes, budget.data, m)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def run_rule(rule, function, measured, limits, m, layers):
+    prompt = Prompt(m, jnp.zeros((len(m), 1), bool), layers.shape[0], limits)
+    return getattr(rule, function)(prompt, measured)
+
+
+def sparsity_shares(gamma, budget, m, renormalize=False):
+    rule, layers = Sparsity(renormalize=renormalize), jnp.zeros(gamma.shape[1])
+    return run_rule(rule, "beta", gamma, budget.data, m, layers)
+
+
+def uniform_sizes(budget, m, layers):
+    return run_rule(Uniform(), "sizes", None, budget.data, m, jnp.zeros(layers))
+
+
+def pyramid_sizes(budget, m, layers):
+    return run_rule(Pyramid(), "sizes", None, budget.data, m, jnp.zeros(layers))
+
+
 BUDGETS = st.one_of(
     st.sampled_from([0.01, 0.05, 0.1, 0.37, 0.5, 0.99]).map(lambda share: Budget(share=share)),
     st.sampled_from([1, 2, 7, 40, 333, 600]).map(lambda tokens: Budget(tokens=tokens)),
@@ -158,7 +188,7 @@ def test_no_length_of_a_bucket_is_given_more_than_its_pool_holds(share):
     budgets = [Budget(share=share), Budget(tokens=max(1, int(1000 * share)))]
     m = np.arange(1, 131073)
     for budget in budgets:
-        rows = np.asarray(budget.most(jnp.asarray(m)))
+        rows = np.asarray(budget.data.most(jnp.asarray(m)))
         assert (rows >= 1).all()
         assert (np.diff(rows) >= 0).all()
         assert (rows <= [budget.layer_rows(int(n)) for n in m]).all()

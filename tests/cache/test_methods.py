@@ -167,7 +167,8 @@ def torch_attention(model: Any, processor: Any, images: list[Any], text: str) ->
 @partial(jax.jit, static_argnums=0)
 def record(generate: Generate, params: Any, inputs: Any) -> Observation:
     """Run the prompts: one program for all models of a shape."""
-    return generate.prefill(params, inputs).seen
+    settings = generate.settings(len(inputs.length))
+    return generate.stages.prefill(params, inputs, settings)[0].seen
 
 
 def make_case(name: str, folder: Any) -> Case:
@@ -200,7 +201,7 @@ def case_of(tmp_path_factory) -> Callable[[str], Case]:
 # Compiled once per shape. The rest of a method runs eagerly: each method and budget is a program of
 # its own, and there are hundreds of them.
 window_scores = jax.jit(score.window_scores, static_argnames=("threshold", "scale", "backend"))
-allocate = jax.jit(base.allocate, static_argnames="budget")
+allocate = jax.jit(base.allocate)
 
 
 def traces(method: CacheMethod, case: Case) -> list[Trace]:
@@ -209,7 +210,7 @@ def traces(method: CacheMethod, case: Case) -> list[Trace]:
     visual = np.zeros((batch, rows), bool)
     for row, own in enumerate(case.visual):
         visual[row, : own.size] = own
-    prompt = Prompt(case.lengths, jnp.asarray(visual), layers, method.limit)
+    prompt = Prompt(case.lengths, jnp.asarray(visual), layers, method.limit.data)
     shown = [
         Layer(index, case.q[:, index], case.k[:, index], case.k[:, index], prompt)
         for index in range(layers)

@@ -80,7 +80,7 @@ def draw_plan(method):
     budgets = np.repeat(LENGTHS[:, None], L, axis=1)
     if method.limit.keeps_all:
         return Plan(jnp.asarray(budgets), None, jnp.asarray(salience))
-    even = np.asarray(method.limit.even_rows(jnp.asarray(LENGTHS)))
+    even = np.asarray(method.limit.data.even_rows(jnp.asarray(LENGTHS)))
     budgets = np.stack([even + even // 4, even - even // 4], axis=1)
     budgets = np.clip(budgets, 1, LENGTHS[:, None])
     order = np.zeros((B, L, heads, T), int)
@@ -96,7 +96,7 @@ def run(case):
     setting, head_dim, dtype = CASES[case]
     method = as_method(setting)
     (k, v), plan = draw(head_dim, dtype), draw_plan(method)
-    prompt = Prompt(jnp.asarray(LENGTHS), jnp.asarray(VISUAL), L, method.limit)
+    prompt = Prompt(jnp.asarray(LENGTHS), jnp.asarray(VISUAL), L, method.limit.data)
     pool = jax.jit(lambda k, v, plan: method.build(k, v, plan, prompt))(k, v, plan)
     kept = np.broadcast_to(plan.kept(prompt), (B, L, K, T))
     return method, kept, jax.device_get(pool), k, v, np.asarray(plan.salience)

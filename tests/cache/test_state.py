@@ -20,11 +20,11 @@ def test_round_up(count, block):
 
 @pytest.mark.parametrize(("layers", "rows"), [(1, 1), (2, 64), (32, 2048), (60, 3072)])
 def test_the_full_pool_has_room_for_every_layer(layers, rows):
-    capacity = FullCache().capacity(layers, rows)
+    capacity = FullCache().limit.capacity(layers, rows)
     assert capacity >= layers * rows
     assert capacity - layers * rows < BLOCK
     visual = jnp.zeros((2, rows), bool).at[:, 0].set(True)
-    prompt = Prompt(jnp.array([rows, 1]), visual, layers, Budget(share=1.0))
+    prompt = Prompt(jnp.array([rows, 1]), visual, layers, Budget(share=1.0).data)
     buffer = jnp.zeros((2, 1, capacity, 1))
     method = FullCache()
     pool = method.build(buffer, buffer, method.plan(Observation(), prompt), prompt)

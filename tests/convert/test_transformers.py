@@ -14,6 +14,7 @@ from tests.checkpoints import SPELLINGS, read_tensors, respell, same_bits, write
 from tests.tiny import picture, tiny_processor
 from vlcache_jax.checkpoint import load_params
 from vlcache_jax.config import LlavaConfig
+from vlcache_jax.programs import Programs
 from vlcache_jax.weights import hub_name, parameter_shapes, tensors_of
 
 MODELS = [
@@ -103,7 +104,7 @@ def test_every_spelling_and_the_conversion_generate_the_same_tokens(tmp_path):
         tiny_processor("llava_next").save_pretrained(path)
         directories += [path, convert(path, tmp_path / f"{number} converted")]
 
-    programs = {}
+    programs = Programs()
     for path in directories:
         vlm = vlcache_jax.load(path)
         vlm.stop_ids = ()

@@ -26,6 +26,13 @@ FACTORS: Mapping[str, Mapping[str, Sequence[Any]]] = {
         "width": (1, 80, 128, 1000, 4096),
         "rows": ((1,), (2, 3), (17, 1)),
     },
+    "sample_tokens": {
+        "logits": ("normal", "tied", "some -inf"),
+        "vocabulary": (5, 1, 512, 1301),
+        "top_k": (0, 1, 7, "all", "beyond"),
+        "top_p": (1.0, 1e-6, 0.3, 0.9),
+        "temperature": (1.0, 0.2, 1e4, 1e30),
+    },
 }
 """Of each operation; `splits` None is the kernel's own choice, `appends` is `append_and_attend`."""
 

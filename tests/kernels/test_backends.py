@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import add_rms_norm, backends, prefill_attention, tuning, window_scores
+from pallas_kernels import (
+    add_rms_norm,
+    backends,
+    prefill_attention,
+    sample_tokens,
+    tuning,
+    window_scores,
+)
 from pallas_kernels import ragged_decode_attention as ragged
 from pallas_kernels.backends import Device, check_backend, choose, current_device
 from pallas_kernels.prefill_attention import cudnn, reference
@@ -27,6 +34,7 @@ OPERATIONS = {
     "ragged_decode_attention": (ragged.ragged_decode_attention, ragged.BACKENDS),
     "append_and_attend": (ragged.append_and_attend, ragged.APPEND_BACKENDS),
     "add_rms_norm": (add_rms_norm.add_rms_norm, add_rms_norm.BACKENDS),
+    "sample_tokens": (sample_tokens.sample_tokens, sample_tokens.BACKENDS),
 }
 X: Any = np.ones((2, 5), np.float32)
 
@@ -42,6 +50,7 @@ def arguments(operation) -> Any:
         "ragged_decode_attention": (rows[:, 0], *cache),
         "append_and_attend": (jnp.zeros((1, 2, 4, 16)), angles, angles, *cache),
         "add_rms_norm": (rows[0, 0], rows[0, 0], rows[0, 0, 0]),
+        "sample_tokens": (rows[0, 0, :1], jnp.zeros((1,)), one, jnp.ones((1,)), jnp.zeros((1,))),
     }[operation]
 
 

@@ -81,7 +81,8 @@ def test_decoding_equals_a_pruned_cache_of_transformers(models, budget):
     images = [picture(90, 60)]
     inputs = ours.processor(images, PROMPT, raw_prompt=True)
     generate = Generate(ours.config, VLCache(budget=budget), STEPS + 1, trace=True)
-    pool, state, trace = jax.jit(generate.begin)(ours.params, inputs, jax.random.key(0))
+    stages, settings = generate.stages, generate.settings(1)
+    pool, state, trace = jax.jit(stages.begin)(ours.params, inputs, settings)
     assert trace is not None
     length = int(inputs.length[0])
     row = trace.row(0, generate.cache, inputs.visual_index[0, :length] >= 0)
@@ -89,7 +90,7 @@ def test_decoding_equals_a_pruned_cache_of_transformers(models, budget):
     assert (kept >= 0).sum() < 1.2 * budget * length * kept.shape[0] * kept.shape[1]
     theirs = hf.hf_inputs(family, images, PROMPT)
     expected_tokens, expected = pruned_decoding(model, theirs, kept, STEPS)
-    step = jax.jit(generate.decode_step, donate_argnums=2)
+    step = jax.jit(stages.decode_step, donate_argnums=2)
     tokens, logits = [int(state.token[0])], []
     for _ in range(STEPS):
         state, own = step(ours.params, pool, state)

@@ -14,8 +14,8 @@ from pallas_kernels.prefill_attention import prefill_attention
 from tests import hf
 from tests.tiny import picture
 from vlcache_jax import Buckets
-from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import bind
+from vlcache_jax.stages import Stages
 
 BOUND = 1e-4
 BF16_FACTOR = 1.25
@@ -47,7 +47,7 @@ class Pair:
         self.path = hf.save(self.theirs, folder / "model", self.family)
         self.ours = vlcache_jax.load(self.path, buckets=BUCKETS[self.family])
         self.ours.stop_ids = ()  # as Hugging Face's model: the tokenizer's own would be taken
-        self.logits = jax.jit(Generate(self.ours.config).prompt_logits)
+        self.logits = jax.jit(Stages(self.ours.config).prompt_logits)
         self.vision = jax.jit(self._vision)
 
     def _vision(self, params, tiles):
@@ -169,7 +169,7 @@ def test_rope_scaling(rope, tmp_path):
     with torch.no_grad():
         expected = model(**theirs).logits[0].numpy()
     inputs = ours.processor(images, prompt, raw_prompt=True)
-    logits = jax.jit(Generate(ours.config).prompt_logits)(ours.params, inputs)
+    logits = jax.jit(Stages(ours.config).prompt_logits)(ours.params, inputs)
     assert hf.relative_error(logits[0, : len(expected)], expected) < BOUND
 
 
@@ -181,5 +181,5 @@ def test_tied_embeddings(tmp_path):
     with torch.no_grad():
         expected = model(**theirs).logits[0].numpy()
     inputs = ours.processor(None, "only words", raw_prompt=True)
-    logits = jax.jit(Generate(ours.config).prompt_logits)(ours.params, inputs)
+    logits = jax.jit(Stages(ours.config).prompt_logits)(ours.params, inputs)
     assert hf.relative_error(logits[0, : len(expected)], expected) < BOUND

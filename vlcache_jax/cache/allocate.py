@@ -53,6 +53,9 @@ class Allocation:
 class Sparsity(Allocation):
     """VL-Cache's rule: a layer whose post-vision attention is denser is given more (section 4.2).
 
+    beta[l] = clip((1 - gamma'[l]) / sum_k (1 - gamma'[k]) * alpha * L, 0.01, 1). The paper does not
+    say what happens when all layers are wholly sparse; here each is then given the same.
+
     Attributes:
         renormalize: hand out again what the clip cut off, so that the shares add up to alpha * L
             (not in the paper).
@@ -79,8 +82,15 @@ class Sparsity(Allocation):
         return jnp.mean(seen.zeroed / jnp.maximum(seen.visible, 1), axis=-1, dtype=jnp.float32)
 
     def beta(self, prompt: Prompt, measured: jax.Array) -> jax.Array:
-        """Each layer's share of the prompt, float32 [B, L]; see `sparsity_shares`."""
-        return sparsity_shares(measured, prompt.budget, prompt.length, renormalize=self.renormalize)
+        """Each layer's share of the prompt, float32 [B, L], from the sparsity gamma' [B, L]."""
+        dense = 1.0 - measured.astype(jnp.float32)
+        total = jnp.sum(dense, axis=-1, keepdims=True)
+        fair = jnp.full_like(dense, 1.0 / prompt.layers)
+        part = jnp.where(total > 0, dense / jnp.where(total > 0, total, 1.0), fair)
+        wanted = prompt.budget.shares(prompt.length)[:, None] * prompt.layers
+        if self.renormalize:
+            return _renormalized(part, wanted)
+        return jnp.clip(part * wanted, FLOOR, 1.0)
 
     def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
         """The shares times m."""
@@ -94,33 +104,45 @@ class Uniform(Allocation):
 
     def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
         """C everywhere."""
-        return uniform_sizes(prompt.budget, prompt.length, prompt.layers)
+        size = prompt.budget.even_rows(prompt.length).astype(jnp.float32)
+        return jnp.broadcast_to(size[:, None], (*size.shape, prompt.layers))
 
 
 @dataclass(frozen=True)
 class Pyramid(Allocation):
-    """PyramidKV's rule: sizes that fall linearly from the first layer to the last.
+    """PyramidKV's rule: sizes that fall linearly from the first layer to the last, plus the window.
+
+    With B = C - w: min = B // slope, max = 2 B - min; the mean over the layers is C. Choices of
+    this library: w shrinks with the budget (`Limits.window`); a max beyond the m - w rows that
+    there are is cut, and min raised so that the mean stays C; a single layer is given C.
 
     Attributes:
-        rows: w, rows that are always kept, on top of the pyramid.
+        always: w, last rows that are always kept, on top of the pyramid.
         slope: PyramidKV's beta: the last layer's size is the mean divided by it.
 
     Raises:
         ValueError: one of them is below 1.
     """
 
-    rows: int = 32
+    always: int = 32
     slope: int = 20
 
     def __post_init__(self):
-        if self.rows < 1 or self.slope < 1:
-            raise ValueError(f"rows={self.rows} and slope={self.slope} must be at least 1")
+        if self.always < 1 or self.slope < 1:
+            raise ValueError(f"window={self.always} and slope={self.slope} must be at least 1")
 
     def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
-        """See `pyramid_sizes`."""
-        return pyramid_sizes(
-            prompt.budget, prompt.length, prompt.layers, window=self.rows, slope=self.slope
-        )
+        """See the class."""
+        size, layers = prompt.budget.even_rows(prompt.length), prompt.layers
+        if layers == 1:
+            return size[:, None].astype(jnp.float32)
+        kept = prompt.budget.window(prompt.length, self.always)
+        rest = size - kept
+        most = jnp.minimum(2 * rest - rest // self.slope, prompt.length - kept)
+        least = 2 * rest - most
+        step = jnp.arange(layers, dtype=jnp.float32) / (layers - 1)
+        fall = (most - least).astype(jnp.float32)[:, None] * step
+        return most.astype(jnp.float32)[:, None] - fall + kept.astype(jnp.float32)[:, None]
 
 
 @dataclass(frozen=True)
@@ -159,35 +181,6 @@ ALLOCATIONS: dict[str, Allocation] = {
 """The rules by the name that `Custom` takes."""
 
 
-def sparsity_shares(
-    sparsity: jax.Array, budget: Limits, m: jax.Array, *, renormalize: bool = False
-) -> jax.Array:
-    """VL-Cache's shares (paper, section 4.2).
-
-    beta[l] = clip((1 - gamma'[l]) / sum_k (1 - gamma'[k]) * alpha * L, 0.01, 1). The paper does not
-    say what happens when all layers are wholly sparse; here each is then given the same.
-
-    Args:
-        sparsity: gamma', float32 [B, L], 0 to 1.
-        budget: what may be kept.
-        m: true prompt lengths, int32 [B].
-        renormalize: hand out again what the clip cut off, so that the shares add up to alpha * L
-            (not in the paper).
-
-    Returns:
-        beta, float32 [B, L].
-    """
-    layers = sparsity.shape[-1]
-    dense = 1.0 - sparsity.astype(jnp.float32)
-    total = jnp.sum(dense, axis=-1, keepdims=True)
-    fair = jnp.full_like(dense, 1.0 / layers)
-    part = jnp.where(total > 0, dense / jnp.where(total > 0, total, 1.0), fair)
-    wanted = budget.shares(m)[:, None] * layers
-    if renormalize:
-        return _renormalized(part, wanted)
-    return jnp.clip(part * wanted, FLOOR, 1.0)
-
-
 def _renormalized(part: jax.Array, wanted: jax.Array) -> jax.Array:
     """clip(part * scale, 0.01, 1) with the scale, found by bisection, that adds up to `wanted`."""
     wanted = jnp.maximum(wanted, FLOOR * part.shape[-1])
@@ -204,43 +197,6 @@ def _renormalized(part: jax.Array, wanted: jax.Array) -> jax.Array:
     return jnp.clip(part * scale, FLOOR, 1.0)
 
 
-def uniform_sizes(budget: Limits, m: jax.Array, layers: int) -> jax.Array:
-    """The same size for every layer, float32 [B, L]."""
-    size = budget.even_rows(m).astype(jnp.float32)
-    return jnp.broadcast_to(size[:, None], (*m.shape, layers))
-
-
-def pyramid_sizes(
-    budget: Limits, m: jax.Array, layers: int, *, window: int = 32, slope: int = 20
-) -> jax.Array:
-    """PyramidKV's sizes: falling linearly from the first layer to the last, plus the window.
-
-    With B = C - w: min = B // slope, max = 2 B - min. Choices of this library: w shrinks with the
-    budget (`Budget.window`); a max beyond the m - w rows that there are is cut, and min raised so
-    that the mean stays B; a single layer is given C.
-
-    Args:
-        budget: what may be kept.
-        m: true prompt lengths, int32 [B].
-        layers: L.
-        window: w, rows that are always kept.
-        slope: PyramidKV's beta.
-
-    Returns:
-        float32 [B, L]; the mean over the layers is C.
-    """
-    size = budget.even_rows(m)
-    if layers == 1:
-        return size[:, None].astype(jnp.float32)
-    kept = budget.window(m, window)
-    rest = size - kept
-    most = jnp.minimum(2 * rest - rest // slope, m - kept)
-    least = 2 * rest - most
-    step = jnp.arange(layers, dtype=jnp.float32) / (layers - 1)
-    fall = (most - least).astype(jnp.float32)[:, None] * step
-    return most.astype(jnp.float32)[:, None] - fall + kept.astype(jnp.float32)[:, None]
-
-
 def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:
     """Whole-number budgets that add up to the sizes' rounded sum and fit the pool.
 
@@ -251,7 +207,7 @@ def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:
 
     Args:
         sizes: x, float32 [B, L].
-        budget: what may be kept; gives lo and the most rows.
+        budget: what may be kept: gives lo and the most rows.
         m: true prompt lengths, int32 [B].
 
     Returns:
@@ -259,8 +215,9 @@ def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:
     """
     layers = sizes.shape[-1]
     x = jnp.clip(jnp.nan_to_num(sizes.astype(jnp.float32)), 0, _MOST)
-    bounds = budget.least(m), budget.most(m), budget.shares(m) >= 1, m
-    lo, most, whole, m = (bound[:, None] for bound in bounds)
+    lo, most, whole, m = (
+        each[:, None] for each in (budget.least(m), budget.most(m), budget.shares(m) >= 1, m)
+    )
     total = jnp.floor(jnp.sum(x, axis=-1, keepdims=True) + jnp.float32(_ROUNDING))
     total = jnp.maximum(layers * lo, total.astype(jnp.int32))
     total = jnp.minimum(total, layers * most)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from pallas_kernels.packing import BITS, per_word
 from vlcache_jax.cache.budget import Budget, Prompt
@@ -57,36 +56,6 @@ def grid(
 def round_to(x: jax.Array, scale: jax.Array, shift: jax.Array, levels: jax.Array) -> jax.Array:
     """Codes 0..levels of values, uint32: round((x - shift) * (1 / scale)), saturated."""
     return jnp.clip(jnp.round((x - shift) * (1 / scale)), 0, levels).astype(jnp.uint32)
-
-
-def quantise(x: jax.Array, bits: int, *, group: int, clip: float | None = None):
-    """Quantise rows in groups along the last axis: the plain form, for one width.
-
-    Args:
-        x: [..., H], H a multiple of `group` or below it (one group then).
-        bits: 2, 4 or 8.
-        group: values that share a scale.
-        clip: share of the range that is represented; that of AKVQ-VL for the width by default.
-
-    Returns:
-        Codes uint32 [..., H], scale and shift float32 [..., groups] of bfloat16 values.
-
-    Raises:
-        ValueError: a setting is out of range, or a value is not finite.
-    """
-    count = groups(x.shape[-1], group)
-    if bits not in BITS:
-        raise ValueError(f"{bits=} must be one of {BITS}")
-    if clip is not None and not 0 < clip <= 1:
-        raise ValueError(f"{clip=} must be above 0 and at most 1")
-    if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
-        raise ValueError("values to quantise must be finite: there is a NaN or an infinity")
-    levels, clip = 2**bits - 1, CLIP.get(bits, 1.0) if clip is None else clip
-    parts = x.astype(jnp.float32).reshape(*x.shape[:-1], count, -1)
-    share, step = jnp.float32(clip), jnp.float32(clip / levels)
-    scale, shift = grid(parts.min(-1), parts.max(-1), share, step)
-    codes = round_to(parts, scale[..., None], shift[..., None], jnp.float32(levels))
-    return codes.reshape(x.shape), scale, shift
 
 
 def groups(head_dim: int, group: int) -> int:

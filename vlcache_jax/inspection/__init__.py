@@ -27,9 +27,10 @@ from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.trace import Trace
 from vlcache_jax.display import same_tokens, versions
+from vlcache_jax.images import ImageLike, Images, load_image
 from vlcache_jax.inspection.files import check_report, write_whole
 from vlcache_jax.patches import patch_rectangles
-from vlcache_jax.processing import ImageLike, Images, Processor, load_image
+from vlcache_jax.processing import Processor
 from vlcache_jax.report import CacheReport
 from vlcache_jax.vlm import VLM
 
@@ -318,25 +319,8 @@ def locate(processor: Processor, sources: Sequence[ImageLike], visual: np.ndarra
 
 def prompt_pieces(processor: Processor, tokens: np.ndarray, visual: np.ndarray) -> list[str]:
     """The text of each token of a prompt [m], special tokens with it; "" for visual ones."""
-    text = iter(split_text(processor.tokenizer.decode, tokens[~visual].tolist()))
+    text = iter(processor.detokenizer(special_tokens=True).split(tokens[~visual]))
     return ["" if is_visual else next(text) for is_visual in visual]
-
-
-def split_text(decode: Callable[[list[int]], str], tokens: list[int]) -> list[str]:
-    """The text that each token adds to those before it; joined, they are the whole text.
-
-    A token is decoded behind the one before it, for a decoder strips what is in front of the first.
-    One that does not complete a character adds "", and the one that does adds all of it.
-    """
-    pieces, start, shown = [], 0, 0
-    for end in range(1, len(tokens) + 1):
-        before, now = decode(tokens[start:shown]), decode(tokens[start:end])
-        if now.endswith("\ufffd") and end < len(tokens):
-            pieces.append("")
-            continue
-        pieces.append(now[len(before) :])
-        start, shown = shown, end
-    return pieces
 
 
 def _outcome(processor: Processor, method: CacheMethod, answer: Answer, full: Answer) -> Outcome:
@@ -345,7 +329,7 @@ def _outcome(processor: Processor, method: CacheMethod, answer: Answer, full: An
     return Outcome(
         label=label(method),
         text=answer.text,
-        pieces=split_text(processor.decode, answer.tokens),
+        pieces=processor.detokenizer().split(answer.tokens),
         first_difference=None if answer.tokens == full.tokens else same,
         cache=answer.cache,
         timings=answer.timings,

@@ -16,20 +16,30 @@ from vlcache_jax.models.llava import Params
 def fold_transform(params: Params) -> Params:
     """The same model with transformed values in its cache.
 
-    Every kv head's columns of the value weights are multiplied by the transform, and the rows of
-    the output weights of the G query heads that read it by the transposed one. In float32, then
-    rounded to the type of the weights. All other arrays are those given, not copies.
+    All arrays but the layers' `qkv` and `out` are those given, not copies.
+
+    Args:
+        params: the tree of `vlcache_jax.models.llava.abstract_params`.
     """
     layers = {}
     for index, layer in params["layers"].items():
-        qkv, out = _folded(layer["qkv"], layer["out"])
+        qkv, out = fold_layer(layer["qkv"], layer["out"])
         layers[index] = {**layer, "qkv": qkv, "out": out}
     return {**params, "layers": layers}
 
 
 @jax.jit
-def _folded(qkv: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One layer's qkv [D, K, G + 2, H] and out [K, G, H, D]."""
+def fold_layer(qkv: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One layer's weights with the transform in them.
+
+    Every kv head's columns of the value weights are multiplied by the transform, and the rows of
+    the output weights of the G query heads that read it by the transposed one. In float32, then
+    rounded to the type of the weights.
+
+    Args:
+        qkv: [D, K, G + 2, H].
+        out: [K, G, H, D].
+    """
     size = qkv.shape[-1]
     turn = signs(size).astype(np.float32) * np.float32(factor(size))
     exact = jax.lax.Precision.HIGHEST
