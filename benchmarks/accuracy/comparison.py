@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
+from benchmarks.roofline.packed import kept_bytes
 from pallas_kernels.hadamard import transform
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan, watch
@@ -24,7 +25,7 @@ from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params, bind
 from vlcache_jax.processing import ModelInputs
-from vlcache_jax.report import packed_bytes, row_bytes
+from vlcache_jax.report import row_bytes
 from vlcache_jax.stages import Stages
 
 
@@ -174,14 +175,11 @@ class Comparison:
 
     def _row_shares(self, method: CacheMethod, full: Pool) -> jax.Array:
         """Bytes of a row of each width, with its scales, as shares of one of full width."""
-        text, quantizer = self.config.text, method.quantize
-        whole, shares = row_bytes(text, full.k.dtype), [1.0]
-        if quantizer is not None:
-            unit = quantizer.key_group or 1  # rows of full groups
-            for width in np.eye(len(quantizer.widths), dtype=int):
-                size = sum(packed_bytes(text, quantizer, unit * width[None]))
-                shares.append(size / (unit * whole))
-        return jnp.array(shares, jnp.float32)
+        text, quantizer, kind = self.config.text, method.quantize, full.k.dtype
+        unit = 1 if quantizer is None else quantizer.key_group or 1  # rows of full groups
+        widths = 1 if quantizer is None else 1 + len(quantizer.widths)
+        each = [kept_bytes(text, quantizer, unit * row, kind) for row in np.eye(widths, dtype=int)]
+        return jnp.array(each, jnp.float32) / (unit * row_bytes(text, kind))
 
     def attend(
         self,
