@@ -1,5 +1,6 @@
 """What a program really takes of a GPU's memory: the peak that the allocator saw while it ran."""
 
+import json
 import os
 import subprocess
 import sys
@@ -56,20 +57,30 @@ def peak(program: "Program", statistics: Callable[[], dict[str, int]] = device_s
     return statistics()["peak_bytes_in_use"]
 
 
-def run(program: "Program") -> int:
-    """`peak` in a process of its own, whose allocator has held nothing else.
+def alone(call: str, program: "Program", environment: dict[str, str]) -> Any:
+    """The result of a call in a process of its own, for which XLA and its allocator begin anew.
+
+    Args:
+        call: of a function of `memory` or of this module, with `program` as its argument.
+        program: that argument.
+        environment: of the process.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
     """
     code = (
-        "from benchmarks.memory import Program; from benchmarks.device_memory import peak; "
-        f"print(peak(Program(**{asdict(program)!r})))"
+        "import json; from benchmarks import device_memory, memory; "
+        f"program = memory.Program(**{asdict(program)!r}); print(json.dumps({call}))"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        raise RuntimeError(f"{program} did not run on a GPU:\n{done.stderr[-2000:]}")
-    return int(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"{program} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(program: "Program") -> int:
+    """`peak` in a process of its own, whose allocator has held nothing else."""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    return alone("device_memory.peak(program)", program, environment)

@@ -8,8 +8,6 @@ plugin: pip install 'vlcache-jax[cuda]'.
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,6 +38,7 @@ from vlcache_jax.models.llava import abstract_params
 from vlcache_jax.report import human_bytes, token_bytes
 
 STAGES = ("decode", "generate")
+DEFAULT = "llava-v1.6-mistral-7b"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Program:
     """
 
     device: str = "h200"
-    model: str = "llava-v1.6-mistral-7b"
+    model: str = DEFAULT
     context: int = 2048
     batch: int = 1
     budget: float = 0.1
@@ -99,7 +98,7 @@ ALL = (
 """The rows of the committed table."""
 
 
-def measure(program: Program, dump: Path) -> dict[str, Any]:
+def measure(program: Program, dump: str) -> dict[str, Any]:
     """Compile a program and read off what it needs.
 
     Args:
@@ -122,6 +121,7 @@ def measure(program: Program, dump: Path) -> dict[str, Any]:
         key = jax.eval_shape(lambda: jax.random.key(0))
         compiled = compile_for(program.device, generate, params, inputs, key)
     seconds = time.perf_counter() - began
+    (launches,) = Path(dump).glob("*.thunk_sequence_after_thunk_passes.txt")
     memory, code = Memory.of(compiled), compiled.as_text() or ""
     tail = stages.tail_rows
     pool, full = (
@@ -141,7 +141,7 @@ def measure(program: Program, dump: Path) -> dict[str, Any]:
         "peak_bytes": memory.peak,
         "cache_copies_in_loop": sum(len(loop_copies(code, shape)) for shape in shapes),
         "dequantised_in_loop": dequantised(code, pool),
-        **step_launches(_launches(dump)),
+        **step_launches(launches.read_text(encoding="utf-8")),
         "fits": memory.peak <= GPUS[program.device].memory,
     }
 
@@ -186,33 +186,12 @@ def dequantised(code: str, pool: AnyPool) -> int:
     return len(loop_floats(code, batch * heads * rows * size))
 
 
-def _launches(dump: Path) -> str:
-    """The order of launches, as XLA wrote it down."""
-    (found,) = dump.glob("*.thunk_sequence_after_thunk_passes.txt")
-    return found.read_text(encoding="utf-8")
-
-
 def run(program: Program) -> dict[str, Any]:
-    """`measure` in a process of its own, since XLA reads where to write its list when it starts.
-
-    Raises:
-        RuntimeError: it failed; with the end of what it printed.
-    """
+    """`measure` in a process of its own, since XLA reads where to write its list when it starts."""
     with tempfile.TemporaryDirectory() as dump:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}"
-        code = (
-            "import json, pathlib; from benchmarks.memory import Program, measure; "
-            f"print(json.dumps(measure(Program(**{asdict(program)!r}), pathlib.Path({dump!r}))))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()},
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        raise RuntimeError(f"{program} did not compile:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}".strip()
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        return device_memory.alone(f"memory.measure(program, {dump!r})", program, environment)
 
 
 def largest_batch(
@@ -293,22 +272,9 @@ def show(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _one_of(names: Any, option: str) -> Any:
-    def check(value: str) -> str:
-        with bad_input():
-            check_known(option, [value], names)
-        return value
-
-    return check
-
-
 def main(
-    device: Annotated[
-        str, typer.Option(help=f"One of {', '.join(GPUS)}.", callback=_one_of(GPUS, "device"))
-    ] = "h200",
-    model: Annotated[
-        str, typer.Option(help=f"One of {', '.join(MODELS)}.", callback=_one_of(MODELS, "model"))
-    ] = "llava-v1.6-mistral-7b",
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = DEFAULT,
     context: Annotated[int, typer.Option(min=1, help="Prompt rows of a sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     budget: Annotated[
@@ -323,11 +289,7 @@ def main(
         ),
     ] = None,
     stage: Annotated[
-        str,
-        typer.Option(
-            help="decode (a chunk of steps) or generate (all of it).",
-            callback=_one_of(STAGES, "stage"),
-        ),
+        str, typer.Option(help="decode (a chunk of steps) or generate (all of it).")
     ] = "decode",
     backend: Annotated[str | None, typer.Option(help="triton or xla; the best by default.")] = None,
     on_gpu: Annotated[
@@ -363,6 +325,9 @@ def main(
     """
     check_out(out, force=force or add)
     with bad_input():
+        check_known("device", [device], GPUS)
+        check_known("model", [model], MODELS)
+        check_known("stage", [stage], STAGES)
         before: dict[str, Any] = {}
         if add:
             if out is None or largest:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
+from benchmarks.roofline.packed import kept_bytes
 from pallas_kernels.hadamard import transform
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan, watch
@@ -24,7 +25,7 @@ from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params, bind
 from vlcache_jax.processing import ModelInputs
-from vlcache_jax.report import packed_bytes, row_bytes
+from vlcache_jax.report import row_bytes
 from vlcache_jax.stages import Stages
 
 
@@ -67,30 +68,21 @@ class Together(CacheMethod):
         """Nothing to check: the methods are made."""
 
     def observe(self, layer: Layer) -> Any:
-        """What each method saw, in their order; what several look at alike is watched once."""
+        """What each method saw, in their order; what no budget changes is watched once for all."""
+
+        def under(method: CacheMethod) -> Layer:
+            return replace(layer, prompt=replace(layer.prompt, budget=method.limit.data))
+
         groups: dict[Budget | None, list[CacheMethod]] = defaultdict(list)
         for method in self.methods:
-            groups[_watched_under(method)].append(method)
-        seen = {budget: watch(methods, _under(layer, budget)) for budget, methods in groups.items()}
-        return tuple(
-            method.judge(_under(layer, method.limit), seen[_watched_under(method)])
-            for method in self.methods
-        )
-
-
-def _watched_under(method: CacheMethod) -> Budget | None:
-    """The budget that decides which rows a method looks from; None where none does."""
-    if method.limit.keeps_all:
-        return None
-    moving = any(isinstance(window, LastRows) for window, _ in method.watches)
-    return method.limit if moving else None
-
-
-def _under(layer: Layer, budget: Budget | None) -> Layer:
-    """A layer as a method of a budget sees it."""
-    if budget is None:
-        return layer
-    return replace(layer, prompt=replace(layer.prompt, budget=budget.data))
+            windows = () if method.limit.keeps_all else method.watches
+            moving = any(isinstance(window, LastRows) for window, _ in windows)
+            groups[method.limit if moving else None].append(method)
+        found = {}
+        for methods in groups.values():
+            seen = watch(methods, under(methods[0]))
+            found |= {method: method.judge(under(method), seen) for method in methods}
+        return tuple(found[method] for method in self.methods)
 
 
 @dataclass(frozen=True)
@@ -183,14 +175,11 @@ class Comparison:
 
     def _row_shares(self, method: CacheMethod, full: Pool) -> jax.Array:
         """Bytes of a row of each width, with its scales, as shares of one of full width."""
-        text, quantizer = self.config.text, method.quantize
-        whole, shares = row_bytes(text, full.k.dtype), [1.0]
-        if quantizer is not None:
-            unit = quantizer.key_group or 1  # rows of full groups
-            for width in np.eye(len(quantizer.widths), dtype=int):
-                size = sum(packed_bytes(text, quantizer, unit * width[None]))
-                shares.append(size / (unit * whole))
-        return jnp.array(shares, jnp.float32)
+        text, quantizer, kind = self.config.text, method.quantize, full.k.dtype
+        unit = 1 if quantizer is None else quantizer.key_group or 1  # rows of full groups
+        widths = 1 if quantizer is None else 1 + len(quantizer.widths)
+        each = [kept_bytes(text, quantizer, unit * row, kind) for row in np.eye(widths, dtype=int)]
+        return jnp.array(each, jnp.float32) / (unit * row_bytes(text, kind))
 
     def attend(
         self,

@@ -142,15 +142,18 @@ class Evaluation:
             raise ValueError("no items to run")
         if FULL in methods and not _is_full(methods[FULL]):
             raise ValueError(f"the label {FULL!r} is the full cache's, not one of {methods[FULL]}")
-        limits = self._limits(items, max_new_tokens)
+        limits, vlm = self._limits(items, max_new_tokens), self.vlm
+        most = round_up(limits.max(), 16)
+        generate = Generate(vlm.config, FullCache(), most, stop_ids=vlm.stop_ids, chunk=STEPS,
+                            backend=vlm.backend)  # fmt: skip
         some = {
-            label: method.for_model(self.vlm.config.text, self.vlm.tsa_layers)
+            label: method.for_model(vlm.config.text, vlm.tsa_layers)
             for label, method in methods.items()
             if not _is_full(method)
         }
         found: dict[str, dict[int, tuple[list[int], Measures]]] = defaultdict(dict)
         for rows, inputs in self._batches(items, int(limits.max())):
-            answers = self._run_batch(some, inputs, limits[rows], int(limits.max()))
+            answers = self._run_batch(generate, some, inputs, limits[rows])
             for label, (tokens, lengths, measures) in answers.items():
                 for at, row in enumerate(rows.tolist()):  # a repeated item comes out the same
                     ids = tokens[at, : lengths[at]].tolist()
@@ -215,16 +218,20 @@ class Evaluation:
                 yield np.array(some), inputs
 
     def _run_batch(
-        self, methods: dict[str, CacheMethod], inputs: ModelInputs, limit: np.ndarray, rows: int
+        self,
+        generate: Generate,
+        methods: dict[str, CacheMethod],
+        inputs: ModelInputs,
+        limit: np.ndarray,
     ) -> dict[str, Answers]:
-        """The answers of each method to a batch; `rows` is the longest limit of all."""
+        """The answers of each method to a batch, on the host."""
         comparison = Comparison(self.vlm.config, self.vlm.backend)
         plain, length, given = self.vlm.params, inputs.length, jax.device_put(inputs)
         watching = tuple(methods.values())
         full, token, seen = self._do(
             "prefill", comparison, "prefill", plain, given, methods=watching
         )
-        answer = self._decode("answer", plain, full, token, length, limit, rows=rows)
+        answer = self._decode("answer", generate, plain, full, token, length, limit)
         attended = self._do("attend", comparison, "attend", plain, full, given, *answer)
         all_of_it = np.ones(full.length.shape, np.float32)
         answers = {FULL: Answers(*answer, Measures(*[all_of_it] * len(Measures._fields)))}
@@ -241,7 +248,7 @@ class Evaluation:
             )
             params = self._folded if some[0].transforms else plain
             lanes = [np.tile(part, len(labels)) for part in (token, length, limit)]
-            drawn = self._decode("decode", params, pool, *lanes, rows=rows)
+            drawn = self._decode("decode", generate, params, pool, *lanes)
             tokens, lengths = (np.split(part, len(labels)) for part in drawn)
             for index, label in enumerate(labels):
                 own = Measures(*(np.asarray(part[index]) for part in measures))
@@ -255,23 +262,15 @@ class Evaluation:
     def _decode(
         self,
         part: str,
+        generate: Generate,
         params: Params,
         pool: AnyPool,
         token: Any,
         length: np.ndarray,
         limit: np.ndarray,
-        *,
-        rows: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Answers from the first token on, of at most `limit` [B] tokens.
-
-        Returns:
-            The tokens, int32 [B, R] with R for `rows`, and how many are each answer's, int32 [B].
-        """
-        vlm, rows = self.vlm, round_up(rows, 16)
-        generate = Generate(vlm.config, FullCache(), rows, stop_ids=vlm.stop_ids, chunk=STEPS,
-                            backend=vlm.backend)  # fmt: skip
-        stages, token = generate.stages, np.asarray(token)
+        """Answers from the first token on: tokens [B, R] and their lengths, at most `limit` [B]."""
+        stages, token, rows = generate.stages, np.asarray(token), generate.max_new_tokens
         settings = replace(generate.settings(len(token)), max_new_tokens=limit)
         dtype = params["embed"]["embedding"].dtype
         state = self._do(part, stages, "start", token, length, settings, dtype=dtype)

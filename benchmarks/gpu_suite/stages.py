@@ -225,7 +225,8 @@ def source() -> str:
     of the code without its history has none.
     """
     digest = hashlib.sha256()
-    measuring = ("measure.py", "roofline", "speed", "peers", "throughput.py", "gpu_suite")
+    measuring = ("hlo.py", "measure.py", "models.py", "throughput.py")
+    measuring += ("roofline", "speed", "peers", "gpu_suite")
     parts = (*(f"benchmarks/{name}" for name in measuring), "pallas_kernels", "vlcache_jax")
     for part in map(ROOT.joinpath, parts):
         for file in [part] if part.is_file() else sorted(part.rglob("*")):

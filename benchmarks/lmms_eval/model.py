@@ -96,9 +96,8 @@ class VLCacheModel(lmms):
                 seed=self.seed,
             ):
                 for place, answer in zip(places, answers, strict=True):
-                    text = prompts[place].settings.cut(answer.text)
                     counts = TokenCounts(answer.prompt_tokens, len(answer.tokens))
-                    results[place] = GenerationResult(text, counts)
+                    results[place] = GenerationResult(answer.text, counts)
                     kept += answer.cache.kept_bytes
                     full += answer.cache.full_bytes
                     tokens += len(answer.tokens)

@@ -65,10 +65,6 @@ class Settings:
             until=() if until == (FEWSHOT_DELIMITER,) else tuple(filter(None, until)),
         )
 
-    def cut(self, text: str) -> str:
-        """The text before the first of the strings that end it."""
-        return text[: min((at for at in map(text.find, self.until) if at >= 0), default=None)]
-
 
 @dataclass(frozen=True)
 class Request:
@@ -133,7 +129,7 @@ def answer_all(
             repeated is drawn anew.
 
     Yields:
-        The places of a batch's requests and their answers, cut by nothing yet.
+        The places of a batch's requests and their answers.
 
     Raises:
         ValueError: as `VLM.generate`.
@@ -155,6 +151,7 @@ def answer_all(
             "cache": cache,
             "seed": seed + index,
             "prefill_batch": prefill_batch,
+            "stop": settings.until,
             **asdict(settings.sampling),
         }
         for index, (settings, places) in enumerate(batches)

@@ -1,7 +1,7 @@
 """The stages with a prompt in them: prefill, what a method adds to it, and a whole answer."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,6 @@ from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.programs import Programs
 from vlcache_jax.stages import Prefill
-
-Found = dict[Variant, measure.Timing | Exception]
 
 
 def prefill_work(case: Case) -> Stage:
@@ -66,12 +64,12 @@ def prefill_rows(
     The rows "method" (scoring, selection, compaction, packing) are differences of whole prefills,
     sample by sample: XLA may run a method's work beside that of the prefill.
     """
-    found, count = _timed(case, variants, 1, params, effort)
+    found, programs = _timed(case, variants, 1, params, effort)
     rows, added = [], []
     for variant, timing in found.items():
-        works = {**prefill_work(case).parts, **method_work(case, variant).parts}
-        more = {"programs": count(variant)} if isinstance(timing, measure.Timing) else {}
-        rows.append(row_of("prefill", case, variant, timing, Stage(works), limit, **more))
+        works, more = {**prefill_work(case).parts, **method_work(case, variant).parts}, {}
+        own = row_of("prefill", case, variant, timing, Stage(works), limit, **programs[variant])
+        rows.append(own)
         full = next((found[v] for v in variants if v.full and v.backend == variant.backend), None)
         if variant.full or not isinstance(full, measure.Timing):
             continue
@@ -131,14 +129,12 @@ def answer_rows(
     case: Case, variants: Sequence[Variant], params: Params, limit: Device, effort: measure.Effort
 ) -> list[dict[str, Any]]:
     """From prompt to all tokens."""
-    found, count = _timed(case, variants, case.new_tokens, params, effort)
-    rows = []
-    for variant, timing in found.items():
-        more: dict[str, Any] = {"new_tokens": case.new_tokens}
-        if isinstance(timing, measure.Timing):
-            more["programs"] = count(variant)
-        work = answer_work(case, variant)
-        rows.append(row_of("end-to-end", case, variant, timing, work, limit, **more))
+    found, programs = _timed(case, variants, case.new_tokens, params, effort)
+    rows = [
+        row_of("end-to-end", case, variant, timing, answer_work(case, variant), limit,
+               new_tokens=case.new_tokens, **programs[variant])
+        for variant, timing in found.items()
+    ]  # fmt: skip
     beside_full(rows)
     return rows
 
@@ -149,11 +145,11 @@ def _timed(
     new_tokens: int,
     params: Params,
     effort: measure.Effort,
-) -> tuple[Found, Callable[[Variant], int]]:
+) -> tuple[dict[Variant, measure.Timing | Exception], dict[Variant, dict[str, int]]]:
     """Time answers of so many tokens in turns, by the driver.
 
     Returns:
-        What was found, and what counts the programs of a stage that serve three batches of prompts.
+        What was found, and "programs", how many of each stage serve three batches of prompts.
     """
     eighth, programs = case.context // 8, Programs()
     batches = [jax.device_put(case.inputs(seed, case.context - seed * eighth)) for seed in range(3)]
@@ -164,12 +160,14 @@ def _timed(
         for _ in Run(programs, params, generate.stages, [inputs], settings):
             pass
 
-    def count(variant: Variant) -> int:
-        with measure.compilations() as seen:
-            for inputs in batches[1:]:
-                answer(variant, inputs)
-        return 1 + len(seen)
-
     launches = {str(each): functools.partial(answer, each, batches[0]) for each in variants}
-    found = measure.compare(launches, calls=1, effort=effort)
-    return {variant: found[str(variant)] for variant in variants}, count
+    timings = measure.compare(launches, calls=1, effort=effort)
+    found = {variant: timings[str(variant)] for variant in variants}
+    counts: dict[Variant, dict[str, int]] = {variant: {} for variant in variants}
+    for variant, timing in found.items():
+        if isinstance(timing, measure.Timing):
+            with measure.compilations() as seen:
+                for inputs in batches[1:]:
+                    answer(variant, inputs)
+            counts[variant] = {"programs": 1 + len(seen)}
+    return found, counts

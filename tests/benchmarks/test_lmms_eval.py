@@ -89,12 +89,6 @@ def test_generation_arguments_that_are_refused(given, error, message):
         Settings.of(given)
 
 
-def test_an_answer_ends_before_the_first_string():
-    assert Settings(until=("C", "B")).cut("aBbCc") == "a"
-    assert Settings(until=("x",)).cut("aBbCc") == "aBbCc"
-    assert Settings().cut("a\n\nb") == "a\n\nb"
-
-
 def test_documents_without_images_and_with_a_video():
     datasets = {"task": {"test": [None]}}
     text_only = Request.of(("q", {}, lambda doc: doc, 0, "task", "test"), datasets)
@@ -109,11 +103,11 @@ def test_requests_share_a_batch_with_those_of_their_settings():
 
     def generate_each(batches):
         for given in batches:
-            names = "images", "text", "max_new_tokens", "seed", "top_p"
+            names = "images", "text", "max_new_tokens", "seed", "top_p", "stop"
             calls.append(tuple(given[name] for name in names))
             yield given["text"]
 
-    few, many = Settings(4), Settings(9, Sampling(1.0, None, 0.5))
+    few, many = Settings(4), Settings(9, Sampling(1.0, None, 0.5), ("end",))
     kinds = [few, many, few, few, many]
     image: Any = "image"
     requests = [Request(f"q{place}", lambda: [image], kind) for place, kind in enumerate(kinds)]
@@ -122,9 +116,9 @@ def test_requests_share_a_batch_with_those_of_their_settings():
     done = list(answer_all(vlm, requests, cache=cache, batch_size=2, seed=7))
     assert [places for places, _ in done] == [[0, 2], [3], [1, 4]]
     assert calls == [
-        ([[image], [image]], ["q0", "q2"], 4, 7, 1.0),
-        ([[image]], ["q3"], 4, 8, 1.0),
-        ([[image], [image]], ["q1", "q4"], 9, 9, 0.5),
+        ([[image], [image]], ["q0", "q2"], 4, 7, 1.0, ()),
+        ([[image]], ["q3"], 4, 8, 1.0, ()),
+        ([[image], [image]], ["q1", "q4"], 9, 9, 0.5, ("end",)),
     ]
 
 
@@ -250,6 +244,24 @@ def test_the_class_answers_in_the_order_of_the_requests(plugin, model_dir):
     assert more["num_requests"] == 3
     kept = sum(answer.cache.kept_bytes for answer in alone)
     assert more["cache_share_kept"] == kept / sum(answer.cache.full_bytes for answer in alone)
+
+
+def test_an_answer_ends_before_the_first_string(plugin, model_dir):
+    module, _ = plugin
+    model = module.VLCacheModel(str(model_dir), dtype="float32")
+    model.task_dict["tiny"] = {"test": [None]}
+
+    def answer(*until):
+        generation = {"max_new_tokens": 6, "until": until}
+        arguments = "What?", generation, lambda doc: [], 0, "tiny", "test"
+        [result] = model.generate_until([SimpleNamespace(args=arguments)])
+        return result.text
+
+    whole = answer()
+    assert len(set(whole)) > 2
+    ends = whole[-1], whole[len(whole) // 2]
+    assert answer(*ends) == whole[: min(map(whole.index, ends))]
+    assert answer("no such text") == whole
 
 
 def test_bits_may_be_a_number_and_the_weights_are_made_for_them(plugin, model_dir):

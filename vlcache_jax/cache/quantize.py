@@ -146,7 +146,7 @@ class Quantizer:
     clip: float | None = None
     transform: bool = False
     residual: int | None = None
-    pivots: ClassVar[int] = 0
+    pivots = 0  # no field of the base: `AKVQ` has one
 
     def __post_init__(self):
         if self.group < 1:

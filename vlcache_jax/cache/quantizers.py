@@ -58,7 +58,7 @@ class AKVQ(Quantizer):
     text_bits: int = 4
     recent: int = 128
     recent_ratio: float = 0.1
-    pivots: int = 15  # pyright: ignore[reportIncompatibleVariableOverride]
+    pivots: int = 15
     tsa_layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
