@@ -45,7 +45,7 @@ def loop_copies(hlo_text: str, shape: tuple[int, ...]) -> list[str]:
 def loop_floats(hlo_text: str, least: int) -> list[str]:
     """Find what writes a large array of floating-point numbers inside a loop.
 
-    So a quantised cache is found out that is made into one of full width at every step. The same
+    So a quantized cache is found out that is made into one of full width at every step. The same
     computations are read as by `loop_copies`, and the same instructions are listed.
 
     Args:

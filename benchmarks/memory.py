@@ -51,7 +51,7 @@ class Program:
         context: prompt rows of each sequence, T.
         batch: sequences.
         budget: share of the cache that VL-Cache keeps; 1 for the full cache.
-        kv_bits: how what is kept is quantised, as of `make_quantizer`; "16" for not at all.
+        kv_bits: how what is kept is quantized, as of `make_quantizer`; "16" for not at all.
         new_tokens: most tokens of an answer.
         stage: "decode", a chunk of decode steps alone, or "generate", all from pixels to tokens.
         backend: of the attention, None for the best.
@@ -140,7 +140,7 @@ def measure(program: Program, dump: str) -> dict[str, Any]:
         "temp_bytes": memory.temporaries,
         "peak_bytes": memory.peak,
         "cache_copies_in_loop": sum(len(loop_copies(code, shape)) for shape in shapes),
-        "dequantised_in_loop": dequantised(code, pool),
+        "dequantized_in_loop": dequantized(code, pool),
         **step_launches(launches.read_text(encoding="utf-8")),
         "fits": memory.peak <= GPUS[program.device].memory,
     }
@@ -173,11 +173,11 @@ def cache_parts(pool: AnyPool) -> dict[str, int]:
     return {"cache_bytes": sum(found.values()), **found}
 
 
-def dequantised(code: str, pool: AnyPool) -> int:
+def dequantized(code: str, pool: AnyPool) -> int:
     """How often a step writes as many floating-point numbers as a layer has packed ones.
 
     A layer of keys or values, that is, with the rows that the pool has room for on average. None
-    for a pool that is not quantised.
+    for a pool that is not quantized.
     """
     if not isinstance(pool, PackedPool):
         return 0
@@ -264,7 +264,7 @@ def show(rows: list[dict[str, Any]]) -> Table:
             row["kv_bits"],
             *(human_bytes(row[name]) for name in sizes),
             str(row["cache_copies_in_loop"]),
-            str(row["dequantised_in_loop"]),
+            str(row["dequantized_in_loop"]),
             str(row["launches_per_layer"]),
             "yes" if row["one_command_buffer"] else "no",
             f"{row['compile_s']} s",
@@ -284,7 +284,7 @@ def main(
     kv_bits: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"How what is kept is quantised, of {', '.join(QUANTIZERS)}, or 16 for not at "
+            help=f"How what is kept is quantized, of {', '.join(QUANTIZERS)}, or 16 for not at "
             "all, the default; may be repeated."
         ),
     ] = None,
@@ -316,12 +316,12 @@ def main(
 ) -> None:
     """Compile a program ahead of time for a GPU, and say what it needs.
 
-    "made wide" counts where a step writes as many numbers of full width as a layer of a quantised
+    "made wide" counts where a step writes as many numbers of full width as a layer of a quantized
     cache has.
 
     Example: python -m benchmarks.memory --model llava-v1.6-mistral-7b --context 8192 --batch 64
 
-    With a quantised cache: python -m benchmarks.memory --context 4096 --kv-bits akvq --kv-bits 16
+    With a quantized cache: python -m benchmarks.memory --context 4096 --kv-bits akvq --kv-bits 16
     """
     check_out(out, force=force or add)
     with bad_input():

@@ -1,4 +1,4 @@
-"""What each part of AKVQ-VL's quantiser is for: `python -m benchmarks.quantization`.
+"""What each part of AKVQ-VL's quantizer is for: `python -m benchmarks.quantization`.
 
 The paper's ablation, in its order: round to nearest, the Walsh-Hadamard transform, more bits for
 the text where it is attended to, full width for pivots. Each stage spends at most the bits of the
@@ -121,7 +121,7 @@ OTHERS: dict[str, Quantizer | None] = {
     "RTN + WHT, 8 bit": RTN(bits=8, transform=True),
     "bfloat16": None,
 }
-"""What the stages are shown beside; None quantises nothing."""
+"""What the stages are shown beside; None quantizes nothing."""
 
 
 def visual() -> np.ndarray:
@@ -214,7 +214,7 @@ def ablation(
     quantizers: Mapping[str, Quantizer | None],
     step: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """A row for each quantiser: its bits, and the relative error of the attention.
+    """A row for each quantizer: its bits, and the relative error of the attention.
 
     The error of a layer is that of all heads together, |out - reference| / |reference|; the
     reference is float32, of the same bfloat16 numbers.
@@ -329,7 +329,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Take AKVQ-VL's quantiser apart: what the attention loses by each of its parts.
+    """Take AKVQ-VL's quantizer apart: what the attention loses by each of its parts.
 
     The stages follow the paper: round to nearest at 2 bits, the Walsh-Hadamard transform (WHT),
     4 bits for text in text-salient layers (TSA), 16 bits for pivots in the others (PSA), none with

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.documents import NOT_MEASURED, ROOT, table
 from benchmarks.models import MODELS
 from benchmarks.roofline import DEVICES, decode_step, largest_batch
-from benchmarks.roofline.packed import bits_of, quantised_rows
+from benchmarks.roofline.packed import bits_of, quantized_rows
 from benchmarks.speed.rows import cache_of
 from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.report import human_bytes
@@ -96,7 +96,7 @@ def _caches(model: str, context: int) -> list[tuple[float, float]]:
     text = MODELS[model].text
     quantizer = AKVQ().for_decoder(text.kind, text.num_layers)
     bits = (
-        bits_of(text, quantizer, quantised_rows(text, quantizer, context, share))
+        bits_of(text, quantizer, quantized_rows(text, quantizer, context, share))
         for share in (1.0, 0.1)
     )
     return [(1.0, 16.0), (0.1, 16.0), *zip((1.0, 0.1), bits, strict=True)]
@@ -133,7 +133,7 @@ def programs_part(result: Result | None) -> str:
 
 
 def _in_bits(row: Result) -> str:
-    """How a program's cache is quantised, where it is."""
+    """How a program's cache is quantized, where it is."""
     bits = row.get("kv_bits", "16")
     return {"16": ""}.get(bits, f" in {bits} bits" if bits.isdigit() else f" by {bits}")
 

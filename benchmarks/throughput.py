@@ -244,7 +244,7 @@ def main(
 
     Example: python -m benchmarks.throughput
 
-    With a quantised cache: python -m benchmarks.throughput --kv-bits 16 --kv-bits akvq
+    With a quantized cache: python -m benchmarks.throughput --kv-bits 16 --kv-bits akvq
 
     On a GPU: python -m benchmarks.throughput --model llava-v1.6-mistral-7b --context 8192
     """

@@ -1,4 +1,4 @@
-"""Quantised rows in 32-bit words: the layout that kernels and caches share.
+"""Quantized rows in 32-bit words: the layout that kernels and caches share.
 
 Rows of n bits stand 32 / n to a word: word-row w holds the rows w * P .. w * P + P - 1 of its run
 (P = 32 / n), row j in the bits j * n and up of each word, so that a word-row is read like a row of
@@ -10,7 +10,7 @@ a cache, channel beside channel. Scale and shift of a group are two bfloat16 in 
 
 `lanes` is the largest P in use: a word-row of wider rows leaves the places behind its own P unused.
 
-Keys may be quantised by channel instead (KIVI): `size` rows that follow each other share a scale
+Keys may be quantized by channel instead (KIVI): `size` rows that follow each other share a scale
 per channel, and the affine words are [..., W * P / size, H].
 """
 
@@ -76,8 +76,8 @@ def split_affine(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     return scale, shift
 
 
-def dequantise(codes: jax.Array, affine: jax.Array) -> jax.Array:
-    """The values of rows quantised in groups along H.
+def dequantize(codes: jax.Array, affine: jax.Array) -> jax.Array:
+    """The values of rows quantized in groups along H.
 
     Args:
         codes: uint32 [..., rows, H].
@@ -93,8 +93,8 @@ def dequantise(codes: jax.Array, affine: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32) * scale + shift
 
 
-def dequantise_channels(codes: jax.Array, affine: jax.Array) -> jax.Array:
-    """The values of rows quantised by channel.
+def dequantize_channels(codes: jax.Array, affine: jax.Array) -> jax.Array:
+    """The values of rows quantized by channel.
 
     Args:
         codes: uint32 [..., rows, H].

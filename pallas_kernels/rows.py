@@ -75,8 +75,8 @@ class PackedRows:
         first: first word-row of each run, int32 [B, runs].
         rows: rows of each run, int32 [B, runs]; may be 0.
         bits: static: width of each run's rows, 2, 4 or 8.
-        key_group: static: rows that share a scale per channel, of keys quantised by channel (KIVI);
-            None for keys quantised in groups along H. All runs then have one width, and begin at a
+        key_group: static: rows that share a scale per channel, of keys quantized by channel (KIVI);
+            None for keys quantized in groups along H. All runs then have one width, and begin at a
             multiple of `key_group` rows.
     """
 

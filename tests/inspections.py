@@ -5,7 +5,7 @@ from PIL import Image
 
 from vlcache_jax.answer import Timings
 from vlcache_jax.cache.trace import Trace
-from vlcache_jax.inspection import Inspection, Outcome, Picture
+from vlcache_jax.inspection import Inspection, Outcome, ShownPicture
 from vlcache_jax.patches import BASE, GRID, NEWLINE_PART
 from vlcache_jax.report import CacheReport
 
@@ -43,7 +43,9 @@ def made_up_inspection(
     rectangles, part = patches(size, base_side, grid_side)
     count = len(part)
     pictures = [
-        Picture(name, random_picture(rng, size), 1 + i * count + np.arange(count), rectangles, part)
+        ShownPicture(
+            name, random_picture(rng, size), 1 + i * count + np.arange(count), rectangles, part
+        )
         for i, name in enumerate(names)
     ]
     visual = np.zeros(len(pieces) + count * len(names), bool)

@@ -203,7 +203,7 @@ def test_a_stop_text_ends_its_answer_alone(vlm):
     [RTN(bits=2, residual=8), RTN(bits=8, residual=3), KIVI(residual=5, recent=4, group=32)],
     ids=repr,
 )
-def test_the_packing_schedule_is_the_quantisers_own(vlm, ask, cache):
+def test_the_packing_schedule_is_the_quantizers_own(vlm, ask, cache):
     """Whole, streamed, cut short, and in chunks of any size."""
     answer = vlm.generate(**ask, max_new_tokens=90, cache=cache)
     stream = vlm.stream(**ask, max_new_tokens=90, cache=cache)

@@ -1,4 +1,4 @@
-"""Quantised caches through the whole of generation: exactness, batches, memory, long answers."""
+"""Quantized caches through the whole of generation: exactness, batches, memory, long answers."""
 
 import re
 from dataclasses import replace
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import vlcache_jax
-from pallas_kernels.packing import dequantise, unpack
+from pallas_kernels.packing import dequantize, unpack
 from tests.cache.numpy_quantize import (
     by_channel,
     find_rows,
     hadamard,
-    numpy_quantise,
+    numpy_quantize,
     values_of,
 )
 from tests.tiny import picture, tiny_config, tiny_processor
@@ -171,7 +171,7 @@ def test_groups_of_a_batch_with_eviction_equal_batch_one(vlm):
         assert answer.cache.kept_share < 0.3
 
 
-def test_nothing_is_quantised_unless_it_is_asked_for():
+def test_nothing_is_quantized_unless_it_is_asked_for():
     assert as_method(None) == FullCache()
     assert Generate(CONFIG).cache.quantize is None
     shapes = as_method(None).pool_shapes(CONFIG.text, 2, 64, jnp.bfloat16)
@@ -220,7 +220,7 @@ def float_shapes(program):
     return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
 
 
-def test_there_is_never_a_dequantised_cache(params):
+def test_there_is_never_a_dequantized_cache(params):
     """In no program of decoding is there an array of full width as large as a part of the cache."""
     generate, rows = Generate(CONFIG, as_method(replace(SMALL, residual=32)), 97), 4096
     stages, one = generate.stages, np.ones(1, np.int32)
@@ -236,7 +236,7 @@ def test_there_is_never_a_dequantised_cache(params):
 
     def copy(words, affine):
         codes = unpack(words, 2).reshape(*words.shape[:2], -1, words.shape[3])
-        return dequantise(codes, affine)
+        return dequantize(codes, affine)
 
     assert float_shapes(jax.jit(copy).lower(*both).compile()) >= whole
 
@@ -314,7 +314,7 @@ def test_new_tokens_are_packed_too(folded, processor, cache, config):
     for layer, b, head in np.ndindex(new_k.shape[:3]):
         assert_packed(host, layer, b, head, new_k[layer, b, head], new_v[layer, b, head])
 
-    # One more step on the packed rows is that on the same rows dequantised, and near that on exact
+    # One more step on the packed rows is that on the same rows dequantized, and near that on exact
     # ones where they have 8 bits.
     own, full = decode(folded, pool, state)[1], replace(stages, cache=FullCache())
     for new, tolerance in ((None, 5e-5), ((new_k, new_v), 0.02)):
@@ -324,15 +324,15 @@ def test_new_tokens_are_packed_too(folded, processor, cache, config):
 
 
 def assert_packed(pool, layer, batch, head, k, v):
-    """These rows are what a layer's last run holds, quantised as numpy does it."""
+    """These rows are what a layer's last run holds, quantized as numpy does it."""
     quantizer, size = pool.quantizer, CONFIG.text.head_dim
     bits, keys, values = find_rows(pool, batch, layer, head).packed[-1]
     assert bits == quantizer.new_width(layer)
-    expected_v = numpy_quantise(v, bits, group=size, clip=quantizer.clip)
+    expected_v = numpy_quantize(v, bits, group=size, clip=quantizer.clip)
     if quantizer.key_group:
         expected_k = by_channel(k, bits, group=quantizer.key_group, clip=quantizer.clip)
     else:
-        expected_k = numpy_quantise(k, bits, group=size, clip=quantizer.clip)
+        expected_k = numpy_quantize(k, bits, group=size, clip=quantizer.clip)
     for found, expected in ((keys, expected_k), (values, expected_v)):
         for one, other in zip(found, expected, strict=True):
             assert np.array_equal(one, other)

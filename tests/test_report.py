@@ -122,7 +122,7 @@ def test_bytes_by_hand():
     assert packed_bytes(text, None, np.zeros((1, 0), int)) == (0, 0)
 
 
-def test_a_quantiser_has_the_name_of_the_command_line():
+def test_a_quantizer_has_the_name_of_the_command_line():
     assert kv_bits(None) is None
     assert kv_bits(RTN(bits=4, transform=True)) == "4"
     assert kv_bits(RTN(bits=4)) == "rtn"

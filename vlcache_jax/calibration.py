@@ -208,7 +208,7 @@ def text_shares(
     """Text share of each layer's attention, float32 [B, L]; see the module docstring.
 
     Args:
-        stages: of a method that scores by `ColumnSum` and has that quantiser.
+        stages: of a method that scores by `ColumnSum` and has that quantizer.
         quantizer: by whose rule the pivots are found; without text-salient layers.
         params: parameters.
         inputs: prompts padded to their buckets.

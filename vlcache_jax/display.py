@@ -77,7 +77,7 @@ def answer_rows(facts: dict[str, Any]) -> dict[str, str]:
         "method": setting(kv),
         "cache": f"{human_bytes(kv['kept_bytes'])} of {human_bytes(kv['full_bytes'])} "
         f"({kv['kept_share']:.1%})",
-        **_quantised_rows(kv),
+        **_quantized_rows(kv),
         "allocated": f"{human_bytes(kv['allocated_bytes'])}, and "
         f"{human_bytes(kv['tail_bytes'])} for new tokens",
         "kept per layer": f"{min(budgets)} to {max(budgets)} tokens, "
@@ -89,16 +89,16 @@ def answer_rows(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def setting(facts: dict[str, Any]) -> str:
-    """A method as it was asked for: name, budget and what the cache is quantised to."""
-    bits = facts.get("kv_bits")  # not in files of before there were quantised caches
+    """A method as it was asked for: name, budget and what the cache is quantized to."""
+    bits = facts.get("kv_bits")  # not in files of before there were quantized caches
     words = f"{facts['method']}, budget {facts['budget_requested']}"
     if bits is None:
         return words
     return f"{words}, {bits} bits" if bits.isdecimal() else f"{words}, {bits}"
 
 
-def _quantised_rows(kv: dict[str, Any]) -> dict[str, str]:
-    """The lines of a table about a quantised cache; none where it is not."""
+def _quantized_rows(kv: dict[str, Any]) -> dict[str, str]:
+    """The lines of a table about a quantized cache; none where it is not."""
     if kv.get("kv_bits") is None:
         return {}
     parts = {"codes": "payload_bytes", "scales": "scale_bytes", "full width": "dense_bytes"}
@@ -142,7 +142,7 @@ def comparison_tables(facts: dict[str, Any]) -> Group:
     table = Table("")
     for column in columns:
         table.add_column(Text(column.pop("method")))
-    # The longest column has all lines, in their order: that of a quantised cache, if there is one.
+    # The longest column has all lines, in their order: that of a quantized cache, if there is one.
     for name in max(columns, key=len):
         table.add_row(name, *(Text(column.get(name, "")) for column in columns))
     return Group(two_columns(above), table)

@@ -76,7 +76,7 @@ class Generate:
         """Steps of one chunk: fewer than `chunk` for a short answer.
 
         Where new tokens are packed, a whole number of chunks is what is packed at a time: so the
-        schedule is the quantiser's own, whatever the chunk.
+        schedule is the quantizer's own, whatever the chunk.
         """
         steps = min(self.chunk, 1 << max(0, self.max_new_tokens - 2).bit_length())
         quantizer = self.cache.quantize

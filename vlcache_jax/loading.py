@@ -46,7 +46,7 @@ def load(
         backend: "triton", "cudnn" (prefill's attention only) or "xla"; by default what the
             environment variable VLCACHE_BACKEND names, else the best that supports the case.
         transform: fold the Walsh-Hadamard transform of the values into each layer as it is read,
-            for a quantised cache with the transform (`AKVQ`): else its first use makes folded
+            for a quantized cache with the transform (`AKVQ`): else its first use makes folded
             copies of the attention's weights beside the others. Every method runs on folded
             parameters.
         revision: branch, tag or commit of a hub id; its main branch by default.

@@ -23,22 +23,22 @@ class CacheReport:
 
     Attributes:
         method: name of the method.
-        label: with that of the quantiser behind it: "vl-cache+akvq".
-        kv_bits: the quantiser as the command line calls it, None where nothing is quantised.
+        label: with that of the quantizer behind it: "vl-cache+akvq".
+        kv_bits: the quantizer as the command line calls it, None where nothing is quantized.
         budget_requested: what was asked for, as it was given: "0.1", "256tok".
         budget: the share of the cache that this is for the prompt, at most 1.
-        full_bytes: what all of the prompt's true length would take, not quantised.
+        full_bytes: what all of the prompt's true length would take, not quantized.
         kept_bytes: what the kept prompt tokens take: payload, scales and dense rows.
         kept_share: kept_bytes / full_bytes.
         compression_ratio: the share removed, 1 - kept_share (kvpress counts so).
-        payload_bytes: the codes of quantised tokens; 0 where nothing is quantised.
+        payload_bytes: the codes of quantized tokens; 0 where nothing is quantized.
         scale_bytes: their scales and shifts, likewise.
         dense_bytes: the kept tokens of full width.
         effective_bits: 8 * kept_bytes / numbers in the kept tokens' keys and values.
         layer_budgets: tokens kept by each layer, for every kv head.
         kept_visual: visual tokens among them, the mean over layers and kv heads.
         kept_text: text tokens among them, likewise.
-        allocated_bytes: the pool as allocated, with its padding, and with the rows of a quantised
+        allocated_bytes: the pool as allocated, with its padding, and with the rows of a quantized
             one that are free for new tokens.
         tail_bytes: the tail for new tokens, as allocated.
     """
@@ -74,7 +74,7 @@ def token_bytes(config: TextConfig, dtype: jnp.dtype) -> int:
 
 
 def kv_bits(quantizer: Quantizer | None) -> str | None:
-    """What `--kv-bits` calls a quantiser; its class's name where it has other settings."""
+    """What `--kv-bits` calls a quantizer; its class's name where it has other settings."""
     if quantizer is None:
         return None
     named = (name for name, known in QUANTIZERS.items() if known == quantizer)
@@ -84,13 +84,13 @@ def kv_bits(quantizer: Quantizer | None) -> str | None:
 def packed_bytes(
     config: TextConfig, quantizer: Quantizer | None, rows: np.ndarray
 ) -> tuple[int, int]:
-    """Bytes of quantised rows: of their codes, and of their scales and shifts.
+    """Bytes of quantized rows: of their codes, and of their scales and shifts.
 
     What a run's last word and the widest rows leave unused is padding: it is not counted.
 
     Args:
         config: the decoder.
-        quantizer: how they are quantised, for this decoder; None where there are none.
+        quantizer: how they are quantized, for this decoder; None where there are none.
         rows: rows of each layer and width, int [L, widths].
     """
     if quantizer is None:
@@ -151,7 +151,7 @@ def cache_report(
         dtype: type of the cache.
         prompt_tokens: true length of the prompt, m.
         counts: tokens kept by each layer: those of full width, then those of each width of the
-            quantiser, int [L, 1 + widths].
+            quantizer, int [L, 1 + widths].
         kept_visual: visual tokens among them, the mean over the kv heads, float [L].
         prompt_rows: the prompt's bucket, T.
         tail_rows: rows of the tail, R.
@@ -197,7 +197,7 @@ class MemoryNeed:
         parameters: the parameters, once: a method with the transform is reckoned with a model that
             is loaded for it (`load(transform=True)`).
         pool: the pool of the whole batch.
-        prefill: K and V of the whole prompts, which live until they are compacted or quantised; 0
+        prefill: K and V of the whole prompts, which live until they are compacted or quantized; 0
             with the full cache, whose pool they are. Less where a batch is prefilled a few
             sequences at a time.
         tail: the tail of the whole batch.

@@ -27,7 +27,7 @@ from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.state import Pool, Tails, empty_tail, whole_capacity
 from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
 from vlcache_jax.config import LlavaConfig
-from vlcache_jax.models.llama import Attend, Kept, Stream, rope_table, rotated
+from vlcache_jax.models.llama import Attend, Kept, Residual, rope_table, rotated
 from vlcache_jax.models.llava import Llava, Params, bind
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.settings import Settings
@@ -138,7 +138,7 @@ class Stages:
         buffers = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         seen, prompt = [], self.prompt(inputs, settings)
 
-        def keep(index: int, heads: Heads, entering: Stream, stream: Stream) -> Stream:
+        def keep(index: int, heads: Heads, entering: Residual, stream: Residual) -> Residual:
             nonlocal buffers
             buffers = tuple(
                 lax.dynamic_update_slice(buffer, part.swapaxes(1, 2), (0, 0, index * rows, 0))
@@ -170,7 +170,7 @@ class Stages:
         self,
         model: Llava,
         inputs: ModelInputs,
-        keep: Callable[[int, Heads, Stream, Stream], Stream] | None = None,
+        keep: Callable[[int, Heads, Residual, Residual], Residual] | None = None,
     ) -> jax.Array:
         """Final hidden states [B, T, D].
 
@@ -185,7 +185,7 @@ class Stages:
             return mixed, (q, k, v)
 
         patches = partial(prefill_attention, causal=False, backend=self.backend)
-        stream = Stream(model.embed_prompt(inputs, patches))
+        stream = Residual(model.embed_prompt(inputs, patches))
         table = rope_table(jnp.arange(stream.x.shape[1]), self.config.text)
         for index, layer in enumerate(model.layers):
             entering = stream
@@ -316,7 +316,7 @@ class Stages:
         return self._drawn(state, token, tail)
 
     def spill(self, pool: AnyPool, state: DecodeState) -> tuple[AnyPool, DecodeState]:
-        """Pack the oldest new tokens where a quantiser's `residual` asks for it.
+        """Pack the oldest new tokens where a quantizer's `residual` asks for it.
 
         To be called in front of every chunk where there is a `residual`; donate both.
         """
@@ -404,7 +404,7 @@ class Stages:
         attend_layer: Callable[[int], Attend[Kept]],
     ) -> tuple[jax.Array, list[Kept]]:
         """Run one token per sequence: its hidden states [B, D], and what each layer kept."""
-        stream, kept = Stream(model.embed(token[:, None])), []
+        stream, kept = Residual(model.embed(token[:, None])), []
         for index, layer in enumerate(model.layers):
             stream, own = layer(stream, attend_layer(index), backend=self.cache_backend)
             kept.append(own)

@@ -63,7 +63,7 @@ class GenerateOutput:
         kept: prompt tokens kept by each layer, int32 [B, L].
         kept_visual: visual tokens among them, the mean over the kv heads, float32 [B, L].
         counts: the kept tokens by their width: those of full width, then of each width of the
-            quantiser, int32 [B, L, 1 + widths].
+            quantizer, int32 [B, L, 1 + widths].
         trace: with `trace=True`, what was kept and why.
     """
 

@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
         stop: texts that end an answer, which ends in front of the first of them.
         raw_prompt: take the text as it is, without the chat template.
         cache: what is kept of the prompt's keys and values, `VLCache(budget=0.1)` for instance;
-            everything by default. A quantiser alone, `AKVQ()`, keeps everything, quantised. A
+            everything by default. A quantizer alone, `AKVQ()`, keeps everything, quantized. A
             method's name or class stands for its defaults, a number for VL-Cache with that budget.
         trace: also give each answer its `Trace`, at the cost of one more decode step.
         prefill_batch: prompts of a batch that are prefilled at a time, all by default. The memory

@@ -1,6 +1,6 @@
 """Many methods that watch one prefill: what each sees of it, plans and builds.
 
-Values that a quantiser wants transformed are so when its pool is built, and decoded by the folded
+Values that a quantizer wants transformed are so when its pool is built, and decoded by the folded
 weights: what a prefill by these would leave behind, but for the rounding.
 """
 
@@ -106,7 +106,7 @@ class Comparison:
         prefilled, token = generate.stages.prefill(params, inputs, settings)
         nothing = replace(prefilled, seen=Observation())
         full, _ = Stages(self.config).build_cache(nothing, inputs, settings)
-        assert isinstance(full, Pool)  # nothing is quantised
+        assert isinstance(full, Pool)  # nothing is quantized
         # What is stacked are the methods' observations of each layer, in the shape of `observe`.
         return full, token, cast(Any, prefilled.seen)
 

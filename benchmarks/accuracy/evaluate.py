@@ -5,7 +5,7 @@
     outcomes["mine"].answers, outcomes["full"].answers
 
 All methods watch one prefill. Methods whose pools have the same shapes, which is to say about the
-same budget and quantiser, are put one after the other along the batch axis and decoded together:
+same budget and quantizer, are put one after the other along the batch axis and decoded together:
 
     prompts ─► prefill ─┬─► the full cache: answer ─► what it attends to      [B]
                K, V     └─► plan, build: pools of M methods ─► decode         [M * B]
@@ -106,7 +106,7 @@ class Evaluation:
         if batch < 1:
             raise ValueError(f"{batch=} must be at least 1")
         if vlm.transformed:
-            raise ValueError("quantisers without the transform need values as they are: load "
+            raise ValueError("quantizers without the transform need values as they are: load "
                              "the model without it")  # fmt: skip
         self.vlm, self.batch = vlm, batch
         parts = ("host", "compile", "prefill", "answer", "attend", "build", "decode")
@@ -126,7 +126,7 @@ class Evaluation:
         Args:
             items: of any tasks, in any order.
             methods: by labels of your own. One whose budget is 1 or more has the full cache's
-                outcome, if it does not quantise: it keeps everything, so it is not decoded again.
+                outcome, if it does not quantize: it keeps everything, so it is not decoded again.
             max_new_tokens: most tokens of an answer; by default a little more than the longest
                 right answer to an item of the same task has.
             advance: called with the number of items done at a time, to show how far it is.

@@ -14,7 +14,7 @@ import optax
 
 from benchmarks.accuracy.packing import Batch
 from vlcache_jax.config import LlavaConfig
-from vlcache_jax.models.llama import Stream, rope_table, rotated
+from vlcache_jax.models.llama import Residual, rope_table, rotated
 from vlcache_jax.models.llava import Params, bind
 
 HIDDEN = -1e30
@@ -144,7 +144,7 @@ def answer_logits(
     def attend(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _attend(*rotated(qkv, angles), there, batch.sources)
 
-    stream = Stream(jnp.concatenate([prefix, segments], axis=1), None)
+    stream = Residual(jnp.concatenate([prefix, segments], axis=1), None)
     guided = []
     for layer in model.layers:
         stream, guide = layer(stream, attend, backend="xla")

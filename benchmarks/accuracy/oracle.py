@@ -18,7 +18,7 @@ from vlcache_jax.cache.method import CacheMethod, Observation
 from vlcache_jax.cache.score import Layer, RecentScore, Score
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.config import TextConfig
-from vlcache_jax.models.llama import Attend, Stream, rope_table, rotated
+from vlcache_jax.models.llama import Attend, Residual, rope_table, rotated
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.processing import ModelInputs
 
@@ -87,7 +87,7 @@ def attention_of_answer(
 
         return attend
 
-    stream, seen = Stream(model.embed(tokens)), []
+    stream, seen = Residual(model.embed(tokens)), []
     for index, layer in enumerate(model.layers):
         stream, own = layer(stream, attend_layer(index), backend=backend)
         seen.append(own)

@@ -34,7 +34,7 @@ DECODE = ((2048, 1), (2048, 32), (2048, 64), (8192, 64))
 """Context and batch of the decode steps that the bars are about."""
 
 LONGEST = (32768, 24)
-"""Those of the decode step from quantised caches, where the memory holds as many."""
+"""Those of the decode step from quantized caches, where the memory holds as many."""
 
 
 def paper_decode(context: Context) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def decode(context: Context) -> dict[str, Any]:
 
 
 def packed_decode(context: Context) -> dict[str, Any]:
-    """The stage: a decode step from quantised caches, of as long a batch as all of them fit with.
+    """The stage: a decode step from quantized caches, of as long a batch as all of them fit with.
 
     The full cache, a tenth, the full one in AKVQ's bits, and a tenth in them, in turns.
     """

@@ -26,7 +26,7 @@ from vlcache_jax.report import count_parameters, token_bytes
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 SCALE_BYTES = 2 * BFLOAT16.itemsize
-"""Scale and offset of one quantised group."""
+"""Scale and offset of one quantized group."""
 
 SCORE_BYTES = INDEX_BYTES = 4  # float32 and int32
 
@@ -172,7 +172,7 @@ def scoring(
 
 
 def packing(config: LlavaConfig, context: int, batch: int = 1, bits: float = 16) -> Stage:
-    """What a quantiser adds to the prefill where nothing is evicted: it reads and writes it all.
+    """What a quantizer adds to the prefill where nothing is evicted: it reads and writes it all.
 
     Args:
         config: the model.
@@ -220,7 +220,7 @@ def stored_bits(bits: int, rows: float, *, group: int = 64, exact_rows: int = 0)
     """Bits that a value takes in the pool, with all that belongs to it.
 
     Args:
-        bits: of a quantised value; 16 is bfloat16, without scales.
+        bits: of a quantized value; 16 is bfloat16, without scales.
         rows: rows that a layer keeps.
         group: values that share a scale and an offset, bfloat16 both.
         exact_rows: rows among them that stay bfloat16.

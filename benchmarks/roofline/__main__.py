@@ -27,7 +27,7 @@ from benchmarks.roofline import (
     stored_bits,
     tokens_per_second,
 )
-from benchmarks.roofline.packed import bits_of, quantised_rows
+from benchmarks.roofline.packed import bits_of, quantized_rows
 from benchmarks.roofline.trips import trip_rows, trip_table
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
@@ -44,8 +44,8 @@ class Cache:
 
     Attributes:
         budget: share of it that is kept.
-        bits: `stored_bits` of every value, where no quantiser says it.
-        quantizer: how what is kept is quantised, for the model's decoder.
+        bits: `stored_bits` of every value, where no quantizer says it.
+        quantizer: how what is kept is quantized, for the model's decoder.
     """
 
     budget: float = 1.0
@@ -56,14 +56,14 @@ class Cache:
         """Bits of a value of the pool, with all that belongs to it."""
         if self.quantizer is None:
             return self.bits
-        rows = quantised_rows(config.text, self.quantizer, context, self.budget)
+        rows = quantized_rows(config.text, self.quantizer, context, self.budget)
         return bits_of(config.text, self.quantizer, rows)
 
     def rows(self, config: LlavaConfig, context: int) -> dict[str, float]:
-        """Rows of a layer by their bits, the mean over the layers; empty without a quantiser."""
+        """Rows of a layer by their bits, the mean over the layers; empty without a quantizer."""
         if self.quantizer is None:
             return {}
-        mean = quantised_rows(config.text, self.quantizer, context, self.budget).mean(axis=0)
+        mean = quantized_rows(config.text, self.quantizer, context, self.budget).mean(axis=0)
         return {
             str(bits): float(rows)
             for bits, rows in zip((16, *self.quantizer.widths), mean, strict=True)
@@ -258,15 +258,15 @@ def main(
     ] = 8192,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     budget: Annotated[float, typer.Option(help="Share of the cache kept; 1 keeps all.")] = 0.1,
-    bits: Annotated[int, typer.Option(help="Bits of a quantised value; 16 for none.")] = 16,
+    bits: Annotated[int, typer.Option(help="Bits of a quantized value; 16 for none.")] = 16,
     group: Annotated[int, typer.Option(help="Values that share a scale and an offset.")] = 64,
     exact_rows: Annotated[
-        int, typer.Option(help="Rows of a layer that stay at 16 bit beside the quantised ones.")
+        int, typer.Option(help="Rows of a layer that stay at 16 bit beside the quantized ones.")
     ] = 0,
     kv_bits: Annotated[
         str,
         typer.Option(
-            help=f"A quantiser in place of plain --bits, of the full cache and of the budget: "
+            help=f"A quantizer in place of plain --bits, of the full cache and of the budget: "
             f"{', '.join(QUANTIZERS)}; 16 for none. Rows at 16 bit, groups and bits are its own."
         ),
     ] = "16",

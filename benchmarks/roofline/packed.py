@@ -1,4 +1,4 @@
-"""What a quantised cache takes: rows of each width, and bytes of them with their scales."""
+"""What a quantized cache takes: rows of each width, and bytes of them with their scales."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from vlcache_jax.report import packed_bytes, row_bytes
 def rows_by_width(
     quantizer: Quantizer, kept: np.ndarray, *, evicts: bool, text: int = WINDOW
 ) -> np.ndarray:
-    """Rows of full width and of each width of the quantiser, int [..., L, 1 + widths].
+    """Rows of full width and of each width of the quantizer, int [..., L, 1 + widths].
 
     The most that there can be: as though all text were kept, which is the end of the prompt, and
     every pivot, none of which is recent, so far as there is room.
@@ -44,7 +44,7 @@ def kept_bytes(
 
     Args:
         config: the decoder.
-        quantizer: how they are quantised; None where all have full width.
+        quantizer: how they are quantized; None where all have full width.
         rows: of each width, int [..., L, 1 + widths], as of `rows_by_width`.
         dtype: of those of full width.
     """
@@ -69,7 +69,7 @@ def bits_of(
     return 16 * kept_bytes(config, quantizer, rows, dtype) / full
 
 
-def quantised_rows(
+def quantized_rows(
     config: TextConfig, quantizer: Quantizer, context: int, budget: float = 1.0, text: int = WINDOW
 ) -> np.ndarray:
     """`rows_by_width` of a prompt's cache, its budget divided equally, int [L, 1 + widths].

@@ -94,7 +94,7 @@ def main(
     A sweep of decode steps: python -m benchmarks.speed --model small-gqa --batch 8 --stage decode
     --budget 0.1 --budget 0.5
 
-    With a quantised cache: python -m benchmarks.speed --kv-bits 16 --kv-bits akvq --stage decode
+    With a quantized cache: python -m benchmarks.speed --kv-bits 16 --kv-bits akvq --stage decode
 
     Where the time goes: python -m benchmarks.speed --images --profile traces
 

@@ -68,7 +68,7 @@ class Variant:
 
     @property
     def kv_bits(self) -> str | None:
-        """How what is kept is quantised, as the command line says it; None for not at all."""
+        """How what is kept is quantized, as the command line says it; None for not at all."""
         return kv_bits(self.cache.quantize)
 
     def __str__(self) -> str:
@@ -145,7 +145,7 @@ class Case:
         return allocate(allocation.sizes(prompt, sparsity), prompt.budget, m)
 
     def rows_by_width(self, variant: Variant, seed: int = 0) -> np.ndarray:
-        """The same rows by their width: full width, then the quantiser's; int [B, L, 1 + widths].
+        """The same rows by their width: full width, then the quantizer's; int [B, L, 1 + widths].
 
         All text of `inputs` and all pivots are among them, see `roofline.packed`.
         """

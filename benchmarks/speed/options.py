@@ -23,7 +23,7 @@ Budgets = Annotated[
 KvBits = Annotated[
     list[str] | None,
     typer.Option(
-        help=f"How what is kept is quantised, of {', '.join(QUANTIZERS)}, or 16 for not at all "
+        help=f"How what is kept is quantized, of {', '.join(QUANTIZERS)}, or 16 for not at all "
         "(the default); the full cache too; several times."
     ),
 ]
@@ -41,7 +41,7 @@ def variants_of(
     With `kv_bits` each of these in every one of them, and the full cache as it is besides.
 
     Raises:
-        ValueError: there is no such method, budget, quantiser or backend.
+        ValueError: there is no such method, budget, quantizer or backend.
     """
     quantizers = [make_quantizer(name) for name in kv_bits or ["16"]]
     names = [name for name in methods or ["vl-cache"] if name != FULL.cache.name]

@@ -1,4 +1,4 @@
-"""Attention of one new token over a layer whose older rows are quantised."""
+"""Attention of one new token over a layer whose older rows are quantized."""
 
 import math
 
@@ -31,7 +31,7 @@ def append_and_attend(
 
     Attention goes over rows of full width, packed runs, and the tail. Offsets and lengths are data:
     one compiled program serves every allocation. Rows outside of the segments are never read into a
-    result, whatever they hold. Packed rows are dequantised where they are used: there is never a
+    result, whatever they hold. Packed rows are dequantized where they are used: there is never a
     copy of the cache.
 
     Args:

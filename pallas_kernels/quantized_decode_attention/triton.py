@@ -205,7 +205,7 @@ def append_and_attend(
 
 def _check(dense: Segment, packed: PackedRows) -> None:
     if packed.key_group is not None:
-        raise NotImplementedError("keys quantised by channel")
+        raise NotImplementedError("keys quantized by channel")
     if dense.k.dtype == jnp.float32:  # codes meet numbers of half that width
         raise NotImplementedError("float32")
     head_dim = dense.k.shape[3]

@@ -1,6 +1,6 @@
 """Online softmax over blocks of packed rows, then the dense segment and the tail.
 
-A block of word-rows is unpacked and dequantised where it is used, so that never more than a block
+A block of word-rows is unpacked and dequantized where it is used, so that never more than a block
 of any cache stands in memory at full width.
 """
 
@@ -10,7 +10,7 @@ from jax import lax
 
 from pallas_kernels import online_softmax
 from pallas_kernels.hadamard import transform as hadamard
-from pallas_kernels.packing import dequantise, dequantise_channels, per_word, unpack
+from pallas_kernels.packing import dequantize, dequantize_channels, per_word, unpack
 from pallas_kernels.ragged_decode_attention.xla import append, attend_segments, finish, read_rows
 from pallas_kernels.rope import rotate
 from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
@@ -108,7 +108,7 @@ def _read(
     if key_group:
         groups = count * each // key_group
         own = read_rows(affine, start * each // key_group, groups)
-        return dequantise_channels(codes, own)
+        return dequantize_channels(codes, own)
     own = read_rows(affine, start * lanes, count * lanes, axis=2)
     own = own.reshape(*own.shape[:-1], count, lanes)[..., :each]
-    return dequantise(codes, own.reshape(*own.shape[:-2], count * each))
+    return dequantize(codes, own.reshape(*own.shape[:-2], count * each))

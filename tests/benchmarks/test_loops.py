@@ -254,7 +254,7 @@ def test_launches_of_a_step_are_counted():
     }
 
 
-def test_the_kernel_of_a_quantised_cache_is_known():
+def test_the_kernel_of_a_quantized_cache_is_known():
     thunks = THUNKS.replace("append_and_attend", "quantized_append_and_attend")
     found = step_launches(thunks.format(more=""))
     assert found["kernels_per_step"]["quantized_append_and_attend"] == 2

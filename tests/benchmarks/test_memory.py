@@ -17,7 +17,7 @@ from benchmarks.memory import (
     ALL,
     Program,
     cache_parts,
-    dequantised,
+    dequantized,
     known,
     largest_batch,
     run,
@@ -51,10 +51,10 @@ def test_a_decode_step_is_one_small_command_buffer(batch):
 
 
 @needs_plugin
-def test_a_step_from_a_quantised_cache_makes_none_of_it_wide():
+def test_a_step_from_a_quantized_cache_makes_none_of_it_wide():
     found = run(Program(context=4096, kv_bits="akvq"))
     check(found)
-    assert found["dequantised_in_loop"] == 0
+    assert found["dequantized_in_loop"] == 0
     assert found["kernels_per_step"]["quantized_append_and_attend"] == 32
     assert found["cache_bytes"] <= MOST_SHARE * found["full_cache_bytes"]
 
@@ -76,7 +76,7 @@ def test_the_committed_table_holds_every_program():
     for row in rows.values():
         check(row)
     packed = [row for program, row in rows.items() if program.kv_bits == "akvq"]
-    assert all(row["dequantised_in_loop"] == 0 for row in packed)
+    assert all(row["dequantized_in_loop"] == 0 for row in packed)
     assert {row["cache_bytes"] / row["full_cache_bytes"] <= MOST_SHARE for row in packed
             if row["budget"] == 0.1} == {True}  # fmt: skip
 
@@ -135,8 +135,8 @@ def test_a_layer_that_is_made_wide_is_seen(kind, rows, found):
         numbers[..., None], numbers[..., None], RTN(), 2,
     )  # fmt: skip
     text = LOOP.format(kind=kind, rows=rows)
-    assert dequantised(text, pool) == found
-    assert dequantised(text, pool.dense) == 0
+    assert dequantized(text, pool) == found
+    assert dequantized(text, pool.dense) == 0
 
 
 def test_rows_are_added_to_those_of_a_file(tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_rows_are_added_to_those_of_a_file(tmp_path, monkeypatch):
         asked.append(program)
         sizes = dict.fromkeys(
             ("cache_bytes", "full_cache_bytes", "temp_bytes", "peak_bytes", "cache_copies_in_loop",
-             "dequantised_in_loop", "launches_per_layer", "one_command_buffer", "compile_s"), 0,
+             "dequantized_in_loop", "launches_per_layer", "one_command_buffer", "compile_s"), 0,
         )  # fmt: skip
         return {**vars(program), **sizes}
 

@@ -1,4 +1,4 @@
-"""The paper's ablation: each part of the quantiser helps where there is what it is for."""
+"""The paper's ablation: each part of the quantizer helps where there is what it is for."""
 
 import itertools
 import json
@@ -90,7 +90,7 @@ def test_bits_by_hand():
     assert bits_of(None, np.full((1, 4, 1), 512)) == {"payload_bits": 16, "bits": 16}
 
 
-def test_without_quantising_it_is_the_attention_in_float32():
+def test_without_quantizing_it_is_the_attention_in_float32():
     """Against numpy, row by row, and within bfloat16's rounding."""
     planted = plant(Structure(), 5)
     batched = Planted(*(x[None] for x in planted))

@@ -26,7 +26,7 @@ from benchmarks.roofline import (
     tokens_per_second,
 )
 from benchmarks.roofline.__main__ import main
-from benchmarks.roofline.packed import bits_of, kept_bytes, quantised_rows, rows_by_width
+from benchmarks.roofline.packed import bits_of, kept_bytes, quantized_rows, rows_by_width
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.packed import arrange
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
@@ -193,7 +193,7 @@ def test_stored_bits_count_scales_and_exact_rows():
             stored_bits(bits, 100, group=group, exact_rows=exact)
 
 
-# Quantised caches.
+# Quantized caches.
 
 
 @pytest.mark.parametrize(
@@ -224,23 +224,23 @@ def test_a_tenth_in_two_bits_by_hand():
     """Recent rows, 15 pivots, and the rest at 2 bits with 32 of scale and shift for 128 values."""
     for context, kept, recent in ((4096, 410, 41), (8192, 819, 81), (32768, 3277, 327)):
         quantizer = AKVQ(tsa_layers=())
-        rows = quantised_rows(MISTRAL.text, quantizer, context, 0.1)
+        rows = quantized_rows(MISTRAL.text, quantizer, context, 0.1)
         assert rows.tolist() == 32 * [[recent + 15, kept - recent - 15]]
         bits = ((recent + 15) * 16 + (kept - recent - 15) * 2.25) / kept
         assert bits_of(MISTRAL.text, quantizer, rows) == pytest.approx(bits)
         share = kept_bytes(MISTRAL.text, quantizer, rows) / sequence_bytes(MISTRAL, context)
         assert share == pytest.approx(kept * bits / 16 / context)
         assert share <= 0.03
-    whole = quantised_rows(MISTRAL.text, AKVQ(tsa_layers=()), 4096)
+    whole = quantized_rows(MISTRAL.text, AKVQ(tsa_layers=()), 4096)
     assert whole.tolist() == 32 * [[143, 3953]]
 
 
 def test_text_of_text_salient_layers_by_hand():
-    rows = quantised_rows(VICUNA.text, AKVQ(tsa_layers=(0, 1)), 2048, 0.1)
+    rows = quantized_rows(VICUNA.text, AKVQ(tsa_layers=(0, 1)), 2048, 0.1)
     assert rows.tolist() == 2 * [[20, 30, 155]] + 30 * [[35, 0, 170]]
-    whole = quantised_rows(VICUNA.text, AKVQ(tsa_layers=(0, 1), recent=30), 2048)
+    whole = quantized_rows(VICUNA.text, AKVQ(tsa_layers=(0, 1), recent=30), 2048)
     assert whole[0].tolist() == [30, 20, 1998]
-    kivi = quantised_rows(MISTRAL.text, KIVI(), 1000)
+    kivi = quantized_rows(MISTRAL.text, KIVI(), 1000)
     assert kivi[0].tolist() == [136, 864]
     assert bits_of(MISTRAL.text, KIVI(), kivi) == pytest.approx((136 * 16 + 864 * 3) / 1000)
 
@@ -317,7 +317,7 @@ def test_json_holds_every_stage_and_cache():
     assert found["device"]["source"] == "measured"
 
 
-def test_a_quantiser_stands_beside_both_caches():
+def test_a_quantizer_stands_beside_both_caches():
     found = printed("--context", "32768", "--batch", "24", "--kv-bits", "akvq")
     names = ["full", "10 %", "full + akvq", "10 % + akvq"]
     assert [(row["stage"], row["cache"]) for row in found["rows"]] == [
@@ -409,7 +409,7 @@ def test_bad_input_is_refused(option, value, word):
     assert word in done.output
 
 
-def test_a_quantiser_has_its_own_bits():
+def test_a_quantizer_has_its_own_bits():
     done = run("--kv-bits", "akvq", "--bits", "2")
     assert done.exit_code == 2
     assert "--exact-rows" in done.output

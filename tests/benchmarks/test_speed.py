@@ -221,7 +221,7 @@ def test_packed_rows_stand_beside_the_full_cache(tiny, params):
     assert built["seconds"] > 0
 
 
-def test_quantisers_of_methods_and_of_the_full_cache():
+def test_quantizers_of_methods_and_of_the_full_cache():
     found = variants_of(["vl-cache", "full"], ["0.1", "0.2"], kv_bits=["16", "akvq", "2"])
     assert list(map(str, found)) == [
         "full", "full+akvq", "full+2",

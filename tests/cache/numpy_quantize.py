@@ -1,4 +1,4 @@
-"""AKVQ-VL's quantiser and layout in plain numpy, row by row: what the library is compared with."""
+"""AKVQ-VL's quantizer and layout in plain numpy, row by row: what the library is compared with."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ CLIP = {2: 0.8, 4: 1.0, 8: 1.0}
 """Share of a group's range that is represented (AKVQ-VL, section 4)."""
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """Codes of rows [..., H]; scale and shift of their groups, float32 [..., groups]."""
 
     codes: np.ndarray
@@ -30,7 +30,7 @@ def bf16_up(x: np.ndarray) -> np.ndarray:
     return (np.nextafter(near, ml_dtypes.bfloat16(np.inf)) if near < x else near).astype(F)
 
 
-def one_group(x: np.ndarray, bits: int, clip: float) -> Quantised:
+def one_group(x: np.ndarray, bits: int, clip: float) -> Quantized:
     """Codes clip(round((x - a) / s), 0, 2**bits - 1), s = (c - a) / (2**bits - 1), and a.
 
     a = clip * min, c = clip * max; a and s are stored in bfloat16, s rounded up. A division is a
@@ -42,10 +42,10 @@ def one_group(x: np.ndarray, bits: int, clip: float) -> Quantised:
     if scale == 0:
         scale, shift = np.ones((), F), bf16(low)
     codes = np.clip(np.rint((x - shift) * (1 / scale)), 0, 2**bits - 1)
-    return Quantised(codes.astype(int), scale, shift)
+    return Quantized(codes.astype(int), scale, shift)
 
 
-def numpy_quantise(x: np.ndarray, bits: int, *, group: int, clip: float | None = None) -> Quantised:
+def numpy_quantize(x: np.ndarray, bits: int, *, group: int, clip: float | None = None) -> Quantized:
     """Groups of `group` values along the last axis, one after the other."""
     clip = CLIP[bits] if clip is None else clip
     rows = x.astype(F).reshape(-1, x.shape[-1])
@@ -57,10 +57,10 @@ def numpy_quantise(x: np.ndarray, bits: int, *, group: int, clip: float | None =
             own = slice(j * group, (j + 1) * group)
             codes[i, own], scale[i, j], shift[i, j] = one_group(row[own], bits, clip)
     shape = (*x.shape[:-1], scale.shape[1])
-    return Quantised(codes.reshape(x.shape), scale.reshape(shape), shift.reshape(shape))
+    return Quantized(codes.reshape(x.shape), scale.reshape(shape), shift.reshape(shape))
 
 
-def by_channel(x: np.ndarray, bits: int, *, group: int, clip: float) -> Quantised:
+def by_channel(x: np.ndarray, bits: int, *, group: int, clip: float) -> Quantized:
     """Keys of KIVI: every channel of `group` rows that follow each other; scales for each row."""
     assert len(x) % group == 0
     codes, scale, shift = np.zeros(x.shape, int), np.zeros(x.shape, F), np.zeros(x.shape, F)
@@ -68,7 +68,7 @@ def by_channel(x: np.ndarray, bits: int, *, group: int, clip: float) -> Quantise
         for channel in range(x.shape[1]):
             own = slice(start, start + group), channel
             codes[own], scale[own], shift[own] = one_group(x[own].astype(F), bits, clip)
-    return Quantised(codes, scale, shift)
+    return Quantized(codes, scale, shift)
 
 
 def hadamard(size: int) -> np.ndarray:
@@ -93,12 +93,12 @@ class Rows(NamedTuple):
     Attributes:
         dense_k: rows of full width, [n, H].
         dense_v: likewise.
-        packed: of each run: its bits, keys and values; see `Quantised`.
+        packed: of each run: its bits, keys and values; see `Quantized`.
     """
 
     dense_k: np.ndarray
     dense_v: np.ndarray
-    packed: list[tuple[int, Quantised, Quantised]]
+    packed: list[tuple[int, Quantized, Quantized]]
 
 
 def bfloat16_of(word: np.ndarray) -> np.ndarray:
@@ -138,14 +138,14 @@ def find_rows(pool, batch: int, layer: int, head: int) -> Rows:
         ):
             words, affine = np.asarray(words)[batch, head], np.asarray(affine)[batch, head]
             rows = [read_row(words, affine, *place, bits, lanes, by) for place in places]
-            found.append(Quantised(*(np.array(part) for part in zip(*rows, strict=True))) if rows
-                         else Quantised(*(np.zeros((0, words.shape[1])),) * 3))  # fmt: skip
+            found.append(Quantized(*(np.array(part) for part in zip(*rows, strict=True))) if rows
+                         else Quantized(*(np.zeros((0, words.shape[1])),) * 3))  # fmt: skip
         packed.append((bits, *found))
     k, v = (np.asarray(x)[batch, head, own] for x in (dense.k, dense.v))
     return Rows(k, v, packed)
 
 
-def values_of(found: Quantised) -> np.ndarray:
+def values_of(found: Quantized) -> np.ndarray:
     """What is read back, float32 [n, H]."""
     size = found.codes.shape[-1] // found.scale.shape[-1]
     scale, shift = (np.repeat(part, size, axis=-1) for part in found[1:])

@@ -14,7 +14,7 @@ from tests.cache.numpy_quantize import (
     by_channel,
     find_rows,
     hadamard,
-    numpy_quantise,
+    numpy_quantize,
     transformed,
 )
 from vlcache_jax import H2O, VLCache
@@ -133,14 +133,14 @@ def assert_same(found, expected):
 
 
 def assert_packed(quantizer, bits, keys, values, k, v):
-    """These rows are quantised as numpy does it."""
+    """These rows are quantized as numpy does it."""
     group = min(quantizer.group, k.shape[1])
     assert len(keys.codes) == len(values.codes) == len(k)
     if len(k):
         rule = {"bits": bits, "group": group, "clip": quantizer.clip}
-        assert_same(values, numpy_quantise(v, **rule))
+        assert_same(values, numpy_quantize(v, **rule))
         by_token = quantizer.key_group is None
-        assert_same(keys, numpy_quantise(k, **rule) if by_token else by_channel(k, **rule))
+        assert_same(keys, numpy_quantize(k, **rule) if by_token else by_channel(k, **rule))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""The quantisers: the rounding against the paper's formulas in plain numpy, settings, room."""
+"""The quantizers: the rounding against the paper's formulas in plain numpy, settings, room."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cache.numpy_quantize import numpy_quantise
+from tests.cache.numpy_quantize import numpy_quantize
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.packed import arrange
 from vlcache_jax.cache.quantize import CLIP, Quantizer, grid, groups, round_to
@@ -48,7 +48,7 @@ ROWS_OF_ANY_KIND = st.builds(
 )
 
 
-def quantise(x, bits, *, group, clip=None):
+def quantize(x, bits, *, group, clip=None):
     """Rows of one width by the library's rule: codes, scales, shifts."""
     levels, clip = 2**bits - 1, CLIP.get(bits, 1.0) if clip is None else clip
     parts = x.astype(jnp.float32).reshape(*x.shape[:-1], groups(x.shape[-1], group), -1)
@@ -60,11 +60,11 @@ def quantise(x, bits, *, group, clip=None):
 
 @cache
 def compiled(bits, group, clip):
-    return jax.jit(partial(quantise, bits=bits, group=group, clip=clip))
+    return jax.jit(partial(quantize, bits=bits, group=group, clip=clip))
 
 
 def assert_exact(found, x, bits, group, clip):
-    expected = numpy_quantise(x, bits, group=min(group, H), clip=clip)
+    expected = numpy_quantize(x, bits, group=min(group, H), clip=clip)
     codes, scale, shift = (np.asarray(part) for part in found)
     assert codes.shape == x.shape
     assert codes.dtype == np.uint32
@@ -89,7 +89,7 @@ def assert_exact(found, x, bits, group, clip):
 )
 @settings(max_examples=20, deadline=None)
 @given(x=ROWS_OF_ANY_KIND)
-def test_quantise_is_the_papers_quantiser_bit_for_bit(x, bits, group, clip):
+def test_quantize_is_the_papers_quantizer_bit_for_bit(x, bits, group, clip):
     assert_exact(compiled(bits, group, clip)(jnp.asarray(x)), x, bits, group, clip)
 
 
@@ -97,7 +97,7 @@ def test_quantise_is_the_papers_quantiser_bit_for_bit(x, bits, group, clip):
 def test_it_is_the_same_when_it_is_not_compiled(dtype):
     x = draw(3, 1e-2, 1.0, dtype)
     for bits in (2, 4, 8):
-        assert_exact(quantise(jnp.asarray(x), bits, group=32), x, bits, 32, None)
+        assert_exact(quantize(jnp.asarray(x), bits, group=32), x, bits, 32, None)
 
 
 def test_a_constant_group_has_scale_one_and_its_value_as_shift():

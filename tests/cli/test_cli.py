@@ -254,7 +254,7 @@ def test_info(model_dir):
     assert "share of padding" in shown.stdout
 
 
-def test_info_of_a_quantised_cache(model_dir):
+def test_info_of_a_quantized_cache(model_dir):
     options = ("--context", 500, "--method", "full", "--kv-bits", "2", "--json")
     need = json.loads(run("info", model_dir, *options).stdout)["memory"]
     assert (need["label"], need["kv_bits"]) == ("full+rtn", "2")
@@ -298,7 +298,7 @@ def test_the_shipped_demo_answers():
     assert answer["visual_tokens"] > 200
 
 
-def test_a_quantised_cache_is_told_byte_by_byte(model_dir, image):
+def test_a_quantized_cache_is_told_byte_by_byte(model_dir, image):
     args = ("--image", image, "--prompt", "what?", "--max-new-tokens", 3, "--method", "full",
             "--kv-bits", "2")  # fmt: skip
     result = run("generate", model_dir, *args, "--json")

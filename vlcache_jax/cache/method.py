@@ -58,7 +58,7 @@ class Plan:
         budgets: k, rows of each layer, int32 [B, L].
         order: positions by worth, of which each kv head keeps the first k, int32 [B, L, K, T], or
             [B, L, 1, T] where the heads keep the same ones; None where every row is kept.
-        salience: as in `Observation`: by it a quantiser finds its pivots.
+        salience: as in `Observation`: by it a quantizer finds its pivots.
     """
 
     budgets: jax.Array
@@ -83,7 +83,7 @@ class CacheMethod:
     Attributes:
         budget: the share of the whole cache to keep (0.1 is 10 %), or tokens per layer ("256tok").
         shared_heads: one set of tokens per layer, by the sum of its heads' scores.
-        quantize: how what is kept is quantised; not at all by default.
+        quantize: how what is kept is quantized; not at all by default.
 
     Raises:
         ValueError: the budget or another setting is out of range.
@@ -117,7 +117,7 @@ class CacheMethod:
 
     @property
     def label(self) -> str:
-        """The name, with that of the quantiser behind it: "vl-cache+akvq"."""
+        """The name, with that of the quantizer behind it: "vl-cache+akvq"."""
         return self.name if self.quantize is None else f"{self.name}+{self.quantize.name}"
 
     @property
@@ -128,7 +128,7 @@ class CacheMethod:
     def for_model(
         self, config: TextConfig, tsa_layers: tuple[int, ...] | None = None
     ) -> "CacheMethod":
-        """This method for a model: what its quantiser takes from the model is filled in.
+        """This method for a model: what its quantizer takes from the model is filled in.
 
         Args:
             config: the decoder.
@@ -234,7 +234,7 @@ class CacheMethod:
             new_rows: rows of a layer's packed pool that are left free for new tokens.
 
         Returns:
-            The pool. With everything kept and nothing quantised it is the given arrays themselves,
+            The pool. With everything kept and nothing quantized it is the given arrays themselves,
             offset[l] = l * T.
         """
         visual = prompt.visual[:, None, None, :]

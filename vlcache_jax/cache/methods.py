@@ -11,8 +11,8 @@ Every method is a pair of a token score and a layer allocation, so that any pair
     streaming-llm   Ends                        Uniform                    first 4, last rest
     random          Noise                       Uniform                    last 10 % of the budget
 
-How such a pair becomes a cache is in method.py. Any of them may also quantise what it keeps
-(quantize.py); alone, a quantiser stands for the full cache, quantised. A method is a frozen
+How such a pair becomes a cache is in method.py. Any of them may also quantize what it keeps
+(quantize.py); alone, a quantizer stands for the full cache, quantized. A method is a frozen
 dataclass: equal settings share one compiled program.
 """
 
@@ -311,7 +311,7 @@ def as_method(cache: CacheLike) -> CacheMethod:
     """The method that a setting stands for.
 
     Args:
-        cache: a method; a quantiser, or None, for the full cache; a method's or a quantiser's class
+        cache: a method; a quantizer, or None, for the full cache; a method's or a quantizer's class
             or a method's name for its defaults; a number for VL-Cache with that budget.
 
     Raises:

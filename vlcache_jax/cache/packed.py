@@ -45,7 +45,7 @@ class PackedSegment(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedPool:
-    """The kept prompt tokens of all layers, most of them quantised; see `pallas_kernels.packing`.
+    """The kept prompt tokens of all layers, most of them quantized; see `pallas_kernels.packing`.
 
     Attributes:
         dense: rows of full width; its `visual` counts all kept rows.
@@ -56,7 +56,7 @@ class PackedPool:
         affine_v: of the values, uint32 [B, K, groups, W * lanes].
         first: first word-row of each layer's runs, int32 [B, L, runs].
         rows: rows of each run, int32 [B, L, runs].
-        quantizer: static: how they were quantised.
+        quantizer: static: how they were quantized.
         most_words: static: word-rows that one layer can have at most.
     """
 
@@ -280,8 +280,8 @@ def _pack(
         keys = read(k, slots)
         if quantizer.transform:
             keys = transform(keys)
-        words_k, affine_k = _quantise_block(quantizer, keys, slots, quantizer.key_group)
-        words_v, affine_v = _quantise_block(quantizer, read(v, slots), slots, None)
+        words_k, affine_k = _quantize_block(quantizer, keys, slots, quantizer.key_group)
+        words_v, affine_v = _quantize_block(quantizer, read(v, slots), slots, None)
         return _write(quantizer, made, (words_k, words_v, affine_k, affine_v), start)
 
     count = groups(head_dim, quantizer.group)
@@ -306,7 +306,7 @@ def _write(
     )
 
 
-def _quantise_block(
+def _quantize_block(
     quantizer: Quantizer, rows: jax.Array, slots: _Slots, key_group: int | None
 ) -> tuple[jax.Array, jax.Array]:
     """Words [B, K, block, H] and scales of rows [B, K, block, lanes, H]."""
@@ -369,7 +369,7 @@ def spill(pool: PackedPool, tail: Tails) -> tuple[PackedPool, Tails]:
                 layer=jnp.full(shape[:2], layer),
                 inside=jnp.broadcast_to(jnp.arange(quantizer.lanes) < per_word(bits), shape),
             )
-            blocks.append(_quantise_block(quantizer, rows, slots, key_group))
+            blocks.append(_quantize_block(quantizer, rows, slots, key_group))
         (words_k, affine_k), (words_v, affine_v) = blocks
         # As many for every sequence: the whole batch began to decode at once.
         word = pool.first[0, layer, -1] + pool.rows[0, layer, -1] // per_word(bits)

@@ -1,9 +1,9 @@
-"""Quantising rows: the rule that rounds them, and what every quantiser must say.
+"""Quantizing rows: the rule that rounds them, and what every quantizer must say.
 
 Scale and shift of a group are stored in bfloat16, the scale rounded up, and values are rounded by
 the stored ones; a group of equal values has scale 1 and that value as its shift. All three are
 choices of this library where AKVQ-VL (Su et al. 2025, arXiv 2501.15021) leaves it open. The
-quantisers themselves are in quantizers.py.
+quantizers themselves are in quantizers.py.
 """
 
 import math
@@ -35,7 +35,7 @@ def grid(
 ) -> tuple[jax.Array, jax.Array]:
     """Scale and shift of groups from their least and largest values; all float32.
 
-    Rounded to bfloat16, which is what is stored: what is quantised by them is what is read back.
+    Rounded to bfloat16, which is what is stored: what is quantized by them is what is read back.
     The scale is rounded up, so that the codes reach the end of the range: at 8 bits the nearest one
     may be a whole step short of it.
 
@@ -91,7 +91,7 @@ class Capacity:
     Attributes:
         dense: rows of full width.
         words: word-rows of packed rows of the prompt.
-        reserved: word-rows of each layer behind these, for new tokens that are quantised.
+        reserved: word-rows of each layer behind these, for new tokens that are quantized.
         layer_dense: rows of full width that one layer can have at most.
         layer_words: word-rows that one layer can have at most.
     """
@@ -126,14 +126,14 @@ def most_of_layers(counts: np.ndarray, layers: int, rows: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer:
-    """How the kept rows of a cache are quantised; the base of all quantisers.
+    """How the kept rows of a cache are quantized; the base of all quantizers.
 
     Attributes:
         group: values of one row and head that share a scale; a smaller head dim is one group.
         clip: share of a group's range that is represented; by the width by default.
         transform: multiply queries and keys by the Walsh-Hadamard transform after RoPE, and fold
             it into the weights of the values.
-        residual: new tokens are quantised too, the oldest first, so that about this many stay at
+        residual: new tokens are quantized too, the oldest first, so that about this many stay at
             full width; None leaves all of an answer at full width.
 
     Raises:
@@ -165,7 +165,7 @@ class Quantizer:
 
     @property
     def key_group(self) -> int | None:
-        """Rows that share a scale per channel, of keys quantised by channel; None by token."""
+        """Rows that share a scale per channel, of keys quantized by channel; None by token."""
         return None
 
     @property
@@ -202,7 +202,7 @@ class Quantizer:
     def for_decoder(
         self, kind: str, layers: int, tsa_layers: tuple[int, ...] | None = None
     ) -> "Quantizer":
-        """This quantiser for a decoder: settings that follow from the model are filled in.
+        """This quantizer for a decoder: settings that follow from the model are filled in.
 
         Args:
             kind: "llama" or "mistral".
@@ -243,7 +243,7 @@ class Quantizer:
         return jnp.zeros((1, prompt.layers, 1), jnp.int32)
 
     def new_width(self, layer: int) -> int:
-        """Bits of the new tokens of a layer, where they are quantised at all."""
+        """Bits of the new tokens of a layer, where they are quantized at all."""
         del layer
         return self.widths[0]
 
@@ -262,7 +262,7 @@ class Quantizer:
             limit: what is kept.
             layers: L.
             prompt_rows: T.
-            new_rows: most new tokens that are quantised.
+            new_rows: most new tokens that are quantized.
         """
         rows = limit.bucket(prompt_rows).layer_rows(prompt_rows)
         total = layers * rows

@@ -1,11 +1,11 @@
-"""Quantisers: how many bits each kept row of the cache is given.
+"""Quantizers: how many bits each kept row of the cache is given.
 
     AKVQ   the Walsh-Hadamard transform, and bits by what a layer attends to (AKVQ-VL)
     RTN    round to nearest: the same bits for all, without the transform by default: a control
     KIVI   keys by channel, values by token, the latest rows in full: a control
 
-A quantiser is a setting of a cache method. Alone it stands for the full cache, quantised; with a
-method that evicts, what is kept is quantised.
+A quantizer is a setting of a cache method. Alone it stands for the full cache, quantized; with a
+method that evicts, what is kept is quantized.
 
 AKVQ-VL (Su et al. 2025, arXiv 2501.15021) has no public code. Choices of this library, where the
 paper leaves it open: pivots are the prompt's tokens with the largest activation in the residual
@@ -226,15 +226,15 @@ QUANTIZERS: dict[str, Quantizer] = {
     "akvq": AKVQ(),
     "kivi": KIVI(),
 }
-"""The quantisers by the name that the command line uses; a number is that many bits for every row,
+"""The quantizers by the name that the command line uses; a number is that many bits for every row,
 with the transform."""
 
 
 def make_quantizer(name: str | None) -> Quantizer | None:
-    """A quantiser by its name: "2", "4", "8", "akvq", "kivi"; None for None or "16".
+    """A quantizer by its name: "2", "4", "8", "akvq", "kivi"; None for None or "16".
 
     Raises:
-        ValueError: there is no such quantiser.
+        ValueError: there is no such quantizer.
     """
     if name is None or name == "16":
         return None

@@ -167,7 +167,7 @@ class Trace:
     """What was kept of one prompt, and why; None stands for what a method does not have.
 
     Attributes:
-        method: its label, the quantiser included: "vl-cache+akvq".
+        method: its label, the quantizer included: "vl-cache+akvq".
         budget_requested: as it was given: "0.1", "256tok".
         m: true length of the prompt, visual tokens expanded.
         prompt_is_visual: which tokens are visual, bool [m].

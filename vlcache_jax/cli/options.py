@@ -60,9 +60,9 @@ KvBudgets = Annotated[
     list[str] | None, typer.Option(help=f"{BUDGET_HELP} Give the option once for each.")
 ]
 BITS_HELP = (
-    "Quantise what is kept: 2, 4 or 8 bits for every token; akvq, which gives 16 or 4 bits to the "
+    "Quantize what is kept: 2, 4 or 8 bits for every token; akvq, which gives 16 or 4 bits to the "
     "tokens that matter most and 2 to the others; kivi, 2 bits with keys by channel. 16, the "
-    "default, leaves it as it is. With --method full everything is kept, quantised."
+    "default, leaves it as it is. With --method full everything is kept, quantized."
 )
 KvBits = Annotated[str | None, typer.Option(help=BITS_HELP, show_default=False)]
 KvBitsList = Annotated[

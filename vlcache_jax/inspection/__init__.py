@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Picture:
+class ShownPicture:
     """A picture and its n visual tokens.
 
     Attributes:
@@ -102,7 +102,7 @@ class Inspection:
     prompt: str
     pieces: list[str]
     visual: np.ndarray
-    pictures: list[Picture]
+    pictures: list[ShownPicture]
     full: Outcome
     outcomes: list[Outcome]
     settings: dict[str, Any]
@@ -228,7 +228,7 @@ def inspect(
         vlm: the model.
         images: None, an image or a list of images: local files, PIL images or uint8 [H, W, 3].
         text: the prompt.
-        methods: one or more methods, or quantisers, which keep everything.
+        methods: one or more methods, or quantizers, which keep everything.
         max_new_tokens: most tokens of an answer.
         raw_prompt: take the text as it is, without the chat template.
         progress: called before each answer with its label.
@@ -298,7 +298,9 @@ def label(method: CacheMethod) -> str:
     return method.label if method.limit.keeps_all else f"{method.label} {method.limit}"
 
 
-def locate(processor: Processor, sources: Sequence[ImageLike], visual: np.ndarray) -> list[Picture]:
+def locate(
+    processor: Processor, sources: Sequence[ImageLike], visual: np.ndarray
+) -> list[ShownPicture]:
     """The pictures of a prompt, with the places of their visual tokens in it.
 
     Args:
@@ -314,7 +316,7 @@ def locate(processor: Processor, sources: Sequence[ImageLike], visual: np.ndarra
         )
         own, places = np.split(places, [len(found.part)])
         name = Path(source).name if isinstance(source, str | Path) else f"picture {number}"
-        pictures.append(Picture(name, image, own, found.rectangles, found.part))
+        pictures.append(ShownPicture(name, image, own, found.rectangles, found.part))
     return pictures
 
 
@@ -352,7 +354,7 @@ def _kept(trace: Trace) -> np.ndarray:
 
 
 def _settings(setting: Any) -> Any:
-    """A method's or a quantiser's settings as plain values."""
+    """A method's or a quantizer's settings as plain values."""
     if isinstance(setting, CacheMethod | Quantizer):
         values = {f.name: getattr(setting, f.name) for f in dataclasses.fields(setting)}
         return {"name": setting.name} | {name: _settings(value) for name, value in values.items()}
@@ -361,7 +363,7 @@ def _settings(setting: Any) -> Any:
     return setting if setting is None or isinstance(setting, str | int | float) else repr(setting)
 
 
-def _picture_values(picture: Picture) -> dict[str, Any]:
+def _picture_values(picture: ShownPicture) -> dict[str, Any]:
     newline = np.isnan(picture.rectangles[:, 0])
     boxes = picture.rectangles.tolist()
     return {

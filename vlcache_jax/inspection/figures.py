@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from vlcache_jax.inspection import Inspection, Picture
+    from vlcache_jax.inspection import Inspection, ShownPicture
 
 WIDTH, DPI = 3.2, 200
 """Width of a column in inches, and dots per inch."""
@@ -116,7 +116,7 @@ def draw_heat(inspection: "Inspection") -> "Figure":
 
 
 def _shade(
-    axes: "Axes", picture: "Picture", part: int, share: np.ndarray, scale: tuple[Any, Any]
+    axes: "Axes", picture: "ShownPicture", part: int, share: np.ndarray, scale: tuple[Any, Any]
 ) -> None:
     """One picture, in light greys so that colours look alike on all of it, and its patches."""
     from matplotlib.collections import PatchCollection

@@ -22,7 +22,7 @@ from vlcache_jax.patches import BASE, GRID, NEWLINE_PART
 from vlcache_jax.report import human_bytes
 
 if TYPE_CHECKING:
-    from vlcache_jax.inspection import Inspection, Outcome, Picture
+    from vlcache_jax.inspection import Inspection, Outcome, ShownPicture
 
 HERE = Path(__file__).parent
 
@@ -30,7 +30,7 @@ LONGEST_SIDE = 1000
 """Pixels of a picture's longer side in the page, at most."""
 
 PARTS = {BASE: "base", GRID: "grid", NEWLINE_PART: "newline"}
-"""What the numbers in `Picture.part` stand for."""
+"""What the numbers in `ShownPicture.part` stand for."""
 
 
 def render(inspection: "Inspection") -> str:
@@ -111,7 +111,7 @@ def _script_json(value: Any) -> Markup:
     return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
 
 
-def _picture(picture: "Picture") -> dict[str, Any]:
+def _picture(picture: "ShownPicture") -> dict[str, Any]:
     """A picture as the page shows it."""
     return {
         "name": picture.name,

@@ -28,7 +28,7 @@ Kept = TypeVar("Kept")
 Attend = Callable[[jax.Array], tuple[jax.Array, Kept]]
 
 
-class Stream(NamedTuple):
+class Residual(NamedTuple):
     """The residual stream between two layers, x + delta, not yet added up.
 
     The sum is made where it is normalised, in one pass.
@@ -111,11 +111,11 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        stream: Stream,
+        stream: Residual,
         attend: Attend[Kept],
         *,
         backend: str | None = None,
-    ) -> tuple[Stream, Kept]:
+    ) -> tuple[Residual, Kept]:
         """The residual stream behind the layer, and what `attend` kept.
 
         Args:
@@ -134,7 +134,7 @@ class DecoderLayer(nnx.Module):
             out = self.out[...].reshape(mixed.shape[-1], -1)
             delta = product("bti,id->btd", mixed, out)
         x, normed = self.mlp_norm.add(x, delta, backend)
-        return Stream(x, self.mlp(normed)), kept
+        return Residual(x, self.mlp(normed)), kept
 
     @jax.named_scope("mlp")
     def mlp(self, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Quantised caches: the full one in few bits, and what a method keeps in few bits."""
+"""Quantized caches: the full one in few bits, and what a method keeps in few bits."""
 
 from benchmarks.accuracy.evaluate import FULL
 from benchmarks.accuracy.experiments.common import Bench, Cell, compare, differences
@@ -10,16 +10,16 @@ from vlcache_jax.cache.methods import as_method, make_method
 from vlcache_jax.cache.quantizers import make_quantizer
 
 WHOLE_BITS = ("8", "4", "2", "kivi", "akvq")
-"""What the full cache is quantised by, as `--kv-bits` calls it."""
+"""What the full cache is quantized by, as `--kv-bits` calls it."""
 
 EVICTING = ("vl-cache", "snapkv")
-"""Methods whose kept tokens are quantised, by `BITS`."""
+"""Methods whose kept tokens are quantized, by `BITS`."""
 
 BITS = "akvq"
 
 
 def run(bench: Bench) -> Result:
-    """Scores of each cache, and what quantising changes in a method's."""
+    """Scores of each cache, and what quantizing changes in a method's."""
     cells: dict[Cell, CacheMethod] = {
         (f"{FULL} + {bits}", "1.0"): as_method(make_quantizer(bits)) for bits in WHOLE_BITS
     }
@@ -62,7 +62,7 @@ def section(result: Result) -> str:
     return "\n\n".join(
         [
             made_by(result),
-            f"The full cache, and what methods keep of it, quantised: by plain rounding behind the "
+            f"The full cache, and what methods keep of it, quantized: by plain rounding behind the "
             f"Walsh-Hadamard transform (`8`, `4`, `2`), by KIVI, by AKVQ. Bytes are those of the "
             f"full cache, with scales, shifts and rows of 16 bit. A head of this model has {size} "
             f"values, so a scale and a shift stand for {group}, which is {32 / group:g} bit of "

@@ -130,7 +130,7 @@ def test_a_budget_of_everything_is_the_full_cache(vlm, outcomes):
     assert program(make_method("vl-cache", 0.5)) != full
 
 
-def test_a_quantised_cache_keeps_the_same_tokens_in_fewer_bytes(outcomes):
+def test_a_quantized_cache_keeps_the_same_tokens_in_fewer_bytes(outcomes):
     plain, packed = outcomes["vl-cache"], outcomes["vl-cache, akvq"]
     np.testing.assert_array_equal(packed.kept, plain.kept)
     np.testing.assert_allclose(plain.kept_bytes, plain.kept, rtol=1e-6)
