@@ -136,6 +136,16 @@ def test_a_new_token_is_turned_appended_and_attended(backend, turned, head_dim):
     assert error(out, expected) < BOUNDS[dtype]
 
 
+@pytest.mark.parametrize(("bits", "key_group"), [((4, 2), None), ((2,), 32)])
+def test_runs_of_several_blocks(bits, key_group, monkeypatch):
+    monkeypatch.setattr(xla, "ROW_BLOCK", 32)
+    given = arrays("float32", bits, 3, 64, 1, seed=3, key_group=key_group)
+    static = {"bits": bits, "key_group": key_group, "scale": 0.125}
+    expected = reference.quantized_decode_attention(*given.values(), **static)
+    run = compiled(lambda *a: xla.quantized_decode_attention(*a, **static, mean_words=WORDS))
+    assert error(run(*given.values()), expected) < BOUNDS["float32"]
+
+
 def test_keys_by_channel_are_for_xla():
     given = arrays("float32", (2,), 2, 64, 1, key_group=32)
     expected = reference.quantized_decode_attention(
