@@ -18,7 +18,7 @@ _PACKAGES = (
 def environment() -> dict[str, Any]:
     """Commit, command, machine, versions and date of a run."""
     return {
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
         "command": " ".join([Path(sys.executable).name, "-m", _module(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -70,13 +70,12 @@ def _module() -> str:
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
-def _commit() -> str:
-    """The commit that is checked out, marked where the files differ from it."""
+def commit_of(folder: Path) -> str:
+    """The commit that is checked out in a folder, marked where the files differ from it."""
 
     def git(*arguments: str) -> str:
-        root = Path(__file__).parent
         try:
-            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
         except OSError:  # no git on this machine
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""

@@ -65,6 +65,32 @@ def attend(
     return Partial(maximum, jnp.sum(weights, axis=-1), mixed)
 
 
+def weigh(
+    query: jax.Array, k: jax.Array, readable: jax.Array, seen: Partial
+) -> tuple[jax.Array, jax.Array, Partial]:
+    """Weights of one more block of keys, of which at least one is readable.
+
+    Args:
+        query: float32 [B, K, H, R].
+        k: float32 [B, K, S, H], scaled.
+        readable: keys that hold data, bool [S]; what the others hold (NaN) is never used.
+        seen: attention over the keys before.
+
+    Returns:
+        The weights [B, K, R, S]; the factor of what was mixed before, [B, K, R]; and `seen` with
+        the block's maximum and sum, its values not yet mixed in.
+    """
+    # The keys in front, which on a CPU is twice as fast as the queries; then transposed, since the
+    # exponential is vectorised along the last axis.
+    logits = jnp.einsum("bksh,bkhr->bksr", k, query, precision=lax.Precision.HIGHEST)
+    logits = jnp.where(readable, logits.swapaxes(2, 3), -jnp.inf)
+    maximum = jnp.maximum(seen.maximum, jnp.max(logits, axis=-1))
+    weights = jnp.exp(logits - maximum[..., None])
+    kept = jnp.exp(seen.maximum - maximum)
+    total = seen.total * kept + jnp.sum(weights, axis=-1)
+    return weights, kept, Partial(maximum, total, seen.mixed)
+
+
 def merge(one: Partial, other: Partial) -> Partial:
     """Attention over the union of two disjoint sets of keys."""
     maximum = jnp.maximum(one.maximum, other.maximum)

@@ -11,12 +11,18 @@ from jax import lax
 from pallas_kernels import online_softmax
 from pallas_kernels.hadamard import transform as hadamard
 from pallas_kernels.packing import dequantize, dequantize_channels, per_word, unpack
-from pallas_kernels.ragged_decode_attention.xla import append, attend_segments, finish, read_rows
+from pallas_kernels.ragged_decode_attention.xla import (
+    append,
+    attend_segments,
+    by_sequence,
+    finish,
+    read_rows,
+)
 from pallas_kernels.rope import rotate
 from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
 
-ROW_BLOCK = 512
-"""Rows that are unpacked at a time."""
+ROW_BLOCK = 256
+"""Rows of one sequence that are unpacked at a time: they stay in a CPU's cache till used."""
 
 
 def append_and_attend(
@@ -72,43 +78,53 @@ def _attend_run(
     each = per_word(bits)
     whole = key_group // each if key_group else 1  # word-rows of a group of keys
     count = min(max(ROW_BLOCK // each, whole), total) // whole * whole
+    query = (grouped.astype(jnp.float32) * scale).swapaxes(2, 3)  # [B, K, H, G]
 
-    def block(index: jax.Array, partial: online_softmax.Partial) -> online_softmax.Partial:
-        begin = first + index * count
-        # A slice past the end would be moved back in silence: move it here, and mask.
-        start = jnp.minimum(begin, total - count)
-        word = start[:, None] + jnp.arange(count)  # [B, count]
-        row = (word - first[:, None])[..., None] * each + jnp.arange(each)
-        readable = (word >= begin[:, None])[..., None] & (row < rows[:, None, None])
-        readable = readable.reshape(*readable.shape[:1], -1)  # [B, count * P]
-        k = _read(*keys, start, count, bits, lanes, key_group).astype(grouped.dtype)
-        v = _read(*values, start, count, bits, lanes, None).astype(grouped.dtype)
-        k = jnp.where(readable[:, None, :, None], k, 0)
-        visible = readable[:, None, None, :]
-        part = online_softmax.attend(grouped, k, v, visible, readable, scale)
-        return online_softmax.merge(partial, part)
+    def attend(number: jax.Array) -> online_softmax.Partial:
+        own = lax.dynamic_index_in_dim(query, number)
 
-    trips = (jnp.max(rows) + count * each - 1) // (count * each)
-    return lax.fori_loop(0, trips, block, online_softmax.empty(grouped))
+        def block(index: jax.Array, seen: online_softmax.Partial) -> online_softmax.Partial:
+            begin = first[number] + index * count
+            # A slice past the end would be moved back in silence: move it here, and mask.
+            start = jnp.minimum(begin, total - count)
+            word = start + jnp.arange(count)
+            row = (word - first[number])[:, None] * each + jnp.arange(each)
+            readable = ((word >= begin)[:, None] & (row < rows[number])).reshape(-1)
+            k = _read(*keys, number, start, count, bits, lanes, key_group)
+            v = _read(*values, number, start, count, bits, lanes, None)
+            weights, kept, seen = online_softmax.weigh(own, k, readable, seen)
+            mixed = jnp.einsum(
+                "bkgs,bksh->bkgh",
+                weights,
+                jnp.where(readable[:, None], v, 0),
+                precision=lax.Precision.HIGHEST,
+            )
+            return seen._replace(mixed=seen.mixed * kept[..., None] + mixed)
+
+        trips = (rows[number] + count * each - 1) // (count * each)
+        return lax.fori_loop(0, trips, block, online_softmax.empty(grouped[:1]))
+
+    return by_sequence(attend, grouped.shape[0])
 
 
 def _read(
     words: jax.Array,
     affine: jax.Array,
+    number: jax.Array,
     start: jax.Array,
     count: int,
     bits: int,
     lanes: int,
     key_group: int | None,
 ) -> jax.Array:
-    """The rows of `count` word-rows from `start` [B]: float32 [B, K, count * P, H]."""
+    """The rows of `count` word-rows of a sequence: float32 [1, K, count * P, H]."""
     each = per_word(bits)
-    codes = unpack(read_rows(words, start, count), bits)  # [B, K, count, P, H]
+    codes = unpack(read_rows(words, number, start, count), bits)  # [1, K, count, P, H]
     codes = codes.reshape(*codes.shape[:2], count * each, codes.shape[-1])
     if key_group:
         groups = count * each // key_group
-        own = read_rows(affine, start * each // key_group, groups)
+        own = read_rows(affine, number, start * each // key_group, groups)
         return dequantize_channels(codes, own)
-    own = read_rows(affine, start * lanes, count * lanes, axis=2)
+    own = read_rows(affine, number, start * lanes, count * lanes, axis=3)
     own = own.reshape(*own.shape[:-1], count, lanes)[..., :each]
     return dequantize(codes, own.reshape(*own.shape[:-2], count * each))

@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import quantized_decode_attention as op
 from pallas_kernels.hadamard import transform
 from pallas_kernels.packing import join_affine, split_affine
-from pallas_kernels.quantized_decode_attention import reference, triton
+from pallas_kernels.quantized_decode_attention import reference, triton, xla
 from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
 from tests.kernels.cases import compiled, put, rotate, same_bits
 
@@ -164,6 +164,13 @@ def test_a_full_tail_is_left_as_it_is(backend):
         out, after = run(*given, tail)
         assert same_bits([after.k, after.v], [tail.k, tail.v])
         assert np.isfinite(np.asarray(out)).all()
+
+
+@pytest.mark.parametrize(("bits", "key_group"), [((4, 2), None), ((2,), 32)])
+def test_runs_of_several_blocks(bits, key_group, monkeypatch):
+    monkeypatch.setattr(xla, "ROW_BLOCK", 32)
+    given = arrays("float32", bits, 3, 64, 1, seed=3, key_group=key_group)
+    check(given, compiled(lambda *a: op.append_and_attend(*a, backend="xla"))(*given))
 
 
 def test_keys_by_channel_are_for_xla():

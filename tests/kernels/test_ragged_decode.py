@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ragged_decode_attention import append_and_attend, config, reference, triton
+from pallas_kernels import online_softmax
+from pallas_kernels.ragged_decode_attention import (
+    append_and_attend,
+    config,
+    reference,
+    triton,
+    xla,
+)
 from pallas_kernels.rows import NewToken, Segment, Tail
 from tests.kernels.cases import (
     assert_close,
@@ -191,6 +198,52 @@ def test_merging_parts_of_which_some_are_empty(parts, empty):
         assert (np.asarray(ours) == 0).all()
     else:
         assert_close(ours, expected, "float32")
+
+
+def finished(*arrays):
+    """The attention of `xla.attend_segments`, [B, N, H]."""
+    out = online_softmax.finish(xla.attend_segments(*arrays, scale=arrays[0].shape[-1] ** -0.5))
+    return out.reshape(out.shape[0], -1, out.shape[-1])
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["in turn", "together"])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group"), [("float32", 64, 3), ("bfloat16", 80, 1), ("float16", 8, 8)]
+)
+def test_segments_end_beside_the_blocks(dtype, head_dim, group, together, monkeypatch):
+    """Blocks of 64 rows: what a CPU does with one sequence after the other, and what others do."""
+    if together:
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+    monkeypatch.setattr(xla, "BLOCK_ROWS", 64)
+    capacity, rows, batch = 150, 20, 6
+    offset, length = int32(0, 85, 1, 149, 70, 22), int32(150, 65, 64, 1, 0, 127)
+    fill = int32(0, 20, 17, 16, 1, 15)
+    q, *arrays = draw(
+        (batch, 2, group, head_dim),
+        *[(batch, 2, capacity, head_dim)] * 2,
+        *[(batch, 2, rows, head_dim)] * 2,
+        dtype=dtype,
+    )
+    first, count, used = (x[:, None, None, None] for x in (offset, length, fill))
+    pool_row, tail_row = (np.arange(n)[:, None] for n in (capacity, rows))
+    there = (pool_row >= first) & (pool_row < first + count)
+    pool_k, pool_v = (poison(x, there) for x in arrays[:2])
+    tail_k, tail_v = (poison(x, tail_row < used) for x in arrays[2:])
+    given = pool_k, pool_v, offset, length, tail_k, tail_v, fill
+    heads = q.reshape(batch, -1, head_dim)
+    run = jax.jit(lambda *x: finished(*x))  # its own: what is traced differs
+    assert_close(run(q, *given), expect(heads, *given, scale=head_dim**-0.5), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_no_copy_of_the_cache_is_made(dtype):
+    pool, tail, row = ((2, 2, n, 64) for n in (4096, 8, 1))
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (row, pool, pool, tail, tail)]
+    counts = [jax.ShapeDtypeStruct((2,), jnp.int32)] * 3
+    q, pool_k, pool_v, *tails = shapes
+    given = q, pool_k, pool_v, *counts[:2], *tails, counts[2]
+    memory: Any = jax.jit(finished).lower(*given).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < pool_k.size * pool_k.dtype.itemsize / 2
 
 
 @both_backends
