@@ -32,8 +32,10 @@ def candidates(capability: int, dtype: jnp.dtype, head_dim: int) -> tuple[Config
     """
     hopper = capability >= 90
     if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: registers are the limit
-        if hopper or head_dim < 128:
-            return (Config(32, 64, 8, 2), Config(16, 64, 4, 2))
+        if head_dim < 128:
+            return (Config(32, 64, 8, 2), Config(16, 64, 4, 2))[0 if hopper else 1 :]
+        if hopper:
+            return (Config(32, 64, 8, 1), Config(16, 64, 8, 2))
         return (Config(32, 32, 8, 2), Config(16, 32, 4, 2))
     if head_dim >= 128:
         if hopper:
