@@ -93,12 +93,7 @@ def _attend_run(
             k = _read(*keys, number, start, count, bits, lanes, key_group)
             v = _read(*values, number, start, count, bits, lanes, None)
             weights, kept, seen = online_softmax.weigh(own, k, readable, seen)
-            mixed = jnp.einsum(
-                "bkgs,bksh->bkgh",
-                weights,
-                jnp.where(readable[:, None], v, 0),
-                precision=lax.Precision.HIGHEST,
-            )
+            mixed = online_softmax.mix(weights, v, readable)
             return seen._replace(mixed=seen.mixed * kept[..., None] + mixed)
 
         trips = (rows[number] + count * each - 1) // (count * each)

@@ -1,27 +1,27 @@
 """Online softmax over blocks of each sequence's segment of the pool, and over those of its tail."""
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import online_softmax
+from pallas_kernels.backends import current_device
 from pallas_kernels.rope import rotate
 from pallas_kernels.rows import NewToken, Segment, Tail
 
-BLOCK_ROWS = 256
-"""Most rows of one sequence that are read at a time. On a CPU 128 cost 5 to 10 % more where all of
-a block's rows are attended to, 512 again as much: their keys and values leave the core's cache."""
+LARGE = 2**20
+"""Numbers of the keys of a large block, in all kv heads: 4 MB in float32, worth starting threads.
+With half or twice as many decoding costs up to a fifth more."""
 
-BLOCK_NUMBERS = 2**17
-"""Most numbers of a block's keys, in all heads: 512 KB in float32. From 256 KB on XLA gives reading
-them to two threads of a CPU."""
+SMALL = 2**16 - 1
+"""Most numbers of the keys of a small block: below the 256 KB from which XLA has two threads of a
+CPU read it, although starting one takes longer (40 us) than reading it (20 us)."""
 
 PARTS = 16
-"""Of a block's values, added up while they are read. The sum, which every block reads and writes,
-is that much smaller than the block; with 8 parts it costs as much, with 4 more."""
+"""Of a block, read side by side: a core reads several streams faster than one."""
 
 
 def attend_segments(
@@ -41,12 +41,11 @@ def attend_segments(
 
     def attend(number: jax.Array) -> online_softmax.Partial:
         own = lax.dynamic_index_in_dim(query, number)
-        segments = (
-            (pool_k, pool_v, offset[number], length[number]),
-            (tail_k, tail_v, jnp.int32(0), fill[number]),
-        )
-        parts = (_attend_rows(own, number, *segment, scale) for segment in segments)
-        return online_softmax.merge(*parts)
+        seen = online_softmax.empty(lax.dynamic_index_in_dim(grouped, number))
+        segment = pool_k, pool_v, offset[number], length[number]
+        for rows in (segment, (tail_k, tail_v, jnp.int32(0), fill[number])):
+            seen = _attend_rows(seen, own, number, *rows, scale)
+        return seen
 
     return by_sequence(attend, grouped.shape[0])
 
@@ -63,12 +62,13 @@ def by_sequence(
         attend: gives the attention [1, K, G, H] of the sequence of a number, int32 [].
         batch: sequences, B.
     """
-    in_turn, together = functools.partial(lax.map, attend), jax.vmap(attend)
-    found = lax.platform_dependent(jnp.arange(batch), cpu=in_turn, default=together)
+    numbers, on_cpu = jnp.arange(batch), current_device().platform == "cpu"
+    found = lax.map(attend, numbers) if on_cpu else jax.vmap(attend)(numbers)
     return jax.tree.map(lambda x: x[:, 0], found)
 
 
 def _attend_rows(
+    seen: online_softmax.Partial,
     query: jax.Array,
     number: jax.Array,
     keys: jax.Array,
@@ -77,46 +77,70 @@ def _attend_rows(
     rows: jax.Array,
     scale: float,
 ) -> online_softmax.Partial:
-    """Attention of one sequence's queries over its rows from `first` on.
+    """Attention of one sequence's queries over more of its rows.
+
+    Large blocks, each read by several threads of a CPU, then small ones by one, which are masked.
 
     Args:
+        seen: attention over other rows.
         query: float32 [1, K, H, G].
         number: of the sequence, int32 [].
         keys: of all sequences, [B, K, S, H].
         values: of all sequences, [B, K, S, H].
-        first: int32 [].
+        first: the first row, int32 [].
         rows: how many, int32 [].
         scale: factor of the logits.
     """
     _, kv_heads, total, head_dim = keys.shape
-    most = max(PARTS, min(BLOCK_ROWS, BLOCK_NUMBERS // (kv_heads * head_dim)))
-    count = min(most, total) // PARTS * PARTS or total
-    step = count // PARTS or count
+    rows = jnp.minimum(rows, total - first)  # a full tail goes on counting
+    group, stop, width = query.shape[3], first + rows, kv_heads * head_dim * PARTS
+    large, small = (max(numbers // width, 1) * PARTS for numbers in (LARGE, SMALL))
 
-    def block(index: jax.Array, seen: online_softmax.Partial) -> online_softmax.Partial:
-        begin = first + index * count
-        # A slice past the end would be moved back in silence: move it here, and mask.
-        start = jnp.minimum(begin, total - count)
-        position = start + jnp.arange(count)
-        readable = (position >= begin) & (position < first + rows)
-        # Scaled while they are read: the loop of a mere copy LLVM unrolls, if it is as short as 64
-        # channels, before it could be vectorised, and half as many bytes are read in a second.
-        k = read_rows(keys, number, start, count).astype(jnp.float32) * scale
-        weights, kept, seen = online_softmax.weigh(query, k, readable, seen)
+    def read(array: jax.Array, start: jax.Array, count: int) -> jax.Array:
+        return read_rows(array, number, start, count).astype(jnp.float32)
+
+    def side_by_side(block: jax.Array, parts: int) -> jax.Array:
+        split = block.reshape(1, kv_heads, parts, -1, head_dim)
+        return split.swapaxes(2, 3).reshape(block.shape)
+
+    def large_block(index: jax.Array, seen: online_softmax.Partial) -> online_softmax.Partial:
+        start, step = first + index * large, large // PARTS
+        # Scaled while they are read: a mere copy is not vectorised, see `online_softmax.mix`.
+        k = side_by_side(read(keys, start, large) * scale, PARTS)
+        weights, kept, seen = online_softmax.weigh(query, k, jnp.ones(large, bool), seen)
+        weights = weights.reshape(1, kv_heads, group, step, PARTS).swapaxes(2, 3)
         # Products and sums, which XLA fuses with the slices: for a dot it would copy the values.
         mixed = seen.mixed * kept[:, :, None, :, None]  # [1, K, step, G, H]
-        for at in range(0, count, step):
-            part = slice(at, at + step)
-            v = read_rows(values, number, start + at, step).astype(jnp.float32)
-            v = jnp.where(readable[part, None], v, 0)
-            mixed += weights[..., part].swapaxes(2, 3)[..., None] * v[:, :, :, None]
+        for part in range(PARTS):
+            v = read(values, start + part * step, step)
+            mixed += weights[..., part, None] * v[:, :, :, None]
         return seen._replace(mixed=mixed)
 
-    group = query.shape[3]
-    nothing = online_softmax.empty(jnp.zeros((1, kv_heads, group, head_dim)))
-    nothing = nothing._replace(mixed=jnp.zeros((1, kv_heads, step, group, head_dim)))
-    found = lax.fori_loop(0, (rows + count - 1) // count, block, nothing)
-    return found._replace(mixed=jnp.sum(found.mixed, axis=2))
+    def large_blocks(seen: online_softmax.Partial) -> online_softmax.Partial:
+        others = jnp.zeros((1, kv_heads, large // PARTS - 1, group, head_dim))
+        mixed = jnp.concatenate([seen.mixed[:, :, None], others], axis=2)
+        seen = lax.fori_loop(0, rows // large, large_block, seen._replace(mixed=mixed))
+        return seen._replace(mixed=jnp.sum(seen.mixed, axis=2))
+
+    done = jnp.int32(0)
+    if large <= total:
+        seen = lax.cond(rows >= large, large_blocks, lambda seen: seen, seen)
+        done = rows // large * large
+    count = min(small, total // PARTS * PARTS or total)
+    parts = PARTS if count % PARTS == 0 else 1
+    order = np.arange(count).reshape(parts, -1).T.reshape(-1)
+
+    def small_block(index: jax.Array, seen: online_softmax.Partial) -> online_softmax.Partial:
+        begin = first + done + index * count
+        # A slice past the end would be moved back in silence: move it here, and mask.
+        start = jnp.minimum(begin, total - count)
+        readable = (start + order >= begin) & (start + order < stop)
+        k, v = (side_by_side(read(x, start, count), parts) for x in (keys, values))
+        weights, kept, seen = online_softmax.weigh(query, k * scale, readable, seen)
+        mixed = online_softmax.mix(weights, v, readable)
+        return seen._replace(mixed=seen.mixed * kept[..., None] + mixed)
+
+    return lax.fori_loop(0, (rows - done + count - 1) // count, small_block, seen)
 
 
 def read_rows(
