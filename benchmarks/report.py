@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from benchmarks import demo_model, quantization, speed_plots, speed_sections
+from benchmarks import cpu_decode, demo_model, quantization, speed_plots, speed_sections
 from benchmarks.accuracy import parity, report
 from benchmarks.accuracy.experiments import sections
 from benchmarks.documents import ROOT, table
@@ -81,6 +81,9 @@ DOCUMENTS: dict[Path, tuple[Part, ...]] = {
     ),
     ROOT / "docs" / "benchmarks.md": tuple(
         Part(name, make, files, needed=0) for name, (make, files) in speed_sections.PARTS.items()
+    ),
+    ROOT / "docs" / "performance.md": (
+        Part("decode-attention", cpu_decode.part, (RESULTS / "cpu" / "decode_attention.json",)),
     ),
 }
 """The generated parts of each document."""
