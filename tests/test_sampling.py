@@ -1,5 +1,7 @@
 """Settings of the draw, as data, against transformers; what random numbers depend on."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,12 @@ import pytest
 from pallas_kernels.sample_tokens import sample_tokens
 from vlcache_jax.sampling import Draws, Sampling
 
-draw = jax.jit(Draws.sample, static_argnames="backend")
+
+@partial(jax.jit, static_argnames="backend")
+def draw(draws, logits, step, backend=None):
+    return draws.sample(logits, draws.uniform(step), backend)
+
+
 SETTINGS = [
     Sampling(),
     Sampling(1.0),
