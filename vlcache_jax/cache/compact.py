@@ -10,7 +10,7 @@ A slot's layer and rank follow from the budgets alone, so the gather's shape is 
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.cache.state import Pool
+from vlcache_jax.cache.state import Pool, round_up
 
 
 def compact(
@@ -48,5 +48,5 @@ def compact(
     row = (layer * rows)[:, None, :] + position
     gathered = [jnp.take_along_axis(x, row[..., None], axis=2) for x in (k, v)]
     offset = offset.astype(jnp.int32)
-    most = min(rows, capacity)
+    most = min(round_up(rows), capacity)
     return Pool(*gathered, offset=offset, length=budgets, visual=visual, most=most)

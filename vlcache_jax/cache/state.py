@@ -34,7 +34,7 @@ class Pool:
         offset: first row of each layer, int32 [B, L].
         length: rows of each layer, int32 [B, L].
         visual: visual tokens among them, the mean over the kv heads, float32 [B, L]: for reports.
-        most: static: rows that one layer can have at most.
+        most: static: rows that one layer can have at most, a multiple of `BLOCK`.
     """
 
     k: jax.Array
