@@ -146,12 +146,13 @@ def test_the_memory_that_is_foretold_is_that_of_the_arrays(cache):
     stages, three = Generate(config, cache, 200).stages, jnp.ones(3, jnp.int32)
     pool = stages.empty_pool(3, 512, dtype)
     state = stages.start(three, three, Generate(config, cache, 200).settings(3), dtype)
-    assert need.pool == sum(leaf.nbytes for leaf in jax.tree.leaves(pool) if leaf.ndim == 4)
-    assert need.tail == sum(leaf.nbytes for leaf in (*state.tail.k, *state.tail.v))
+    assert need["pool"] == sum(leaf.nbytes for leaf in jax.tree.leaves(pool) if leaf.ndim == 4)
+    assert need["tail"] == sum(leaf.nbytes for leaf in (*state.tail.k, *state.tail.v))
     whole = 2 * 3 * 512 * config.text.num_layers * 2 * 8 * 2
-    assert need.prefill == (0 if cache == FullCache() else whole)
-    parts = need.parameters, need.pool, need.prefill, need.tail, need.activations
-    assert need.total == sum(parts)
+    assert need["prefill"] == (0 if cache == FullCache() else whole)
+    *parts, total = need.values()
+    assert [*need] == ["parameters", "pool", "prefill", "tail", "activations", "total"]
+    assert total == sum(parts)
     others = {leaf.ndim for leaf in jax.tree.leaves(pool)} - {4}
     assert max(others) < 4  # what is left out is a few numbers for each layer
 

@@ -1,6 +1,10 @@
 """What a model answers."""
 
+import operator
+import platform
 from dataclasses import dataclass
+from importlib import metadata
+from itertools import takewhile
 
 from vlcache_jax.cache.trace import Trace
 from vlcache_jax.report import CacheReport
@@ -12,16 +16,15 @@ class Timings:
 
     Attributes:
         compile_s: compiling the programs that this call was the first to need; 0 when none.
-        prefill_s: from the prompt to its first token: vision, prefill, cache build. None where the
-            call is one program, whose parts cannot be told apart.
-        decode_s: all further tokens. None likewise.
+        prefill_s: from the prompt to its first token: vision, prefill, cache build.
+        decode_s: all further tokens.
         total_s: everything but compilation and processing.
         decode_tokens_per_s: decode steps per second of one sequence; None where none were run.
     """
 
     compile_s: float
-    prefill_s: float | None
-    decode_s: float | None
+    prefill_s: float
+    decode_s: float
     total_s: float
     decode_tokens_per_s: float | None = None
 
@@ -47,3 +50,14 @@ class Answer:
     cache: CacheReport
     timings: Timings
     trace: Trace | None = None
+
+
+def same_tokens(first: list[int], second: list[int]) -> int:
+    """How many tokens two answers have in common before they differ, or one of them ends."""
+    return sum(takewhile(bool, map(operator.eq, first, second)))
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that an answer depends on."""
+    packages = ("vlcache-jax", "jax", "jaxlib", "flax", "transformers")
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}

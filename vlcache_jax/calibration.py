@@ -21,15 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax import demo
+from vlcache_jax.answer import versions
 from vlcache_jax.cache.methods import Custom
 from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.cache.score import ColumnSum
 from vlcache_jax.cache.trace import check_target
-from vlcache_jax.display import versions
+from vlcache_jax.files import write_whole
 from vlcache_jax.images import Images
 from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import ModelInputs
-from vlcache_jax.programs import Programs
 from vlcache_jax.settings import Settings
 from vlcache_jax.stages import Stages
 from vlcache_jax.vlm import VLM
@@ -66,10 +66,9 @@ class Calibration:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.text_shares or not all(0 <= share <= 1 for share in self.text_shares):
-            raise ValueError(
-                f"text_shares={self.text_shares} must be one number from 0 to 1 a layer"
-            )
+        shares = self.text_shares
+        if not shares or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"text_shares={shares} must be one number from 0 to 1 a layer")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold} must be from 0 to 1")
         if self.pivots < 0 or self.prompts < 1:
@@ -88,14 +87,8 @@ class Calibration:
             FileNotFoundError: its directory does not exist.
         """
         target = check_file(path, force=force)
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
-            partial.write_text(f"{text}\n", encoding="utf-8")
-            partial.replace(target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+        write_whole(target, lambda file: file.write(f"{text}\n".encode()))
 
     @classmethod
     def read(cls, path: str | Path, layers: int | None = None) -> "Calibration":
@@ -164,8 +157,9 @@ def calibrate(
 
     Args:
         vlm: the model.
-        images: as in `VLM.generate`: every prompt needs one.
-        text: one prompt, or a list of them.
+        images: of one prompt, an image or a list of images; of a list of prompts, a list with one
+            such entry for each. An image is a local file, a PIL image or uint8 [H, W, 3].
+        text: one prompt, or a list of them; each needs an image.
         threshold: text share above which a layer is text-salient.
         pivots: tokens of each layer with the largest activations, which are left out.
         raw_prompt: take the text as it is, without the chat template.
@@ -186,34 +180,23 @@ def calibrate(
     for number, inputs in enumerate(prompts, 1):
         if not (inputs.visual_index >= 0).any():
             raise ValueError(f"prompt {number} has no picture: give one to every prompt")
-    programs, name = Programs(), "text_shares"
     settings = request.settings.rows(np.zeros(1, np.int32))  # the same for all
-    measure = partial(text_shares, stages, quantizer)
+    measure = jax.jit(partial(_text_shares, stages, quantizer))
     shares = []
     for done, inputs in enumerate(prompts):
         if progress:
             progress(done, len(prompts))
-        args = vlm.params, jax.device_put(inputs), settings
-        run, _ = programs.ready(name, measure, *args)
-        shares.append(np.asarray(run(*args))[0])
+        shares.append(np.asarray(measure(vlm.params, inputs, settings))[0])
     if progress:
         progress(len(prompts), len(prompts))
     mean = tuple(np.stack(shares).mean(axis=0, dtype=np.float64).tolist())
     return replace(unmeasured, text_shares=mean, prompts=len(prompts), versions=versions())
 
 
-def text_shares(
+def _text_shares(
     stages: Stages, quantizer: AKVQ, params: Params, inputs: ModelInputs, settings: Settings
 ) -> jax.Array:
-    """Text share of each layer's attention, float32 [B, L]; see the module docstring.
-
-    Args:
-        stages: of a method that scores by `ColumnSum` and has that quantizer.
-        quantizer: by whose rule the pivots are found; without text-salient layers.
-        params: parameters.
-        inputs: prompts padded to their buckets.
-        settings: what is asked of each sequence.
-    """
+    """Text share of each layer's attention, float32 [B, L]; the quantizer tells the pivots."""
     prefilled, _ = stages.prefill(params, inputs, settings)
     seen, prompt = prefilled.seen, stages.prompt(inputs, settings)
     assert seen.scores is not None  # the method scores

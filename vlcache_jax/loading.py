@@ -188,7 +188,7 @@ def describe(
             "label": cache.label,
             "kv_bits": kv_bits(cache.quantize),
             "budget_requested": str(cache.limit),
-            **dataclasses.asdict(need),
+            **need,
         },
         **({"pictures": pictures} if pictures else {}),
     }

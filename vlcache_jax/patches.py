@@ -11,8 +11,6 @@ Hugging Face's processors, roundings included: it is followed here without a pix
 ```
 """
 
-import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,40 +35,31 @@ class Patches(NamedTuple):
     part: np.ndarray
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """A picture after some steps of a processor: what of the original it shows.
 
     Attributes:
-        size: its (height, width), in its own pixels.
-        corner: (top, left) of its first pixel, in pixels of the original; negative in padding.
-        step: pixels of the original that one of its own covers, (down, across).
+        size: its (height, width), in its own pixels, [2].
+        corner: (top, left) of its first pixel, in pixels of the original, float64 [2]; negative in
+            padding.
+        step: pixels of the original that one of its own covers, (down, across), float64 [2].
     """
 
-    size: tuple[int, int]
-    corner: tuple[float, float] = (0.0, 0.0)
-    step: tuple[float, float] = (1.0, 1.0)
+    size: np.ndarray
+    corner: np.ndarray
+    step: np.ndarray
 
-    def resized(self, height: int, width: int) -> "View":
+    def resized(self, size: np.ndarray) -> "View":
         """All of it in another number of pixels."""
-        down, across = self.step
-        step = down * self.size[0] / height, across * self.size[1] / width
-        return View((height, width), self.corner, step)
+        return View(size, self.corner, self.step * self.size / size)
 
-    def cut(self, top: int, left: int, height: int, width: int) -> "View":
-        """A part of it; what lies outside is padding."""
-        corner = self.corner[0] + top * self.step[0], self.corner[1] + left * self.step[1]
-        return View((height, width), corner, self.step)
+    def cut(self, first: np.ndarray, size: np.ndarray) -> "View":
+        """A part of it from a pixel (top, left) on; what lies outside is padding."""
+        return View(size, self.corner + first * self.step, self.step)
 
-    def centred(self, height: int, width: int) -> "View":
-        """Its middle, or all of it with padding around; an odd pixel is left at the end."""
-        return self.cut((self.size[0] - height) // 2, (self.size[1] - width) // 2, height, width)
-
-    def padded(self, height: int, width: int) -> "View":
+    def padded(self, size: np.ndarray) -> "View":
         """All of it in the middle of a larger picture; an odd pixel of padding is at the end."""
-        return self.cut(
-            -((height - self.size[0]) // 2), -((width - self.size[1]) // 2), height, width
-        )
+        return self.cut(-((size - self.size) // 2), size)
 
 
 def patch_rectangles(
@@ -90,77 +79,55 @@ def patch_rectangles(
     patch, across = config.vision.patch_size, config.vision.grid
     newline = rows == NEWLINE
     tile, place = np.divmod(np.where(newline, 0, rows), config.vision.num_patches)
-    views = tile_views(image_size, config, image_processor)
-    corner, step = (
-        np.array([getattr(v, name) for v in views])[tile] for name in ("corner", "step")
-    )
+    views = _tile_views(image_size, config, image_processor)
+    _, corner, step = (np.array(each)[tile] for each in zip(*views, strict=True))
     first = corner + patch * step * np.stack(np.divmod(place, across), axis=1)
-    corners = np.stack([first, first + patch * step], axis=1)
-    corners = np.clip(corners, 0, np.array(image_size, np.float64))
+    corners = np.clip(np.stack([first, first + patch * step], axis=1), 0, image_size)
     rectangles = corners[:, :, ::-1].reshape(-1, 4)  # (y, x) twice, and the result is (x, y) twice
     rectangles[newline] = np.nan
     part = np.where(tile == 0, BASE, GRID)
     return Patches(rectangles, np.where(newline, NEWLINE_PART, part).astype(np.int8))
 
 
-def tile_views(
+def _tile_views(
     image_size: tuple[int, int], config: LlavaConfig, image_processor: Any
 ) -> list[View]:
     """What each tile of a picture shows of it, the base tile first.
 
-    The arguments are those of `patch_rectangles`. The steps are those of transformers'
-    `LlavaNextImageProcessorPil` and of its `CLIPImageProcessorPil` or `LlavaImageProcessorPil`.
+    The steps are those of transformers' `LlavaNextImageProcessorPil` and of its
+    `CLIPImageProcessorPil` or `LlavaImageProcessorPil`, with the floats and the rounding of its
+    `get_patch_output_size` and `get_resize_output_image_size`.
     """
-    whole, size = View(image_size), image_processor.size
+    size = np.array(image_size)
+    whole = View(size, np.zeros(2), np.ones(2))
     if config.family == "llava":
         # CLIP's own processor has the setting too, and pads nothing that was cropped.
         if image_processor.do_pad and hasattr(image_processor, "pad_to_square"):
-            whole = whole.padded(max(image_size), max(image_size))
+            whole = whole.padded(np.full(2, max(image_size)))
         return [_finished(whole, image_processor)]
-    base = whole.resized(size.height or size.shortest_edge, size.width or size.shortest_edge)
-    best = select_best_resolution(image_size, config.grid_pinpoints)
-    grid = whole.resized(*_fitted(image_size, best)).padded(*best)
-    side = config.vision.image_size
-    tiles = [
-        grid.cut(top, left, side, side)
-        for top in range(0, best[0], side)
-        for left in range(0, best[1], side)
-    ]
-    return [_finished(view, image_processor) for view in (base, *tiles)]
-
-
-def _fitted(image_size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The size in which a picture fits into another with its aspect kept.
-
-    Source: transformers' `get_patch_output_size`, floats and their rounding included.
-    """
-    (height, width), (most_height, most_width) = image_size, target
-    across, down = most_width / width, most_height / height
-    if across < down:
-        return min(math.ceil(height * across), most_height), most_width
-    return most_height, min(math.ceil(width * down), most_width)
+    base, side = image_processor.size, config.vision.image_size
+    base = np.array([base.height or base.shortest_edge, base.width or base.shortest_edge])
+    best = np.array(select_best_resolution(image_size, config.grid_pinpoints))
+    fitted = np.minimum(np.ceil(size * min(best / size)), best)  # with its aspect kept
+    grid = whole.resized(fitted).padded(best)
+    places = side * np.array(list(np.ndindex(*best // side)))
+    tiles = [whole.resized(base), *(grid.cut(first, np.full(2, side)) for first in places)]
+    return [_finished(tile, image_processor) for tile in tiles]
 
 
 def _finished(view: View, image_processor: Any) -> View:
     """A tile after the steps that every tile is put through."""
     size, crop = image_processor.size, image_processor.crop_size
     if image_processor.do_resize:
-        view = view.resized(*_resized(view.size, size))
-    return view.centred(crop.height, crop.width) if image_processor.do_center_crop else view
-
-
-def _resized(image_size: tuple[int, int], size: Any) -> tuple[int, int]:
-    """The (height, width) that a picture is resized to.
-
-    Source: transformers' `PilBackend.resize` and `get_resize_output_image_size`.
-    """
-    if size.height and size.width:
-        return size.height, size.width
-    if not size.shortest_edge or size.longest_edge:
-        raise NotImplementedError(
-            f"an image processor whose size is {size}: only shortest_edge, or height and width"
-        )
-    height, width = image_size
-    short, long = sorted(image_size)
-    new_short, new_long = size.shortest_edge, int(size.shortest_edge * long / short)
-    return (new_long, new_short) if width <= height else (new_short, new_long)
+        if size.height and size.width:
+            view = view.resized(np.array([size.height, size.width]))
+        elif size.shortest_edge and not size.longest_edge:
+            view = view.resized(size.shortest_edge * view.size // min(view.size))
+        else:
+            raise NotImplementedError(
+                f"an image processor whose size is {size}: only shortest_edge, or height and width"
+            )
+    if image_processor.do_center_crop:
+        crop = np.array([crop.height, crop.width])
+        view = view.cut((view.size - crop) // 2, crop)  # an odd pixel is left at the end
+    return view

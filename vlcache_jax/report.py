@@ -32,12 +32,12 @@ class CacheReport:
         kept_share: kept_bytes / full_bytes.
         compression_ratio: the share removed, 1 - kept_share (kvpress counts so).
         payload_bytes: the codes of quantized tokens; 0 where nothing is quantized.
-        scale_bytes: their scales and shifts, likewise.
+        scale_bytes: their scales and shifts; 0 where nothing is quantized.
         dense_bytes: the kept tokens of full width.
         effective_bits: 8 * kept_bytes / numbers in the kept tokens' keys and values.
         layer_budgets: tokens kept by each layer, for every kv head.
         kept_visual: visual tokens among them, the mean over layers and kv heads.
-        kept_text: text tokens among them, likewise.
+        kept_text: text tokens among them, the mean over layers and kv heads.
         allocated_bytes: the pool as allocated, with its padding, and with the rows of a quantized
             one that are free for new tokens.
         tail_bytes: the tail for new tokens, as allocated.
@@ -179,7 +179,7 @@ def cache_report(
         scale_bytes=scales,
         dense_bytes=dense,
         effective_bits=8 * kept_bytes / numbers,
-        layer_budgets=[int(rows) for rows in kept],
+        layer_budgets=kept.tolist(),
         kept_visual=visual,
         kept_text=float(kept.mean()) - visual,
         allocated_bytes=pool_bytes(
@@ -187,31 +187,6 @@ def cache_report(
         ),
         tail_bytes=tail_rows * token_bytes(config, dtype),
     )
-
-
-@dataclass(frozen=True)
-class MemoryNeed:
-    """Device memory for a model, a context and a batch, in bytes.
-
-    Attributes:
-        parameters: the parameters, once: a method with the transform is reckoned with a model that
-            is loaded for it (`load(transform=True)`).
-        pool: the pool of the whole batch.
-        prefill: K and V of the whole prompts, which live until they are compacted or quantized; 0
-            with the full cache, whose pool they are. Less where a batch is prefilled a few
-            sequences at a time.
-        tail: the tail of the whole batch.
-        activations: the largest activations of a prefill, an estimate: the residual stream, the
-            gate and up products, and the logits of one position.
-        total: their sum.
-    """
-
-    parameters: int
-    pool: int
-    prefill: int
-    tail: int
-    activations: int
-    total: int
 
 
 def count_parameters(config: LlavaConfig) -> dict[str, int]:
@@ -231,8 +206,8 @@ def memory_need(
     rows: int,
     batch: int,
     new_tokens: int,
-) -> MemoryNeed:
-    """Device memory needed to decode with a method.
+) -> dict[str, int]:
+    """Device memory needed to decode with a method, in bytes.
 
     Args:
         config: the model.
@@ -241,20 +216,29 @@ def memory_need(
         rows: prompt rows, padded to their bucket.
         batch: sequences.
         new_tokens: most tokens of an answer.
+
+    Returns:
+        "parameters", once: a method with the transform is reckoned with a model that is loaded for
+        it (`load(transform=True)`); the whole batch's "pool" and "tail"; "prefill", K and V of the
+        whole prompts until they are compacted or quantized (0 with the full cache, whose pool they
+        are; less where a batch is prefilled a few sequences at a time); "activations", an estimate
+        of the largest of a prefill: the residual stream, the gate and up products, and the logits
+        of one position; "total", the sum.
     """
     text, size = config.text, jnp.dtype(dtype).itemsize
     stages = Generate(config, cache, new_tokens).stages
-    parameters = count_parameters(config)["total"] * size
-    pool = pool_bytes(
-        text, cache, dtype, batch=batch, prompt_rows=rows, new_rows=stages.reserved_rows
-    )
     full = batch * whole_capacity(text.num_layers, rows) * row_bytes(text, dtype)
-    prefill = 0 if cache.limit.keeps_all and cache.quantize is None else full
-    tail = batch * stages.tail_rows * token_bytes(text, dtype)
     width = 2 * text.hidden_size + 3 * text.intermediate_size
-    activations = batch * (rows * width * size + text.vocab_size * 4)
-    total = parameters + pool + prefill + tail + activations
-    return MemoryNeed(parameters, pool, prefill, tail, activations, total)
+    parts = {
+        "parameters": count_parameters(config)["total"] * size,
+        "pool": pool_bytes(
+            text, cache, dtype, batch=batch, prompt_rows=rows, new_rows=stages.reserved_rows
+        ),
+        "prefill": 0 if cache.limit.keeps_all and cache.quantize is None else full,
+        "tail": batch * stages.tail_rows * token_bytes(text, dtype),
+        "activations": batch * (rows * width * size + text.vocab_size * 4),
+    }
+    return {**parts, "total": sum(parts.values())}
 
 
 def human_bytes(count: float) -> str:

@@ -1,41 +1,27 @@
-"""The command line: `vlcache generate`, `compare`, `info`, `calibrate`, and others' commands.
+"""The command line: the commands of `vlcache`, and those of other packages.
 
 Input is checked before the parameters are read. Heavy imports stand inside the commands, so that
 `--help` is quick.
 """
 
-import sys
+from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from vlcache_jax.cli.inspect import inspect
-from vlcache_jax.cli.options import (
-    AsJson,
-    Backend,
-    Dtype,
-    Image,
-    KvBits,
-    KvBitsList,
-    KvBudget,
-    KvBudgets,
-    MaxNewTokens,
-    Method,
-    Methods,
-    Model,
-    Prompt,
-    RawPrompt,
-    Revision,
-)
+from vlcache_jax.cli import options
 from vlcache_jax.cli.terminal import (
+    BAD_INPUT,
+    cache_methods,
     drain,
     find_question,
     find_questions,
     open_model,
-    print_json,
+    print_result,
+    progress_line,
     read_messages,
     read_params,
     user_errors,
@@ -64,8 +50,8 @@ def _options(
 
 @app.command()
 def generate(
-    model: Model,
-    prompt: Prompt = None,
+    model: options.Model,
+    prompt: options.Prompt = None,
     messages: Annotated[
         Path | None,
         typer.Option(
@@ -73,17 +59,15 @@ def generate(
             help='A conversation in place of --prompt: [{"role": "user", "content": "..."}, ...]. '
             'The roles are system, user and assistant; a content may be a list of {"type": "text", '
             '"text": "..."} and {"type": "image"}.',
-            show_default=False,
         ),
     ] = None,
-    image: Image = None,
-    max_new_tokens: MaxNewTokens = 128,
+    image: options.Image = None,
+    max_new_tokens: options.MaxNewTokens = 128,
     stop: Annotated[
         list[str] | None,
         typer.Option(
             help="End the answer in front of this text. Give the option once for each; \\n stands "
-            "for a new line.",
-            show_default=False,
+            "for a new line."
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
@@ -92,22 +76,21 @@ def generate(
         float, typer.Option(help="Draw among the tokens that reach this probability together.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    method: Method = "vl-cache",
-    kv_budget: KvBudget = None,
-    kv_bits: KvBits = None,
-    backend: Backend = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    method: options.Method = "vl-cache",
+    kv_budget: options.KvBudget = None,
+    kv_bits: options.KvBits = None,
+    backend: options.Backend = None,
     trace: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.npz",
-            help="Write what was kept, and why, layer by layer, to this file.",
+            metavar="FILE.npz", help="Write what was kept, and why, layer by layer, to this file."
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the trace file.")] = False,
-    raw_prompt: RawPrompt = False,
-    as_json: AsJson = False,
+    force: options.Force = False,
+    raw_prompt: options.RawPrompt = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Answer a question about images, or a question alone.
 
@@ -120,18 +103,17 @@ def generate(
     Example: vlcache generate demo --image demo --kv-budget 0.2
     """
     from vlcache_jax import display
-    from vlcache_jax.cache.methods import make_method
-    from vlcache_jax.cache.quantizers import make_quantizer
+    from vlcache_jax.answer import versions
     from vlcache_jax.cache.trace import check_target
 
     with user_errors():
-        cache = make_method(method, kv_budget, make_quantizer(kv_bits))
+        [cache] = cache_methods([method], [kv_budget], [kv_bits])
         if trace is not None:
             check_target(trace, force=force)
         if messages is not None and prompt is not None:
             raise ValueError("give --prompt or --messages, not both")
         turns = None if messages is None else read_messages(messages)
-        images, question, right = find_question(image or [], prompt if turns is None else "")
+        images, question, right = find_question(image, prompt if turns is None else "")
         vlm, progress = open_model(model, revision, dtype, backend, transform=cache.transforms)
         stream = vlm.stream(
             images,
@@ -152,28 +134,26 @@ def generate(
     if trace is not None and answer.trace is not None:
         with user_errors():
             answer.trace.save(trace, force=force)
-    facts = display.answer_facts(answer)
-    if as_json:
-        print_json({**facts, "model": model, "versions": display.versions()})
-    else:
-        rows = display.question_rows(question, right) | display.prompt_rows(facts)
-        Console().print(display.two_columns(rows | display.answer_rows(facts)))
+    facts = display.answer_facts(answer) | {"model": model, "versions": versions()}
+    asked = {} if right is None else {"question": question, "right answer": right}
+    rows = asked | display.prompt_rows(facts) | display.answer_rows(facts)
+    print_result(facts, display.two_columns(rows), as_json)
 
 
 @app.command()
 def compare(
-    model: Model,
-    prompt: Prompt = None,
-    image: Image = None,
-    max_new_tokens: MaxNewTokens = 128,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    method: Methods = None,
-    kv_budget: KvBudgets = None,
-    kv_bits: KvBitsList = None,
-    backend: Backend = None,
-    raw_prompt: RawPrompt = False,
-    as_json: AsJson = False,
+    model: options.Model,
+    prompt: options.Prompt = None,
+    image: options.Image = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    method: options.Methods = None,
+    kv_budget: options.KvBudgets = None,
+    kv_bits: options.KvBitsList = None,
+    backend: options.Backend = None,
+    raw_prompt: options.RawPrompt = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Answer a question with the full cache and with compressed ones, side by side.
 
@@ -185,17 +165,12 @@ def compare(
     Example: vlcache compare demo --image demo:2 --kv-budget 0.1 --kv-bits 16 --kv-bits akvq
     """
     from vlcache_jax import display
-    from vlcache_jax.cache.methods import FullCache, make_method
-    from vlcache_jax.cache.quantizers import make_quantizer
+    from vlcache_jax.answer import versions
+    from vlcache_jax.cache.methods import FullCache
 
     with user_errors():
-        named = [
-            make_method(name, budget, make_quantizer(bits))
-            for name in method or ["vl-cache"]
-            for budget in kv_budget or [None]
-            for bits in kv_bits or [None]
-        ]
-        images, question, right = find_question(image or [], prompt)
+        named = cache_methods(method or ["vl-cache"], kv_budget, kv_bits)
+        images, question, right = find_question(image, prompt)
         vlm, progress = open_model(model, revision, dtype, backend)
         streams = [
             vlm.stream(
@@ -209,28 +184,25 @@ def compare(
         ]
         read_params(vlm, progress)
     answers = [drain(stream, echo=False) for stream in streams]
-    facts = display.comparison(question, right, answers)
-    if as_json:
-        print_json({**facts, "model": model, "versions": display.versions()})
-    else:
-        Console().print(display.comparison_tables(facts))
+    facts = display.comparison(question, right, answers) | {"model": model, "versions": versions()}
+    print_result(facts, display.comparison_tables(facts), as_json)
 
 
 @app.command()
 def info(
-    model: Model,
+    model: options.Model,
     context: Annotated[
         int | None,
         typer.Option(min=1, help="Prompt tokens of a sequence; 4096, or what fits, by default."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    method: Method = "vl-cache",
-    kv_budget: KvBudget = None,
-    kv_bits: KvBits = None,
-    as_json: AsJson = False,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    method: options.Method = "vl-cache",
+    kv_budget: options.KvBudget = None,
+    kv_bits: options.KvBits = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show a model's size, its cache per token, its buckets, and the memory that it needs.
 
@@ -239,13 +211,11 @@ def info(
 
     Example: vlcache info demo --method full --kv-bits akvq --batch 8
     """
-    from vlcache_jax.cache.methods import make_method
-    from vlcache_jax.cache.quantizers import make_quantizer
     from vlcache_jax.display import info_tables
     from vlcache_jax.loading import describe
 
     with user_errors():
-        cache = make_method(method, kv_budget, make_quantizer(kv_bits))
+        [cache] = cache_methods([method], [kv_budget], [kv_bits])
         facts = describe(
             model,
             dtype,
@@ -255,22 +225,18 @@ def info(
             cache=cache,
             revision=revision,
         )
-    if as_json:
-        print_json(facts)
-    else:
-        Console().print(info_tables(facts))
+    print_result(facts, info_tables(facts), as_json)
 
 
 @app.command()
 def calibrate(
-    model: Model,
-    image: Image = None,
+    model: options.Model,
+    image: options.Image = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
             help="The question to each image, in their order, or one for all of them. Without it "
-            "demo pictures have their own.",
-            show_default=False,
+            "demo pictures have their own."
         ),
     ] = None,
     threshold: Annotated[
@@ -281,15 +247,14 @@ def calibrate(
         typer.Option(
             metavar="FILE.json",
             help="Where to write; by default kv_layers.json beside the model's weights.",
-            show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    backend: Backend = None,
-    raw_prompt: RawPrompt = False,
-    as_json: AsJson = False,
+    force: options.Force = False,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    backend: options.Backend = None,
+    raw_prompt: options.RawPrompt = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Find the layers that attend to text, for --kv-bits akvq.
 
@@ -304,28 +269,105 @@ def calibrate(
 
     with user_errors():
         file = calibration.check_file(out or calibration.file_beside(model), force=force)
-        asked = find_questions(image or [], prompt or [])
+        images, texts = find_questions(image or [], prompt or [])
         vlm, progress = open_model(model, revision, dtype, backend)
-        task = progress.add_task("prompts", total=len(asked), amount="")
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, amount=f"{done} of {total}")
-
+        show = partial(progress_line(progress, "reading"), "prompts")
         with progress:
-            images, texts = [files for files, _ in asked], [text for _, text in asked]
             found = calibration.calibrate(
                 vlm, images, texts, threshold=threshold, raw_prompt=raw_prompt, progress=show
             )
         found.save(file, force=force)
-    facts = display.calibration_facts(found)
-    if as_json:
-        print_json({**facts, "file": str(file), "model": model})
-    else:
-        Console().print(display.calibration_table(facts))
-        sys.stdout.write(f"written to {file}\n")
+    facts = asdict(found) | {"tsa_layers": found.tsa_layers, "file": str(file), "model": model}
+    print_result(facts, display.calibration_table(facts), as_json, written=[file])
 
 
-app.command()(inspect)
+@app.command()
+def inspect(
+    model: options.Model,
+    prompt: options.Prompt = None,
+    image: options.Image = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"{options.METHOD_HELP} vl-cache by default.")
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD,METHOD,...",
+            help="Several methods at the same budget, a column each, in place of --method.",
+        ),
+    ] = None,
+    kv_budget: options.KvBudget = None,
+    kv_bits: options.KvBitsList = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="The page to write, or with a name in .json the numbers."
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Draw the figures as PNG files into this folder (needs matplotlib)."
+        ),
+    ] = None,
+    force: options.Force = False,
+    max_new_tokens: options.MaxNewTokens = 64,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    backend: options.Backend = None,
+    raw_prompt: options.RawPrompt = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """See what the cache keeps: one page that needs no network, figures, or the numbers.
+
+    The page shows each picture with the patches that survive, layer by layer, the prompt shaded in
+    the same way, what each layer keeps and why, and the answers beside that of the full cache.
+
+    Each token is the most likely one, never a draw.
+
+    Example: vlcache inspect demo --image demo --out report.html
+
+    Example: vlcache inspect demo --image demo:2 --compare vl-cache,h2o,snapkv --kv-budget 0.2
+    --out report.html --png figures
+    """
+    from vlcache_jax import display, inspection
+    from vlcache_jax.inspection import figures
+
+    with user_errors((*BAD_INPUT, ModuleNotFoundError)):
+        if out is None and png is None and not as_json:
+            raise ValueError("name what to make: --out report.html, --png DIR or --json")
+        names = [method or "vl-cache"]
+        if compare is not None:
+            if method is not None:
+                raise ValueError("give --method for one method, or --compare for several, not both")
+            names = [name.strip() for name in compare.split(",") if name.strip()]
+            if not names:
+                raise ValueError("--compare names no method: --compare vl-cache,h2o for instance")
+        methods = cache_methods(names, [kv_budget], kv_bits)
+        if out is not None:
+            inspection.check_report(out, force=force)
+        if png is not None:
+            figures.check_folder(png, force=force)
+        images, question, _ = find_question(image, prompt)
+        vlm, progress = open_model(model, revision, dtype, backend)
+        with progress:
+            found = inspection.inspect(
+                vlm,
+                images,
+                question,
+                methods=methods,
+                max_new_tokens=max_new_tokens,
+                raw_prompt=raw_prompt,
+                progress=progress_line(progress, "answering"),
+            )
+            progress.add_task("writing", total=None)
+            written = []
+            if out is not None:
+                found.save(out, force=force)
+                written.append(out)
+            if png is not None:
+                written += found.save_figures(png, force=force)
+    print_result(found.as_json(), display.inspection_table(found), as_json, written)
 
 
 def main() -> None:

@@ -12,35 +12,28 @@ Model = Annotated[
     ),
 ]
 Revision = Annotated[
-    str | None,
-    typer.Option(
-        help="Branch, tag or commit of a hub id; its main branch by default.", show_default=False
-    ),
+    str | None, typer.Option(help="Branch, tag or commit of a hub id; its main branch by default.")
 ]
 Prompt = Annotated[
     str | None,
     typer.Option(
         help="The question. <image> marks say where images go; else they come first. Without it a "
-        "demo picture's own question is asked.",
-        show_default=False,
+        "demo picture's own question is asked."
     ),
 ]
 Image = Annotated[
     list[str] | None,
     typer.Option(
         help="An image file, or one of the pictures in this package: 'demo' or demo:1, demo:2, ... "
-        "('vlcache info demo' lists them). Give the option once for each image.",
-        show_default=False,
+        "('vlcache info demo' lists them). Give the option once for each image."
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
 RawPrompt = Annotated[
-    bool,
-    typer.Option("--raw-prompt", help="Take the prompt as given, without the chat template."),
+    bool, typer.Option("--raw-prompt", help="Take the prompt as given, without the chat template.")
 ]
 Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default."),
+    str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
 ]
 METHOD_HELP = (
     "What the cache keeps of the prompt: vl-cache, h2o, snapkv, pyramidkv, streaming-llm, random, "
@@ -50,32 +43,27 @@ BUDGET_HELP = (
     "How much of it: a share of the cache such as 0.1, or tokens per layer such as 256tok. 0.1 by "
     "default."
 )
-Method = Annotated[str, typer.Option(help=METHOD_HELP)]
-Methods = Annotated[
-    list[str] | None,
-    typer.Option(help=f"{METHOD_HELP} Give the option once for each; vl-cache by default."),
-]
-KvBudget = Annotated[str | None, typer.Option(help=BUDGET_HELP, show_default=False)]
-KvBudgets = Annotated[
-    list[str] | None, typer.Option(help=f"{BUDGET_HELP} Give the option once for each.")
-]
 BITS_HELP = (
     "Quantize what is kept: 2, 4 or 8 bits for every token; akvq, which gives 16 or 4 bits to the "
     "tokens that matter most and 2 to the others; kivi, 2 bits with keys by channel. 16, the "
     "default, leaves it as it is. With --method full everything is kept, quantized."
 )
-KvBits = Annotated[str | None, typer.Option(help=BITS_HELP, show_default=False)]
-KvBitsList = Annotated[
-    list[str] | None,
-    typer.Option("--kv-bits", help=f"{BITS_HELP} Give the option once for each."),
+EACH = "Give the option once for each"
+Method = Annotated[str, typer.Option(help=METHOD_HELP)]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", help=f"{METHOD_HELP} {EACH}; vl-cache by default.")
 ]
+KvBudget = Annotated[str | None, typer.Option(help=BUDGET_HELP)]
+KvBudgets = Annotated[list[str] | None, typer.Option("--kv-budget", help=f"{BUDGET_HELP} {EACH}.")]
+KvBits = Annotated[str | None, typer.Option(help=BITS_HELP)]
+KvBitsList = Annotated[list[str] | None, typer.Option("--kv-bits", help=f"{BITS_HELP} {EACH}.")]
 Backend = Annotated[
     str | None,
     typer.Option(
         envvar="VLCACHE_BACKEND",
         help="Attention kernels: triton, cudnn (the prefill only) or xla; by default the best for "
         "the device. On a CPU triton is interpreted, for tests, and slow.",
-        show_default=False,
     ),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -5,18 +5,19 @@ What answers go to stdout; progress and errors go to stderr.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import Progress
 
 if TYPE_CHECKING:
     from vlcache_jax.answer import Answer
+    from vlcache_jax.cache.method import CacheMethod
     from vlcache_jax.vlm import VLM, Stream
 
 ERRORS = Console(stderr=True, highlight=False, emoji=False)  # "demo:x:" stays as it is
@@ -37,6 +38,17 @@ def user_errors(kinds: tuple[type[Exception], ...] = BAD_INPUT) -> Iterator[None
         raise typer.Exit(130) from None
 
 
+def cache_methods(
+    names: Sequence[str], budgets: Sequence[str | None] | None, bits: Sequence[str | None] | None
+) -> "list[CacheMethod]":
+    """Every method with every --kv-budget and every --kv-bits, each of them once."""
+    from vlcache_jax.cache.methods import make_method
+    from vlcache_jax.cache.quantizers import make_quantizer
+
+    settings = product(names, budgets or [None], map(make_quantizer, bits or [None]))
+    return list(dict.fromkeys(make_method(*each) for each in settings))
+
+
 def read_messages(file: Path) -> list[dict[str, Any]]:
     """The conversation that a JSON file holds."""
     from vlcache_jax.messages import is_one
@@ -52,25 +64,25 @@ def read_messages(file: Path) -> list[dict[str, Any]]:
     return messages
 
 
-def find_question(images: list[str], prompt: str | None) -> tuple[list[Path], str, str | None]:
+def find_question(
+    images: Sequence[str] | None, prompt: str | None
+) -> tuple[list[Path], str, str | None]:
     """The images, the prompt, and its right answer where the prompt is a demo picture's own."""
     from vlcache_jax import demo
 
-    shown = [demo.find(name) for name in images]
-    files = [
-        picture.file if picture else Path(name) for picture, name in zip(shown, images, strict=True)
-    ]
+    shown = [(name, demo.find(name)) for name in images or ()]
+    files = [picture.file if picture else Path(name) for name, picture in shown]
     if prompt is not None:
         return files, prompt, None
-    if len(shown) == 1 and shown[0]:
-        return files, shown[0].prompt, shown[0].answer
+    if len(shown) == 1 and (own := shown[0][1]):
+        return files, own.prompt, own.answer
     raise ValueError(
         "give a --prompt; only where the one --image is a demo picture is its own question asked"
     )
 
 
-def find_questions(images: list[str], prompts: list[str]) -> list[tuple[list[Path], str]]:
-    """Each image with its question."""
+def find_questions(images: list[str], prompts: list[str]) -> tuple[list[list[Path]], list[str]]:
+    """For each image its file, in a list, and its question."""
     if not images:
         raise ValueError("give one --image or more, and a --prompt to each of them or to all")
     if len(prompts) not in (0, 1, len(images)):
@@ -78,8 +90,9 @@ def find_questions(images: list[str], prompts: list[str]) -> list[tuple[list[Pat
             f"{len(images)} images and {len(prompts)} prompts: give one --prompt for each --image, "
             "or one for all; demo pictures have questions of their own"
         )
-    texts = prompts * len(images) if len(prompts) == 1 else prompts or [None] * len(images)
-    return [find_question([image], text)[:2] for image, text in zip(images, texts, strict=True)]
+    texts = prompts if len(prompts) > 1 else (prompts or [None]) * len(images)
+    asked = [find_question([image], text) for image, text in zip(images, texts, strict=True)]
+    return [files for files, _, _ in asked], [question for _, question, _ in asked]
 
 
 def open_model(
@@ -90,25 +103,11 @@ def open_model(
     *,
     transform: bool = False,
 ) -> tuple["VLM", Progress]:
-    """The model with its parameters unread, and the bar that their reading moves."""
+    """The model with its parameters unread, and the progress that shows their reading."""
     from vlcache_jax.loading import load
     from vlcache_jax.report import human_bytes
 
-    progress = Progress(
-        TextColumn("reading {task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[amount]}"),
-        TimeRemainingColumn(),
-        console=ERRORS,
-        transient=True,
-        disable=not ERRORS.is_terminal,
-    )
-    task = progress.add_task("parameters", total=None, amount="")
-
-    def show(piece: str, done: int, total: int) -> None:
-        amount = f"{human_bytes(done)} of {human_bytes(total)}"
-        progress.update(task, description=piece, completed=done, total=total, amount=amount)
-
+    progress = Progress(console=ERRORS, transient=True, disable=not ERRORS.is_terminal)
     vlm = load(
         model,
         dtype,
@@ -116,13 +115,26 @@ def open_model(
         transform=transform,
         revision=revision,
         lazy=True,
-        progress=show,
+        progress=progress_line(progress, "reading", human_bytes),
     )
     return vlm, progress
 
 
+def progress_line(
+    progress: Progress, verb: str, amount: Callable[[int], str] = str
+) -> Callable[[str, int, int], None]:
+    """A new line of the progress, to be called with what is done now, how much, and of how much."""
+    task = progress.add_task(verb, total=None)
+
+    def show(what: str, done: int, total: int) -> None:
+        words = f"{verb} {what}, {amount(done)} of {amount(total)}"
+        progress.update(task, description=words, completed=done, total=total)
+
+    return show
+
+
 def read_params(vlm: "VLM", progress: Progress) -> None:
-    """Read the parameters, with the bar shown."""
+    """Read the parameters, with the progress shown."""
     with progress:
         _ = vlm.params  # read where they are first asked for
 
@@ -143,6 +155,13 @@ def drain(stream: "Stream", echo: bool) -> "Answer":
     return stream.answer
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout, and a newline."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+def print_result(
+    facts: dict[str, Any], tables: RenderableType, as_json: bool, written: Sequence[Path] = ()
+) -> None:
+    """Print one JSON object and nothing else, or tables and the files that were written."""
+    if as_json:
+        sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
+        return
+    Console().print(tables)
+    for file in written:
+        sys.stdout.write(f"written to {file}\n")

@@ -60,15 +60,14 @@ def find(name: str) -> Picture | None:
     Raises:
         ValueError: there are not so many pictures.
     """
-    match = re.fullmatch("demo(:(.*))?", name)
-    if match is None or Path(name).exists():
+    if not re.fullmatch("demo(:.*)?", name) or Path(name).exists():
         return None
-    names = [picture.name for picture in pictures()]
-    if match[1] is None:
-        return pictures()[0]
-    if name not in names:
+    known = {picture.name: picture for picture in pictures()}
+    first, *_, last = known
+    wanted = first if name == "demo" else name
+    if wanted not in known:
         raise ValueError(
-            f"there is no picture {name}: choose one of {names[0]} to {names[-1]}, which "
+            f"there is no picture {name}: choose one of {first} to {last}, which "
             "`vlcache info demo` lists"
         )
-    return pictures()[names.index(name)]
+    return known[wanted]

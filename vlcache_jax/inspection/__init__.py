@@ -14,6 +14,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,17 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.answer import Answer, Timings
+from vlcache_jax.answer import Answer, Timings, same_tokens, versions
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.quantize import Quantizer
-from vlcache_jax.cache.trace import Trace
-from vlcache_jax.display import same_tokens, versions
+from vlcache_jax.cache.trace import Trace, check_target
+from vlcache_jax.files import write_whole
 from vlcache_jax.images import ImageLike, Images, load_image
-from vlcache_jax.inspection.files import check_report, write_whole
 from vlcache_jax.patches import patch_rectangles
 from vlcache_jax.processing import Processor
 from vlcache_jax.report import CacheReport
 from vlcache_jax.vlm import VLM
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done now, how many parts are done and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -123,25 +120,23 @@ class Inspection:
         they are worth, and of the others `visual` and `text` by their worth (means over the heads).
         `hit_rate` and `mass_recall` are means over the heads too.
         """
-        trace, kept = outcome.trace, _kept(outcome.trace)
-        none = [None] * len(trace.budget)
-        recent = [0] * len(trace.budget) if trace.recent is None else trace.recent.tolist()
-        chosen = kept & (np.arange(trace.m) < trace.m - np.array(recent)[:, None, None])
-        split = {
-            kind: (chosen & tokens).sum(axis=2).mean(axis=1).tolist()
-            for kind, tokens in (("visual", self.visual), ("text", ~self.visual))
-        }
+        trace = outcome.trace
+        none = np.full(len(trace.budget), None)
+        recent = np.zeros_like(trace.budget) if trace.recent is None else trace.recent
+        chosen = _kept(trace) & (np.arange(trace.m) < trace.m - recent[:, None, None])
         columns = {
-            "layer": range(len(trace.budget)),
-            "budget": trace.budget.tolist(),
+            "layer": np.arange(len(trace.budget)),
+            "budget": trace.budget,
             "recent": recent,
-            **split,
-            "sparsity": none if trace.sparsity is None else trace.sparsity.tolist(),
-            "beta": none if trace.beta is None else trace.beta.tolist(),
-            "hit_rate": trace.hit_rate.mean(axis=1).tolist(),
-            "mass_recall": trace.mass_recall.mean(axis=1).tolist(),
+            "visual": (chosen & self.visual).sum(axis=2).mean(axis=1),
+            "text": (chosen & ~self.visual).sum(axis=2).mean(axis=1),
+            "sparsity": none if trace.sparsity is None else trace.sparsity,
+            "beta": none if trace.beta is None else trace.beta,
+            "hit_rate": trace.hit_rate.mean(axis=1),
+            "mass_recall": trace.mass_recall.mean(axis=1),
         }
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
 
     def as_json(self) -> dict[str, Any]:
         """All numbers as plain values.
@@ -149,16 +144,11 @@ class Inspection:
         A newline's rectangle is None. `kept` are the positions that each kv head of each layer
         keeps; None where every one keeps all of them.
         """
-        return {
-            "model": self.model,
-            "prompt": self.prompt,
-            "pieces": self.pieces,
+        return vars(self) | {
             "visual": self.visual.tolist(),
             "pictures": [_picture_values(picture) for picture in self.pictures],
             "full": self._outcome_values(self.full),
             "outcomes": [self._outcome_values(outcome) for outcome in self.outcomes],
-            "settings": self.settings,
-            "versions": self.versions,
         }
 
     def _outcome_values(self, outcome: Outcome) -> dict[str, Any]:
@@ -191,7 +181,7 @@ class Inspection:
             from vlcache_jax.inspection.page import render
 
             text = render(self)
-        write_whole(target, text.encode("utf-8"))
+        write_whole(target, lambda file: file.write(text.encode()))
 
     def save_figures(self, folder: str | Path, *, force: bool = False) -> list[Path]:
         """Draw the figures as PNG files into a folder, which is made if it is not there.
@@ -207,7 +197,27 @@ class Inspection:
         """
         from vlcache_jax.inspection import figures
 
-        return figures.save(self, folder, force=force)
+        target = figures.check_folder(folder, force=force)
+        drawn = {target / name: draw(self) for name, draw in figures.FIGURES.items()}
+        target.mkdir(exist_ok=True)
+        options = {"format": "png", "dpi": figures.DPI, "metadata": {"Software": None}}
+        for file, figure in drawn.items():
+            write_whole(file, partial(figure.savefig, **options))
+        return list(drawn)
+
+
+def check_report(path: str | Path, *, force: bool) -> Path:
+    """The file that a report may be written to; to be asked before any work is done.
+
+    Raises:
+        FileExistsError: the file exists and `force` is not set.
+        FileNotFoundError: its directory does not exist.
+        ValueError: its name does not end in .html or .json.
+    """
+    suffix = Path(path).suffix
+    if suffix not in (".html", ".json"):
+        raise ValueError(f"report {path} must end in .html (the page) or .json (the numbers)")
+    return check_target(path, force=force, what="report", suffix=suffix)
 
 
 def inspect(
@@ -218,7 +228,7 @@ def inspect(
     methods: Sequence[CacheMethod | Quantizer],
     max_new_tokens: int = 64,
     raw_prompt: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Inspection:
     """Answer a prompt with the full cache and with each method, and tell what was kept.
 
@@ -231,7 +241,7 @@ def inspect(
         methods: one or more methods, or quantizers, which keep everything.
         max_new_tokens: most tokens of an answer.
         raw_prompt: take the text as it is, without the chat template.
-        progress: called before each answer with its label.
+        progress: called before each answer with its label, the answers done and those in all.
 
     Raises:
         ValueError: there is no method, an image or the prompt is bad, or there are more tokens
@@ -247,20 +257,15 @@ def inspect(
         as_method(method).for_model(vlm.config.text, vlm.tsa_layers)
         for method in (FullCache(), *methods)
     ]
+    prompt: dict[str, Any] = {"images": loaded, "text": text, "raw_prompt": raw_prompt}
     streams = [
-        vlm.stream(
-            loaded,
-            text,
-            max_new_tokens=max_new_tokens,
-            raw_prompt=raw_prompt,
-            cache=method,
-            trace=True,
-        )
+        vlm.stream(**prompt, max_new_tokens=max_new_tokens, cache=method, trace=True)
         for method in chosen
     ]
-    inputs = vlm.processor(loaded, text, raw_prompt=raw_prompt)
+    inputs = vlm.processor(**prompt)
     length = int(inputs.length[0])
     tokens, visual = inputs.tokens[0, :length], inputs.visual_index[0, :length] >= 0
+    words = iter(vlm.processor.detokenizer(special_tokens=True).split(tokens[~visual]))
     _ = vlm.params  # read before the first answer is announced
     answers: list[Answer] = []
     for number, (method, stream) in enumerate(zip(chosen, streams, strict=True)):
@@ -276,7 +281,7 @@ def inspect(
     return Inspection(
         model=vlm.name,
         prompt=text,
-        pieces=prompt_pieces(vlm.processor, tokens, visual),
+        pieces=["" if is_visual else next(words) for is_visual in visual],
         visual=visual,
         pictures=locate(vlm.processor, sources, visual),
         full=full,
@@ -320,18 +325,6 @@ def locate(
     return pictures
 
 
-def prompt_pieces(processor: Processor, tokens: np.ndarray, visual: np.ndarray) -> list[str]:
-    """The text of each token of a prompt, special tokens with it; "" for visual ones.
-
-    Args:
-        processor: the model's.
-        tokens: ids, [m].
-        visual: which of them are visual, bool [m].
-    """
-    text = iter(processor.detokenizer(special_tokens=True).split(tokens[~visual]))
-    return ["" if is_visual else next(text) for is_visual in visual]
-
-
 def _outcome(processor: Processor, method: CacheMethod, answer: Answer, full: Answer) -> Outcome:
     assert answer.trace is not None  # it was asked for
     same = same_tokens(full.tokens, answer.tokens)
@@ -356,8 +349,8 @@ def _kept(trace: Trace) -> np.ndarray:
 def _settings(setting: Any) -> Any:
     """A method's or a quantizer's settings as plain values."""
     if isinstance(setting, CacheMethod | Quantizer):
-        values = {f.name: getattr(setting, f.name) for f in dataclasses.fields(setting)}
-        return {"name": setting.name} | {name: _settings(value) for name, value in values.items()}
+        names = [field.name for field in dataclasses.fields(setting)]
+        return {"name": setting.name} | {n: _settings(getattr(setting, n)) for n in names}
     if isinstance(setting, tuple):
         return [_settings(value) for value in setting]
     return setting if setting is None or isinstance(setting, str | int | float) else repr(setting)

@@ -1,6 +1,7 @@
 """Bar charts over the layers of a model, as shapes for inline SVG."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,19 +40,6 @@ class Chart:
     words: str
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A chart that every method has: its title, the keys that are stacked, and its scale."""
-
-    title: str
-    parts: tuple[str, ...]
-    top: float
-    percent: bool = True
-
-    def text(self, value: float) -> str:
-        return f"{100 * value:.3g}%" if self.percent else f"{value:,.5g}"
-
-
 def charts(methods: list[list[dict[str, Any]]]) -> list[list[Chart]]:
     """The charts of each method, of the same scales for all.
 
@@ -61,32 +49,44 @@ def charts(methods: list[list[dict[str, Any]]]) -> list[list[Chart]]:
     layers = [layer for method in methods for layer in method]
     budget = max((layer["budget"] for layer in layers), default=0)
     beta = max((layer["beta"] or 0 for layer in layers), default=0)
-    kinds = (
-        _Kind("Budget, in tokens", ("visual", "text", "recent"), scale_end(budget), percent=False),
-        _Kind("CacheHitRate", ("hit_rate",), 1.0),
-        _Kind("Sparsity", ("sparsity",), 1.0),
-        _Kind("Beta", ("beta",), scale_end(beta)),
-    )
-    return [[_chart(kind, method) for kind in kinds] for method in methods]
+    kept = ("visual", "text", "recent")
+    return [
+        [
+            _chart("Budget, in tokens", method, kept, scale_end(budget), "{:,.5g}".format),
+            _chart("CacheHitRate", method, ("hit_rate",), 1.0, _percent),
+            _chart("Sparsity", method, ("sparsity",), 1.0, _percent),
+            _chart("Beta", method, ("beta",), scale_end(beta), _percent),
+        ]
+        for method in methods
+    ]
 
 
-def _chart(kind: _Kind, layers: list[dict[str, Any]]) -> Chart:
+def _chart(
+    title: str,
+    layers: list[dict[str, Any]],
+    parts: Sequence[str],
+    top: float,
+    text: Callable[[float], str],
+) -> Chart:
+    """A chart of some keys of the layers, stacked, on a scale from 0 to `top`."""
     step = (RIGHT - LEFT) / len(layers)
     bars, bands, words = [], [], []
     for number, layer in enumerate(layers):
         x, bottom = LEFT + step * number, float(BOTTOM)
         bands.append(Bar(number, "band", x, TOP, step, BOTTOM - TOP))
-        values = {part: layer[part] for part in kind.parts if layer[part] is not None}
+        values = {part: layer[part] for part in parts if layer[part] is not None}
         for part, value in values.items():
-            height = (BOTTOM - TOP) * value / kind.top
+            height = (BOTTOM - TOP) * value / top
             bottom -= height
             bars.append(Bar(number, part, x + 0.12 * step, bottom, 0.76 * step, height))
-        shown = (
-            f"{kind.text(v)} {p}" if len(values) > 1 else kind.text(v) for p, v in values.items()
-        )
+        shown = (f"{text(v)} {p}" if len(values) > 1 else text(v) for p, v in values.items())
         words.append(f"layer {number}: {', '.join(shown)}")
-    ticks = [(BOTTOM - (BOTTOM - TOP) * at, kind.text(kind.top * at)) for at in (0, 0.5, 1)]
-    return Chart(kind.title, bars, bands, ticks, "; ".join(words))
+    ticks = [(BOTTOM - (BOTTOM - TOP) * at, text(top * at)) for at in (0, 0.5, 1)]
+    return Chart(title, bars, bands, ticks, "; ".join(words))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g}%"
 
 
 def scale_end(largest: float) -> float:
@@ -94,6 +94,5 @@ def scale_end(largest: float) -> float:
     if largest <= 0:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(largest))
-    return next(
-        unit * step for step in (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10) if unit * step >= largest
-    )
+    steps = (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10)
+    return next(unit * step for step in steps if unit * step >= largest)

@@ -3,15 +3,14 @@
 Several methods stand side by side, with the same scales.
 """
 
-import io
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlcache_jax.cache.trace import check_target
-from vlcache_jax.inspection.files import write_whole
 from vlcache_jax.patches import BASE, GRID
 
 if TYPE_CHECKING:
@@ -45,34 +44,17 @@ def check_folder(folder: str | Path, *, force: bool) -> Path:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: it is a file.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise ModuleNotFoundError(
-            "the figures need matplotlib: pip install 'vlcache-jax[bench]'"
-        ) from None
-    assert mpl
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("the figures need matplotlib: pip install 'vlcache-jax[bench]'")
     target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file: name a folder for the figures")
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no directory {target.parent} for the folder {target.name}")
     if target.is_dir():
         for name in FIGURES:
             check_target(target / name, force=force, what="figure", suffix=".png")
+    elif target.exists():
+        raise ValueError(f"{target} is a file: name a folder for the figures")
+    elif not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no directory {target.parent} for the folder {target.name}")
     return target
-
-
-def save(inspection: "Inspection", folder: str | Path, *, force: bool = False) -> list[Path]:
-    """Draw all figures into a folder; see `Inspection.save_figures`."""
-    target = check_folder(folder, force=force)
-    drawn = {name: draw(inspection) for name, draw in FIGURES.items()}
-    target.mkdir(exist_ok=True)
-    for name, figure in drawn.items():
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=DPI, metadata={"Software": None})
-        write_whole(target / name, data.getvalue())
-    return [target / name for name in drawn]
 
 
 def draw_heat(inspection: "Inspection") -> "Figure":
@@ -145,22 +127,20 @@ def draw_layers(inspection: "Inspection") -> "Figure":
     outcomes = inspection.outcomes
     figure = Figure(figsize=(WIDTH * len(outcomes) + 0.8, 4.8), layout="constrained")
     budgets, shares = figure.subplots(2, len(outcomes), squeeze=False, sharex="col", sharey="row")
-    for axes, outcome in zip(budgets, outcomes, strict=True):
+    for upper, lower, outcome in zip(budgets, shares, outcomes, strict=True):
         layers, bottom = inspection.layers(outcome), np.zeros(len(outcome.trace.budget))
         for kind, colour in SPLIT.items():
             values = _column(layers, kind)
-            axes.bar(range(len(layers)), values, bottom=bottom, color=colour, label=kind)
+            upper.bar(range(len(layers)), values, bottom=bottom, color=colour, label=kind)
             bottom += values
-        axes.set_title(outcome.label)
-    for axes, outcome in zip(shares, outcomes, strict=True):
-        layers = inspection.layers(outcome)
+        upper.set_title(outcome.label)
         for name, style in (("sparsity", "o-"), ("beta", "s--")):
             if layers[0][name] is not None:
-                axes.plot(_column(layers, name), style, markersize=3, label=name)
-                axes.legend()
-        if not axes.lines:
-            axes.text(0.5, 0.5, "not used", ha="center", va="center", transform=axes.transAxes)
-        axes.set(xlabel="layer", ylim=(0, None))
+                lower.plot(_column(layers, name), style, markersize=3, label=name)
+                lower.legend()
+        if not lower.lines:
+            lower.text(0.5, 0.5, "not used", ha="center", va="center", transform=lower.transAxes)
+        lower.set(xlabel="layer", ylim=(0, None))
     budgets[0].set_ylabel("kept tokens")
     handles, names = budgets[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names))

@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,28 +49,28 @@ def render(inspection: "Inspection") -> str:
     environment.filters |= {"share": _share, "bytes": human_bytes, "number": _number}
     methods = inspection.outcomes
     layers = [inspection.layers(method) for method in methods]
-    settings, by_method = _settings_rows(inspection.settings)
+    outcomes = [inspection.full, *methods]
+    quantized = any(outcome.cache.kv_bits for outcome in outcomes)
+    columns = [_numbers(outcome, quantized) for outcome in outcomes]
+    settings = dict(inspection.settings)
+    by_method = settings.pop("methods")
+    # "<" could end the script element.
+    data = json.dumps(_data(inspection), separators=(",", ":")).replace("<", "\\u003c")
     return environment.get_template("page.html.jinja").render(
         inspection=inspection,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-        data=_script_json(_data(inspection)),
-        sizes={
-            "tokens": len(inspection.visual),
-            "visual": int(inspection.visual.sum()),
-            "text": int((~inspection.visual).sum()),
-            "layers": len(inspection.full.trace.budget),
-        },
+        data=Markup(data),
         answers=[_answer(inspection.full, method) for method in methods],
         labels=[method.label for method in methods],
         shares=[inspection.kept_share(method) for method in methods],
         pictures=[_picture(picture) for picture in inspection.pictures],
-        prompt=list(_prompt_parts(inspection)),
+        prompt=_prompt_parts(inspection),
         charts=charts(layers),
         layers=[[_layer_row(layer) for layer in method] for method in layers],
-        numbers=_numbers([inspection.full, *methods]),
-        settings=settings,
-        by_method=by_method,
+        numbers=list(zip(columns[0], *(column.values() for column in columns), strict=True)),
+        settings=list(_flat(settings)),
+        by_method={label: list(_flat(values)) for label, values in by_method.items()},
     )
 
 
@@ -104,11 +104,6 @@ def _counts(inspection: "Inspection", outcome: "Outcome") -> dict[str, Any]:
     counts = np.rint(inspection.kept_by_layer(outcome) * heads).astype(np.uint8)
     encoded = base64.b64encode(counts.tobytes()).decode("ascii")
     return {"label": outcome.label, "layers": layers, "heads": heads, "counts": encoded}
-
-
-def _script_json(value: Any) -> Markup:
-    """JSON that may stand inside a <script> element, whatever its texts are."""
-    return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def _picture(picture: "ShownPicture") -> dict[str, Any]:
@@ -160,16 +155,11 @@ def _answer(full: "Outcome", outcome: "Outcome") -> dict[str, Any]:
         return {"same": "".join(pieces), "differs": None}
     return {
         "same": "".join(pieces[:at]),
-        "differs": _piece(pieces, at),
+        "differs": [*pieces, "[end]"][at],
         "rest": "".join(pieces[at + 1 :]),
-        "instead_of": _piece(full.pieces, at),
+        "instead_of": [*full.pieces, "[end]"][at],
         "number": at + 1,
     }
-
-
-def _piece(pieces: list[str], place: int) -> str:
-    """A token of an answer; behind its last one, that it ends."""
-    return pieces[place] if place < len(pieces) else "[end]"
 
 
 def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
@@ -179,43 +169,34 @@ def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
     return (str(layer["layer"]), *counts, *shares)
 
 
-def _numbers(outcomes: "list[Outcome]") -> list[tuple[str, ...]]:
-    """Lines of the table of bytes, tokens and seconds: a name, and a value for each outcome."""
-    lines: dict[str, Callable[..., str]] = {
-        "full cache of the prompt": lambda one: human_bytes(one.cache.full_bytes),
-        "kept of it": lambda one: human_bytes(one.cache.kept_bytes),
-        "kept share": lambda one: _share(one.cache.kept_share),
+def _numbers(outcome: "Outcome", quantized: bool) -> dict[str, str]:
+    """A column of the table of bytes, tokens and seconds, with or without a quantized cache's."""
+    cache, trace, times = outcome.cache, outcome.trace, outcome.timings
+    lines = {
+        "full cache of the prompt": human_bytes(cache.full_bytes),
+        "kept of it": human_bytes(cache.kept_bytes),
+        "kept share": _share(cache.kept_share),
     }
-    if any(one.cache.kv_bits for one in outcomes):
+    if quantized:
         lines |= {
-            "bits per number": lambda one: f"{one.cache.effective_bits:.2f}",
-            "codes": lambda one: human_bytes(one.cache.payload_bytes),
-            "scales": lambda one: human_bytes(one.cache.scale_bytes),
-            "tokens of full width": lambda one: human_bytes(one.cache.dense_bytes),
+            "bits per number": f"{cache.effective_bits:.2f}",
+            "codes": human_bytes(cache.payload_bytes),
+            "scales": human_bytes(cache.scale_bytes),
+            "tokens of full width": human_bytes(cache.dense_bytes),
         }
-    lines |= {
-        "allocated, with padding": lambda one: human_bytes(one.cache.allocated_bytes),
-        "allocated for new tokens": lambda one: human_bytes(one.cache.tail_bytes),
-        "tokens kept by a layer": lambda one: _span(one.cache.layer_budgets),
-        "visual among them, mean": lambda one: f"{one.cache.kept_visual:,.1f}",
-        "text among them, mean": lambda one: f"{one.cache.kept_text:,.1f}",
-        "CacheHitRate, mean": lambda one: _share(one.trace.hit_rate.mean()),
-        "attention kept, mean": lambda one: _share(one.trace.mass_recall.mean()),
-        "time to first token, trace included": lambda one: _seconds(one.timings.prefill_s),
-        "time of all further tokens": lambda one: _seconds(one.timings.decode_s),
-        "tokens per second": lambda one: _number(one.timings.decode_tokens_per_s),
-        "compilation, apart": lambda one: _seconds(one.timings.compile_s),
+    return lines | {
+        "allocated, with padding": human_bytes(cache.allocated_bytes),
+        "allocated for new tokens": human_bytes(cache.tail_bytes),
+        "tokens kept by a layer": f"{min(cache.layer_budgets):,} to {max(cache.layer_budgets):,}",
+        "visual among them, mean": f"{cache.kept_visual:,.1f}",
+        "text among them, mean": f"{cache.kept_text:,.1f}",
+        "CacheHitRate, mean": _share(trace.hit_rate.mean()),
+        "attention kept, mean": _share(trace.mass_recall.mean()),
+        "time to first token, trace included": f"{times.prefill_s:.3f} s",
+        "time of all further tokens": f"{times.decode_s:.3f} s",
+        "tokens per second": _number(times.decode_tokens_per_s),
+        "compilation, apart": f"{times.compile_s:.3f} s",
     }
-    return [(name, *map(value, outcomes)) for name, value in lines.items()]
-
-
-def _settings_rows(
-    settings: dict[str, Any],
-) -> tuple[list[tuple[str, str]], dict[str, list[tuple[str, str]]]]:
-    """The settings of the run, and those of each method: names and values."""
-    plain = {name: value for name, value in settings.items() if name != "methods"}
-    methods = {label: list(_flat(values)) for label, values in settings["methods"].items()}
-    return list(_flat(plain)), methods
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -227,10 +208,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
             yield f"{prefix}{name}", json.dumps(value) if isinstance(value, list) else str(value)
 
 
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f} s"
-
-
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
@@ -240,7 +217,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
-
-
-def _span(values: list[int]) -> str:
-    return f"{min(values):,} to {max(values):,}"
