@@ -21,12 +21,14 @@ from vlcache_jax.checkpoint import (
     INDEX,
     MANIFEST,
     Checkpoint,
+    Pieces,
     Progress,
     open_checkpoint,
     piece_directory,
     quiet_orbax,
     resolve,
 )
+from vlcache_jax.config import first_line, read_json
 from vlcache_jax.weights import piece_of, split, tensors_of
 
 
@@ -70,11 +72,11 @@ def convert(
     kind = checkpoint.target_dtype(dtype)
     with whole_directory(target, force) as directory:
         check_space(checkpoint.num_bytes(kind), directory)
-        steps = _Steps(checkpoint, kind, progress)
+        pieces = checkpoint.read_all(kind, progress)
         if to_hf:
-            _write_hf(steps, directory)
+            _write_hf(pieces, checkpoint, kind, directory)
         else:
-            _write_orbax(steps, directory)
+            _write_orbax(pieces, directory)
         for file in _config_files(path):
             _copy_config(file, directory / file.name, kind if kind != checkpoint.dtype else None)
         if not to_hf:
@@ -82,35 +84,17 @@ def convert(
     return target
 
 
-class _Steps:
-    """Reads a checkpoint in the type wanted, and reports how far it has come."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype, progress: Progress | None):
-        self.checkpoint = checkpoint
-        self.dtype = dtype
-        self._progress = progress
-        self._total = checkpoint.num_bytes(dtype)
-        self._done = 0
-
-    def read(self, piece: str) -> Iterator[tuple[str, np.ndarray]]:
-        for name, array in self.checkpoint.read(piece, self.dtype):
-            yield name, array
-            self._done += array.nbytes
-            if self._progress is not None:
-                self._progress(piece, self._done, self._total)
-
-
-def _write_orbax(steps: _Steps, directory: Path) -> None:
+def _write_orbax(pieces: Pieces, directory: Path) -> None:
     """One Orbax checkpoint per piece: saving a tree holds it in memory twice."""
-    for piece in steps.checkpoint.pieces:
-        arrays = {piece_of(name)[1]: array for name, array in steps.read(piece)}
+    for piece, parameters in pieces:
+        arrays = {piece_of(name)[1]: array for name, array in parameters}
         check_space(sum(array.nbytes for array in arrays.values()), directory)
         try:
             with quiet_orbax(), _quiet_threads(), ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(piece_directory(directory, piece), arrays)
                 checkpointer.wait_until_finished()
         except (ValueError, OSError) as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = first_line(error)
             if "No space left" in reason:
                 reason = "no space left on the disk"
             raise OSError(f"could not write {piece} to {directory.parent}: {reason}") from None
@@ -134,8 +118,7 @@ def _quiet_threads() -> Iterator[None]:
     sys.unraisablehook = before
 
 
-def _write_hf(steps: _Steps, directory: Path) -> None:
-    checkpoint = steps.checkpoint
+def _write_hf(pieces: Pieces, checkpoint: Checkpoint, dtype: np.dtype, directory: Path) -> None:
     shapes = {
         tensor: shape
         for name, whole in checkpoint.shapes.items()
@@ -143,11 +126,11 @@ def _write_hf(steps: _Steps, directory: Path) -> None:
     }
     tensors = (
         tensor
-        for piece in checkpoint.pieces
-        for name, array in steps.read(piece)
+        for _, parameters in pieces
+        for name, array in parameters
         for tensor in split(name, array)
     )
-    write_tensors(directory, shapes, steps.dtype, tensors)
+    write_tensors(directory, shapes, dtype, tensors)
 
 
 def _config_files(path: Path) -> list[Path]:
@@ -162,9 +145,9 @@ def _copy_config(source: Path, target: Path, dtype: np.dtype | None) -> None:
     if source.name != "config.json" or dtype is None:
         shutil.copyfile(source, target)
         return
-    config = json.loads(source.read_text(encoding="utf-8"))
-    for part in (config, config.get("text_config"), config.get("vision_config")):
-        for key in {"dtype", "torch_dtype"} & set(part or ()):
+    config = read_json(source)
+    for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
+        for key in {"dtype", "torch_dtype"} & set(part):
             part[key] = dtype.name
     target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

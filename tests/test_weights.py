@@ -148,7 +148,7 @@ def test_one_report_names_every_problem():
     lines = str(error.value).split("\n")
     assert len(lines) == 6
     assert any(line.startswith(f"  missing: {gone} [") for line in lines)
-    assert f"  wrong shape: {bent} is {[*shape, 2]}, expected {list(shape)}" in lines
+    assert f"  different: {bent} is {[*shape, 2]}, expected {list(shape)}" in lines
     assert f"  wrong type: {coded[0]} is I8, expected F32 or BF16 or F16" in lines
     assert "  unknown: language_model.model.layers.2.mlp.up_proj.weight [40, 32]" in lines
     assert f"  given twice: {stored[0][0]} and model.{stored[0][0]}" in lines

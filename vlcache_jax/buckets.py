@@ -1,10 +1,10 @@
 """Buckets: the few sizes that array shapes are padded up to.
 
 Every new shape compiles a new program, so prompt length and tile count are rounded up to one of a
-short, geometric list of sizes. The coarser the list, the fewer the programs and the
-more the padding. The default prompt sizes, {1, 1.5} * 2^k, were chosen by drawing 100 pictures with
-sides uniform or log-uniform in 32..2000 pixels and 8 to 80 tokens of question, many times over
-(means; the padding is the share of all prompt rows):
+short, geometric list of sizes: the coarser it is, the fewer the programs and the more the padding.
+The default prompt sizes, {1, 1.5} * 2^k, were chosen by drawing 100 pictures with sides uniform or
+log-uniform in 32..2000 pixels and 8 to 80 tokens of question, many times over (means; the padding
+is the share of all prompt rows):
 
 | sizes                          | NeXT: programs, padding | LLaVA-1.5: programs, padding |
 |--------------------------------|-------------------------|------------------------------|
@@ -13,14 +13,12 @@ sides uniform or log-uniform in 32..2000 pixels and 8 to 80 tokens of question, 
 | {1, 1.25, 1.5, 1.75} * 2^k     | 8-9, 9 %                | 2, 7-8 %                     |
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from vlcache_jax.anyres import max_tiles
 from vlcache_jax.config import LlavaConfig
-
-_SMALLEST_PROMPT = 64
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,11 @@ class Buckets:
     tiles: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            sizes = getattr(self, field.name)
-            lowest = 0 if field.name == "tiles" else 1
+        for name, sizes, lowest in (("prompt", self.prompt, 1), ("tiles", self.tiles, 0)):
             rising = all(a < b for a, b in pairwise(sizes))
             if not sizes or sizes[0] < lowest or sizes[-1] < 1 or not rising:
                 raise ValueError(
-                    f"buckets for {field.name} must be increasing whole numbers from {lowest} on, "
+                    f"buckets for {name} must be increasing whole numbers from {lowest} on, "
                     f"with at least one above 0, not {sizes}"
                 )
 
@@ -56,29 +52,14 @@ def default_buckets(config: LlavaConfig) -> Buckets:
     Tiles: none, then the most that one image becomes (5 for the usual NeXT, 1 for LLaVA-1.5),
     doubled and doubled again.
     """
-    most = max_tiles(config)
-    return Buckets(
-        prompt=tuple(_prompt_sizes(config.text.max_positions)),
-        tiles=(0, most, 2 * most, 4 * most, 8 * most),
-    )
-
-
-def _prompt_sizes(last: int) -> Iterator[int]:
-    size = _SMALLEST_PROMPT
-    while size < last:
-        yield size
-        if size * 3 // 2 < last:
-            yield size * 3 // 2
-        size *= 2
-    yield last
+    last, most = config.text.max_positions, max_tiles(config)
+    sizes = (size for k in range(last.bit_length()) for size in (64 << k, 96 << k) if size < last)
+    return Buckets(prompt=(*sizes, last), tiles=(0, most, 2 * most, 4 * most, 8 * most))
 
 
 def bucket_for(n: int, sizes: Sequence[int]) -> int:
     """The smallest size >= n; beyond the last size, the last one doubled until it is."""
-    for size in sizes:
-        if size >= n:
-            return size
-    size = sizes[-1]
+    size = next((size for size in sizes if size >= n), sizes[-1])
     while size < n:
         size *= 2
     return size
@@ -89,10 +70,8 @@ def padding_shares(sizes: Sequence[int]) -> tuple[float, ...]:
 
     Every length that goes into the size counts alike: for the sizes (64, 96), 1..64 and 65..96.
     """
-    shares = []
-    previous = 0
-    for size in sizes:
-        # Lengths previous + 1 .. size leave size - previous - 1 .. 0 padding.
-        shares.append((size - previous - 1) / (2 * size) if size else 0.0)
-        previous = size
-    return tuple(shares)
+    # Lengths previous + 1 .. size leave size - previous - 1 .. 0 padding.
+    return tuple(
+        (size - previous - 1) / (2 * size) if size else 0.0
+        for previous, size in pairwise((0, *sizes))
+    )

@@ -5,16 +5,14 @@ piece array by array, so that the host holds little beside the parameters themse
 that can be checked without reading the weights is checked when a checkpoint is opened.
 """
 
-import json
 import logging
+import math
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import huggingface_hub
 import jax
@@ -30,7 +28,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from vlcache_jax import demo
-from vlcache_jax.config import LlavaConfig
+from vlcache_jax.config import LlavaConfig, first_line, read_json
 from vlcache_jax.models.fold import fold_layer
 from vlcache_jax.models.llava import Params, abstract_params
 from vlcache_jax.weights import (
@@ -47,7 +45,7 @@ from vlcache_jax.weights import (
     parameter_shapes,
     parse_dtype,
     piece_of,
-    refuse,
+    refuse_differences,
 )
 
 MANIFEST = "MANIFEST.json"
@@ -65,6 +63,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 
 Progress = Callable[[str, int, int], None]
 """Called after each parameter with its piece, the bytes done and the bytes in all."""
+
+Pieces: TypeAlias = Iterator[tuple[str, Iterator[tuple[str, np.ndarray]]]]
+"""The pieces of a checkpoint in their order, each with the names and values of its parameters."""
 
 
 def resolve(model: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
@@ -107,13 +108,12 @@ def resolve(model: str | Path, *, weights: bool = True, revision: str | None = N
         raise FileNotFoundError(f"{name} has no {revision=} on the hub: check it") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(
-            f"no directory {name}, and no reply from the hub ({_first_line(error)}): go online, or "
+            f"no directory {name}, and no reply from the hub ({first_line(error)}): go online, or "
             "download the model elsewhere and give its directory"
         ) from None
     return Path(found)
 
 
-@dataclass(frozen=True)
 class Checkpoint(ABC):
     """An opened checkpoint: everything is known and checked, no weight has been read.
 
@@ -122,20 +122,17 @@ class Checkpoint(ABC):
         config: the model.
         dtype: number type of all weights; None where they differ.
         shapes: name and shape of every parameter, in the order of the pieces.
+        pieces: names of the parameters of each piece, in the order in which they are read.
     """
 
-    path: Path
-    config: LlavaConfig
     dtype: np.dtype | None
-    shapes: Mapping[str, Shape]
 
-    @property
-    def pieces(self) -> dict[str, list[str]]:
-        """Names of the parameters of each piece, in the order in which they are read."""
-        pieces: dict[str, list[str]] = {}
+    def __init__(self, path: Path, config: LlavaConfig):
+        self.path, self.config = path, config
+        self.shapes = parameter_shapes(config)
+        self.pieces: dict[str, list[str]] = {}
         for name in self.shapes:
-            pieces.setdefault(piece_of(name)[0], []).append(name)
-        return pieces
+            self.pieces.setdefault(piece_of(name)[0], []).append(name)
 
     def target_dtype(self, dtype: Any = None) -> np.dtype:
         """The number type that was asked for by name or object, or the checkpoint's own.
@@ -154,7 +151,7 @@ class Checkpoint(ABC):
 
     def num_bytes(self, dtype: np.dtype) -> int:
         """Size of all parameters in a number type."""
-        return dtype.itemsize * sum(int(np.prod(shape)) for shape in self.shapes.values())
+        return dtype.itemsize * sum(map(math.prod, self.shapes.values()))
 
     @abstractmethod
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
@@ -164,45 +161,107 @@ class Checkpoint(ABC):
             ValueError: the file is damaged, or a value does not fit the number type.
         """
 
+    def read_all(self, dtype: np.dtype, progress: Progress | None = None) -> Pieces:
+        """Every piece with what `read` gives of it.
 
-@dataclass(frozen=True)
+        Args:
+            dtype: the number type.
+            progress: called after each parameter with its piece, the bytes done and those in all.
+        """
+        total, done = self.num_bytes(dtype), 0
+
+        def arrays(piece: str) -> Iterator[tuple[str, np.ndarray]]:
+            nonlocal done
+            for name, array in self.read(piece, dtype):
+                yield name, array
+                done += array.nbytes
+                if progress is not None:
+                    progress(piece, done, total)
+
+        for piece in self.pieces:
+            yield piece, arrays(piece)
+
+
 class SafetensorsCheckpoint(Checkpoint):
-    """A Hugging Face checkpoint.
+    """A Hugging Face checkpoint: tensors in one file or several."""
 
-    Attributes:
-        sources: for each parameter the names of its tensors.
-        files: for each tensor the open file that holds it.
-    """
-
-    sources: Mapping[str, tuple[str, ...]]
-    files: Mapping[str, Any]
+    def __init__(self, path: Path, config: LlavaConfig):
+        super().__init__(path, config)
+        self._files: dict[str, Any] = {}  # for each tensor the open file that holds it
+        stored: list[tuple[str, str, Shape]] = []
+        for name in _weight_files(path):
+            try:
+                file: Any = safe_open(path / name, framework="numpy")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path / name} is truncated or damaged ({first_line(error)}): download it "
+                    "again"
+                ) from None
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                part = file.get_slice(key)
+                stored.append((key, part.get_dtype(), tuple(part.get_shape())))
+                self._files[key] = file
+        self._sources = match(config, stored)  # for each parameter the names of its tensors
+        used = {key for keys in self._sources.values() for key in keys}
+        kinds = {kind for key, kind, _ in stored if key in used}
+        self.dtype = FLOAT_KINDS[kinds.pop()] if len(kinds) == 1 else None
 
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of each parameter of a piece, joined from its tensors one by one."""
         if piece == "embed":
             self._check_tied()
         for name in self.pieces[piece]:
-            tensors = (self.files[key].get_tensor(key) for key in self.sources[name])
+            tensors = (self._files[key].get_tensor(key) for key in self._sources[name])
             yield name, join(name, self.shapes[name], dtype, tensors)
 
     def _check_tied(self) -> None:
         """An output projection that is stored although it is tied must be the embedding."""
-        keys = {hub_name(key): key for key in self.files}
-        if not self.config.text.tie_embeddings or LM_HEAD not in keys:
-            return
-        head, embedding = (
-            self.files[keys[key]].get_tensor(keys[key]) for key in (LM_HEAD, EMBEDDING)
-        )
-        if not np.array_equal(head, embedding):
-            raise ValueError(
-                f"config.json ties the output projection to the embedding, but {keys[LM_HEAD]} "
-                "differs from it: set tie_word_embeddings to false"
-            )
+        keys = {hub_name(key): key for key in self._files}
+        if self.config.text.tie_embeddings and LM_HEAD in keys:
+            pair = [keys[LM_HEAD], keys[EMBEDDING]]
+            if not np.array_equal(*(self._files[key].get_tensor(key) for key in pair)):
+                raise ValueError(
+                    f"config.json ties the output projection to the embedding, but {pair[0]} "
+                    "differs from it: set tie_word_embeddings to false"
+                )
 
 
-@dataclass(frozen=True)
 class ConvertedCheckpoint(Checkpoint):
     """A checkpoint that `convert` has made: one Orbax checkpoint per piece."""
+
+    dtype: np.dtype
+
+    def __init__(self, path: Path, config: LlavaConfig):
+        super().__init__(path, config)
+        file = path / MANIFEST
+        manifest = read_json(file)
+        if manifest.get("format") != FORMAT:
+            raise ValueError(
+                f"{file} has format {manifest.get('format')!r}, this version reads {FORMAT}: "
+                "convert the model again"
+            )
+        try:
+            self.dtype = parse_dtype(manifest["dtype"])
+            listed = {
+                name: f"{entry['dtype']}{list(entry['shape'])}"
+                for name, entry in manifest["parameters"].items()
+            }
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file} is damaged: convert the model again") from None
+        expected = {name: f"{self.dtype}{list(shape)}" for name, shape in self.shapes.items()}
+        refuse_differences(f"{file} does not fit config.json", expected, listed)
+        # Orbax itself restores another shape than the one asked for without a word.
+        found: dict[str, str] = {}
+        with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+            for piece in self.pieces:
+                arrays: Any = checkpointer.metadata(piece_directory(path, piece)).item_metadata
+                for leaf, array in arrays.tree.items() if arrays is not None else ():
+                    found[f"{piece}/{leaf}"] = f"{np.dtype(array.dtype)}{list(array.shape)}"
+        refuse_differences(
+            f"{path / 'params'} does not hold what {MANIFEST} says; convert the model again",
+            {"/".join(piece_of(name)): spec for name, spec in expected.items()},
+            found,
+        )
 
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of each parameter of a piece, restored together."""
@@ -215,19 +274,15 @@ class ConvertedCheckpoint(Checkpoint):
                 arrays = checkpointer.restore(directory, like)
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"{directory} is damaged ({_first_line(error)}): convert the model again"
+                f"{directory} is damaged ({first_line(error)}): convert the model again"
             ) from None
         del like
         for name in names:
             yield name, cast(arrays.pop(piece_of(name)[1]), dtype, name)
 
 
-def open_checkpoint(path: str | Path, config: LlavaConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a model directory of either kind and check all that can be checked without reading it.
-
-    Args:
-        path: the directory.
-        config: the model; read from the directory's config.json by default.
 
     Raises:
         FileNotFoundError: there are no weights, or files of them are missing.
@@ -238,15 +293,15 @@ def open_checkpoint(path: str | Path, config: LlavaConfig | None = None) -> Chec
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no model directory at {path}")
-    config = config or LlavaConfig.from_file(path)
+    config = LlavaConfig.from_file(path)
     if (path / MANIFEST).is_file():
-        return _open_converted(path, config)
+        return ConvertedCheckpoint(path, config)
     if (path / "params").is_dir():
         raise ValueError(
             f"{path} has params but no {MANIFEST}: its conversion was interrupted; delete the "
             "directory and convert the model again"
         )
-    return _open_safetensors(path, config)
+    return SafetensorsCheckpoint(path, config)
 
 
 def load_params(
@@ -274,15 +329,11 @@ def load_params(
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     dtype = checkpoint.target_dtype(dtype)
-    total, done = checkpoint.num_bytes(dtype), 0
     leaves: dict[str, jax.Array] = {}
-    for piece in checkpoint.pieces:
-        for name, array in checkpoint.read(piece, dtype):
+    for piece, arrays in checkpoint.read_all(dtype, progress):
+        for name, array in arrays:
             # Waiting keeps the host from holding every array whose transfer is under way.
             leaves[name] = jax.device_put(array).block_until_ready()
-            done += array.nbytes
-            if progress is not None:
-                progress(piece, done, total)
         if transform and piece.startswith("layer_"):  # at once: never two layers unfolded
             names = [f"layers.{int(piece[6:])}.{leaf}" for leaf in ("qkv", "out")]
             folded = jax.block_until_ready(fold_layer(*(leaves.pop(name) for name in names)))
@@ -308,32 +359,23 @@ def quiet_orbax() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _open_safetensors(path: Path, config: LlavaConfig) -> SafetensorsCheckpoint:
-    files: dict[str, Any] = {}
-    stored: list[tuple[str, str, Shape]] = []
-    for name in _weight_files(path):
-        file = _open_file(path / name)
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            part = file.get_slice(key)
-            stored.append((key, part.get_dtype(), tuple(part.get_shape())))
-            files[key] = file
-    sources = match(config, stored)
-    used = {key for keys in sources.values() for key in keys}
-    kinds = Counter(kind for key, kind, _ in stored if key in used)
-    return SafetensorsCheckpoint(
-        path=path,
-        config=config,
-        dtype=FLOAT_KINDS[next(iter(kinds))] if len(kinds) == 1 else None,
-        shapes=parameter_shapes(config),
-        sources=sources,
-        files=files,
-    )
-
-
 def _weight_files(path: Path) -> list[str]:
     """Names of a Hugging Face checkpoint's weight files."""
-    if (path / INDEX).is_file():
-        return _indexed_files(path)
+    index = path / INDEX
+    if index.is_file():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise ValueError(f"{index} has no weight_map: download it again")
+        names = sorted(set(where.values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} names files outside of its directory: {names}")
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{index} names {len(missing)} of {len(names)} files that are not there "
+                f"({', '.join(missing[:3])}): download them again"
+            )
+        return names
     if (path / WEIGHTS).is_file():
         return [WEIGHTS]
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
@@ -345,106 +387,3 @@ def _weight_files(path: Path) -> list[str]:
     raise FileNotFoundError(
         f"no weights in {path}: expected {WEIGHTS}, {INDEX} or a converted checkpoint's {MANIFEST}"
     )
-
-
-def _indexed_files(path: Path) -> list[str]:
-    index = _read_json(path / INDEX)
-    where = index.get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise ValueError(f"{path / INDEX} has no weight_map: download it again")
-    names = sorted(set(where.values()))
-    if any(Path(name).name != name for name in names):
-        raise ValueError(f"{path / INDEX} names files outside of its directory: {names}")
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{path / INDEX} names {len(missing)} of {len(names)} files that are not there "
-            f"({', '.join(missing[:3])}): download them again"
-        )
-    return names
-
-
-def _open_file(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or damaged ({_first_line(error)}): download it again"
-        ) from None
-
-
-def _open_converted(path: Path, config: LlavaConfig) -> ConvertedCheckpoint:
-    manifest = _read_json(path / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{path / MANIFEST} has format {manifest.get('format')!r}, this version reads "
-            f"{FORMAT}: convert the model again"
-        )
-    try:
-        dtype = parse_dtype(manifest["dtype"])
-        listed = {
-            name: (tuple(entry["shape"]), entry["dtype"])
-            for name, entry in manifest["parameters"].items()
-        }
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path / MANIFEST} is damaged: convert the model again") from None
-    shapes = parameter_shapes(config)
-    expected = {name: (shape, dtype.name) for name, shape in shapes.items()}
-    _compare(expected, listed, f"{path / MANIFEST} does not fit config.json")
-    checkpoint = ConvertedCheckpoint(path=path, config=config, dtype=dtype, shapes=shapes)
-    with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-        found = {
-            (piece, leaf): (tuple(array.shape), np.dtype(array.dtype).name)
-            for piece in checkpoint.pieces
-            for leaf, array in _metadata(checkpointer, piece_directory(path, piece)).items()
-        }
-    # Orbax itself restores another shape than the one asked for without a word.
-    _compare(
-        {"/".join(piece_of(name)): spec for name, spec in expected.items()},
-        {"/".join(place): spec for place, spec in found.items()},
-        f"{path / 'params'} does not hold what {MANIFEST} says; convert the model again",
-    )
-    return checkpoint
-
-
-def _metadata(checkpointer: ocp.StandardCheckpointer, directory: Path) -> Mapping[str, Any]:
-    """Shape and type of each array of an Orbax checkpoint."""
-    if not directory.is_dir():
-        return {}
-    metadata: Any = checkpointer.metadata(directory)
-    tree = metadata.item_metadata
-    return {} if tree is None else tree.tree
-
-
-def _compare(
-    expected: Mapping[str, tuple[Shape, str]], found: Mapping[str, tuple[Shape, str]], what: str
-) -> None:
-    """Refuse a tree of (shape, type) that is not the expected one."""
-
-    def show(spec: tuple[Shape, str]) -> str:
-        return f"{spec[1]}{list(spec[0])}"
-
-    problems = {
-        "missing": [f"{name} {show(expected[name])}" for name in expected if name not in found],
-        "unknown": [f"{name} {show(found[name])}" for name in found if name not in expected],
-        "different": [
-            f"{name} is {show(found[name])}, expected {show(spec)}"
-            for name, spec in expected.items()
-            if name in found and found[name] != spec
-        ],
-    }
-    refuse(problems, what)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): get the file again") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}")
-    return data
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

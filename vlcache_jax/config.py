@@ -7,9 +7,15 @@ the Hugging Face class. A value that would change the mathematics and is not imp
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+REMOTE_CODE = (
+    "asks for remote code (auto_map), which is never run: use a checkpoint of the plain "
+    "architecture"
+)
+"""What is said of a file that is refused for it."""
 
 _DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -154,13 +160,7 @@ class LlavaConfig:
             path = path / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"no config.json at {path}: is this a model directory?")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}")
-        return cls.from_hf(data)
+        return cls.from_hf(read_json(path))
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> "LlavaConfig":
@@ -171,15 +171,8 @@ class LlavaConfig:
             NotImplementedError: an unknown architecture, or a field that changes the mathematics.
         """
         if "auto_map" in data:
-            raise ValueError(
-                "config.json asks for remote code (auto_map), which is never run: "
-                "use a checkpoint of the plain architecture"
-            )
-        family = data.get("model_type")
-        if family not in ("llava", "llava_next"):
-            raise NotImplementedError(
-                f"model_type={family!r} is not supported: expected 'llava' or 'llava_next'"
-            )
+            raise ValueError(f"config.json {REMOTE_CODE}")
+        family = _one_of("model_type", data.get("model_type"), "llava", "llava_next")
         _refuse(
             data,
             "",
@@ -199,14 +192,14 @@ class LlavaConfig:
         vision_layers = layer if layer >= 0 else vision.num_layers + 1 + layer
         if not 0 <= vision_layers <= vision.num_layers:
             raise ValueError(f"vision_feature_layer={layer} of {vision.num_layers} vision layers")
-        pinpoints = data.get("image_grid_pinpoints") or _DEFAULT_PINPOINTS
-        if family == "llava_next":
-            for height, width in pinpoints:
-                if height % vision.image_size or width % vision.image_size:
-                    raise ValueError(
-                        f"image_grid_pinpoints entry {(height, width)} must be multiples of the "
-                        f"vision tower's image_size {vision.image_size}"
-                    )
+        given = data.get("image_grid_pinpoints") or _DEFAULT_PINPOINTS
+        pinpoints = tuple((h, w) for h, w in given) if family == "llava_next" else ()
+        for pair in pinpoints:
+            if any(side % vision.image_size for side in pair):
+                raise ValueError(
+                    f"image_grid_pinpoints entry {pair} must be multiples of the vision tower's "
+                    f"image_size {vision.image_size}"
+                )
         return cls(
             family=family,
             vision=vision,
@@ -214,57 +207,40 @@ class LlavaConfig:
             image_token_id=_first(data, "image_token_index", "image_token_id", default=32000),
             vision_layers=vision_layers,
             projector_bias=data.get("multimodal_projector_bias", True),
-            grid_pinpoints=tuple((h, w) for h, w in pinpoints) if family == "llava_next" else (),
+            grid_pinpoints=pinpoints,
         )
 
 
-# Defaults of Hugging Face's classes for fields that a config.json may leave out.
-_VISION_DEFAULTS = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
+# Where a config.json leaves fields out: the tower of a file without vision_config, and what of
+# Mistral's defaults are not Llama's. Else they are those of the dataclasses above.
+_LLAVA_TOWER = VisionConfig(1024, 4096, num_layers=24, num_heads=16, image_size=336, patch_size=14)
+_MISTRAL = {
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
 }
-_CLIP_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-}
-_TEXT_DEFAULTS = {
-    "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
-    "mistral": {
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
+
+# Sizes whose names in config.json are not those of the dataclasses.
+_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings",
 }
 
 
-def _read_vision(given: Mapping[str, Any] | None) -> VisionConfig:
-    """`vision_config`: where there is none, the tower is LLaVA-1.5's, as in Hugging Face."""
-    data = _VISION_DEFAULTS if given is None else {**_CLIP_DEFAULTS, **given}
+def _read_vision(data: Mapping[str, Any] | None) -> VisionConfig:
+    if data is None:
+        return _LLAVA_TOWER
     kind = data.get("model_type", "clip_vision_model")
-    if kind != "clip_vision_model":
-        raise NotImplementedError(f"vision_config.model_type={kind!r}: only CLIP is supported")
+    _one_of("vision_config.model_type", kind, "clip_vision_model")
     _refuse(data, "vision_config.", num_channels=3)
     activation = data.get("hidden_act", "quick_gelu")
-    if activation not in ("quick_gelu", "gelu"):
-        raise NotImplementedError(f"vision_config.hidden_act={activation!r} is not supported")
     config = VisionConfig(
-        hidden_size=_size(data, "hidden_size"),
-        intermediate_size=_size(data, "intermediate_size"),
-        num_layers=_size(data, "num_hidden_layers"),
-        num_heads=_size(data, "num_attention_heads"),
-        image_size=_size(data, "image_size"),
-        patch_size=_size(data, "patch_size"),
+        **_sizes(data, VisionConfig),
         layer_norm_eps=data.get("layer_norm_eps", 1e-5),
-        activation=activation,
+        activation=_one_of("vision_config.hidden_act", activation, "quick_gelu", "gelu"),
     )
     if config.hidden_size % config.num_heads:
         raise ValueError(
@@ -276,11 +252,7 @@ def _read_vision(given: Mapping[str, Any] | None) -> VisionConfig:
 
 
 def _read_text(data: Mapping[str, Any], tied: bool | None) -> TextConfig:
-    kind = data.get("model_type", "llama")
-    if kind not in _TEXT_DEFAULTS:
-        raise NotImplementedError(
-            f"text_config.model_type={kind!r} is not supported: expected 'llama' or 'mistral'"
-        )
+    kind = _one_of("text_config.model_type", data.get("model_type", "llama"), "llama", "mistral")
     # Every field that changes the mathematics, with the one value that is implemented.
     _refuse(
         data,
@@ -301,68 +273,60 @@ def _read_text(data: Mapping[str, Any], tied: bool | None) -> TextConfig:
         num_local_experts=None,
         quantization_config=None,
     )
-    data = {**_TEXT_DEFAULTS[kind], **data}
-    max_positions = _size(data, "max_position_embeddings")
-    window = data.get("sliding_window")
-    if window is not None and window < max_positions:
-        raise NotImplementedError(
-            f"text_config.sliding_window={window} binds below {max_positions} positions and is "
-            "not supported: set it to null if the model was not trained with it"
-        )
-    heads = _size(data, "num_attention_heads", 32)
-    hidden = _size(data, "hidden_size", 4096)
+    data = {**(_MISTRAL if kind == "mistral" else {}), **data}
+    heads = _size(data, "num_attention_heads", TextConfig.num_heads)
+    hidden = _size(data, "hidden_size", TextConfig.hidden_size)
     if data.get("num_key_value_heads") is None:
-        data = {**data, "num_key_value_heads": heads}
-    kv_heads = _size(data, "num_key_value_heads")
-    if heads % kv_heads:
-        raise ValueError(f"num_attention_heads={heads} must be a multiple of {kv_heads} kv heads")
+        data["num_key_value_heads"] = heads
     if data.get("head_dim") is None:
         if hidden % heads:
             raise ValueError(f"hidden_size={hidden} must be a multiple of {heads} heads")
-        data = {**data, "head_dim": hidden // heads}
-    head_dim = _size(data, "head_dim")
-    if head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} must be even for rotary positions")
-    return TextConfig(
-        vocab_size=_size(data, "vocab_size", 32000),
-        hidden_size=hidden,
-        intermediate_size=_size(data, "intermediate_size"),
-        num_layers=_size(data, "num_hidden_layers", 32),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        data["head_dim"] = hidden // heads
+    config = TextConfig(
+        **_sizes(data, TextConfig),
         rms_norm_eps=data.get("rms_norm_eps", 1e-6),
-        max_positions=max_positions,
-        rope=_read_rope(data, max_positions),
+        rope=_read_rope(data),
         tie_embeddings=bool(tied or data.get("tie_word_embeddings", False)),
         eos_token_ids=token_ids(data.get("eos_token_id")),
         kind=kind,
     )
-
-
-def _read_rope(data: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    """Rope fields: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    rope = dict(data.get("rope_scaling") or {}) | dict(data.get("rope_parameters") or {})
-    kind = _first(rope, "rope_type", "type", default="default")
-    if kind not in ("default", "linear", "llama3"):
+    window = data.get("sliding_window")
+    if window is not None and window < config.max_positions:
         raise NotImplementedError(
-            f"text_config rope type {kind!r} is not supported: expected default, linear or llama3"
+            f"text_config.sliding_window={window} binds below {config.max_positions} positions and "
+            "is not supported: set it to null if the model was not trained with it"
         )
+    if heads % config.num_kv_heads:
+        raise ValueError(
+            f"num_attention_heads={heads} must be a multiple of {config.num_kv_heads} kv heads"
+        )
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim={config.head_dim} must be even for rotary positions")
+    return config
+
+
+def _read_rope(data: Mapping[str, Any]) -> RopeConfig:
+    """Rope fields: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
+    rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
+    kind = _first(rope, "rope_type", "type", default="default")
+    _one_of("text_config rope type", kind, "default", "linear", "llama3")
     _refuse(rope, "rope_parameters.", partial_rotary_factor=1.0)
     theta = float(rope.get("rope_theta") or data.get("rope_theta") or 10000.0)
     if kind == "default":
-        return RopeConfig(theta=theta)
+        return RopeConfig(theta)
     if not rope.get("factor"):
         raise ValueError(f"rope type {kind!r} needs a factor")
+    factor = float(rope["factor"])
     if kind == "linear":
-        return RopeConfig(theta=theta, kind=kind, factor=float(rope["factor"]))
+        return RopeConfig(theta, kind, factor)
+    known = _size(data, "max_position_embeddings", TextConfig.max_positions)
     return RopeConfig(
-        theta=theta,
-        kind=kind,
-        factor=float(rope["factor"]),
+        theta,
+        kind,
+        factor,
         low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
         high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
-        original_max_positions=int(rope.get("original_max_position_embeddings") or max_positions),
+        original_max_positions=int(rope.get("original_max_position_embeddings") or known),
     )
 
 
@@ -373,18 +337,50 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model directory.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or what it is where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _one_of(name: str, value: Any, *known: Any) -> Any:
+    """The value, if it is one of those that are implemented."""
+    if value not in known:
+        expected = " or ".join(map(repr, known))
+        raise NotImplementedError(f"{name}={value!r} is not supported: expected {expected}")
+    return value
+
+
 def _refuse(data: Mapping[str, Any], prefix: str, **supported: Any) -> None:
+    """Refuse fields that have another value than the one that is implemented, or null."""
     for name, only in supported.items():
-        value = data.get(name)
-        if value is not None and value != only:
-            raise NotImplementedError(f"{prefix}{name}={value!r} is not supported (only {only!r})")
+        if data.get(name) is not None:
+            _one_of(prefix + name, data[name], only)
 
 
 def _first(data: Mapping[str, Any], *names: str, default: Any) -> Any:
-    for name in names:
-        if data.get(name) is not None:
-            return data[name]
-    return default
+    return next((data[name] for name in names if data.get(name) is not None), default)
+
+
+def _sizes(data: Mapping[str, Any], section: type[VisionConfig | TextConfig]) -> dict[str, int]:
+    """The whole numbers among the fields of a section; those left out have their defaults."""
+    ours = [field.name for field in fields(section) if field.type is int]
+    names = {name: _NAMES.get(name, name) for name in ours}
+    return {name: _size(data, theirs) for name, theirs in names.items() if theirs in data}
 
 
 def _size(data: Mapping[str, Any], name: str, default: int | None = None) -> int:

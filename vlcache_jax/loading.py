@@ -1,7 +1,6 @@
 """`load`: a model directory or hub id to a `VLM`."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.calibration import KV_LAYERS, Calibration
 from vlcache_jax.checkpoint import Progress, load_params, open_checkpoint, resolve
-from vlcache_jax.config import LlavaConfig, token_ids
-from vlcache_jax.models.llava import Params
+from vlcache_jax.config import LlavaConfig, read_json, token_ids
 from vlcache_jax.processing import Processor
 from vlcache_jax.report import count_parameters, kv_bits, memory_need, token_bytes
 from vlcache_jax.vlm import VLM
@@ -69,20 +67,15 @@ def load(
     if backend == "cudnn":
         require_gpu()
     path = resolve(model, revision=revision)
-    config = LlavaConfig.from_file(path)
-    processor = Processor.from_pretrained(path, config, buckets)
-    stop_ids = read_stop_ids(path, config, processor)
-    checkpoint = open_checkpoint(path, config)
+    checkpoint = open_checkpoint(path)
     kind = checkpoint.target_dtype(dtype)
-
-    def read_params() -> Params:
-        return load_params(checkpoint, kind, progress, transform=transform)
-
+    config = checkpoint.config
+    processor = Processor.from_pretrained(path, config, buckets)
     vlm = VLM(
         config,
-        read_params,
+        lambda: load_params(checkpoint, kind, progress, transform=transform),
         processor,
-        stop_ids=stop_ids,
+        stop_ids=_stop_ids(path, config, processor),
         name=str(model),
         backend=backend,
         transformed=transform,
@@ -93,28 +86,11 @@ def load(
     return vlm
 
 
-def read_stop_ids(path: Path, config: LlavaConfig, processor: Processor) -> tuple[int, ...]:
-    """Tokens that end an answer.
-
-    They are those of generation_config.json, else of the text config, else of the tokenizer.
-
-    Args:
-        path: the model's directory.
-        config: the model.
-        processor: the model's.
-
-    Raises:
-        ValueError: generation_config.json is damaged.
-    """
+def _stop_ids(path: Path, config: LlavaConfig, processor: Processor) -> tuple[int, ...]:
+    """Tokens that end an answer, of generation_config.json, config.json or the tokenizer."""
     file = path / "generation_config.json"
-    if file.is_file():
-        try:
-            ids = token_ids(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file} is not a JSON object ({error}): download it again") from None
-        if ids:
-            return ids
-    return config.text.eos_token_ids or token_ids(processor.eos_token_id)
+    given = token_ids(read_json(file).get("eos_token_id")) if file.is_file() else ()
+    return given or config.text.eos_token_ids or token_ids(processor.eos_token_id)
 
 
 def describe(
@@ -150,7 +126,8 @@ def describe(
     """
     path = resolve(model, weights=False, revision=revision)
     config = LlavaConfig.from_file(path)
-    kind = parse_dtype(dtype or _stored_dtype(path))
+    stored = read_json(path / "config.json")
+    kind = parse_dtype(dtype or stored.get("dtype") or stored.get("torch_dtype") or "float32")
     limit = config.text.max_positions
     if context is None:
         context = max(1, min(4096, limit + 1 - new_tokens))
@@ -172,12 +149,11 @@ def describe(
         "max_positions": limit,
         "tile_tokens": config.vision.num_patches,
         "buckets": {
-            field.name: [
+            name: [
                 {"size": size, "padding": share}
                 for size, share in zip(sizes, padding_shares(sizes), strict=True)
             ]
-            for field in dataclasses.fields(buckets)
-            for sizes in [getattr(buckets, field.name)]
+            for name, sizes in dataclasses.asdict(buckets).items()
         },
         "memory": {
             "context": context,
@@ -198,9 +174,3 @@ def _tsa_layers(path: Path, config: LlavaConfig) -> tuple[int, ...] | None:
     """The text-salient layers that were calibrated for a checkpoint, if any were."""
     file = path / KV_LAYERS
     return Calibration.read(file, config.text.num_layers).tsa_layers if file.exists() else None
-
-
-def _stored_dtype(path: Path) -> str:
-    """The type that config.json says the checkpoint is stored in."""
-    data = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return data.get("dtype") or data.get("torch_dtype") or "float32"

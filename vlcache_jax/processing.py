@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image
 
 from vlcache_jax.anyres import NEWLINE, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets
-from vlcache_jax.config import LlavaConfig
+from vlcache_jax.config import REMOTE_CODE, LlavaConfig, first_line
 from vlcache_jax.detokenize import BROKEN, Detokenizer
 from vlcache_jax.images import ImageLike, Images, load_image, name_of
 from vlcache_jax.messages import Text, conversation, is_one
@@ -28,8 +28,6 @@ Array: TypeAlias = Any
 
 CLEANED = 5
 """Last characters of a text that transformers' clean-up may still change: of " n ' t"."""
-
-_TEXT = -1  # marks text and padding in the table of visual tokens
 
 
 @jax.tree_util.register_dataclass
@@ -54,16 +52,12 @@ class ModelInputs:
     tiles: Array
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One prompt before padding: ids `[m]`, its table of visual tokens `[m]` and its tiles.
-
-    In the table, tiles are counted from the prompt's first; -1 is text, `NEWLINE` the newline.
-    """
+class _Row(NamedTuple):
+    """One prompt before padding: its ids `[m]`, and of each image `visual_rows` and the tiles."""
 
     tokens: np.ndarray
-    visual: np.ndarray
-    tiles: np.ndarray
+    visual: list[np.ndarray]
+    tiles: list[np.ndarray]
 
 
 class Processor:
@@ -75,16 +69,16 @@ class Processor:
             `LlavaNextProcessor`) with a PIL image processor. It is not changed.
         buckets: the sizes to pad to; None for `default_buckets(config)`.
 
+    Attributes:
+        tokenizer: the checkpoint's `transformers` tokenizer.
+        image_processor: the checkpoint's `transformers` image processor.
+        eos_token_id: the tokenizer's end-of-sequence id, if it has one.
+
     Raises:
         ValueError: the processor does not belong to the model.
     """
 
-    def __init__(
-        self,
-        config: LlavaConfig,
-        processor: Any,
-        buckets: Buckets | None = None,
-    ):
+    def __init__(self, config: LlavaConfig, processor: Any, buckets: Buckets | None = None):
         self.config = config
         self.buckets = buckets or default_buckets(config)
         self._processor = copy.copy(processor)
@@ -92,6 +86,9 @@ class Processor:
         self._processor.patch_size = config.vision.patch_size
         self._processor.vision_feature_select_strategy = "default"
         self._processor.num_additional_image_tokens = 1
+        self.tokenizer: Any = self._processor.tokenizer
+        self.image_processor: Any = self._processor.image_processor
+        self.eos_token_id: int | None = self.tokenizer.eos_token_id
         self._mark = str(processor.image_token)
         token_id = self.tokenizer.convert_tokens_to_ids(self._mark)
         if token_id != config.image_token_id:
@@ -101,7 +98,7 @@ class Processor:
                 "tokenizer files of the same checkpoint"
             )
         if config.family == "llava_next":
-            pinpoints = tuple((h, w) for h, w in processor.image_processor.image_grid_pinpoints)
+            pinpoints = tuple((h, w) for h, w in self.image_processor.image_grid_pinpoints)
             if pinpoints != config.grid_pinpoints:
                 raise ValueError(
                     f"the processor's image_grid_pinpoints {pinpoints} differ from the model's "
@@ -129,7 +126,19 @@ class Processor:
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"no model directory at {path}: download the checkpoint first")
-        _require_files(path)
+        for names in (
+            ("tokenizer.json", "tokenizer.model"),
+            ("processor_config.json", "preprocessor_config.json"),
+        ):
+            if not any((path / name).is_file() for name in names):
+                raise FileNotFoundError(
+                    f"no {' or '.join(names)} in {path}: copy the processor files of the "
+                    "checkpoint there"
+                )
+        for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+            file = path / name
+            if file.is_file() and b'"auto_map"' in file.read_bytes():
+                raise ValueError(f"{file} {REMOTE_CODE}")
         kind = LlavaNextProcessor if config.family == "llava_next" else LlavaProcessor
         try:
             processor = kind.from_pretrained(
@@ -138,21 +147,6 @@ class Processor:
         except Exception as error:  # the readers below raise anything, even plain Exception
             raise ValueError(f"the processor files in {path} cannot be read: {error}") from error
         return cls(config, processor, buckets)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The checkpoint's `transformers` tokenizer."""
-        return self._processor.tokenizer
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The tokenizer's end-of-sequence id, if it has one."""
-        return self.tokenizer.eos_token_id
-
-    @property
-    def image_processor(self) -> Any:
-        """The checkpoint's `transformers` image processor."""
-        return self._processor.image_processor
 
     def decode(self, token_ids: Sequence[int] | Array) -> str:
         """Text of token ids `[n]`, special tokens left out: what a `detokenizer` makes of them."""
@@ -243,10 +237,9 @@ class Processor:
         size = min(size or len(rows), len(rows))
         groups = [rows[at : at + size] for at in range(0, len(rows), size)]
         groups[-1] += [rows[-1]] * (size - len(groups[-1]))
-        most_tokens = max(row.tokens.size for row in rows)
-        most_tiles = max(sum(len(row.tiles) for row in group) for group in groups)
-        t = bucket_for(most_tokens, self.buckets.prompt)
-        s = bucket_for(most_tiles, self.buckets.tiles)
+        counts = [sum(len(tiles) for row in group for tiles in row.tiles) for group in groups]
+        t = bucket_for(max(row.tokens.size for row in rows), self.buckets.prompt)
+        s = bucket_for(max(counts), self.buckets.tiles)
         return [self._pad(group, t, s) for group in groups]
 
     def _row(self, images: list[ImageLike], text: Text, *, raw_prompt: bool) -> _Row:
@@ -263,11 +256,9 @@ class Processor:
         )
         tokens = np.asarray(encoded["input_ids"][0], dtype=np.int32)
         sizes = [(picture.height, picture.width) for picture in pictures]
-        return _Row(
-            tokens=tokens,
-            visual=self._visual_table(tokens, sizes),
-            tiles=self._tiles(encoded.get("pixel_values"), sizes),
-        )
+        visual = [visual_rows(size, self.config) for size in sizes]
+        self._check(tokens, sum(map(len, visual)), sizes)
+        return _Row(tokens, visual, self._tiles(encoded.get("pixel_values"), sizes))
 
     def _render(self, text: Text, num_images: int, raw_prompt: bool) -> str:
         """The prompt with one mark per image, chat template applied."""
@@ -285,9 +276,9 @@ class Processor:
                 messages, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # a template is a program, which may raise anything
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ValueError(
-                f"the chat template refuses the messages ({reason}): change them, or {remedy}"
+                f"the chat template refuses the messages ({first_line(error)}): change them, or "
+                f"{remedy}"
             ) from error
         if any(str(message["content"]) in rendered for message in messages if message["content"]):
             raise ValueError(f"the chat template takes no parts of messages, only texts: {remedy}")
@@ -304,7 +295,7 @@ class Processor:
         if self.config.family != "llava" or limit is None:
             return
         short, long = sorted(picture.size)
-        pixels = long * long if self._processor.image_processor.do_pad else 0
+        pixels = long * long if self.image_processor.do_pad else 0
         pixels = max(pixels, self.config.vision.image_size**2 * long // short)
         if pixels > limit:
             raise ValueError(
@@ -312,29 +303,21 @@ class Processor:
                 f"would take {pixels} pixels, more than Pillow's limit of {limit}; crop it"
             )
 
-    def _visual_table(self, tokens: np.ndarray, sizes: list[tuple[int, int]]) -> np.ndarray:
-        """Visual row of each token `[m]`, once the processor's token count is seen to agree."""
-        config = self.config
-        limit = config.text.max_positions
+    def _check(self, tokens: np.ndarray, visual: int, sizes: list[tuple[int, int]]) -> None:
+        """Refuse ids `[m]` that the model cannot take: `visual` of them are for images."""
+        config, limit = self.config, self.config.text.max_positions
         is_image = tokens == config.image_token_id
-        rows = [np.zeros(0, np.int32)]
-        first = 0
-        for size in sizes:
-            table = visual_rows(size, config)
-            rows.append(np.where(table == NEWLINE, NEWLINE, table + first))
-            first += num_tiles(size, config) * config.vision.num_patches
-        order = np.concatenate(rows)
-        if order.size != np.count_nonzero(is_image):
+        if np.count_nonzero(is_image) != visual:
             raise ValueError(
                 f"the processor made {np.count_nonzero(is_image)} image tokens of images of "
-                f"(height, width) {sizes}, but the model has {order.size}: use the processor "
-                "files of the same checkpoint"
+                f"(height, width) {sizes}, but the model has {visual}: use the processor files of "
+                "the same checkpoint"
             )
         if not tokens.size:
             raise ValueError("the prompt has no tokens: give a longer text")
         if tokens.size > limit:
             raise ValueError(
-                f"the prompt has {tokens.size} tokens ({order.size} of them visual), more than the "
+                f"the prompt has {tokens.size} tokens ({visual} of them visual), more than the "
                 f"model's {limit} positions: shorten the text or give fewer images"
             )
         highest = int(tokens[~is_image].max(initial=0))
@@ -343,47 +326,40 @@ class Processor:
                 f"the tokenizer gave id {highest}, but the model's vocabulary has "
                 f"{config.text.vocab_size} entries: use the tokenizer files of the same checkpoint"
             )
-        visual = np.full(tokens.shape, _TEXT, np.int32)
-        visual[is_image] = order
-        return visual
 
-    def _tiles(self, pixels: np.ndarray | None, sizes: list[tuple[int, int]]) -> np.ndarray:
-        """Tiles of one prompt's images, one after the other, without the processor's padding."""
-        side = self.config.vision.image_size
+    def _tiles(self, pixels: np.ndarray | None, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+        """The tiles of each image of a prompt, without the processor's padding."""
         if pixels is None:
-            return np.zeros((0, 3, side, side), np.float32)
+            return []
         if self.config.family == "llava":
             pixels = pixels[:, None]  # [images, 1, 3, side, side], as of LLaVA-NeXT
+        side = self.config.vision.image_size
         if pixels.shape[2:] != (3, side, side):
             raise ValueError(
                 f"the processor made tiles of shape {pixels.shape[2:]}, but the model's image_size "
                 f"is {side}: use the processor files of the same checkpoint"
             )
-        counts = [num_tiles(size, self.config) for size in sizes]
-        parts = [pixels[i, :count] for i, count in enumerate(counts)]
-        return np.concatenate(parts, dtype=np.float32)
+        return [pixels[i, : num_tiles(size, self.config)] for i, size in enumerate(sizes)]
 
     def _pad(self, rows: list[_Row], t: int, s: int) -> ModelInputs:
         """The rows as arrays of T prompt rows and S tiles."""
         side, patches = self.config.vision.image_size, self.config.vision.num_patches
-        length = np.array([row.tokens.size for row in rows], np.int32)
         tokens = np.zeros((len(rows), t), np.int32)
-        visual_index = np.full((len(rows), t), _TEXT, np.int32)
+        visual_index = np.full((len(rows), t), -1, np.int32)
         tiles = np.zeros((s, 3, side, side), np.float32)
         first = 0
         for b, row in enumerate(rows):
-            n, end = row.tokens.size, first + len(row.tiles)
-            tokens[b, :n] = row.tokens
-            visual_index[b, :n] = np.where(row.visual < 0, row.visual, row.visual + first * patches)
-            tiles[first:end] = row.tiles
-            first = end
-        visual_index[visual_index == NEWLINE] = s * patches
-        return ModelInputs(
-            tokens=tokens,
-            length=length,
-            visual_index=visual_index,
-            tiles=tiles,
-        )
+            tokens[b, : row.tokens.size] = row.tokens
+            order = []
+            for visual, pixels in zip(row.visual, row.tiles, strict=True):
+                order.append(np.where(visual == NEWLINE, s * patches, visual + first * patches))
+                tiles[first : first + len(pixels)] = pixels
+                first += len(pixels)
+            if order:
+                is_image = np.flatnonzero(row.tokens == self.config.image_token_id)
+                visual_index[b, is_image] = np.concatenate(order)
+        length = np.array([row.tokens.size for row in rows], np.int32)
+        return ModelInputs(tokens=tokens, length=length, visual_index=visual_index, tiles=tiles)
 
 
 def _pair(images: Images | Sequence[Images], text: Any) -> list[tuple[list[ImageLike], Text]]:
@@ -408,24 +384,3 @@ def _as_list(images: Any) -> list[Any]:
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def _require_files(path: Path) -> None:
-    """Refuse a directory without processor files, or with files that ask for remote code."""
-    needed = (
-        ("tokenizer.json", "tokenizer.model"),
-        ("processor_config.json", "preprocessor_config.json"),
-    )
-    for names in needed:
-        if not any((path / name).is_file() for name in names):
-            raise FileNotFoundError(
-                f"no {' or '.join(names)} in {path}: copy the processor files of the checkpoint "
-                "there"
-            )
-    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        file = path / name
-        if file.is_file() and b'"auto_map"' in file.read_bytes():
-            raise ValueError(
-                f"{file} asks for remote code (auto_map), which is never run: use a checkpoint of "
-                "the plain architecture"
-            )

@@ -10,8 +10,7 @@ tensor's name is spelled as on the Hugging Face hub; the other spellings are tra
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 import ml_dtypes
@@ -54,71 +53,48 @@ def parse_dtype(dtype: Any) -> np.dtype:
     return DTYPES[name]
 
 
-class Part(NamedTuple):
-    """One tensor inside a parameter.
-
-    Attributes:
-        view: the elements of the parameter that are the tensor's, in the tensor's order.
-        shape: the tensor's own shape, which merges axes of the view; -1 for what is left.
-    """
-
-    view: np.ndarray
-    shape: Shape
+Parts: TypeAlias = list[tuple[np.ndarray, Shape]]
+"""The tensors inside a parameter: of each a view of its elements, in its order, and its own shape,
+which merges axes of the view (-1 for what is left)."""
 
 
-def _same(x: np.ndarray) -> list[Part]:
-    return [Part(x, x.shape)]
+def _same(x: np.ndarray) -> Parts:
+    return [(x, x.shape)]
 
 
-def _transposed(x: np.ndarray) -> list[Part]:
-    return [Part(x.T, x.T.shape)]
+def _transposed(x: np.ndarray) -> Parts:
+    return _same(x.T)
 
 
-def _patches(x: np.ndarray) -> list[Part]:
+def _patches(x: np.ndarray) -> Parts:
     """[3, p, p, D]: the kernel of a convolution, [D, 3, p, p]."""
-    kernel = x.transpose(3, 0, 1, 2)
-    return [Part(kernel, kernel.shape)]
+    return _same(x.transpose(3, 0, 1, 2))
 
 
-def _grouped_qkv(x: np.ndarray) -> list[Part]:
+def _grouped_qkv(x: np.ndarray) -> Parts:
     """[D, K, G + 2, H]: q [K * G * H, D] (query head n = k * G + g), k and v [K * H, D]."""
     heads = x.transpose(1, 2, 3, 0)  # [K, G + 2, H, D]
-    return [Part(heads[:, rows], (-1, x.shape[0])) for rows in (slice(-2), -2, -1)]
+    return [(heads[:, rows], (-1, x.shape[0])) for rows in (slice(-2), -2, -1)]
 
 
-def _qkv(x: np.ndarray) -> list[Part]:
+def _qkv(x: np.ndarray) -> Parts:
     """[D, 3, N, H]: q, k and v [N * H, D]."""
-    return [Part(x[:, i].transpose(1, 2, 0), (-1, x.shape[0])) for i in range(3)]
+    return [(x[:, i].transpose(1, 2, 0), (-1, x.shape[0])) for i in range(3)]
 
 
-def _qkv_bias(x: np.ndarray) -> list[Part]:
+def _qkv_bias(x: np.ndarray) -> Parts:
     """[3, N, H]: three times [N * H]."""
-    return [Part(x[i], (-1,)) for i in range(3)]
+    return [(x[i], (-1,)) for i in range(3)]
 
 
-def _out(x: np.ndarray) -> list[Part]:
+def _out(x: np.ndarray) -> Parts:
     """[heads ..., H, D]: [D, heads * H]."""
-    return [Part(np.moveaxis(x, -1, 0), (x.shape[-1], -1))]
+    return [(np.moveaxis(x, -1, 0), (x.shape[-1], -1))]
 
 
-def _gate_up(x: np.ndarray) -> list[Part]:
+def _gate_up(x: np.ndarray) -> Parts:
     """[D, 2, F]: gate and up [F, D]."""
-    return [Part(x[:, i].T, (-1, x.shape[0])) for i in range(2)]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A row of the table.
-
-    Attributes:
-        parameter: regular expression of the parameter's name; its group is the layer.
-        tensors: names of the tensors that the parameter holds; `{}` stands for the layer.
-        parts: the tensors' places in the parameter, in the same order.
-    """
-
-    parameter: str
-    tensors: tuple[str, ...]
-    parts: Callable[[np.ndarray], list[Part]]
+    return [(x[:, i].T, (-1, x.shape[0])) for i in range(2)]
 
 
 _TOWER = "vision_tower.vision_model."
@@ -130,51 +106,44 @@ def _qkv_names(layer: str, kind: str) -> tuple[str, ...]:
     return tuple(f"{layer}self_attn.{name}_proj.{kind}" for name in "qkv")
 
 
-TABLE: tuple[Rule, ...] = (
-    Rule(r"vision\.patch_embedding", (_TOWER + "embeddings.patch_embedding.weight",), _patches),
-    Rule(r"vision\.class_embedding", (_TOWER + "embeddings.class_embedding",), _same),
-    Rule(r"vision\.position_embedding", (_TOWER + "embeddings.position_embedding.weight",), _same),
-    Rule(r"vision\.pre_norm\.scale", (_TOWER + "pre_layrnorm.weight",), _same),
-    Rule(r"vision\.pre_norm\.bias", (_TOWER + "pre_layrnorm.bias",), _same),
-    Rule(r"vision\.post_norm\.scale", (_TOWER + "post_layernorm.weight",), _same),
-    Rule(r"vision\.post_norm\.bias", (_TOWER + "post_layernorm.bias",), _same),
-    Rule(
-        r"vision\.layers\.(\d+)\.attention_norm\.scale",
-        (_TOWER_LAYER + "layer_norm1.weight",),
-        _same,
-    ),
-    Rule(
-        r"vision\.layers\.(\d+)\.attention_norm\.bias", (_TOWER_LAYER + "layer_norm1.bias",), _same
-    ),
-    Rule(r"vision\.layers\.(\d+)\.mlp_norm\.scale", (_TOWER_LAYER + "layer_norm2.weight",), _same),
-    Rule(r"vision\.layers\.(\d+)\.mlp_norm\.bias", (_TOWER_LAYER + "layer_norm2.bias",), _same),
-    Rule(r"vision\.layers\.(\d+)\.qkv", _qkv_names(_TOWER_LAYER, "weight"), _qkv),
-    Rule(r"vision\.layers\.(\d+)\.qkv_bias", _qkv_names(_TOWER_LAYER, "bias"), _qkv_bias),
-    Rule(r"vision\.layers\.(\d+)\.out", (_TOWER_LAYER + "self_attn.out_proj.weight",), _out),
-    Rule(r"vision\.layers\.(\d+)\.out_bias", (_TOWER_LAYER + "self_attn.out_proj.bias",), _same),
-    Rule(r"vision\.layers\.(\d+)\.up\.kernel", (_TOWER_LAYER + "mlp.fc1.weight",), _transposed),
-    Rule(r"vision\.layers\.(\d+)\.up\.bias", (_TOWER_LAYER + "mlp.fc1.bias",), _same),
-    Rule(r"vision\.layers\.(\d+)\.down\.kernel", (_TOWER_LAYER + "mlp.fc2.weight",), _transposed),
-    Rule(r"vision\.layers\.(\d+)\.down\.bias", (_TOWER_LAYER + "mlp.fc2.bias",), _same),
-    Rule(r"projector\.linear_1\.kernel", ("multi_modal_projector.linear_1.weight",), _transposed),
-    Rule(r"projector\.linear_1\.bias", ("multi_modal_projector.linear_1.bias",), _same),
-    Rule(r"projector\.linear_2\.kernel", ("multi_modal_projector.linear_2.weight",), _transposed),
-    Rule(r"projector\.linear_2\.bias", ("multi_modal_projector.linear_2.bias",), _same),
-    Rule(r"projector\.newline", ("image_newline",), _same),
-    Rule(r"embed\.embedding", (EMBEDDING,), _same),
-    Rule(r"layers\.(\d+)\.attention_norm\.scale", (_LAYER + "input_layernorm.weight",), _same),
-    Rule(r"layers\.(\d+)\.qkv", _qkv_names(_LAYER, "weight"), _grouped_qkv),
-    Rule(r"layers\.(\d+)\.out", (_LAYER + "self_attn.o_proj.weight",), _out),
-    Rule(r"layers\.(\d+)\.mlp_norm\.scale", (_LAYER + "post_attention_layernorm.weight",), _same),
-    Rule(
-        r"layers\.(\d+)\.gate_up",
-        (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
+# Parameters, the layout of each and its tensors; `{}` stands for the layer.
+_TABLE: dict[str, tuple[Callable[[np.ndarray], Parts], tuple[str, ...]]] = {
+    "vision.patch_embedding": (_patches, (_TOWER + "embeddings.patch_embedding.weight",)),
+    "vision.class_embedding": (_same, (_TOWER + "embeddings.class_embedding",)),
+    "vision.position_embedding": (_same, (_TOWER + "embeddings.position_embedding.weight",)),
+    "vision.layers.{}.qkv": (_qkv, _qkv_names(_TOWER_LAYER, "weight")),
+    "vision.layers.{}.qkv_bias": (_qkv_bias, _qkv_names(_TOWER_LAYER, "bias")),
+    "vision.layers.{}.out": (_out, (_TOWER_LAYER + "self_attn.out_proj.weight",)),
+    "vision.layers.{}.out_bias": (_same, (_TOWER_LAYER + "self_attn.out_proj.bias",)),
+    "projector.newline": (_same, ("image_newline",)),
+    "embed.embedding": (_same, (EMBEDDING,)),
+    "layers.{}.qkv": (_grouped_qkv, _qkv_names(_LAYER, "weight")),
+    "layers.{}.out": (_out, (_LAYER + "self_attn.o_proj.weight",)),
+    "layers.{}.gate_up": (
         _gate_up,
+        (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
     ),
-    Rule(r"layers\.(\d+)\.down", (_LAYER + "mlp.down_proj.weight",), _transposed),
-    Rule(r"head\.norm\.scale", ("language_model.model.norm.weight",), _same),
-    Rule(r"head\.kernel", (LM_HEAD,), _transposed),
-)
+    "layers.{}.down": (_transposed, (_LAYER + "mlp.down_proj.weight",)),
+}
+# Norms (scale and bias) and linear layers (kernel and bias).
+_MODULES = {
+    "vision.pre_norm": _TOWER + "pre_layrnorm",
+    "vision.post_norm": _TOWER + "post_layernorm",
+    "vision.layers.{}.attention_norm": _TOWER_LAYER + "layer_norm1",
+    "vision.layers.{}.mlp_norm": _TOWER_LAYER + "layer_norm2",
+    "vision.layers.{}.up": _TOWER_LAYER + "mlp.fc1",
+    "vision.layers.{}.down": _TOWER_LAYER + "mlp.fc2",
+    "projector.linear_1": "multi_modal_projector.linear_1",
+    "projector.linear_2": "multi_modal_projector.linear_2",
+    "layers.{}.attention_norm": _LAYER + "input_layernorm",
+    "layers.{}.mlp_norm": _LAYER + "post_attention_layernorm",
+    "head.norm": "language_model.model.norm",
+    "head": "language_model.lm_head",
+}
+for _ours, _theirs in _MODULES.items():
+    _TABLE[f"{_ours}.scale"] = _same, (f"{_theirs}.weight",)
+    _TABLE[f"{_ours}.kernel"] = _transposed, (f"{_theirs}.weight",)
+    _TABLE[f"{_ours}.bias"] = _same, (f"{_theirs}.bias",)
 
 # Applied in this order; each leaves the hub's spelling as it is.
 _SPELLINGS = (
@@ -202,14 +171,10 @@ def hub_name(name: str) -> str:
 
 def parameter_shapes(config: LlavaConfig) -> dict[str, Shape]:
     """Name and shape of every parameter, in the order of the pieces of a checkpoint."""
-    shapes = {
-        parameter_name(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))
-    }
     order = ("vision", "projector", "embed", "layers", "head")
-    return {
-        name: shapes[name] for name in sorted(shapes, key=lambda n: order.index(n.split(".")[0]))
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    leaves.sort(key=lambda leaf: order.index(leaf[0][0].key))
+    return {parameter_name(path): leaf.shape for path, leaf in leaves}
 
 
 def parameter_name(path: Iterable[Any]) -> str:
@@ -223,30 +188,25 @@ def piece_of(name: str) -> tuple[str, str]:
     The pieces are vision, projector, embed, layer_000..., head.
     """
     piece, leaf = name.split(".", 1)
-    if piece != "layers":
-        return piece, leaf
-    layer, leaf = leaf.split(".", 1)
-    return f"layer_{int(layer):03d}", leaf
+    if piece == "layers":
+        layer, leaf = leaf.split(".", 1)
+        piece = f"layer_{int(layer):03d}"
+    return piece, leaf
 
 
-def _rule(name: str) -> tuple[Rule, tuple[str, ...]]:
-    """The rule of a parameter and the names of its tensors."""
-    for rule in TABLE:
-        found = re.fullmatch(rule.parameter, name)
-        if found:
-            return rule, tuple(tensor.format(*found.groups()) for tensor in rule.tensors)
-    raise NotImplementedError(f"no rule in the weight table for the parameter {name!r}")
+def _row(name: str) -> tuple[Callable[[np.ndarray], Parts], list[str]]:
+    """The layout of a parameter and the names of its tensors."""
+    layer = r"(?<=layers\.)\d+"
+    layout, tensors = _TABLE[re.sub(layer, "{}", name)]
+    return layout, [tensor.format(*re.findall(layer, name)) for tensor in tensors]
 
 
 def tensors_of(name: str, shape: Shape) -> dict[str, Shape]:
     """Hub names and shapes of the tensors that make up a parameter."""
-    rule, names = _rule(name)
-    nothing = np.broadcast_to(np.zeros((), np.uint8), shape)  # a shape without memory
-    shapes = {}
-    for tensor, part in zip(names, rule.parts(nothing), strict=True):
-        rest = part.view.size // int(np.prod([size for size in part.shape if size != -1]))
-        shapes[tensor] = tuple(rest if size == -1 else size for size in part.shape)
-    return shapes
+    layout, names = _row(name)
+    nothing = np.broadcast_to(np.uint8(0), shape)  # a shape without memory
+    parts = zip(names, layout(nothing), strict=True)
+    return {tensor: view.reshape(merged).shape for tensor, (view, merged) in parts}
 
 
 def join(name: str, shape: Shape, dtype: np.dtype, tensors: Iterable[np.ndarray]) -> np.ndarray:
@@ -257,22 +217,22 @@ def join(name: str, shape: Shape, dtype: np.dtype, tensors: Iterable[np.ndarray]
     Raises:
         ValueError: a finite value is beyond the range of float16.
     """
-    rule, _ = _rule(name)
+    layout, _ = _row(name)
     array = np.empty(shape, dtype)
-    for part, tensor in zip(rule.parts(array), tensors, strict=True):
-        _copy(cast(tensor, dtype, name).reshape(part.view.shape), part.view)
+    for (view, _), tensor in zip(layout(array), tensors, strict=True):
+        _copy(cast(tensor, dtype, name).reshape(view.shape), view)
     return array
 
 
 def split(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a parameter, contiguous, with their hub names: the inverse of `join`."""
-    rule, names = _rule(name)
-    for tensor, part in zip(names, rule.parts(array), strict=True):
-        whole = part.view
+    layout, names = _row(name)
+    for tensor, (view, merged) in zip(names, layout(array), strict=True):
+        whole = view
         if not whole.flags.c_contiguous:
-            whole = np.empty(part.view.shape, array.dtype)
-            _copy(np.moveaxis(part.view, -1, 0), np.moveaxis(whole, -1, 0))
-        yield tensor, whole.reshape(part.shape)
+            whole = np.empty(view.shape, array.dtype)
+            _copy(np.moveaxis(view, -1, 0), np.moveaxis(whole, -1, 0))
+        yield tensor, whole.reshape(merged)
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -313,48 +273,56 @@ def match(
         For each parameter the checkpoint's own names of its tensors, in the order of `join`.
 
     Raises:
-        ValueError: tensors are missing, unknown, doubled, misshapen or not of a float type. One
-            message lists all problems, up to a bound, with their number.
+        ValueError: tensors are missing, unknown, doubled, misshapen or not of a float type.
     """
-    expected = {
-        tensor: (name, shape)
-        for name, whole in parameter_shapes(config).items()
-        for tensor, shape in tensors_of(name, whole).items()
-    }
-    problems: dict[str, list[str]] = {}
-    found: dict[str, str] = {}
-    for given, kind, shape in stored:
-        tensor = hub_name(given)
+    tensors = {name: tensors_of(name, whole) for name, whole in parameter_shapes(config).items()}
+    expected = {key: list(shape) for shapes in tensors.values() for key, shape in shapes.items()}
+    given: dict[str, str] = {}
+    found: dict[str, list[int]] = {}
+    problems: dict[str, list[str]] = {"given twice": [], "wrong type": []}
+    for name, kind, shape in stored:
+        tensor = hub_name(name)
         if _IGNORED.fullmatch(tensor) or (config.text.tie_embeddings and tensor == LM_HEAD):
             continue
-        if tensor not in expected:
-            problems.setdefault("unknown", []).append(f"{given} {list(shape)}")
+        if tensor in given:
+            problems["given twice"].append(f"{given[tensor]} and {name}")
             continue
-        if tensor in found:
-            problems.setdefault("given twice", []).append(f"{found[tensor]} and {given}")
-            continue
-        found[tensor] = given
-        right = expected[tensor][1]
-        if shape != right:
-            problems.setdefault("wrong shape", []).append(
-                f"{given} is {list(shape)}, expected {list(right)}"
-            )
-        if kind not in FLOAT_KINDS:
-            problems.setdefault("wrong type", []).append(
-                f"{given} is {kind}, expected {' or '.join(FLOAT_KINDS)}"
-            )
-    for tensor, (_, shape) in expected.items():
-        if tensor not in found:
-            problems.setdefault("missing", []).append(f"{tensor} {list(shape)}")
-    refuse(problems, "the checkpoint does not fit its config.json")
-    sources: dict[str, list[str]] = {}
-    for tensor, (name, _) in expected.items():
-        sources.setdefault(name, []).append(found[tensor])
-    return {name: tuple(names) for name, names in sources.items()}
+        given[tensor] = name
+        found[tensor if tensor in expected else name] = list(shape)
+        if tensor in expected and kind not in FLOAT_KINDS:
+            problems["wrong type"].append(f"{name} is {kind}, expected {' or '.join(FLOAT_KINDS)}")
+    refuse_differences("the checkpoint does not fit its config.json", expected, found, problems)
+    return {name: tuple(given[key] for key in shapes) for name, shapes in tensors.items()}
 
 
-def refuse(problems: Mapping[str, Sequence[str]], what: str) -> None:
-    """Raise one ValueError that lists the problems of every kind, if there are any."""
+def refuse_differences(
+    what: str,
+    expected: Mapping[str, object],
+    found: Mapping[str, object],
+    problems: Mapping[str, list[str]] | None = None,
+) -> None:
+    """Refuse the arrays of a checkpoint if they are not the expected ones.
+
+    Args:
+        what: what is wrong with the checkpoint then.
+        expected: shape, or type and shape, of each array by its name.
+        found: the same of the arrays that are there.
+        problems: what else was found wrong, by the kind of problem.
+
+    Raises:
+        ValueError: they differ, or there are `problems`. One message lists all of them, up to a
+            bound for each kind, with their number.
+    """
+    problems = {
+        "missing": [f"{name} {expected[name]}" for name in expected if name not in found],
+        "unknown": [f"{name} {found[name]}" for name in found if name not in expected],
+        "different": [
+            f"{name} is {found[name]}, expected {spec}"
+            for name, spec in expected.items()
+            if found.get(name, spec) != spec
+        ],
+        **(problems or {}),
+    }
     count = sum(map(len, problems.values()))
     if not count:
         return

@@ -15,7 +15,6 @@ _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 
-
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Full attention of q, k and v [S, P + 1, N, H] each: the mixed heads, in the same shape."""
 
@@ -56,9 +55,8 @@ class VisionTower(nnx.Module):
         self.class_embedding = normal(rngs, (width,), dtype)
         self.position_embedding = normal(rngs, (config.num_patches + 1, width), dtype)
         self.pre_norm = LayerNorm(width, config.layer_norm_eps, dtype=dtype)
-        self.layers = nnx.List(
-            [VisionLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
-        )
+        layers = [VisionLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
+        self.layers = nnx.List(layers)
         self.post_norm = LayerNorm(width, config.layer_norm_eps, dtype=dtype)
 
     def __call__(

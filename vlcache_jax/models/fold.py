@@ -14,14 +14,10 @@ from vlcache_jax.models.llava import Params
 
 
 def fold_transform(params: Params) -> Params:
-    """The same model with transformed values in its cache.
+    """The same model with transformed values in its cache; all else are the arrays given.
 
     Args:
         params: the parameters, as `vlcache_jax.models.llava.init_params` makes them.
-
-    Every kv head's columns of the value weights are multiplied by the transform, and the rows of
-    the output weights of the G query heads that read it by the transposed one. In float32, then
-    rounded to the type of the weights. All other arrays are those given, not copies.
     """
     layers = {}
     for index, layer in params["layers"].items():
@@ -33,6 +29,10 @@ def fold_transform(params: Params) -> Params:
 @jax.jit
 def fold_layer(qkv: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One layer's projections with the transform folded in.
+
+    Each kv head's columns of the value weights are multiplied by the transform, and the rows of the
+    output weights of the G query heads that read it by the transposed one: in float32, then rounded
+    to the type of the weights.
 
     Args:
         qkv: the kernel of queries, keys and values, [D, K, G + 2, H].

@@ -53,15 +53,15 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     original_max_positions / low_freq_factor are stretched by `factor`, those below
     original_max_positions / high_freq_factor are kept, with a linear ramp between.
     """
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (np.float32(1.0) / np.float32(config.theta) ** exponent).astype(np.float32)
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    frequencies = 1.0 / np.float32(config.theta) ** exponent
     if config.kind == "linear":
-        return (frequencies / np.float32(config.factor)).astype(np.float32)
+        return frequencies / config.factor
     if config.kind == "llama3":
         turns = config.original_max_positions * frequencies / (2 * math.pi)
         ramp = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
         keep = np.clip(ramp, 0.0, 1.0)
-        return (keep * frequencies + (1 - keep) * frequencies / config.factor).astype(np.float32)
+        return keep * frequencies + (1 - keep) * frequencies / config.factor
     return frequencies
 
 
@@ -110,11 +110,7 @@ class DecoderLayer(nnx.Module):
         self.down = normal(rngs, (config.intermediate_size, width), dtype)
 
     def __call__(
-        self,
-        stream: Residual,
-        attend: Attend[Kept],
-        *,
-        backend: str | None = None,
+        self, stream: Residual, attend: Attend[Kept], *, backend: str | None = None
     ) -> tuple[Residual, Kept]:
         """The residual stream behind the layer, and what `attend` kept.
 
@@ -143,7 +139,6 @@ class DecoderLayer(nnx.Module):
         rows = max(1, MLP_ROWS // batch)
         if length <= rows:
             return self._mlp(x)
-
         parts: list[jax.Array] = []
         for start in range(0, length, rows):
             parts.append(self._mlp(x[:, start : start + rows]))

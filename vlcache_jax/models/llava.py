@@ -29,20 +29,15 @@ class Projector(nnx.Module):
     """
 
     def __init__(self, config: LlavaConfig, *, dtype: DType, rngs: nnx.Rngs):
-        vision, width, bias = (
-            config.vision.hidden_size,
-            config.text.hidden_size,
-            config.projector_bias,
-        )
-        self.linear_1 = Linear(vision, width, bias=bias, dtype=dtype, rngs=rngs)
+        width, bias = config.text.hidden_size, config.projector_bias
+        self.linear_1 = Linear(config.vision.hidden_size, width, bias=bias, dtype=dtype, rngs=rngs)
         self.linear_2 = Linear(width, width, bias=bias, dtype=dtype, rngs=rngs)
         newline = config.family == "llava_next"
         self.newline = normal(rngs, (width,), dtype) if newline else None
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """Features [S, P, D_vision] -> the table of visual rows [S * P (+ 1), D]."""
-        hidden = jax.nn.gelu(self.linear_1(features), approximate=False)
-        rows = self.linear_2(hidden)
+        rows = self.linear_2(jax.nn.gelu(self.linear_1(features), approximate=False))
         rows = rows.reshape(-1, rows.shape[-1])
         if self.newline is None:
             return rows
@@ -53,17 +48,13 @@ class Llava(nnx.Module):
     """A LLaVA-style model; see the module docstring."""
 
     def __init__(self, config: LlavaConfig, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
-        self.config = config
+        self.config, text = config, config.text
         self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
         self.projector = Projector(config, dtype=dtype, rngs=rngs)
-        self.embed = Embedding(config.text, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(
-            [
-                DecoderLayer(config.text, dtype=dtype, rngs=rngs)
-                for _ in range(config.text.num_layers)
-            ]
-        )
-        self.head = Head(config.text, dtype=dtype, rngs=rngs)
+        self.embed = Embedding(text, dtype=dtype, rngs=rngs)
+        layers = [DecoderLayer(text, dtype=dtype, rngs=rngs) for _ in range(text.num_layers)]
+        self.layers = nnx.List(layers)
+        self.head = Head(text, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("vision")
     def visual_rows(self, tiles: jax.Array, attend: Attend) -> jax.Array:
@@ -109,8 +100,8 @@ def _abstract(config: LlavaConfig, dtype: jnp.dtype) -> tuple[Any, Any]:
 def bind(config: LlavaConfig) -> Callable[[Params], Llava]:
     """The function that turns parameters into a model, to be called inside a traced function.
 
-    Made once and closed over, it costs nothing per call: the graph definition is built here, the
-    merge happens while tracing (an `nnx.jit` would split and merge on every call instead).
+    Made once and closed over, it costs nothing per call: the merge happens while tracing (an
+    `nnx.jit` would split and merge on every call instead).
     """
     graphdef, _ = _abstract(config, jnp.dtype(jnp.float32))
     return lambda params: nnx.merge(graphdef, params)
