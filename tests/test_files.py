@@ -22,9 +22,9 @@ def entries(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def write_file(target, content=b"new", *, force=False):
+def write_file(target, content="new", *, force=False):
     with whole_file(target, force=force) as file:
-        file.write(content)
+        file.write(content.encode())
 
 
 def write_directory(target, content="new", *, force=False):
@@ -56,9 +56,9 @@ def test_what_is_there_is_replaced_only_with_force(write, tmp_path):
     target = tmp_path / "out"
     write(target)
     with pytest.raises(FileExistsError, match="--force"):
-        write(target, *([b"newer"] if target.is_file() else ["newer"]))
+        write(target, "newer")
     assert content_of(target) == b"new"
-    write(target, *([b"newer"] if target.is_file() else ["newer"]), force=True)
+    write(target, "newer", force=True)
     assert content_of(target) == b"newer"
     assert entries(tmp_path) == ["out"]
 
@@ -120,7 +120,7 @@ def test_a_failure_leaves_what_was_there(write, there, error, tmp_path, monkeypa
 
     monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(type(error)):
-        write(target, *([b"newer"] if write is write_file else ["newer"]), force=True)
+        write(target, "newer", force=True)
     assert entries(tmp_path) == (["out"] if there else [])
     assert not there or content_of(target) == b"new"
 
@@ -214,7 +214,7 @@ def test_a_killed_run_leaves_what_was_there_and_the_next_succeeds(kind, tmp_path
     child = [sys.executable, "-c", textwrap.dedent(code)]
     assert subprocess.run(child, cwd=ROOT).returncode == -signal.SIGKILL
     assert content_of(target) == b"new"
-    write(target, *([b"newer"] if kind == "file" else ["newer"]), force=True)
+    write(target, "newer", force=True)
     assert content_of(target) == b"newer"
     assert kind == "file" or entries(tmp_path) == ["out"]
 

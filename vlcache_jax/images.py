@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -71,19 +71,10 @@ def load_image(source: ImageLike) -> Image.Image:
             return _decode(io.BytesIO(_base64(str(source), name)), name)
         except ValueError:
             raise FileNotFoundError(f"no image file at {short(source)}: {_KINDS}") from None
-    if not hasattr(source, "__array__"):
-        raise ValueError(f"{name} is not an image: {_KINDS}")
-    try:
-        if hasattr(source, "detach"):  # torch, of which numpy knows no bfloat16
-            source = source.detach().cpu()
-            source = source.float() if source.is_floating_point() else source
-        array = np.asarray(source)
-    except Exception as error:  # any library's arrays may come here
-        raise ValueError(f"{name} cannot be read ({reason(error)}): {_KINDS}") from None
-    return _of_array(array)
+    return _of_array(source, name)
 
 
-def name_of(source: ImageLike) -> str:
+def name_of(source: Any) -> str:
     """How error messages call an image."""
     if isinstance(source, str | Path):
         return f"image file {short(source)}"
@@ -162,8 +153,17 @@ def _to_bytes(values: np.ndarray, whites: Sequence[int]) -> np.ndarray:
     return np.floor((values - black) * (255 / (white - black)) + 0.5).astype(np.uint8)
 
 
-def _of_array(array: np.ndarray) -> Image.Image:
+def _of_array(source: Any, name: str) -> Image.Image:
     """An image of uint8 values, or of floats in [0, 1]."""
+    if not hasattr(source, "__array__"):
+        raise ValueError(f"{name} is not an image: {_KINDS}")
+    try:
+        if hasattr(source, "detach"):  # torch, of which numpy knows no bfloat16
+            source = source.detach().cpu()
+            source = source.float() if source.is_floating_point() else source
+        array = np.asarray(source)
+    except Exception as error:  # any library's arrays may come here
+        raise ValueError(f"{name} cannot be read ({reason(error)}): {_KINDS}") from None
     form = f"{array.dtype} of shape {short(array.shape)}"
     if array.ndim == 2:
         array = array[..., None]
@@ -175,7 +175,7 @@ def _of_array(array: np.ndarray) -> Image.Image:
             f"last or first, not {form}"
         )
     if array.dtype != np.uint8:
-        if not jax.dtypes.issubdtype(array.dtype, np.floating):  # which knows bfloat16
+        if not jnp.issubdtype(array.dtype, np.floating):  # which knows bfloat16
             raise ValueError(f"an image array must be of uint8 or of floats, not {form}")
         array = array.astype(np.float32)
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
