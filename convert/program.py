@@ -1,5 +1,6 @@
 """The conversion itself: read one kind of checkpoint piece by piece, write the other."""
 
+import gc
 import json
 import platform
 import shutil
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convert.directory import check_space, whole_directory
 from convert.safetensors_writer import write_tensors
 from vlcache_jax.checkpoint import (
     CONFIG_PATTERNS,
@@ -29,6 +29,7 @@ from vlcache_jax.checkpoint import (
     resolve,
 )
 from vlcache_jax.config import first_line, read_json
+from vlcache_jax.files import whole_directory
 from vlcache_jax.weights import piece_of, split, tensors_of
 
 
@@ -65,12 +66,15 @@ def convert(
         OSError: the disk is full.
     """
     path = resolve(source).resolve()
-    target = Path(target).expanduser().resolve()
+    target = Path(target).expanduser()
+    if not target.is_symlink():  # which is refused below
+        target = target.resolve()
     if path.is_relative_to(target) or target.is_relative_to(path):
         raise ValueError(f"{path} and {target} must not contain each other: give another place")
     checkpoint = open_checkpoint(path)
     kind = checkpoint.target_dtype(dtype)
-    with whole_directory(target, force) as directory:
+    kept = "model directory", (MANIFEST, "config.json")
+    with _quiet_threads(), whole_directory(target, *kept, force=force) as directory:
         check_space(checkpoint.num_bytes(kind), directory)
         pieces = checkpoint.read_all(kind, progress)
         if to_hf:
@@ -90,7 +94,7 @@ def _write_orbax(pieces: Pieces, directory: Path) -> None:
         arrays = {piece_of(name)[1]: array for name, array in parameters}
         check_space(sum(array.nbytes for array in arrays.values()), directory)
         try:
-            with quiet_orbax(), _quiet_threads(), ocp.StandardCheckpointer() as checkpointer:
+            with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(piece_directory(directory, piece), arrays)
                 checkpointer.wait_until_finished()
         except (ValueError, OSError) as error:
@@ -104,8 +108,7 @@ def _write_orbax(pieces: Pieces, directory: Path) -> None:
 def _quiet_threads() -> Iterator[None]:
     """Keep quiet about the other arrays of a save after one of them has failed.
 
-    Their writes end later, and each says that nobody is left to hear of it: so on an error the
-    filter stays.
+    Their writes end later, and each says that nobody is left to hear of it.
     """
     before = sys.unraisablehook
 
@@ -114,8 +117,21 @@ def _quiet_threads() -> Iterator[None]:
             before(event)
 
     sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = before
+    try:
+        yield
+    finally:
+        gc.collect()  # what they hold
+        sys.unraisablehook = before
+
+
+def check_space(needed: int, directory: Path) -> None:
+    """Raise OSError unless the disk of a directory has room for so many bytes."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(
+            f"not enough room in {directory.parent}: {needed / 1e9:.2f} GB needed, "
+            f"{free / 1e9:.2f} GB free"
+        )
 
 
 def _write_hf(pieces: Pieces, checkpoint: Checkpoint, dtype: np.dtype, directory: Path) -> None:

@@ -25,8 +25,7 @@ from vlcache_jax.answer import versions
 from vlcache_jax.cache.methods import Custom
 from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.cache.score import ColumnSum
-from vlcache_jax.cache.trace import check_target
-from vlcache_jax.files import write_whole
+from vlcache_jax.files import check_file, whole_file
 from vlcache_jax.images import Images
 from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import ModelInputs
@@ -86,9 +85,10 @@ class Calibration:
             FileExistsError: the file exists and `force` is not set.
             FileNotFoundError: its directory does not exist.
         """
-        target = check_file(path, force=force)
+        target = check_file(path, "calibration file", force=force)
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
-        write_whole(target, lambda file: file.write(f"{text}\n".encode()))
+        with whole_file(target, force=force) as file:
+            file.write(f"{text}\n".encode())
 
     @classmethod
     def read(cls, path: str | Path, layers: int | None = None) -> "Calibration":
@@ -115,11 +115,6 @@ class Calibration:
                 f"{remedy}"
             )
         return found
-
-
-def check_file(path: str | Path, *, force: bool) -> Path:
-    """The file that a calibration may be written to; errors as `cache.trace.check_target`."""
-    return check_target(path, force=force, what="calibration file", suffix=".json")
 
 
 def file_beside(model: str | Path) -> Path:

@@ -21,10 +21,11 @@ def sample_tokens(
 ) -> jax.Array:
     """Draw one token per row from softmax(logits / temperature), cut to its top k, then its top p.
 
-    Equals at a border stay or go together. What stays is drawn by inverse CDF: the first id, in the
-    order of ids, whose cumulative probability exceeds `uniform`. Settings are data: greedy and
-    sampled rows share a program and a batch, and no row depends on another. A logit of -inf is
-    never drawn beside a finite one.
+    Equals at the border of the top k stay together, as in transformers; of those at the border of
+    the top p only as many stay as are needed, the lower ids first. What stays is drawn by inverse
+    CDF: the first id, in the order of ids, whose cumulative probability exceeds `uniform`. Settings
+    are data: greedy and sampled rows share a program and a batch, and no row depends on another. A
+    logit of -inf is never drawn beside a finite one.
 
     Args:
         logits: float32 [B, V].
@@ -32,8 +33,8 @@ def sample_tokens(
             0, below the smallest normal float32, or so small that its largest logit / temperature
             is not finite; also where that logit is infinite or NaN.
         top_k: keep the tokens whose logit is not below the k-th largest, int32 [B]; 0 for all.
-        top_p: keep a token while the probability of all likelier ones, of those that top_k left, is
-            below this, float32 [B]; the likeliest always stays; 1 for all.
+        top_p: keep the fewest tokens, of those that top_k left, whose probabilities reach this,
+            float32 [B]; at least one; 1 for all.
         uniform: decides the draw, in [0, 1), float32 [B]; greedy rows ignore it.
         backend: "triton", "xla", or None for the best that supports the case on the device.
 

@@ -53,10 +53,10 @@ def _token(
     mass = np.exp((logits.astype(np.float64) - logits[greedy]) / temperature)
     if 0 < top_k < logits.size:
         mass[logits < np.sort(logits)[-top_k]] = 0.0
-    _, rank = np.unique(-logits, return_inverse=True)  # equals have one rank
-    of_rank = np.bincount(rank, mass)
-    likelier = (np.cumsum(of_rank) - of_rank)[rank]
-    mass[(likelier > 0) & (likelier >= top_p * mass.sum()) & (top_p < 1)] = 0.0
+    order = np.argsort(-logits, kind="stable")  # of equals the lower id first
+    before = np.cumsum(mass[order]) - mass[order]
+    gone = (before > 0) & (before >= top_p * mass.sum()) & (top_p < 1)
+    mass[order[gone]] = 0.0
     reached = np.cumsum(mass)
     kept = np.flatnonzero(mass)
     beyond = kept[reached[kept] > uniform * reached[-1]]

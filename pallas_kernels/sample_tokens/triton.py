@@ -69,6 +69,9 @@ def _kernel(
         def count(x: jax.Array, border: jax.Array) -> jax.Array:
             return jnp.where(x >= border, 1, 0)
 
+        def equal(x: jax.Array, border: jax.Array) -> jax.Array:
+            return jnp.where(x == border, 1.0, 0.0)
+
         def total(measure: Callable[..., jax.Array], key: jax.Array, dtype: Any) -> jax.Array:
             """The measure of all logits from the border with this key on."""
             border = value_of(key)
@@ -109,34 +112,55 @@ def _kernel(
         limits = (top_k > 0) & (top_k < vocabulary)
         low, _ = search(count, top_k, limits, jnp.int32(LOWEST), jnp.int32(0))
         reached = total(mass, low, jnp.float32)
-        low, reached = search(mass, top_p * reached, top_p < 1, low, reached)
-        border, target = value_of(low), uniform_ref[row] * reached
+        bound = top_p * reached
+        low, reached = search(mass, bound, top_p < 1, low, reached)
+        border = value_of(low)
 
-        def narrow(size: int, count: int, start: jax.Array, reached: jax.Array) -> Any:
-            """Of `count` blocks from a start on, the last that begins below the target.
+        def first_beyond(measure: Callable[..., jax.Array], target: jax.Array) -> jax.Array:
+            """The first id, of those with a measure, where its cumulative sum is above a target."""
 
-            Where it starts, and the mass before it; `reached` is that before all of them.
-            """
+            def narrow(size: int, count: int, start: jax.Array, reached: jax.Array) -> Any:
+                """Of `count` blocks from a start on, the last that begins below the target.
 
-            def visit(index: jax.Array, state: Any) -> Any:
-                last, before, reached = state
-                at = start + index * size
-                own = jnp.sum(mass(load(at, size)[1], border), axis=0)
-                begins = (own > 0) & (reached <= target)
-                last, before = jnp.where(begins, at, last), jnp.where(begins, reached, before)
-                return last, before, reached + own
+                Where it starts, and the sum before it; `reached` is that before all of them.
+                """
 
-            return lax.fori_loop(0, count, visit, (start, reached, reached))[:2]
+                def visit(index: jax.Array, state: Any) -> Any:
+                    last, before, reached = state
+                    at = start + index * size
+                    own = jnp.sum(measure(*load(at, size)), axis=0)
+                    begins = (own > 0) & (reached <= target)
+                    last, before = jnp.where(begins, at, last), jnp.where(begins, reached, before)
+                    return last, before, reached + own
 
-        # The cumulative sum of a whole block would need more registers than there are.
-        start, reached = narrow(block, blocks, jnp.int32(0), jnp.float32(0))
-        start, reached = narrow(small_block, block // small_block, start, reached)
-        ids, x = load(start, small_block)
-        own = mass(x, border)
-        beyond = (reached + jnp.cumsum(own, axis=0) > target) & (own > 0)
-        first = jnp.min(jnp.where(beyond, ids, vocabulary), axis=0)
-        # Two passes round differently: where none is beyond, it is the last one.
-        return jnp.minimum(first, jnp.max(jnp.where(own > 0, ids, -1), axis=0))
+                return lax.fori_loop(0, count, visit, (start, reached, reached))[:2]
+
+            # The cumulative sum of a whole block would need more registers than there are.
+            start, reached = narrow(block, blocks, jnp.int32(0), jnp.float32(0))
+            start, reached = narrow(small_block, block // small_block, start, reached)
+            ids, x = load(start, small_block)
+            own = measure(ids, x)
+            beyond = (reached + jnp.cumsum(own, axis=0) > target) & (own > 0)
+            first = jnp.min(jnp.where(beyond, ids, vocabulary), axis=0)
+            # Two passes round differently: where none is beyond, it is the last one.
+            return jnp.minimum(first, jnp.max(jnp.where(own > 0, ids, -1), axis=0))
+
+        # Of the equals at the border of the top p only the first ones that are needed stay.
+        each = jnp.exp2((border - maximum) * scale)
+        equals = total(equal, low, jnp.float32)
+        needed = jnp.maximum(jnp.ceil((bound - (reached - equals * each)) / each), 1.0)
+        cut = (top_p < 1) & (needed < equals)
+        last = lax.cond(
+            cut,
+            lambda: first_beyond(lambda _, x: equal(x, border), needed - 1),
+            lambda: jnp.int32(vocabulary),
+        )
+        reached = jnp.where(cut, reached - (equals - needed) * each, reached)
+
+        def kept(ids: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.where((x > border) | (ids <= last), mass(x, border), 0.0)
+
+        return first_beyond(kept, uniform_ref[row] * reached)
 
     sampled = temperature >= jnp.finfo(jnp.float32).tiny
     sampled &= jnp.abs(maximum / temperature) < jnp.inf

@@ -43,15 +43,27 @@ def sample_tokens(
         mass = jnp.exp((logits - maximum) / temperature[:, None])
         bound = top_p * total(mass, above(border))
         border = _last(mass_reaches, border, jnp.where(top_p < 1, peak, border))
-        mass = jnp.where(above(border), mass, 0.0)
+        edge, ids = value_of(border)[:, None], jnp.arange(vocabulary)
+        equal, inside = logits == edge, logits > edge
+        # Of the equals at the border of the top p only the first ones that are needed stay.
+        each = jnp.exp((edge - maximum) / temperature[:, None])[:, 0]
+        needed = jnp.maximum(jnp.ceil((bound - total(mass, inside)) / each), 1)
+        cut = (top_p < 1) & (needed < total(1, equal))
+
+        def is_needed(token: jax.Array) -> jax.Array:
+            """Whether fewer equals come before a token than are needed."""
+            return total(1, equal & (ids < token[:, None])) < needed
+
+        end = jnp.full_like(greedy, vocabulary - 1)
+        last = _last(is_needed, jnp.where(cut, 0, end), end)
+        mass = jnp.where(inside | (equal & (ids <= last[:, None])), mass, 0.0)
         target = uniform * jnp.sum(mass, axis=1)
-        ids = jnp.arange(vocabulary)
 
         def begins(token: jax.Array) -> jax.Array:
             """Whether what comes before a token does not reach beyond the target."""
             return total(mass, ids < token[:, None]) <= target
 
-        token = _last(begins, jnp.zeros_like(greedy), jnp.full_like(greedy, vocabulary - 1))
+        token = _last(begins, jnp.zeros_like(greedy), end)
         sampled = temperature >= jnp.finfo(jnp.float32).tiny
         sampled &= jnp.isfinite(maximum[:, 0] / temperature)
         return jnp.where(sampled, token, greedy)

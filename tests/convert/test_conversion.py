@@ -145,7 +145,7 @@ def test_an_existing_target_needs_force(model, command, tmp_path):
     target = run(model, tmp_path / "orbax", dtype="float32")
     code, text = command(model, target)
     assert code == 2
-    assert "exists: give another place, or --force" in text
+    assert "exists: choose another name, or --force" in text
     assert json.loads((target / "MANIFEST.json").read_text())["dtype"] == "float32"
     code, text = command(model, target, "--force")
     assert code == 0
@@ -192,16 +192,28 @@ def test_a_failure_in_the_middle_leaves_the_old_target(error, to_hf, model, tmp_
     assert _entries(tmp_path) == ["hf", "out"]
 
 
-def test_a_replacement_cut_between_its_renames_is_mended(model, tmp_path):
-    """The old directory has moved away, the new one has not come: the next run puts it back."""
-    target = run(model, tmp_path / "out")
-    target.rename(tmp_path / ".out.old")
-    with pytest.raises(FileExistsError, match="exists"):
-        run(model, target)
-    assert _entries(tmp_path) == ["hf", "out"]
-    shutil.copytree(target, tmp_path / ".out.old")  # killed after both renames
-    run(model, target, force=True)
-    assert _entries(tmp_path) == ["hf", "out"]
+def test_the_hook_for_errors_that_nobody_hears_of_is_put_back(model, tmp_path):
+    before = sys.unraisablehook
+    run(model, tmp_path / "out")
+    with pytest.raises(OSError, match="broken"):
+        run(model, tmp_path / "new", progress=_stop_at("layer_001", OSError("broken")))
+    assert sys.unraisablehook is before
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.old"])
+def test_a_link_beside_the_target_is_not_followed(name, model, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    (tmp_path / name).symlink_to(precious)
+    run(model, tmp_path / "out")
+    assert _entries(precious) == ["file"]
+    with pytest.raises(FileExistsError):
+        run(model, tmp_path / "out")
+    assert _entries(tmp_path) == [name, "hf", "out", "precious"]
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="symbolic link"):
+        run(model, tmp_path / "link", force=True)
 
 
 def test_two_runs_do_not_write_one_target(model, tmp_path):
@@ -236,8 +248,9 @@ def test_a_killed_run_leaves_no_target_and_the_next_succeeds(model, tmp_path):
         f"convert({str(model)!r}, {str(target)!r}, progress=progress)\n"
     )
     assert _child(code).returncode == -signal.SIGKILL
-    assert _entries(tmp_path) == [".out.partial", "hf"]
-    assert _entries(tmp_path / ".out.partial" / "params") == ["embed", "layer_000", *PIECES[4:]]
+    partial, hf = sorted(tmp_path.iterdir())
+    assert (partial.name[:5], hf.name) == (".out.", "hf")
+    assert _entries(partial / "params") == ["embed", "layer_000", *PIECES[4:]]
     back = run(run(model, target), tmp_path / "back", to_hf=True)
     assert _entries(tmp_path) == ["back", "hf", "out"]
     assert same_bits(read_tensors(back), read_tensors(model))

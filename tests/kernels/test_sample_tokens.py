@@ -121,13 +121,15 @@ def test_a_tiny_temperature_or_top_p_and_a_top_k_of_one_are_greedy(backend):
         ({}, [0, 1, 3, 4, 6]),  # -inf is left out
         ({"top_k": 1}, [1, 4]),
         ({"top_k": 3}, [1, 3, 4, 6]),
-        ({"top_p": 0.1}, [1, 4]),
-        ({"top_p": 0.8}, [1, 3, 4, 6]),  # 1 and 4 together have 0.71
+        ({"top_p": 0.1}, [1]),  # 1 and 4 together have 0.70
+        ({"top_p": 0.5}, [1, 4]),
+        ({"top_p": 0.8}, [1, 3, 4]),
+        ({"top_p": 0.9}, [1, 3, 4, 6]),
         ({"top_k": 2, "top_p": 0.9}, [1, 4]),
         ({"top_k": 6}, [0, 1, 3, 4, 6]),
     ],
 )
-def test_equals_at_a_border_stay_together_and_all_that_stays_is_drawn(backend, change, kept):
+def test_equals_at_a_border_stay_by_its_rule_and_all_that_stays_is_drawn(backend, change, kept):
     logits = np.array([0.0, 2.0, -INF, 1.0, 2.0, -INF, 1.0, -INF])
     uniform = np.append((np.arange(510) + 0.5) / 510, [0.0, BELOW_ONE])
     tokens = drawn(backend, np.tile(logits, (512, 1)), uniform=uniform, **change)
@@ -136,6 +138,17 @@ def test_equals_at_a_border_stay_together_and_all_that_stays_is_drawn(backend, c
     assert set(tokens) == set(kept)
     assert (np.diff(tokens[:-2]) >= 0).all()  # in the order of ids
     assert tokens[-2:].tolist() == [kept[0], kept[-1]]
+
+
+@both_backends
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.5, -3.0, 1e-45])
+@pytest.mark.parametrize("vocabulary", [1, 7, 1301])
+def test_of_equals_the_top_p_keeps_the_fewest_with_the_lower_ids(vocabulary, value, backend):
+    for top_p in (0.05, 0.25, 0.5, 0.999):
+        kept = int(np.ceil(np.float32(top_p) * np.float32(vocabulary)))
+        uniform = np.array([0.0, 0.5, BELOW_ONE])
+        tokens = drawn(backend, np.full((3, vocabulary), value), top_p=top_p, uniform=uniform)
+        assert tokens.tolist() == [0, kept // 2, kept - 1]
 
 
 @both_backends

@@ -14,6 +14,7 @@ import numpy as np
 from vlcache_jax.cache.allocate import AllocationFunction, Sparsity
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod, Observation, Plan
+from vlcache_jax.files import check_file, whole_file
 
 
 def prompt_attention(q: jax.Array, k: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -206,41 +207,7 @@ class Trace:
             FileExistsError: the file exists and `force` is not set.
             FileNotFoundError: its directory does not exist.
         """
-        target = check_target(path, force=force)
+        target = check_file(path, "trace file", force=force)
         fields = {name: value for name, value in asdict(self).items() if value is not None}
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez_compressed(file, **fields)
-            partial.replace(target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-
-def check_target(
-    path: str | Path, *, force: bool, what: str = "trace file", suffix: str = ".npz"
-) -> Path:
-    """The file that something may be written to; to be asked before any work is done.
-
-    Args:
-        path: the file.
-        force: whether one that is there may be overwritten.
-        what: what is to be written.
-        suffix: end of its name.
-
-    Raises:
-        FileExistsError: the file exists and `force` is not set.
-        FileNotFoundError: its directory does not exist.
-        ValueError: it is a directory, or its name does not end so.
-    """
-    target = Path(path)
-    if target.suffix != suffix:
-        raise ValueError(f"{what} {target} must end in {suffix}")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no directory {target.parent} for the {what}: make it first")
-    if target.is_dir():
-        raise ValueError(f"{what} {target} is a directory")
-    if target.exists() and not force:
-        raise FileExistsError(f"{target} exists: choose another name, or overwrite it with --force")
-    return target
+        with whole_file(target, force=force) as file:
+            np.savez_compressed(file, **fields)

@@ -4,6 +4,7 @@ Input is checked before the parameters are read. Heavy imports stand inside the 
 `--help` is quick.
 """
 
+import sys
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
@@ -15,6 +16,7 @@ import typer
 from vlcache_jax.cli import options
 from vlcache_jax.cli.terminal import (
     BAD_INPUT,
+    ERRORS,
     cache_methods,
     drain,
     find_question,
@@ -26,6 +28,7 @@ from vlcache_jax.cli.terminal import (
     read_params,
     user_errors,
 )
+from vlcache_jax.errors import reason
 
 app = typer.Typer(
     name="vlcache",
@@ -104,12 +107,12 @@ def generate(
     """
     from vlcache_jax import display
     from vlcache_jax.answer import versions
-    from vlcache_jax.cache.trace import check_target
+    from vlcache_jax.files import check_file
 
     with user_errors():
         [cache] = cache_methods([method], [kv_budget], [kv_bits])
         if trace is not None:
-            check_target(trace, force=force)
+            check_file(trace, "trace file", force=force)
         if messages is not None and prompt is not None:
             raise ValueError("give --prompt or --messages, not both")
         turns = None if messages is None else read_messages(messages)
@@ -266,9 +269,10 @@ def calibrate(
     Example: vlcache calibrate MODEL --image a.png --prompt "..." --image b.png --prompt "..."
     """
     from vlcache_jax import calibration, display
+    from vlcache_jax.files import check_file
 
     with user_errors():
-        file = calibration.check_file(out or calibration.file_beside(model), force=force)
+        file = check_file(out or calibration.file_beside(model), "calibration file", force=force)
         images, texts = find_questions(image or [], prompt or [])
         vlm, progress = open_model(model, revision, dtype, backend)
         show = partial(progress_line(progress, "reading"), "prompts")
@@ -331,6 +335,7 @@ def inspect(
     --out report.html --png figures
     """
     from vlcache_jax import display, inspection
+    from vlcache_jax.files import check_file
     from vlcache_jax.inspection import figures
 
     with user_errors((*BAD_INPUT, ModuleNotFoundError)):
@@ -345,7 +350,7 @@ def inspect(
                 raise ValueError("--compare names no method: --compare vl-cache,h2o for instance")
         methods = cache_methods(names, [kv_budget], kv_bits)
         if out is not None:
-            inspection.check_report(out, force=force)
+            check_file(out, "report", force=force)
         if png is not None:
             figures.check_folder(png, force=force)
         images, question, _ = find_question(image, prompt)
@@ -374,8 +379,16 @@ def main() -> None:
     """Entry point of the `vlcache` program.
 
     Commands of other packages (conversion) are found by their entry points: the library itself
-    imports none of them.
+    imports none of them. What stands beside this package comes before what stands in the working
+    directory, which `python -m` puts first.
     """
+    here = str(Path(__file__).parents[2])
+    sys.path.insert(0, here)
     for entry in metadata.entry_points(group="vlcache.commands"):
-        app.command(entry.name)(entry.load())
+        try:
+            app.command(entry.name)(entry.load())
+        except Exception as error:  # any code may stand there
+            text = f"warning: the command {entry.name} of {entry.value} is left out"
+            ERRORS.print(f"{text}: {reason(error)}", style="yellow", markup=False, soft_wrap=True)
+    sys.path.remove(here)
     app()

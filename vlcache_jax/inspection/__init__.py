@@ -14,7 +14,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from vlcache_jax.answer import Answer, Timings, same_tokens, versions
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.quantize import Quantizer
-from vlcache_jax.cache.trace import Trace, check_target
-from vlcache_jax.files import write_whole
+from vlcache_jax.cache.trace import Trace
+from vlcache_jax.files import check_file, whole_file
 from vlcache_jax.images import ImageLike, Images, load_image
 from vlcache_jax.patches import patch_rectangles
 from vlcache_jax.processing import Processor
@@ -174,14 +173,15 @@ class Inspection:
             FileNotFoundError: its directory does not exist.
             ValueError: its name ends otherwise.
         """
-        target = check_report(path, force=force)
+        target = check_file(path, "report", force=force)
         if target.suffix == ".json":
             text = json.dumps(self.as_json(), ensure_ascii=False, allow_nan=False)
         else:
             from vlcache_jax.inspection.page import render
 
             text = render(self)
-        write_whole(target, lambda file: file.write(text.encode()))
+        with whole_file(target, force=force) as file:
+            file.write(text.encode())
 
     def save_figures(self, folder: str | Path, *, force: bool = False) -> list[Path]:
         """Draw the figures as PNG files into a folder, which is made if it is not there.
@@ -201,23 +201,10 @@ class Inspection:
         drawn = {target / name: draw(self) for name, draw in figures.FIGURES.items()}
         target.mkdir(exist_ok=True)
         options = {"format": "png", "dpi": figures.DPI, "metadata": {"Software": None}}
-        for file, figure in drawn.items():
-            write_whole(file, partial(figure.savefig, **options))
+        for path, figure in drawn.items():
+            with whole_file(path, force=force) as file:
+                figure.savefig(file, **options)
         return list(drawn)
-
-
-def check_report(path: str | Path, *, force: bool) -> Path:
-    """The file that a report may be written to; to be asked before any work is done.
-
-    Raises:
-        FileExistsError: the file exists and `force` is not set.
-        FileNotFoundError: its directory does not exist.
-        ValueError: its name does not end in .html or .json.
-    """
-    suffix = Path(path).suffix
-    if suffix not in (".html", ".json"):
-        raise ValueError(f"report {path} must end in .html (the page) or .json (the numbers)")
-    return check_target(path, force=force, what="report", suffix=suffix)
 
 
 def inspect(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlcache_jax.cache.trace import check_target
+from vlcache_jax.files import check_file
 from vlcache_jax.patches import BASE, GRID
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check_folder(folder: str | Path, *, force: bool) -> Path:
     target = Path(folder)
     if target.is_dir():
         for name in FIGURES:
-            check_target(target / name, force=force, what="figure", suffix=".png")
+            check_file(target / name, "figure", force=force)
     elif target.exists():
         raise ValueError(f"{target} is a file: name a folder for the figures")
     elif not target.absolute().parent.is_dir():
