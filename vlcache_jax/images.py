@@ -15,10 +15,10 @@ Images: TypeAlias = ImageLike | Sequence[ImageLike] | None
 
 
 def load_image(source: ImageLike) -> Image.Image:
-    """Open an image as 8-bit RGB, upright.
+    """Open an image as 8-bit RGB, upright, as `transformers.image_utils.load_image` does.
 
-    As `transformers.image_utils.load_image`: the EXIF orientation is applied, then Pillow converts
-    to RGB (transparency is dropped, 16-bit values are clipped). The same for every kind of source.
+    The EXIF orientation is applied, then Pillow converts to RGB (transparency is dropped, 16-bit
+    values are clipped).
 
     Args:
         source: a local file's path, a PIL image, or a uint8 array [height, width, 3].
