@@ -26,7 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from benchmarks.environment import environment, write_result
 from convert.safetensors_writer import SHARD_BYTES, write_tensors
-from vlcache_jax.checkpoint import load_params
+from vlcache_jax.checkpoint import open_checkpoint
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.weights import DTYPES, parameter_name, parameter_shapes, tensors_of
 
@@ -107,7 +107,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def report_load(directory: str) -> None:
     """Load a checkpoint and print its size, time and checksums as JSON; run in a child."""
     began = time.perf_counter()
-    params = load_params(directory)
+    params = open_checkpoint(directory).load()
     seconds = time.perf_counter() - began
     sums = {
         parameter_name(path): zlib.crc32(np.asarray(leaf).reshape(-1).view(np.uint8).data)

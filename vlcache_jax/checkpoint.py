@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -130,9 +131,8 @@ class Checkpoint(ABC):
     def __init__(self, path: Path, config: LlavaConfig):
         self.path, self.config = path, config
         self.shapes = parameter_shapes(config)
-        self.pieces: dict[str, list[str]] = {}
-        for name in self.shapes:
-            self.pieces.setdefault(piece_of(name)[0], []).append(name)
+        groups = groupby(self.shapes, lambda name: piece_of(name)[0])
+        self.pieces = {piece: list(names) for piece, names in groups}
 
     def target_dtype(self, dtype: Any = None) -> np.dtype:
         """The number type that was asked for by name or object, or the checkpoint's own.
@@ -181,6 +181,33 @@ class Checkpoint(ABC):
         for piece in self.pieces:
             yield piece, arrays(piece)
 
+    def load(
+        self, dtype: Any = None, progress: Progress | None = None, *, transform: bool = False
+    ) -> Params:
+        """The parameters on the default device, in the tree of `models.llava.abstract_params`.
+
+        Args:
+            dtype: float32, bfloat16 or float16; as stored by default.
+            progress: called after each parameter with its piece, the bytes done and those in all.
+            transform: fold the transform of the values into each layer as it is read
+                (`models.fold`).
+
+        Raises:
+            ValueError: a file is damaged, a value does not fit the number type, or the weights have
+                several types and no `dtype` is given.
+        """
+        leaves: dict[str, jax.Array] = {}
+        for piece, arrays in self.read_all(self.target_dtype(dtype), progress):
+            for name, array in arrays:
+                # Waiting keeps the host from holding every array whose transfer is under way.
+                leaves[name] = jax.device_put(array).block_until_ready()
+            if transform and piece.startswith("layer_"):  # at once: never two layers unfolded
+                names = [f"layers.{int(piece[6:])}.{leaf}" for leaf in ("qkv", "out")]
+                folded = jax.block_until_ready(fold_layer(*(leaves.pop(name) for name in names)))
+                leaves.update(zip(names, folded, strict=True))
+        paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(self.config))
+        return tree.unflatten([leaves[parameter_name(path)] for path, _ in paths])
+
 
 class SafetensorsCheckpoint(Checkpoint):
     """A Hugging Face checkpoint: tensors in one file or several."""
@@ -189,18 +216,17 @@ class SafetensorsCheckpoint(Checkpoint):
         super().__init__(path, config)
         self._files: dict[str, Any] = {}  # for each tensor the open file that holds it
         stored: list[tuple[str, str, Shape]] = []
-        for name in _weight_files(path):
+        for file in _weight_files(path):
             try:
-                file: Any = safe_open(path / name, framework="numpy")
+                tensors: Any = safe_open(file, framework="numpy")
             except SafetensorError as error:
                 raise ValueError(
-                    f"{path / name} is truncated or damaged ({first_line(error)}): download it "
-                    "again"
+                    f"{file} is truncated or damaged ({first_line(error)}): download it again"
                 ) from None
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                part = file.get_slice(key)
+            for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                part = tensors.get_slice(key)
                 stored.append((key, part.get_dtype(), tuple(part.get_shape())))
-                self._files[key] = file
+                self._files[key] = tensors
         self._sources = match(config, stored)  # for each parameter the names of its tensors
         used = {key for keys in self._sources.values() for key in keys}
         kinds = {kind for key, kind, _ in stored if key in used}
@@ -228,8 +254,6 @@ class SafetensorsCheckpoint(Checkpoint):
 
 class ConvertedCheckpoint(Checkpoint):
     """A checkpoint that `convert` has made: one Orbax checkpoint per piece."""
-
-    dtype: np.dtype
 
     def __init__(self, path: Path, config: LlavaConfig):
         super().__init__(path, config)
@@ -304,44 +328,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return SafetensorsCheckpoint(path, config)
 
 
-def load_params(
-    source: str | Path | Checkpoint,
-    dtype: Any = None,
-    progress: Progress | None = None,
-    *,
-    transform: bool = False,
-) -> Params:
-    """The parameters of a model directory of either kind, on the default device.
-
-    Args:
-        source: the directory, or what `open_checkpoint` made of it.
-        dtype: float32, bfloat16 or float16; as stored by default.
-        progress: called after each parameter with its piece, the bytes done and the bytes in all.
-        transform: fold the transform of the values into each layer as it is read (`models.fold`).
-
-    Returns:
-        The nested dict of arrays that `vlcache_jax.models.llava.abstract_params` describes.
-
-    Raises:
-        FileNotFoundError: there are no weights, or files of them are missing.
-        ValueError: the weights do not fit the configuration, are damaged, are pickles, or have
-            several number types and no `dtype` is given.
-    """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    dtype = checkpoint.target_dtype(dtype)
-    leaves: dict[str, jax.Array] = {}
-    for piece, arrays in checkpoint.read_all(dtype, progress):
-        for name, array in arrays:
-            # Waiting keeps the host from holding every array whose transfer is under way.
-            leaves[name] = jax.device_put(array).block_until_ready()
-        if transform and piece.startswith("layer_"):  # at once: never two layers unfolded
-            names = [f"layers.{int(piece[6:])}.{leaf}" for leaf in ("qkv", "out")]
-            folded = jax.block_until_ready(fold_layer(*(leaves.pop(name) for name in names)))
-            leaves.update(zip(names, folded, strict=True))
-    paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(checkpoint.config))
-    return tree.unflatten([leaves[parameter_name(path)] for path, _ in paths])
-
-
 def piece_directory(path: Path, piece: str) -> Path:
     """Where a converted checkpoint keeps a piece; Orbax wants an absolute path."""
     return path.absolute() / "params" / piece
@@ -359,8 +345,8 @@ def quiet_orbax() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _weight_files(path: Path) -> list[str]:
-    """Names of a Hugging Face checkpoint's weight files."""
+def _weight_files(path: Path) -> list[Path]:
+    """A Hugging Face checkpoint's weight files."""
     index = path / INDEX
     if index.is_file():
         where = read_json(index).get("weight_map")
@@ -375,9 +361,9 @@ def _weight_files(path: Path) -> list[str]:
                 f"{index} names {len(missing)} of {len(names)} files that are not there "
                 f"({', '.join(missing[:3])}): download them again"
             )
-        return names
+        return [path / name for name in names]
     if (path / WEIGHTS).is_file():
-        return [WEIGHTS]
+        return [path / WEIGHTS]
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise ValueError(

@@ -69,8 +69,7 @@ class RopeConfig:
         kind: "default", "linear" (positions divided by `factor`) or "llama3" (low frequencies
             divided by `factor`, a smooth ramp between; Llama 3.1 model card).
         factor: the scaling factor of "linear" and "llama3".
-        low_freq_factor: llama3 only.
-        high_freq_factor: llama3 only.
+        low_freq_factor, high_freq_factor: llama3 only.
         original_max_positions: llama3 only: context length before scaling.
     """
 
@@ -233,8 +232,8 @@ _NAMES = {
 def _read_vision(data: Mapping[str, Any] | None) -> VisionConfig:
     if data is None:
         return _LLAVA_TOWER
-    kind = data.get("model_type", "clip_vision_model")
-    _one_of("vision_config.model_type", kind, "clip_vision_model")
+    clip = "clip_vision_model"
+    _one_of("vision_config.model_type", data.get("model_type", clip), clip)
     _refuse(data, "vision_config.", num_channels=3)
     activation = data.get("hidden_act", "quick_gelu")
     config = VisionConfig(
@@ -309,7 +308,7 @@ def _read_rope(data: Mapping[str, Any]) -> RopeConfig:
     """Rope fields: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
     rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
     kind = _first(rope, "rope_type", "type", default="default")
-    _one_of("text_config rope type", kind, "default", "linear", "llama3")
+    _one_of("text_config.rope_type", kind, "default", "linear", "llama3")
     _refuse(rope, "rope_parameters.", partial_rotary_factor=1.0)
     theta = float(rope.get("rope_theta") or data.get("rope_theta") or 10000.0)
     if kind == "default":
@@ -332,9 +331,7 @@ def _read_rope(data: Mapping[str, Any]) -> RopeConfig:
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     """`eos_token_id` of a Hugging Face file: one id, a list of them, or null."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    return (value,) if isinstance(value, int) else tuple(value or ())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -378,9 +375,8 @@ def _first(data: Mapping[str, Any], *names: str, default: Any) -> Any:
 
 def _sizes(data: Mapping[str, Any], section: type[VisionConfig | TextConfig]) -> dict[str, int]:
     """The whole numbers among the fields of a section; those left out have their defaults."""
-    ours = [field.name for field in fields(section) if field.type is int]
-    names = {name: _NAMES.get(name, name) for name in ours}
-    return {name: _size(data, theirs) for name, theirs in names.items() if theirs in data}
+    names = {f.name: _NAMES.get(f.name, f.name) for f in fields(section) if f.type is int}
+    return {ours: _size(data, theirs) for ours, theirs in names.items() if theirs in data}
 
 
 def _size(data: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -4,9 +4,8 @@ What a token adds to a text depends on its neighbours: a character may be spread
 tokens, and decoders strip the space in front of the first one. So tokens are decoded behind the
 last settled ones, a few at a time, and text is given out as soon as nothing can change it.
 
-Tokens of single bytes (`<0xE2>`) are the hard case. Their decoder gives up a whole run of them for
-one byte that belongs to no character, those already given out with it. Here such a byte costs no
-character but its own: what was said is not taken back.
+Tokens of single bytes (`<0xE2>`) are the hard case: for one that belongs to no character, their
+decoder gives up a whole run of them, those already given out too. Here it costs only itself.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,23 +13,21 @@ from os.path import commonprefix
 
 BROKEN = "\ufffd"  # decoders write it for bytes that are no character, or not one yet
 MOST_BYTES = 4  # of a character in UTF-8; a token is one byte or more
-WINDOW = (
-    12  # tokens that are decoded together where none of the borders between them is one of text
-)
+WINDOW = 12  # tokens decoded together where none of the borders between them is one of text
 
 
 class Detokenizer:
     """The text of one answer, in pieces that are never taken back.
 
-    The joined pieces are the text of all tokens, however these are cut into pushes. They are what
-    `decode` makes of all tokens at once, up to the runs of bytes that the module tells of.
+    However the tokens are cut into pushes, the joined pieces are what `decode` makes of all of them
+    at once, up to the runs of bytes that the module tells of.
 
     Args:
         decode: token ids to text, special tokens left out or not.
         stop: a string that ends the text, or several. The text ends in front of the one that is
             complete first; of two that are so at once, in front of the longer.
-        lookahead: characters at the end of a text that `decode` may write otherwise once more
-            follows; 0 unless it cleans the text up.
+        lookahead: last characters of a text that `decode` may change once more follows; 0 unless
+            it cleans the text up.
 
     Attributes:
         stopped: a stop string has appeared; nothing that follows has any effect.
@@ -74,10 +71,8 @@ class Detokenizer:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """The rest of the text: what was held back when the answer ended."""
-        piece = "" if self.stopped else self._until_stop(self._text[self._shown :])
-        rest, self._tail, self._pending, self._text, self._shown = self._tail, "", [], "", 0
-        return piece + rest
+        """The rest of the text, once no token follows: what was held back."""
+        return "" if self.stopped else self._until_stop(self._text[self._shown :]) + self._tail
 
     def split(self, tokens: Iterable[int]) -> list[str]:
         """The text that each token of a whole answer adds; joined, they are the text.
@@ -137,11 +132,9 @@ class Detokenizer:
 
     def _shorten(self) -> None:
         """Forget pending tokens that cannot change any more, so that they stay few."""
-        if (
-            len(self._pending) > MOST_BYTES
-            and self._shown
-            and BROKEN + self._behind(self._pending[1:]) == self._text
-        ):  # the first is a byte that fits nowhere
+        told = self._shown and len(self._pending) > MOST_BYTES
+        if told and BROKEN + self._behind(self._pending[1:]) == self._text:
+            # The first is a byte that fits nowhere.
             self._pending, self._text = self._pending[1:], self._text[1:]
             self._shown -= 1
         if len(self._pending) > WINDOW:

@@ -11,7 +11,7 @@ from vlcache_jax.buckets import Buckets, bucket_for, default_buckets, padding_sh
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.calibration import KV_LAYERS, Calibration
-from vlcache_jax.checkpoint import Progress, load_params, open_checkpoint, resolve
+from vlcache_jax.checkpoint import Progress, open_checkpoint, resolve
 from vlcache_jax.config import LlavaConfig, read_json, token_ids
 from vlcache_jax.processing import Processor
 from vlcache_jax.report import count_parameters, kv_bits, memory_need, token_bytes
@@ -30,7 +30,7 @@ def load(
     lazy: bool = False,
     progress: Progress | None = None,
 ) -> VLM:
-    """Open a LLaVA checkpoint.
+    """Open a LLaVA checkpoint: a model ready to answer, on the default device.
 
     Where `calibrate` has left its file beside the weights, it says which layers `AKVQ` takes for
     text-salient.
@@ -44,16 +44,12 @@ def load(
         backend: "triton", "cudnn" (prefill's attention only) or "xla"; by default what the
             environment variable VLCACHE_BACKEND names, else the best that supports the case.
         transform: fold the Walsh-Hadamard transform of the values into each layer as it is read,
-            for a quantized cache with the transform (`AKVQ`): else its first use makes folded
-            copies of the attention's weights beside the others. Every method runs on folded
-            parameters.
+            for a quantized cache with the transform (`AKVQ`), whose first use else makes folded
+            copies of the attention's weights. Every method runs on folded parameters.
         revision: branch, tag or commit of a hub id; its main branch by default.
         lazy: read the parameters when they are first needed, not now; everything that can be
             checked without reading them is checked now all the same.
-        progress: called with the bytes done and the bytes in all while parameters are read.
-
-    Returns:
-        A model ready to answer, on the default device.
+        progress: called after each parameter with its piece, the bytes done and those in all.
 
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
@@ -73,7 +69,7 @@ def load(
     processor = Processor.from_pretrained(path, config, buckets)
     vlm = VLM(
         config,
-        lambda: load_params(checkpoint, kind, progress, transform=transform),
+        lambda: checkpoint.load(kind, progress, transform=transform),
         processor,
         stop_ids=_stop_ids(path, config, processor),
         name=str(model),
@@ -103,9 +99,8 @@ def describe(
     cache: CacheMethod | None = None,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """Facts about a model from its configuration alone, as plain values for JSON.
-
-    Of the model in this package, the pictures that come with it too.
+    """Facts about a model from its configuration alone, as plain values for JSON; of the model in
+    this package, the pictures that come with it too.
 
     Args:
         model: a directory in Hugging Face format, a directory made by `python -m convert`, a hub

@@ -19,15 +19,11 @@ ROLES = "system", "user", "assistant"
 
 def is_one(text: Any) -> bool:
     """Whether this is one prompt, a string or a conversation, and not a list of several."""
-    if isinstance(text, str):
-        return True
     is_list = isinstance(text, list | tuple) and len(text) > 0
-    return is_list and all(isinstance(message, Mapping) for message in text)
+    return isinstance(text, str) or (is_list and all(isinstance(part, Mapping) for part in text))
 
 
-def conversation(
-    text: Text, num_images: int, mark: str, *, raw: bool = False
-) -> list[dict[str, Any]]:
+def conversation(text: Text, num_images: int, mark: str, raw: bool) -> list[dict[str, Any]]:
     """A prompt as messages whose contents are lists of parts, with a part for each picture.
 
     Pictures stand where parts or marks are; without either in front of the first user message.

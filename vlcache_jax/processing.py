@@ -9,6 +9,7 @@ put on a device here.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +20,7 @@ from PIL import Image
 from vlcache_jax.anyres import NEWLINE, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets
 from vlcache_jax.config import REMOTE_CODE, LlavaConfig, first_line
-from vlcache_jax.detokenize import BROKEN, Detokenizer
+from vlcache_jax.detokenize import Detokenizer
 from vlcache_jax.images import ImageLike, Images, load_image, name_of
 from vlcache_jax.messages import Text, conversation, is_one
 
@@ -150,9 +151,7 @@ class Processor:
 
     def decode(self, token_ids: Sequence[int] | Array) -> str:
         """Text of token ids `[n]`, special tokens left out: what a `detokenizer` makes of them."""
-        ids = [int(i) for i in np.asarray(token_ids).reshape(-1)]
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return "".join(self.detokenizer().split(ids)) if BROKEN in text else text
+        return "".join(self.detokenizer().split(np.asarray(token_ids).ravel()))
 
     def detokenizer(
         self, stop: str | Sequence[str] = (), *, special_tokens: bool = False
@@ -170,10 +169,7 @@ class Processor:
         # transformers cleans up what some tokenizers decode, though not that of byte-pair ones.
         pairs = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
         cleans = tokenizer.clean_up_tokenization_spaces and not pairs
-
-        def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=not special_tokens))
-
+        decode = partial(tokenizer.decode, skip_special_tokens=not special_tokens)
         return Detokenizer(decode, stop, lookahead=CLEANED if cleans else 0)
 
     def __call__(
@@ -183,7 +179,7 @@ class Processor:
         *,
         raw_prompt: bool = False,
     ) -> ModelInputs:
-        """Make the inputs of one prompt or of a batch of prompts.
+        """Make the inputs of a batch of prompts, padded to `buckets`; one alone is a batch of one.
 
         Args:
             images: for one prompt: None, an image or a list of images; for a list of prompts:
@@ -191,14 +187,10 @@ class Processor:
                 a PIL image or a uint8 array [height, width, 3].
             text: one prompt or a list of them. A prompt is a string, what the user says, or a
                 conversation: a list of `{"role": ..., "content": ...}` (see `messages.Messages`).
-                `<image>` marks, and the `{"type": "image"}` parts of a conversation, say where the
-                images go. Without either they come first in the first user message. The
-                checkpoint's chat template makes one text of it, with the beginning of the answer,
-                and may move the images (the one of LLaVA-1.5 puts them first).
+                `<image>` marks or `{"type": "image"}` parts say where the images go; without
+                either they come first in the first user message. The checkpoint's chat template
+                makes one text of it and may move the images (LLaVA-1.5's puts them first).
             raw_prompt: take a string as it is, with a mark for each image and no chat template.
-
-        Returns:
-            The inputs, padded to `buckets`; a prompt alone is a batch of one.
 
         Raises:
             FileNotFoundError: an image file does not exist.
@@ -228,8 +220,7 @@ class Processor:
 
         Raises:
             FileNotFoundError: an image file does not exist.
-            ValueError: `size` is below 1, an image cannot be read, a prompt is empty, malformed or
-                too long, or the chat template refuses it.
+            ValueError: `size` is below 1, an image cannot be read, or a prompt is refused.
         """
         if size is not None and size < 1:
             raise ValueError(f"groups of {size} prompts: at least 1")
@@ -244,9 +235,7 @@ class Processor:
 
     def _row(self, images: list[ImageLike], text: Text, *, raw_prompt: bool) -> _Row:
         prompt = self._render(text, len(images), raw_prompt)  # cheap errors before slow images
-        pictures = [load_image(image) for image in images]
-        for source, picture in zip(images, pictures, strict=True):
-            self._refuse_thin(picture, name_of(source))
+        pictures = [self._load(image) for image in images]
         bos = self.tokenizer.bos_token
         encoded = self._processor(
             images=pictures or None,
@@ -254,18 +243,25 @@ class Processor:
             add_special_tokens=not (bos and prompt.startswith(bos)),
             return_tensors="np",
         )
-        tokens = np.asarray(encoded["input_ids"][0], dtype=np.int32)
         sizes = [(picture.height, picture.width) for picture in pictures]
-        visual = [visual_rows(size, self.config) for size in sizes]
-        self._check(tokens, sum(map(len, visual)), sizes)
-        return _Row(tokens, visual, self._tiles(encoded.get("pixel_values"), sizes))
+        pixels = encoded.get("pixel_values", ())  # of each image [3, H, W], or NeXT's [tiles, ...]
+        row = _Row(
+            np.asarray(encoded["input_ids"][0], np.int32),
+            [visual_rows(size, self.config) for size in sizes],
+            [
+                image.reshape(-1, *image.shape[-3:])[: num_tiles(size, self.config)]
+                for image, size in zip(pixels, sizes, strict=True)
+            ],
+        )
+        self._check(row, sizes)
+        return row
 
     def _render(self, text: Text, num_images: int, raw_prompt: bool) -> str:
         """The prompt with one mark per image, chat template applied."""
         mark = self._mark
         if raw_prompt and not isinstance(text, str):
             raise ValueError("raw_prompt takes a string, not messages: leave one of them out")
-        messages = conversation(text, num_images, mark, raw=raw_prompt)
+        messages = conversation(text, num_images, mark, raw_prompt)
         if raw_prompt:
             return str(text)
         remedy = "write the whole prompt yourself and pass raw_prompt=True (--raw-prompt)"
@@ -289,29 +285,29 @@ class Processor:
             )
         return rendered
 
-    def _refuse_thin(self, picture: Image.Image, name: str) -> None:
-        """Keep Pillow's limit where LLaVA-1.5's processor enlarges an image before cropping it."""
-        limit = Image.MAX_IMAGE_PIXELS
-        if self.config.family != "llava" or limit is None:
-            return
-        short, long = sorted(picture.size)
-        pixels = long * long if self.image_processor.do_pad else 0
-        pixels = max(pixels, self.config.vision.image_size**2 * long // short)
-        if pixels > limit:
-            raise ValueError(
-                f"{name} of {picture.width} x {picture.height} pixels is too thin: resizing it "
-                f"would take {pixels} pixels, more than Pillow's limit of {limit}; crop it"
-            )
+    def _load(self, source: ImageLike) -> Image.Image:
+        """An image, within Pillow's limit even when LLaVA-1.5's processor has enlarged it."""
+        picture, limit = load_image(source), Image.MAX_IMAGE_PIXELS
+        if self.config.family == "llava" and limit is not None:
+            short, long = sorted(picture.size)
+            pixels = long * long if self.image_processor.do_pad else 0
+            pixels = max(pixels, self.config.vision.image_size**2 * long // short)
+            if pixels > limit:
+                raise ValueError(
+                    f"{name_of(source)} of {picture.width} x {picture.height} pixels is too thin: "
+                    f"resizing it would take {pixels} pixels, more than Pillow's limit of {limit}; "
+                    "crop it"
+                )
+        return picture
 
-    def _check(self, tokens: np.ndarray, visual: int, sizes: list[tuple[int, int]]) -> None:
-        """Refuse ids `[m]` that the model cannot take: `visual` of them are for images."""
-        config, limit = self.config, self.config.text.max_positions
-        is_image = tokens == config.image_token_id
-        if np.count_nonzero(is_image) != visual:
+    def _check(self, row: _Row, sizes: list[tuple[int, int]]) -> None:
+        """Refuse what was made of images of these (height, width) if the model cannot take it."""
+        config, tokens, limit = self.config, row.tokens, self.config.text.max_positions
+        is_image, visual = tokens == config.image_token_id, sum(map(len, row.visual))
+        if (made := np.count_nonzero(is_image)) != visual:
             raise ValueError(
-                f"the processor made {np.count_nonzero(is_image)} image tokens of images of "
-                f"(height, width) {sizes}, but the model has {visual}: use the processor files of "
-                "the same checkpoint"
+                f"the processor made {made} image tokens of images of (height, width) {sizes}, but "
+                f"the model has {visual}: use the processor files of the same checkpoint"
             )
         if not tokens.size:
             raise ValueError("the prompt has no tokens: give a longer text")
@@ -326,20 +322,12 @@ class Processor:
                 f"the tokenizer gave id {highest}, but the model's vocabulary has "
                 f"{config.text.vocab_size} entries: use the tokenizer files of the same checkpoint"
             )
-
-    def _tiles(self, pixels: np.ndarray | None, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
-        """The tiles of each image of a prompt, without the processor's padding."""
-        if pixels is None:
-            return []
-        if self.config.family == "llava":
-            pixels = pixels[:, None]  # [images, 1, 3, side, side], as of LLaVA-NeXT
-        side = self.config.vision.image_size
-        if pixels.shape[2:] != (3, side, side):
+        side = config.vision.image_size
+        if row.tiles and row.tiles[0].shape[1:] != (3, side, side):
             raise ValueError(
-                f"the processor made tiles of shape {pixels.shape[2:]}, but the model's image_size "
-                f"is {side}: use the processor files of the same checkpoint"
+                f"the processor made tiles of shape {row.tiles[0].shape[1:]}, but the model's "
+                f"image_size is {side}: use the processor files of the same checkpoint"
             )
-        return [pixels[i, : num_tiles(size, self.config)] for i, size in enumerate(sizes)]
 
     def _pad(self, rows: list[_Row], t: int, s: int) -> ModelInputs:
         """The rows as arrays of T prompt rows and S tiles."""

@@ -1,8 +1,7 @@
 """Names and layouts of the weights: Hugging Face's tensors and this library's parameters.
 
-One table says for each parameter which tensors it holds and where they lie in it. Both directions
-read the same table: a tensor is copied into its view of the parameter, or out of it, so that each
-direction is the exact inverse of the other.
+One table says for each parameter which tensors it holds and where they lie in it. A tensor is
+copied into its view of the parameter, or out of it: the directions are each other's exact inverse.
 
 A parameter's name is its path in the tree of `abstract_params`, joined by dots: `layers.3.qkv`. A
 tensor's name is spelled as on the Hugging Face hub; the other spellings are translated first.
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.config import LlavaConfig
@@ -21,14 +20,10 @@ from vlcache_jax.models.llava import abstract_params
 
 Shape = tuple[int, ...]
 
-DTYPES: dict[str, np.dtype] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
+DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 """The number types that parameters may have."""
 
-FLOAT_KINDS = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"], "F16": DTYPES["float16"]}
+FLOAT_KINDS: dict[str, np.dtype] = dict(zip(("F32", "BF16", "F16"), DTYPES.values(), strict=True))
 """The same by the name that safetensors gives them."""
 
 LM_HEAD = "language_model.lm_head.weight"
@@ -45,7 +40,7 @@ def parse_dtype(dtype: Any) -> np.dtype:
         ValueError: it is not float32, bfloat16 or float16.
     """
     try:
-        name = np.dtype(DTYPES.get(dtype, dtype)).name
+        name = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
     if name not in DTYPES:
@@ -54,47 +49,38 @@ def parse_dtype(dtype: Any) -> np.dtype:
 
 
 Parts: TypeAlias = list[tuple[np.ndarray, Shape]]
-"""The tensors inside a parameter: of each a view of its elements, in its order, and its own shape,
-which merges axes of the view (-1 for what is left)."""
+"""The tensors inside a parameter: of each its view, and its own shape, which merges axes of that
+(-1 for what is left)."""
 
 
 def _same(x: np.ndarray) -> Parts:
     return [(x, x.shape)]
 
 
-def _transposed(x: np.ndarray) -> Parts:
-    return _same(x.T)
+def _kernel(x: np.ndarray) -> Parts:
+    """[in ..., out]: [out, in]."""
+    return [(np.moveaxis(x, -1, 0), (x.shape[-1], -1))]
 
 
-def _patches(x: np.ndarray) -> Parts:
-    """[3, p, p, D]: the kernel of a convolution, [D, 3, p, p]."""
-    return _same(x.transpose(3, 0, 1, 2))
+def _stacked(x: np.ndarray) -> Parts:
+    """[in, n, out ...]: n times [out, in]."""
+    return [(np.moveaxis(x[:, i], 0, -1), (-1, x.shape[0])) for i in range(x.shape[1])]
+
+
+def _stacked_bias(x: np.ndarray) -> Parts:
+    """[n, out ...]: n times [out]."""
+    return [(x[i], (-1,)) for i in range(x.shape[0])]
 
 
 def _grouped_qkv(x: np.ndarray) -> Parts:
     """[D, K, G + 2, H]: q [K * G * H, D] (query head n = k * G + g), k and v [K * H, D]."""
-    heads = x.transpose(1, 2, 3, 0)  # [K, G + 2, H, D]
+    heads = np.moveaxis(x, 0, -1)  # [K, G + 2, H, D]
     return [(heads[:, rows], (-1, x.shape[0])) for rows in (slice(-2), -2, -1)]
 
 
-def _qkv(x: np.ndarray) -> Parts:
-    """[D, 3, N, H]: q, k and v [N * H, D]."""
-    return [(x[:, i].transpose(1, 2, 0), (-1, x.shape[0])) for i in range(3)]
-
-
-def _qkv_bias(x: np.ndarray) -> Parts:
-    """[3, N, H]: three times [N * H]."""
-    return [(x[i], (-1,)) for i in range(3)]
-
-
-def _out(x: np.ndarray) -> Parts:
-    """[heads ..., H, D]: [D, heads * H]."""
-    return [(np.moveaxis(x, -1, 0), (x.shape[-1], -1))]
-
-
-def _gate_up(x: np.ndarray) -> Parts:
-    """[D, 2, F]: gate and up [F, D]."""
-    return [(x[:, i].T, (-1, x.shape[0])) for i in range(2)]
+def _patches(x: np.ndarray) -> Parts:
+    """[3, p, p, D]: the kernel of a convolution, [D, 3, p, p]."""
+    return _same(np.moveaxis(x, -1, 0))
 
 
 _TOWER = "vision_tower.vision_model."
@@ -107,23 +93,20 @@ def _qkv_names(layer: str, kind: str) -> tuple[str, ...]:
 
 
 # Parameters, the layout of each and its tensors; `{}` stands for the layer.
-_TABLE: dict[str, tuple[Callable[[np.ndarray], Parts], tuple[str, ...]]] = {
-    "vision.patch_embedding": (_patches, (_TOWER + "embeddings.patch_embedding.weight",)),
-    "vision.class_embedding": (_same, (_TOWER + "embeddings.class_embedding",)),
-    "vision.position_embedding": (_same, (_TOWER + "embeddings.position_embedding.weight",)),
-    "vision.layers.{}.qkv": (_qkv, _qkv_names(_TOWER_LAYER, "weight")),
-    "vision.layers.{}.qkv_bias": (_qkv_bias, _qkv_names(_TOWER_LAYER, "bias")),
-    "vision.layers.{}.out": (_out, (_TOWER_LAYER + "self_attn.out_proj.weight",)),
-    "vision.layers.{}.out_bias": (_same, (_TOWER_LAYER + "self_attn.out_proj.bias",)),
-    "projector.newline": (_same, ("image_newline",)),
-    "embed.embedding": (_same, (EMBEDDING,)),
-    "layers.{}.qkv": (_grouped_qkv, _qkv_names(_LAYER, "weight")),
-    "layers.{}.out": (_out, (_LAYER + "self_attn.o_proj.weight",)),
-    "layers.{}.gate_up": (
-        _gate_up,
-        (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
-    ),
-    "layers.{}.down": (_transposed, (_LAYER + "mlp.down_proj.weight",)),
+_TABLE: dict[str, tuple[Callable[[np.ndarray], Parts], *tuple[str, ...]]] = {
+    "vision.patch_embedding": (_patches, _TOWER + "embeddings.patch_embedding.weight"),
+    "vision.class_embedding": (_same, _TOWER + "embeddings.class_embedding"),
+    "vision.position_embedding": (_same, _TOWER + "embeddings.position_embedding.weight"),
+    "vision.layers.{}.qkv": (_stacked, *_qkv_names(_TOWER_LAYER, "weight")),
+    "vision.layers.{}.qkv_bias": (_stacked_bias, *_qkv_names(_TOWER_LAYER, "bias")),
+    "vision.layers.{}.out": (_kernel, _TOWER_LAYER + "self_attn.out_proj.weight"),
+    "vision.layers.{}.out_bias": (_same, _TOWER_LAYER + "self_attn.out_proj.bias"),
+    "projector.newline": (_same, "image_newline"),
+    "embed.embedding": (_same, EMBEDDING),
+    "layers.{}.qkv": (_grouped_qkv, *_qkv_names(_LAYER, "weight")),
+    "layers.{}.out": (_kernel, _LAYER + "self_attn.o_proj.weight"),
+    "layers.{}.gate_up": (_stacked, _LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
+    "layers.{}.down": (_kernel, _LAYER + "mlp.down_proj.weight"),
 }
 # Norms (scale and bias) and linear layers (kernel and bias).
 _MODULES = {
@@ -141,9 +124,9 @@ _MODULES = {
     "head": "language_model.lm_head",
 }
 for _ours, _theirs in _MODULES.items():
-    _TABLE[f"{_ours}.scale"] = _same, (f"{_theirs}.weight",)
-    _TABLE[f"{_ours}.kernel"] = _transposed, (f"{_theirs}.weight",)
-    _TABLE[f"{_ours}.bias"] = _same, (f"{_theirs}.bias",)
+    _TABLE[f"{_ours}.scale"] = _same, f"{_theirs}.weight"
+    _TABLE[f"{_ours}.kernel"] = _kernel, f"{_theirs}.weight"
+    _TABLE[f"{_ours}.bias"] = _same, f"{_theirs}.bias"
 
 # Applied in this order; each leaves the hub's spelling as it is.
 _SPELLINGS = (
@@ -194,19 +177,18 @@ def piece_of(name: str) -> tuple[str, str]:
     return piece, leaf
 
 
-def _row(name: str) -> tuple[Callable[[np.ndarray], Parts], list[str]]:
-    """The layout of a parameter and the names of its tensors."""
+def _parts(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray, Shape]]:
+    """The tensors inside a parameter: hub name of each, its view and its own shape."""
     layer = r"(?<=layers\.)\d+"
-    layout, tensors = _TABLE[re.sub(layer, "{}", name)]
-    return layout, [tensor.format(*re.findall(layer, name)) for tensor in tensors]
+    layout, *tensors = _TABLE[re.sub(layer, "{}", name)]
+    names = [tensor.format(*re.findall(layer, name)) for tensor in tensors]
+    return [(tensor, *part) for tensor, part in zip(names, layout(array), strict=True)]
 
 
 def tensors_of(name: str, shape: Shape) -> dict[str, Shape]:
     """Hub names and shapes of the tensors that make up a parameter."""
-    layout, names = _row(name)
     nothing = np.broadcast_to(np.uint8(0), shape)  # a shape without memory
-    parts = zip(names, layout(nothing), strict=True)
-    return {tensor: view.reshape(merged).shape for tensor, (view, merged) in parts}
+    return {tensor: view.reshape(own).shape for tensor, view, own in _parts(name, nothing)}
 
 
 def join(name: str, shape: Shape, dtype: np.dtype, tensors: Iterable[np.ndarray]) -> np.ndarray:
@@ -217,22 +199,20 @@ def join(name: str, shape: Shape, dtype: np.dtype, tensors: Iterable[np.ndarray]
     Raises:
         ValueError: a finite value is beyond the range of float16.
     """
-    layout, _ = _row(name)
     array = np.empty(shape, dtype)
-    for (view, _), tensor in zip(layout(array), tensors, strict=True):
+    for (_, view, _), tensor in zip(_parts(name, array), tensors, strict=True):
         _copy(cast(tensor, dtype, name).reshape(view.shape), view)
     return array
 
 
 def split(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a parameter, contiguous, with their hub names: the inverse of `join`."""
-    layout, names = _row(name)
-    for tensor, (view, merged) in zip(names, layout(array), strict=True):
+    for tensor, view, own in _parts(name, array):
         whole = view
         if not whole.flags.c_contiguous:
             whole = np.empty(view.shape, array.dtype)
             _copy(np.moveaxis(view, -1, 0), np.moveaxis(whole, -1, 0))
-        yield tensor, whole.reshape(merged)
+        yield tensor, whole.reshape(own)
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -301,17 +281,16 @@ def refuse_differences(
     found: Mapping[str, object],
     problems: Mapping[str, list[str]] | None = None,
 ) -> None:
-    """Refuse the arrays of a checkpoint if they are not the expected ones.
+    """Refuse a checkpoint whose arrays are not the expected ones.
 
     Args:
-        what: what is wrong with the checkpoint then.
+        what: how the error begins.
         expected: shape, or type and shape, of each array by its name.
         found: the same of the arrays that are there.
-        problems: what else was found wrong, by the kind of problem.
+        problems: what else is wrong, by the kind of problem.
 
     Raises:
-        ValueError: they differ, or there are `problems`. One message lists all of them, up to a
-            bound for each kind, with their number.
+        ValueError: all that is wrong, up to a bound for each kind, and how much it is.
     """
     problems = {
         "missing": [f"{name} {expected[name]}" for name in expected if name not in found],

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from convert.program import convert
 from tests.checkpoints import SPELLINGS, config_json, random_tensors, respell, write_model
-from vlcache_jax.checkpoint import load_params, open_checkpoint, resolve
+from vlcache_jax.checkpoint import open_checkpoint, resolve
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llava import abstract_params
 from vlcache_jax.weights import join, parameter_name, tensors_of
@@ -58,7 +58,7 @@ def _check_params(params, tensors, dtype):
 def test_load_reads_every_spelling_in_one_file_or_several(spelling, shards, tensors, tmp_path):
     named = {respell(name, spelling): array for name, array in tensors.items()}
     write_model(tmp_path, CONFIG, named, shards)
-    _check_params(load_params(tmp_path), tensors, ml_dtypes.bfloat16)
+    _check_params(open_checkpoint(tmp_path).load(), tensors, ml_dtypes.bfloat16)
 
 
 def test_load_reads_a_mixture_of_spellings(tensors, tmp_path):
@@ -66,14 +66,16 @@ def test_load_reads_a_mixture_of_spellings(tensors, tmp_path):
         respell(name, SPELLINGS[i % len(SPELLINGS)]): array
         for i, (name, array) in enumerate(tensors.items())
     }
-    _check_params(load_params(write_model(tmp_path, CONFIG, named)), tensors, ml_dtypes.bfloat16)
+    _check_params(
+        open_checkpoint(write_model(tmp_path, CONFIG, named)).load(), tensors, ml_dtypes.bfloat16
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_load_gives_the_type_asked_for(dtype, tensors, tmp_path, converted):
     write_model(tmp_path, CONFIG, tensors)
     for directory in (tmp_path, converted):
-        _check_params(load_params(directory, dtype=dtype), tensors, np.dtype(dtype))
+        _check_params(open_checkpoint(directory).load(dtype=dtype), tensors, np.dtype(dtype))
 
 
 def test_load_reports_its_progress(tensors, tmp_path, converted):
@@ -81,7 +83,7 @@ def test_load_reports_its_progress(tensors, tmp_path, converted):
     write_model(tmp_path, CONFIG, tensors)
     for directory in (tmp_path, converted):
         seen = []
-        load_params(directory, progress=lambda *step, seen=seen: seen.append(step))
+        open_checkpoint(directory).load(progress=lambda *step, seen=seen: seen.append(step))
         pieces = list(dict.fromkeys(piece for piece, _, _ in seen))
         assert pieces == ["vision", "projector", "embed", "layer_000", "layer_001", "head"]
         done = [step[1] for step in seen]
@@ -95,23 +97,23 @@ def test_mixed_types_need_a_choice(tensors, tmp_path):
     mixed["image_newline"] = mixed["image_newline"].astype(np.float32)
     write_model(tmp_path, CONFIG, mixed)
     with pytest.raises(ValueError, match="different number types: choose one, dtype=float32 or"):
-        load_params(tmp_path)
-    _check_params(load_params(tmp_path, dtype="float32"), mixed, np.float32)
+        open_checkpoint(tmp_path).load()
+    _check_params(open_checkpoint(tmp_path).load(dtype="float32"), mixed, np.float32)
 
 
 def test_tied_projection_is_left_out_only_if_it_is_the_embedding(tmp_path):
     config = config_json(tied=True)
     tied = random_tensors(config)
     embedding = tied["language_model.model.embed_tokens.weight"]
-    plain = load_params(write_model(tmp_path / "absent", config, tied))
+    plain = open_checkpoint(write_model(tmp_path / "absent", config, tied)).load()
     tied["lm_head.weight"] = embedding
-    stored = load_params(write_model(tmp_path / "present", config, tied))
+    stored = open_checkpoint(write_model(tmp_path / "present", config, tied)).load()
     assert "kernel" not in plain["head"]
     assert jax.tree.structure(plain) == jax.tree.structure(stored)
     tied["lm_head.weight"] = embedding + 1
     write_model(tmp_path / "differs", config, tied)
     with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
-        load_params(tmp_path / "differs")
+        open_checkpoint(tmp_path / "differs").load()
 
 
 def test_one_report_of_a_checkpoint_that_does_not_fit(tensors, tmp_path):
@@ -246,7 +248,7 @@ def test_a_damaged_array_is_named(tmp_path):
     largest = max(files, key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"embed is damaged \(.*convert the model again"):
-        load_params(directory)
+        open_checkpoint(directory).load()
 
 
 def test_resolve_prefers_a_directory(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from convert.program import convert
 from tests import hf
 from tests.checkpoints import SPELLINGS, read_tensors, respell, same_bits, write_model
 from tests.tiny import picture, tiny_processor
-from vlcache_jax.checkpoint import load_params
+from vlcache_jax.checkpoint import open_checkpoint
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.programs import Programs
 from vlcache_jax.weights import hub_name, parameter_shapes, tensors_of
@@ -69,7 +69,7 @@ def test_the_model_itself_reads_what_transformers_saved(tmp_path):
     """One number of each fused kernel, found through the module that transformers made."""
     model = hf.hf_model("llava_next", "llama", {"num_key_value_heads": 2})
     model.save_pretrained(tmp_path)
-    params = load_params(tmp_path)
+    params = open_checkpoint(tmp_path).load()
     decoder = model.model.language_model.layers[1]
     for k, g in ((0, 0), (0, 1), (1, 0), (1, 1)):
         query = decoder.self_attn.q_proj.weight[8 * (2 * k + g) + 3, 5].item()

@@ -62,16 +62,13 @@ class VisionTower(nnx.Module):
     def __call__(
         self, tiles: jax.Array, num_layers: int, *, attend: Attend, group: int = 20
     ) -> jax.Array:
-        """Patch features of each tile after `num_layers` layers, without the class token.
+        """Patch features [S, P, D] of the tiles, row-major over each, without the class token.
 
         Args:
             tiles: normalised pixels [S, 3, image_size, image_size].
             num_layers: how many layers to run.
             attend: the attention of a layer.
             group: most tiles encoded at a time, which bounds the memory of the activations.
-
-        Returns:
-            [S, P, D], row-major over the tile.
         """
         count = tiles.shape[0]
         size = max(n for n in range(1, min(count, group) + 1) if count % n == 0)

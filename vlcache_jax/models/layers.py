@@ -15,9 +15,9 @@ from pallas_kernels.add_rms_norm.xla import rms_norm
 DType = jnp.dtype | type
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DType, std: float = 0.02) -> nnx.Param:
-    """A parameter drawn from N(0, std^2)."""
-    return nnx.Param((std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype))
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DType) -> nnx.Param:
+    """A parameter drawn from N(0, 0.02^2)."""
+    return nnx.Param((0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype))
 
 
 def product(

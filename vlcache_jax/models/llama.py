@@ -29,9 +29,7 @@ Attend = Callable[[jax.Array], tuple[jax.Array, Kept]]
 
 
 class Residual(NamedTuple):
-    """The residual stream between two layers, x + delta, not yet added up.
-
-    The sum is made where it is normalised, in one pass.
+    """The residual stream between two layers, x + delta, added up where it is normalised.
 
     Attributes:
         x: [B, T, D].
