@@ -117,14 +117,12 @@ def layer(
     The cosines and sines of the token are any numbers: it is turned and stretched.
     """
     n, kv_heads = heads
-    new = NewToken(
-        draw(dtype, batch, kv_heads, n // kv_heads + 2, head_dim),
-        *(draw("float32", batch, head_dim // 2) for _ in range(2)),
-    )
-    pool = (draw(dtype, batch, kv_heads, rows, head_dim) for _ in range(2))
-    tails = (draw(dtype, batch, kv_heads, tail, head_dim) for _ in range(2))
+    cos, sin = (draw("float32", batch, head_dim // 2) for _ in range(2))
+    new = NewToken(draw(dtype, batch, kv_heads, n // kv_heads + 2, head_dim), cos, sin)
+    k, v = (draw(dtype, batch, kv_heads, rows, head_dim) for _ in range(2))
+    tail_k, tail_v = (draw(dtype, batch, kv_heads, tail, head_dim) for _ in range(2))
     offset, length, fill = (draw("int32", batch) for _ in range(3))
-    return new, Segment(*pool, offset, length), Tail(*tails, fill)
+    return new, Segment(k, v, offset, length), Tail(tail_k, tail_v, fill)
 
 
 def packed_rows(

@@ -114,8 +114,8 @@ def throughput(context: Context) -> dict[str, Any]:
     """The stage: as many sequences as fit, prefilled a few at a time, then decoded together."""
     limit = quick(context)
     case = _case(context, *((128, 1) if context.dry else (8192, 2)))
-    memory = 2**25 if context.dry else int(limit.memory)
-    load = largest.Load(replace(case, new_tokens=4 if context.dry else 33), memory)
+    case = replace(case, new_tokens=4 if context.dry else 33)
+    load = largest.Load(case, int(limit.memory), sequences=2 if context.dry else None)
     params, rows = init_params(case.config, dtype=jnp.dtype(case.dtype)), []
     for variant in (FULL, TENTH):
         rows.append(largest.run(load, variant, params, limit))

@@ -172,9 +172,13 @@ def cache_sets(
         bits, rows = (jnp.array(part, jnp.int32) for part in zip(*case.runs, strict=True))
         widths, words = tuple(map(int, bits)), sum(case.words)
         held = packed_rows(draw, batch, kv_heads, head_dim, widths, layers * words)
-        scale = jax.random.uniform(context.key(), held.affine_k.shape, minval=0.1, maxval=0.3)
-        affine = join_affine(scale, -1.5 * scale)
-        held = replace(held, affine_k=affine, affine_v=affine, rows=jnp.tile(rows, (batch, 1)))
+        shape = held.affine_k.shape
+        scales = (
+            jax.random.uniform(context.key(), shape, minval=0.1, maxval=0.3) for _ in range(2)
+        )
+        affine_k, affine_v = (join_affine(scale, -1.5 * scale) for scale in scales)
+        rows = jnp.tile(rows, (batch, 1))
+        held = replace(held, affine_k=affine_k, affine_v=affine_v, rows=rows)
         begins = jnp.cumsum(jnp.array([0, *case.words[:-1]], jnp.int32))
         sets = [
             (*own, replace(held, first=jnp.tile(index * words + begins, (batch, 1))))

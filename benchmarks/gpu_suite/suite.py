@@ -76,7 +76,8 @@ class Suite:
                     end = self.ends[stage.name] = self._end_of(stage)
                     say(f"{stage.name}: {end['status']} {end.get('why', '')}")
 
-    def _open(self, *, alone: bool = False) -> None:
+    def _open(self, *, alone: bool = False) -> Any:
+        """A new process in place of the one that there is."""
         self._stack.close()
         settings = {"JAX_PLATFORMS": "cpu"} if self.dry else {}
         settings |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if alone else {}
@@ -84,6 +85,7 @@ class Suite:
         self._process, self._alone = self._stack.enter_context(process), alone
         about = self._process.ask("start", START_S, **self._order)
         self.out, self._head = Path(about["out"]), about["head"]
+        return self._process
 
     def _end_of(self, stage: Stage) -> dict[str, Any]:
         """Run a stage, where it has no result and there is time."""
@@ -95,9 +97,9 @@ class Suite:
             return {"status": "no time", "why": why}
         limit, request = stage.most_s + GRACE_S, {"stage": stage.name, "deadline": self.deadline}
         try:
-            if self._process is None or stage.alone or self._alone:
-                self._open(alone=stage.alone)
-            end = self._process.ask("run", limit, **request)
+            fresh = self._process is None or stage.alone or self._alone
+            process: Any = self._open(alone=stage.alone) if fresh else self._process
+            end = process.ask("run", limit, **request)
         except PeerError as error:
             self._process, file = None, file_of(self.out, stage.name)
             kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else self._head

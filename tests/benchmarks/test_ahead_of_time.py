@@ -36,6 +36,11 @@ POOL_BYTES = 2 * math.prod(POOL.shape)
 STEPS = 100
 
 
+def sizes(compiled: jax.stages.Compiled) -> Any:
+    """The byte counts of a compiled program."""
+    return compiled.memory_analysis()
+
+
 def _put(pool: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice(pool, row, (0, 0, index, 0))
 
@@ -135,14 +140,14 @@ class TestSmallPrograms:
 
     def test_memory_of_a_program_that_writes_in_place(self):
         compiled = compile_for("h200", one_row_written, POOL, ROW, donate_argnums=(0,))
-        memory = compiled.memory_analysis()
+        memory = sizes(compiled)
         assert memory.argument_size_in_bytes == POOL_BYTES + POOL_BYTES // 512
         assert memory.output_size_in_bytes == memory.alias_size_in_bytes == POOL_BYTES
         assert memory.temp_size_in_bytes < 0.1 * POOL_BYTES
         assert memory.peak_memory_in_bytes < 1.1 * POOL_BYTES
 
     def test_memory_of_a_program_that_does_not(self):
-        memory = compile_for("h200", two_swapped, POOL, ROW).memory_analysis()
+        memory = sizes(compile_for("h200", two_swapped, POOL, ROW))
         assert memory.alias_size_in_bytes == 0
         assert memory.temp_size_in_bytes >= POOL_BYTES
         assert (
@@ -165,7 +170,7 @@ class TestSmallPrograms:
         assert "__gpu$xla.gpu.triton" in (compiled.as_text() or "")
         (device,) = compiled.output_shardings.device_set
         assert device.device_kind == GPUS[gpu].name
-        assert compiled.memory_analysis().argument_size_in_bytes == 64 * 64 * 4
+        assert sizes(compiled).argument_size_in_bytes == 64 * 64 * 4
 
 
 def test_an_unknown_gpu_is_refused():
@@ -222,7 +227,7 @@ def compiled(request):
     inputs = abstract_inputs(config, batch, rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     program = compile_for("h200", generate, abstract_params(config, jnp.bfloat16), inputs, key)
-    return Compiled(generate, batch, rows, program.memory_analysis(), program.as_text() or "")
+    return Compiled(generate, batch, rows, sizes(program), program.as_text() or "")
 
 
 @needs_plugin

@@ -8,23 +8,26 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 from unittest.mock import create_autospec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from benchmarks import device, measure
 from benchmarks.gpu_suite import __main__ as command
-from benchmarks.gpu_suite import bars, checks, end_to_end, speed, stages, worker
+from benchmarks.gpu_suite import bars, checks, end_to_end, flags, speed, stages, worker
 from benchmarks.gpu_suite import suite as suites
 from benchmarks.gpu_suite.stages import STAGES, Context
 from benchmarks.gpu_suite.suite import Suite
 from benchmarks.peers.process import PeerError, Process
 from benchmarks.roofline import WORKSPACE, Device
+from benchmarks.speed import __main__ as speed_command
 from benchmarks.speed import cases, presets
 from pallas_kernels.prefill_attention.config import Config
 from vlcache_jax.report import pool_bytes
@@ -61,11 +64,22 @@ def shallow():
     return {"demo": replace(demo, text=text, vision=vision, vision_layers=1)}
 
 
+def command_here(arguments, **_):
+    """`python -m benchmarks.speed`, which has tests of its own, without a process."""
+    assert arguments[1:3] == ["-m", "benchmarks.speed"]
+    app = typer.Typer()
+    app.command()(speed_command.main)
+    done = CliRunner().invoke(app, arguments[3:])
+    return SimpleNamespace(returncode=done.exit_code, stdout=done.stdout, stderr=done.output)
+
+
 def suite(out, *arguments):
     """The command, without a process of its own: its exit code and what it reports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "Suite", partial(Suite, start=Here))
-        patch.setattr(cases, "models", shallow)
+        for module in (cases, speed_command):
+            patch.setattr(module, "models", shallow)
+        patch.setattr(flags, "subprocess", SimpleNamespace(run=command_here))
         patch.setattr(
             end_to_end, "compare", create_autospec(end_to_end.compare, return_value=COMPARED)
         )
@@ -181,8 +195,8 @@ class Fake(Here):
         return {"status": "ok", "seconds": 1, "healthy": request["stage"] != "speed_decode"}
 
 
-def of(out, *names, dry=True, left=60.0, start=Fake):
-    settings = {"dry": dry, "force": False, "environment": {"commit": "none"}, "start": start}
+def of(out, *names, dry=True, left=60.0, start: Any = Fake):
+    settings: Any = {"dry": dry, "force": False, "environment": {"commit": "none"}, "start": start}
     return Suite(names, str(out), deadline=time.time() + left, **settings)
 
 
