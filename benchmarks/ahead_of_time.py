@@ -1,9 +1,8 @@
 """Compile a whole program for a named GPU on a machine that has none.
 
 `compile_for("h200", function, *args)` gives the executable that a machine with that GPU would run:
-its byte counts (`Memory`) and its optimised code (`compiled.as_text()`), of models that no laptop
-could hold, since arguments are shapes alone. What that code does inside of its loops is read by
-loops.py. Autotuning needs the GPU and is left out.
+its byte counts and its optimised code, of models that no laptop could hold, since arguments are
+shapes alone. Autotuning needs the GPU and is left out.
 
 It needs the CUDA plugin, `pip install 'vlcache-jax[cuda]'`. Without a GPU the plugin starts only
 where nobody asks it for one: with `JAX_PLATFORMS=cpu` in the environment.
@@ -12,7 +11,7 @@ where nobody asks it for one: with `JAX_PLATFORMS=cpu` in the environment.
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -73,32 +72,28 @@ class Gpu:
         """
 
 
+_H200 = Gpu(
+    name="NVIDIA H200",
+    capability=(9, 0),
+    features="ACCELERATED_FEATURES",
+    memory=150_754_820_096,
+    bandwidth=4_800_000_000_000,
+    l2_cache=62_914_560,
+    cores=132,
+    lanes=128,
+    clock_ghz=1.98,
+    shared_memory=233_472,
+    block_shared_memory=232_448,
+)
+
 GPUS: Mapping[str, Gpu] = {
-    "h200": Gpu(
-        name="NVIDIA H200",
-        capability=(9, 0),
-        features="ACCELERATED_FEATURES",
-        memory=150_754_820_096,
-        bandwidth=4_800_000_000_000,
-        l2_cache=62_914_560,
-        cores=132,
-        lanes=128,
-        clock_ghz=1.98,
-        shared_memory=233_472,
-        block_shared_memory=232_448,
-    ),
-    "h100": Gpu(
+    "h200": _H200,
+    "h100": replace(
+        _H200,
         name="NVIDIA H100 80GB HBM3",
-        capability=(9, 0),
-        features="ACCELERATED_FEATURES",
         memory=84_942_979_072,
         bandwidth=3_352_320_000_000,
         l2_cache=52_428_800,
-        cores=132,
-        lanes=128,
-        clock_ghz=1.98,
-        shared_memory=233_472,
-        block_shared_memory=232_448,
     ),
     "a100": Gpu(
         name="NVIDIA A100-SXM4-80GB",
@@ -115,37 +110,6 @@ GPUS: Mapping[str, Gpu] = {
     ),
 }
 """The GPUs that can be named. Memory and caches as the driver reports them."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of device memory that a program needs.
-
-    Attributes:
-        arguments: what is passed in.
-        outputs: what is handed back, the aliased part included.
-        temporaries: what lives only inside.
-        aliased: outputs that lie in donated arguments.
-        peak: most that is in use at one time, everything included.
-    """
-
-    arguments: int
-    outputs: int
-    temporaries: int
-    aliased: int
-    peak: int
-
-    @classmethod
-    def of(cls, compiled: jax.stages.Compiled) -> "Memory":
-        """The byte counts of a compiled program."""
-        stats: Any = compiled.memory_analysis()
-        return cls(
-            arguments=stats.argument_size_in_bytes,
-            outputs=stats.output_size_in_bytes,
-            temporaries=stats.temp_size_in_bytes,
-            aliased=stats.alias_size_in_bytes,
-            peak=stats.peak_memory_in_bytes,
-        )
 
 
 def compile_for(
@@ -197,12 +161,9 @@ def _sharding(gpu: str) -> jax.sharding.Sharding:
 
 def plugin_version() -> str | None:
     """Version of the installed CUDA plugin, None where there is none."""
-    found = (item.version for item in metadata.distributions() if _is_plugin(item.name))
+    plugin = re.compile(r"jax[-_]cuda\d+[-_]plugin")
+    found = (item.version for item in metadata.distributions() if plugin.fullmatch(item.name or ""))
     return next(found, None)
-
-
-def _is_plugin(name: str | None) -> bool:
-    return re.fullmatch(r"jax[-_]cuda\d+[-_]plugin", name or "") is not None
 
 
 def _missing_plugin() -> str:

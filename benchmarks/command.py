@@ -1,12 +1,21 @@
-"""What the benchmarks' commands share: how they take input, and how they show how far they are."""
+"""What the benchmarks' commands share: how they take input, and how they give their results."""
 
+import json
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.environment import write_result
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.", dir_okay=False)]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 
 
 def check_out(out: Path | None, *, force: bool) -> None:
@@ -46,3 +55,23 @@ def counting_bar(console: Console, *, transient: bool = False) -> Progress:
         transient=transient,
         disable=not console.is_terminal,
     )
+
+
+def finish(result: dict[str, Any], text: str, *, as_json: bool, out: Path | None) -> None:
+    """Write a result to its file, and print it; what failed is said on the standard error stream.
+
+    Args:
+        result: what JSON holds; the reason of what failed is a row's "exception" or "error".
+        text: what the result says, in Markdown.
+        as_json: print JSON in place of the text.
+        out: the file; None for none.
+    """
+    if out is not None:
+        write_result(out, result)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console(width=max(130, Console().width)).print(Markdown(text))
+    failed = (row.get("exception") or row.get("error") for row in result.get("rows", ()))
+    for reason in dict.fromkeys(filter(None, failed)):
+        Console(stderr=True).print(reason, style="red", markup=False)

@@ -5,7 +5,6 @@ In turns with it: the sum of the whole pool, the least that reading it costs, an
 """
 
 import importlib
-import json
 import sys
 from functools import partial
 from itertools import product
@@ -19,9 +18,9 @@ import numpy as np
 import typer
 
 from benchmarks import device, measure
-from benchmarks.command import bad_input, check_out
+from benchmarks.command import AsJson, Force, Out, bad_input, check_out, finish
 from benchmarks.documents import NOT_MEASURED, table
-from benchmarks.environment import commit_of, environment, write_result
+from benchmarks.environment import commit_of, environment
 from pallas_kernels.ragged_decode_attention import xla
 
 KV_HEADS, HEAD_DIM, TAIL = 8, 64, 128
@@ -99,9 +98,9 @@ def main(
     dtype: Annotated[list[str] | None, typer.Option(help="float32 by default.")] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Samples of each timing.")] = 20,
     beside: Annotated[Path | None, typer.Option(help="Another checkout.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    as_json: AsJson = False,
+    out: Out = None,
+    force: Force = False,
 ) -> None:
     """Time decode attention of 8 sequences at 8k and of one at 1k, from all rows and from a tenth.
 
@@ -119,9 +118,7 @@ def main(
         rows.append(measured({"context": context, "batch": batch, **values}, modules, repeats))
     other = {} if beside is None else {OTHER: commit_of(beside)}
     result = {**environment(), **device.describe(need_gpu=False), **other, "rows": rows}
-    if out is not None:
-        write_result(out, result)
-    print(json.dumps(result) if as_json else part(result))
+    finish(result, part(result), as_json=as_json, out=out)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -54,18 +52,10 @@ def _no_gpu(reason: str) -> str:
 
 
 def _driver() -> str | None:
-    """Version of the GPU's driver, as far as anything here knows it."""
-    if program := shutil.which("nvidia-smi"):
-        query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.split()[0]
+    """Version of the GPU's driver; None where `nvidia-smi` does not tell."""
     try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    found = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", text)
-    return found[0] if found else None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None

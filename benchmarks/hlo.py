@@ -73,22 +73,21 @@ def _read_line(match: re.Match[str]) -> Instruction:
     start = rest.index("(", kind_end)
     stop = _closing(rest, start)
     attributes = re.split(", (?:metadata|backend_config)=", rest[stop:], maxsplit=1)[0]
-    arrays = _ARRAY.findall(rest[:kind_end])
+    arrays = [
+        (kind, math.prod(int(side) for side in sides.split(",") if side))
+        for kind, sides in _ARRAY.findall(rest[:kind_end])
+    ]
     index = _INDEX.search(f" {opcode}{rest[start:stop]}{attributes}")
     path = _PATH.search(rest[stop:])
     return Instruction(
         name=match[2],
         root=match[1] is not None,
-        sizes=tuple(
-            math.prod(int(side) for side in sides.split(",") if side) for _, sides in arrays
-        ),
+        sizes=tuple(size for _, size in arrays),
         kinds=tuple(kind for kind, _ in arrays),
         opcode=opcode,
         operands=tuple(_NAME.findall(rest[start:stop])),
         index=int(index[1]) if index else None,
-        called=tuple(
-            name for names in _CALLED.findall(attributes) for name in _NAME.findall(names)
-        ),
+        called=tuple(_NAME.findall(" ".join(_CALLED.findall(attributes)))),
         path=path[1] if path else None,
         text=f"%{match[2]} = {rest[:stop]}{attributes}",
     )

@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,6 @@ from benchmarks.hlo import Computation, Instruction, parse
 def loop_copies(hlo_text: str, shape: tuple[int, ...]) -> list[str]:
     """Find what writes a whole array of this size inside a loop.
 
-    Every computation that a while loop reaches is read: nested loops, branches, calls, fusions.
     Listed is each instruction there that fills a buffer of as many elements: copies, transposes,
     selects, conversions, and an update of a part that cannot happen in place, because the array
     before the update is still needed. XLA merges, splits and permutes dimensions as it likes, so
@@ -32,41 +31,35 @@ def loop_copies(hlo_text: str, shape: tuple[int, ...]) -> list[str]:
         The instructions, without metadata; empty where such arrays are only read or updated in
         place.
     """
-    size = math.prod(shape)
-    computations = parse(hlo_text)
-    return [
-        instruction.text
-        for name in _reached_by_loops(computations)
-        for instruction in computations[name].values()
-        if size in instruction.sizes and _fills(instruction, computations[name], computations, size)
-    ]
+    wanted = math.prod(shape)
+    return _written(hlo_text, lambda kind, size: size == wanted)
 
 
 def loop_floats(hlo_text: str, least: int) -> list[str]:
     """Find what writes a large array of floating-point numbers inside a loop.
 
-    So a quantized cache is found out that is made into one of full width at every step. The same
-    computations are read as by `loop_copies`, and the same instructions are listed.
+    So a quantized cache is found out that is made into one of full width at every step.
 
     Args:
         hlo_text: optimised, scheduled code: `compile_for(...).as_text()`.
         least: elements from which on an array is large.
     """
+    floats = ("f16", "bf16", "f32", "f64")
+    return _written(hlo_text, lambda kind, size: kind in floats and size >= least)
+
+
+def _written(hlo_text: str, wanted: Callable[[str, int], bool]) -> list[str]:
+    """What fills a buffer of a wanted type and size in any computation that a loop reaches."""
     computations = parse(hlo_text)
     return [
         instruction.text
         for name in _reached_by_loops(computations)
         for instruction in computations[name].values()
         if any(
-            kind in _FLOATS
-            and size >= least
-            and _fills(instruction, computations[name], computations, size)
+            wanted(kind, size) and _fills(instruction, computations[name], computations, size)
             for kind, size in zip(instruction.kinds, instruction.sizes, strict=True)
         )
     ]
-
-
-_FLOATS = ("f16", "bf16", "f32", "f64")
 
 
 def _reached_by_loops(computations: Mapping[str, Computation]) -> list[str]:

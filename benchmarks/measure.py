@@ -202,6 +202,11 @@ def compare(
     return {name: found[name] for name in programs}
 
 
+def reason(error: Exception) -> str:
+    """What a result file says of an exception."""
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
 def _sample(program: Callable[[], Any], count: int) -> float:
     result = None
     began = time.perf_counter()

@@ -1,6 +1,7 @@
 """The shapes of the published models, without their weights."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,13 @@ MODELS: Mapping[str, LlavaConfig] = {
     ),
 }
 """By the names that the commands take."""
+
+
+def with_positions(config: LlavaConfig, tokens: int) -> LlavaConfig:
+    """The model, with positions for so many tokens, though it may not have been made for them."""
+    text = config.text
+    text = replace(text, max_positions=max(tokens, text.max_positions))
+    return replace(config, text=text)
 
 
 def abstract_inputs(config: LlavaConfig, batch: int, rows: int) -> ModelInputs:

@@ -9,25 +9,12 @@ from benchmarks.documents import ROOT, write_figure
 from benchmarks.models import MODELS
 from benchmarks.roofline import decode_step
 from benchmarks.speed.rows import cache_of
-from benchmarks.speed_sections import (
-    DECODE_GPU,
-    DEVICE,
-    PAPER_GPU,
-    PROFILE_CPU,
-    PROGRAMS,
-    SHOWN,
-    THROUGHPUT_CPU,
-    Result,
-)
+from benchmarks.speed_sections import CPU, DEVICE, GPU, PROGRAMS, SHOWN, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DECODE_PLOT = ROOT / "docs" / "decode.svg"
-BYTES_PLOT = ROOT / "docs" / "memory.svg"
-PROFILE_PLOT = ROOT / "docs" / "profile.svg"
-THROUGHPUT_PLOT = ROOT / "docs" / "throughput.svg"
 CONTEXTS = tuple(2**power for power in range(11, 18))
 
 
@@ -37,21 +24,26 @@ def write_plots() -> None:
         write_figure(plot, files, draw, salt=plot.stem)
 
 
-def _read(file: Path) -> Result:
-    return json.loads(file.read_text(encoding="utf-8"))
+def _rows(file: Path, part: str = "rows") -> list[Result]:
+    return json.loads(file.read_text(encoding="utf-8"))[part]
+
+
+def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _draw_decode() -> "Figure":
     """The limit of a decode step against the context, and what was measured."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes, config = figure.subplots(), MODELS[SHOWN[0]]
+    figure, axes = _figure(6.4, 4)
+    config = MODELS[SHOWN[0]]
     measured = [
         row
-        for file in (PAPER_GPU, DECODE_GPU)
+        for file in (GPU / "paper_decode.json", GPU / "model_decode.json")
         if file.is_file()
-        for row in _read(file)["rows"]
+        for row in _rows(file)
         if row.get("seconds") and row["batch"] == 1
     ]
     for share, label, style in ((1.0, "full", "-"), (0.1, "a tenth", "--")):
@@ -70,12 +62,8 @@ def _draw_decode() -> "Figure":
 
 def _draw_bytes() -> "Figure":
     """Where a decode program's bytes go."""
-    from matplotlib.figure import Figure
-
-    rows = _read(PROGRAMS)["rows"]
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    shown = [row for row in rows if row["stage"] == "decode" and row["batch"] > 1]
+    figure, axes = _figure(6.4, 4)
+    shown = [row for row in _rows(PROGRAMS) if row["stage"] == "decode" and row["batch"] > 1]
     names = [
         f"{row['model'].removeprefix('llava-')}\n{row['context']} x {row['batch']}, "
         f"{row['budget']:.0%}{'' if row.get('kv_bits', '16') == '16' else ' ' + row['kv_bits']}"
@@ -104,13 +92,11 @@ def _stack(axes: "Axes", names: Sequence[str], parts: Mapping[str, Sequence[floa
 
 def _draw_profile() -> "Figure":
     """Where the time of each program goes."""
-    from matplotlib.figure import Figure
-
-    traced = [row for row in _read(PROFILE_CPU)["profiles"] if "scopes" in row]
+    traced = [row for row in _rows(CPU / "profile.json", "profiles") if "scopes" in row]
     names = [f"{row['stage']}, {cache_of(row)}" for row in traced]
     shares = [{scope["scope"]: scope["share"] for scope in row["scopes"]} for row in traced]
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes, scopes = figure.subplots(), dict.fromkeys(name for row in shares for name in row)
+    figure, axes = _figure(6.4, 3.2)
+    scopes = dict.fromkeys(name for row in shares for name in row)
     _stack(axes, names, {scope: [row.get(scope, 0.0) for row in shares] for scope in scopes})
     axes.set(xlabel="share of the time of all instructions", xlim=(0, 1))
     figure.legend(loc="outside lower center", ncols=5, fontsize="small")
@@ -119,12 +105,9 @@ def _draw_profile() -> "Figure":
 
 def _draw_throughput() -> "Figure":
     """Tokens per second at the largest batch, and the limit."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in _read(THROUGHPUT_CPU)["rows"] if "sequences" in row]
+    rows = [row for row in _rows(CPU / "throughput.json") if "sequences" in row]
     names = [f"{cache_of(row)}\n{row['sequences']:,} sequences" for row in rows]
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure(4.8, 3.2)
     axes.bar(names, [row["tokens_per_s"] for row in rows], label="measured")
     for index, row in enumerate(rows):
         axes.hlines(
@@ -137,9 +120,9 @@ def _draw_throughput() -> "Figure":
 
 
 PLOTS: dict[Path, tuple[list[Path], Callable[[], "Figure"]]] = {
-    DECODE_PLOT: ([PROGRAMS], _draw_decode),
-    BYTES_PLOT: ([PROGRAMS], _draw_bytes),
-    PROFILE_PLOT: ([PROFILE_CPU], _draw_profile),
-    THROUGHPUT_PLOT: ([THROUGHPUT_CPU], _draw_throughput),
+    ROOT / "docs" / "decode.svg": ([PROGRAMS], _draw_decode),
+    ROOT / "docs" / "memory.svg": ([PROGRAMS], _draw_bytes),
+    ROOT / "docs" / "profile.svg": ([CPU / "profile.json"], _draw_profile),
+    ROOT / "docs" / "throughput.svg": ([CPU / "throughput.json"], _draw_throughput),
 }
 """The figures of docs/benchmarks.md, and what they are made of."""

@@ -1,18 +1,18 @@
-"""What docs/benchmarks.md says of speed and memory: every number comes from a result file.
+"""What docs/benchmarks.md and the commands say of speed and memory.
 
-The limits alone are computed, by `benchmarks.roofline`. What was not measured says so.
+Every number comes from a result file; the limits alone are computed, by `benchmarks.roofline`.
 """
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.documents import NOT_MEASURED, ROOT, table
 from benchmarks.models import MODELS
 from benchmarks.roofline import DEVICES, decode_step, largest_batch
-from benchmarks.roofline.packed import bits_of, quantized_rows
+from benchmarks.roofline.packed import caches
 from benchmarks.speed.rows import cache_of
-from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.report import human_bytes
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,21 +20,9 @@ CPU = RESULTS / "cpu"
 GPU = RESULTS / "nvidia-h200"
 """Written by `python -m benchmarks.gpu_suite` on that device."""
 
-SPEED_CPU = CPU / "speed.json"
-PEERS_CPU = CPU / "peers.json"
-PROFILE_CPU = CPU / "profile.json"
-THROUGHPUT_CPU = CPU / "throughput.json"
-PAPER_GPU = GPU / "paper_decode.json"
-PAPER_WHOLE_GPU = GPU / "paper_whole.json"
-DECODE_GPU = GPU / "model_decode.json"
-PEERS_GPU = GPU / "peers.json"
-THROUGHPUT_GPU = GPU / "throughput.json"
-PROFILE_GPU = GPU / "profile.json"
 PROGRAMS = RESULTS / "offline" / "programs-h200.json"
-
-SUMMARY = (PROGRAMS, SPEED_CPU, PEERS_CPU, PAPER_GPU)
+SUMMARY = (PROGRAMS, CPU / "speed.json", CPU / "peers.json", GPU / "paper_decode.json")
 """What the README's part is made of."""
-
 
 SIZES = ((2048, 1), (2048, 64), (8192, 8), (8192, 64), (32768, 8), (131072, 1))
 """Context and batch of the rows of limits."""
@@ -45,16 +33,73 @@ DEVICE = DEVICES["h200"]
 Result = dict[str, Any]
 
 
+def _where_measured(make: Callable[..., str]) -> Callable[..., str]:
+    """Of a part whose results are all missing nothing is said but that."""
+
+    @functools.wraps(make)
+    def part(*results: Result | None) -> str:
+        return make(*results) if any(results) else NOT_MEASURED
+
+    return part
+
+
 def milliseconds(seconds: float) -> str:
     """A time with three digits."""
     return f"{1e3 * seconds:.3g} ms"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _share(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
+
+
+def _size(row: Result) -> str:
+    return f"{row['context']} x {row['batch']}"
+
+
+def _made_by(result: Result) -> str:
+    """Where, when, with what."""
+    return (
+        f"`{result['command']}`, {result['device']} ({result['machine']['cores']} cores of "
+        f"{result['machine']['cpu']}), jax {result['versions']['jax']}, "
+        f"commit {result['commit'][:12]}, {result['date'][:10]}"
+    )
+
+
+def _rows(
+    head: Sequence[str],
+    rows: Sequence[Result],
+    about: Callable[[Result], list[str]],
+    cells: Callable[[Result], list[str]],
+) -> str:
+    """A table of measurements; where one failed, the reason stands in place of its cells."""
+
+    def line(row: Result) -> list[str]:
+        own = about(row)
+        if "exception" not in row:
+            return [*own, *cells(row)]
+        gap = [""] * (len(head) - len(own) - 1)
+        return [*own, row["exception"].splitlines()[0][:80], *gap]
+
+    return table(head, map(line, rows))
+
+
+def _timed(row: Result) -> list[str]:
+    """Median and spread."""
+    low, high = map(milliseconds, row["spread"])
+    return [milliseconds(row["seconds"]), f"{low} to {high}"]
 
 
 def limits_part() -> str:
     """What the bytes and operations allow on the named device."""
     plain, packed = [], []
     for context, batch in SIZES:
-        cells: list[list[str]] = [[], []]
+        size = f"{context:,} x {batch}"
+        plain.append([size])
+        packed.append([size])
         for model in SHOWN:
             config = MODELS[model]
             full, *others = (
@@ -65,11 +110,8 @@ def limits_part() -> str:
                 f"{milliseconds(floor)}, {full / floor:.2f}x" for floor in others
             )
             fits = "" if largest_batch(DEVICE, config, context) >= batch else " †"
-            cells[0].append(f"{milliseconds(full)} to {tenth}{fits}")
-            cells[1].append(f"{in_bits}; {tenth_in_bits}{fits}")
-        size = f"{context:,} x {batch}"
-        plain.append([size, *cells[0]])
-        packed.append([size, *cells[1]])
+            plain[-1].append(f"{milliseconds(full)} to {tenth}{fits}")
+            packed[-1].append(f"{in_bits}; {tenth_in_bits}{fits}")
     batches = [
         [f"{context:,}", *(
             " / ".join(str(largest_batch(DEVICE, MODELS[model], context, *kept))
@@ -93,19 +135,13 @@ def limits_part() -> str:
 
 def _caches(model: str, context: int) -> list[tuple[float, float]]:
     """Budget and stored bits of the full cache, a tenth, and both in AKVQ's bits."""
-    text = MODELS[model].text
-    quantizer = AKVQ().for_decoder(text.kind, text.num_layers)
-    bits = (
-        bits_of(text, quantizer, quantized_rows(text, quantizer, context, share))
-        for share in (1.0, 0.1)
-    )
-    return [(1.0, 16.0), (0.1, 16.0), *zip((1.0, 0.1), bits, strict=True)]
+    config = MODELS[model]
+    return [cache.kept(config, context) for cache in caches(config, 0.1, "akvq").values()]
 
 
-def programs_part(result: Result | None) -> str:
+@_where_measured
+def programs_part(result: Result) -> str:
     """Whole programs compiled for a GPU that is not there."""
-    if result is None:
-        return NOT_MEASURED
     head = [
         "model", "program", "prompt x batch", "budget", "bits", "cache", "of the full one",
         "temporaries", "peak", "cache copies in the loop", "launches per layer",
@@ -115,7 +151,7 @@ def programs_part(result: Result | None) -> str:
         [
             row["model"],
             row["stage"],
-            f"{row['context']} x {row['batch']}",
+            _size(row),
             f"{row['budget']:.0%}",
             row.get("kv_bits", "16"),
             human_bytes(row["cache_bytes"]),
@@ -132,86 +168,54 @@ def programs_part(result: Result | None) -> str:
     return f"bfloat16, jax {result['versions']['jax']}:\n\n{table(head, rows)}"
 
 
-def _in_bits(row: Result) -> str:
-    """How a program's cache is quantized, where it is."""
-    bits = row.get("kv_bits", "16")
-    return {"16": ""}.get(bits, f" in {bits} bits" if bits.isdigit() else f" by {bits}")
-
-
-def _made_by(result: Result) -> str:
-    """Where, when, with what."""
-    return (
-        f"`{result['command']}`, {result['device']} ({result['machine']['cores']} cores of "
-        f"{result['machine']['cpu']}), jax {result['versions']['jax']}, "
-        f"commit {result['commit'][:12]}, {result['date'][:10]}"
-    )
-
-
-def _speed_rows(rows: Iterable[Result]) -> str:
+def _speed_rows(rows: Sequence[Result]) -> str:
     head = [
         "stage", "model", "context x batch", "cache", "median", "spread", "share of the limit",
         "speed-up", "of the ideal", "programs", "first call",
     ]  # fmt: skip
-    cells = []
-    for row in rows:
-        about = [
-            row["stage"],
-            f"{row['model']}, {row['dtype']}" + (" ‡" if row["synthetic_positions"] else ""),
-            f"{row['context']} x {row['batch']}",
-            cache_of(row),
+
+    def about(row: Result) -> list[str]:
+        far = " ‡" if row["synthetic_positions"] else ""
+        return [row["stage"], f"{row['model']}, {row['dtype']}{far}", _size(row), cache_of(row)]
+
+    def cells(row: Result) -> list[str]:
+        return [
+            *_timed(row),
+            _share(row.get("share")),
+            _times(row.get("speedup")),
+            _share(row.get("share_of_ideal")),
+            str(row.get("programs", "-")),
+            f"{row['compile_s']:.1f} s",
         ]
-        if "exception" in row:
-            cells.append([*about, row["exception"].splitlines()[0][:80], *[""] * 6])
-            continue
-        low, high = row["spread"]
-        share, speedup = row.get("share"), row.get("speedup")
-        ideal = row.get("share_of_ideal")
-        cells.append(
-            [
-                *about,
-                milliseconds(row["seconds"]),
-                f"{milliseconds(low)} to {milliseconds(high)}",
-                "-" if share is None else f"{share:.0%}",
-                "-" if speedup is None else f"{speedup:.2f}x",
-                "-" if ideal is None else f"{ideal:.0%}",
-                str(row.get("programs", "-")),
-                f"{row['compile_s']:.1f} s",
-            ]
-        )
-    return table(head, cells) + "\n\n‡ more positions than the model was made for."
+
+    return f"{_rows(head, rows, about, cells)}\n\n‡ more positions than the model was made for."
 
 
-def cpu_part(result: Result | None) -> str:
-    """Decode steps on a CPU."""
-    if result is None:
-        return NOT_MEASURED
-    found, limit = result["cpu"], result["limit"]
-    return "\n\n".join(
-        [
-            f"{_made_by(result)}. The limit is that of {limit['bandwidth'] / 1e9:.1f} GB/s copied "
-            f"and {limit['flops'] / 1e9:.0f} GFLOP/s multiplied, {limit['source']}.",
-            _speed_rows(result["rows"]),
+@_where_measured
+def speed_part(result: Result) -> str:
+    """All that `benchmarks.speed` measured: the stages' times, and what a preset compares."""
+    limit = result["limit"]
+    parts = [
+        f"{_made_by(result)}. The limit is that of {limit['bandwidth'] / 1e9:.1f} GB/s copied "
+        f"and {limit['flops'] / 1e9:.0f} GFLOP/s multiplied, {limit['source']}."
+    ]
+    if result["rows"]:
+        parts.append(_speed_rows(result["rows"]))
+    if (found := result.get("cpu")) and found["speedup"]:
+        parts.append(
             f"{human_bytes(found['weight_bytes'])} of weights and "
             f"{human_bytes(found['cache_bytes'])} of cache are read in a step: by the bytes alone "
             f"a tenth is {found['ideal']:.2f} times as fast. Measured are {found['speedup']:.2f}, "
-            f"{found['share']:.0%} of that; {found['must_reach']:.0%} must be reached.",
-        ]
-    )
+            f"{found['share']:.0%} of that; {found['must_reach']:.0%} must be reached."
+        )
+    if result.get("profiles"):
+        parts.append(_scope_rows(result["profiles"]))
+    return "\n\n".join(parts)
 
 
-def peers_part(result: Result | None) -> str:
+@_where_measured
+def peers_part(result: Result) -> str:
     """Hugging Face transformers beside ours."""
-    if result is None:
-        return NOT_MEASURED
-    head = ["side", "stage", "median", "spread", "first call"]
-    rows = []
-    for row in result["rows"]:
-        if "exception" in row:
-            rows.append([row["side"], row["stage"], row["exception"].splitlines()[0][:80], "", ""])
-            continue
-        low, high = (milliseconds(value) for value in row["spread"])
-        times = [milliseconds(row["seconds"]), f"{low} to {high}", f"{row['compile_s']:.1f} s"]
-        rows.append([row["side"], row["stage"], *times])
     first = result["rows"][0]
     checks = "; ".join(
         f"{check['side']} and {check['reference']}: {check['equal_tokens']} of {check['tokens']} "
@@ -223,88 +227,73 @@ def peers_part(result: Result | None) -> str:
         for row in result["ratios"]
         if row["speedup"]
     )
-    return "\n\n".join(
-        [
-            f"{_made_by(result)}. Model {first['model']}, {first['dtype']}, a prompt of "
-            f"{first['context']} tokens, batch {first['batch']}. Checked first: {checks}.",
-            table(head, rows),
-            ratios,
-        ]
+    rows = _rows(
+        ["side", "stage", "median", "spread", "first call"],
+        result["rows"],
+        about=lambda row: [row["side"], row["stage"]],
+        cells=lambda row: [*_timed(row), f"{row['compile_s']:.1f} s"],
+    )
+    return (
+        f"{_made_by(result)}. Model {first['model']}, {first['dtype']}, a prompt of "
+        f"{first['context']} tokens, batch {first['batch']}. Checked first: {checks}."
+        f"\n\n{rows}\n\n{ratios}"
     )
 
 
-def paper_part(steps: Result | None, whole: Result | None) -> str:
-    """The paper's five rows beside ours."""
-    if steps is None and whole is None:
-        return NOT_MEASURED
+@_where_measured
+def paper_part(*results: Result | None) -> str:
+    """The paper's five rows beside ours: decode steps, then prefill and whole answers."""
+    found = [result for result in results if result is not None]
     head = ["context x batch", "stage", "paper", "ours", "ideal"]
     rows = [
-        [f"{row['context']:,} x {row['batch']}", row["stage"], f"{row['paper']:.2f}x",
-         f"{row['ours']:.2f}x", f"{row['ideal']:.2f}x"]
-        for result in (steps, whole)
-        if result is not None
+        [f"{row['context']:,} x {row['batch']}", row["stage"], *(_times(row[n]) for n in head[2:])]
+        for result in found
         for row in result["paper"]
-    ]  # fmt: skip
-    made = "; ".join(_made_by(result) for result in (steps, whole) if result is not None)
-    return f"{made}.\n\n{table(head, rows)}"
+    ]
+    return f"{'; '.join(map(_made_by, found))}.\n\n{table(head, rows)}"
 
 
-def decode_part(result: Result | None) -> str:
-    """Decode steps of a 7B model."""
-    if result is None:
-        return NOT_MEASURED
-    return f"{_made_by(result)}.\n\n{_speed_rows(result['rows'])}"
-
-
-def profile_part(result: Result | None) -> str:
-    """Where the time goes, by scope."""
-    if result is None:
-        return NOT_MEASURED
-    traced = [row for row in result["profiles"] if "scopes" in row]
+def _scope_rows(profiles: Sequence[Result]) -> str:
+    traced = [row for row in profiles if "scopes" in row]
     shares = [{scope["scope"]: scope["share"] for scope in row["scopes"]} for row in traced]
     scopes = list(dict.fromkeys(name for row in shares for name in row))
     rows = [
-        [
-            row["stage"],
-            cache_of(row),
-            f"{row['context']} x {row['batch']}",
-            *(f"{own[name]:.1%}" if name in own else "-" for name in scopes),
-        ]
+        [row["stage"], cache_of(row), _size(row), *(_share(own.get(name), 1) for name in scopes)]
         for row, own in zip(traced, shares, strict=True)
     ]
-    head = ["program", "cache", "context x batch", *scopes]
-    return f"{_made_by(result)}. Shares of the time of all instructions:\n\n{table(head, rows)}"
+    return table(["program", "cache", "context x batch", *scopes], rows)
 
 
-def throughput_part(result: Result | None) -> str:
+@_where_measured
+def profile_part(result: Result) -> str:
+    """Where the time goes, by scope."""
+    rows = _scope_rows(result["profiles"])
+    return f"{_made_by(result)}. Shares of the time of all instructions:\n\n{rows}"
+
+
+@_where_measured
+def throughput_part(result: Result) -> str:
     """Tokens per second of as many sequences as the memory holds."""
-    if result is None:
-        return NOT_MEASURED
     head = [
         "cache", "context", "sequences", "cache and tail", "tokens/s", "share of the limit",
         "over full", "answers/s",
     ]  # fmt: skip
-    rows = []
-    for row in result["rows"]:
-        if "exception" in row:
-            rows.append([cache_of(row), f"{row['context']}", row["exception"][:80], *[""] * 5])
-            continue
-        ratio = row.get("tokens_per_s_over_full")
-        rows.append(
-            [
-                cache_of(row),
-                f"{row['context']}",
-                f"{row['sequences']:,}",
-                human_bytes(row["cache_bytes"] + row["tail_bytes"]),
-                f"{row['tokens_per_s']:,.1f}",
-                f"{row['share']:.0%}",
-                "-" if ratio is None else f"{ratio:.2f}x",
-                f"{row['answers_per_s']:.2f}",
-            ]
-        )
+    rows = _rows(
+        head,
+        result["rows"],
+        about=lambda row: [cache_of(row), f"{row['context']}"],
+        cells=lambda row: [
+            f"{row['sequences']:,}",
+            human_bytes(row["cache_bytes"] + row["tail_bytes"]),
+            f"{row['tokens_per_s']:,.1f}",
+            _share(row["share"]),
+            _times(row.get("tokens_per_s_over_full")),
+            f"{row['answers_per_s']:.2f}",
+        ],
+    )
     return (
         f"{_made_by(result)}. Memory used: {human_bytes(result['limit']['memory'])}, weights "
-        f"included.\n\n{table(head, rows)}"
+        f"included.\n\n{rows}"
     )
 
 
@@ -315,22 +304,22 @@ def summary_part(
     lines = []
     if programs is not None:
         size = {"stage": "decode", "model": SHOWN[0], "context": 8192, "batch": 64}
-        own = [row for row in programs["rows"] if size.items() <= row.items()]
-        for row in own:
-            lines.append(
-                [
-                    f"{row['model']}, {row['context']} x {row['batch']}, {row['budget']:.0%} of "
-                    f"the cache{_in_bits(row)}, compiled for an H200",
+        for row in programs["rows"]:
+            if size.items() <= row.items():
+                bits = row.get("kv_bits", "16")
+                by = {"16": ""}.get(bits, f" in {bits} bits" if bits.isdigit() else f" by {bits}")
+                what = f"{row['model']}, {_size(row)}, {row['budget']:.0%} of the cache{by}"
+                found = (
                     f"cache {human_bytes(row['cache_bytes'])}, peak "
                     f"{human_bytes(row['peak_bytes'])}, {row['cache_copies_in_loop']} copies of it "
-                    "in the loop",
-                ]
-            )
+                    "in the loop"
+                )
+                lines.append([f"{what}, compiled for an H200", found])
     if speed is not None:
         found, row = speed["cpu"], speed["rows"][0]
         lines.append(
             [
-                f"decode step, a tenth over the full cache, {row['context']} x {row['batch']}, CPU",
+                f"decode step, a tenth over the full cache, {_size(row)}, CPU",
                 f"{found['speedup']:.2f} times as fast; by the bytes alone {found['ideal']:.2f}",
             ]
         )
@@ -346,29 +335,29 @@ def summary_part(
         ]
     if gpu is None:
         lines.append(["speed on a GPU", "not measured"])
-        return table(["what", "result"], lines)
-    for row in gpu["paper"]:
-        lines.append(
+    else:
+        lines += [
             [
                 f"{row['stage']}, a tenth over the full cache, 7B, {row['context']:,} x "
                 f"{row['batch']}, {gpu['device']}",
                 f"{row['ours']:.2f} times as fast; ideal {row['ideal']:.2f}",
             ]
-        )
+            for row in gpu["paper"]
+        ]
     return table(["what", "result"], lines)
 
 
 PARTS: dict[str, tuple[Callable[..., str], tuple[Path, ...]]] = {
     "limits": (limits_part, ()),
-    "paper": (paper_part, (PAPER_GPU, PAPER_WHOLE_GPU)),
-    "decode-gpu": (decode_part, (DECODE_GPU,)),
-    "decode-cpu": (cpu_part, (SPEED_CPU,)),
-    "peers-gpu": (peers_part, (PEERS_GPU,)),
-    "peers-cpu": (peers_part, (PEERS_CPU,)),
-    "throughput-gpu": (throughput_part, (THROUGHPUT_GPU,)),
-    "throughput-cpu": (throughput_part, (THROUGHPUT_CPU,)),
-    "profile-gpu": (profile_part, (PROFILE_GPU,)),
-    "profile-cpu": (profile_part, (PROFILE_CPU,)),
+    "paper": (paper_part, (GPU / "paper_decode.json", GPU / "paper_whole.json")),
+    "decode-gpu": (speed_part, (GPU / "model_decode.json",)),
+    "decode-cpu": (speed_part, (CPU / "speed.json",)),
+    "peers-gpu": (peers_part, (GPU / "peers.json",)),
+    "peers-cpu": (peers_part, (CPU / "peers.json",)),
+    "throughput-gpu": (throughput_part, (GPU / "throughput.json",)),
+    "throughput-cpu": (throughput_part, (CPU / "throughput.json",)),
+    "profile-gpu": (profile_part, (GPU / "profile.json",)),
+    "profile-cpu": (profile_part, (CPU / "profile.json",)),
     "programs": (programs_part, (PROGRAMS,)),
 }
 """The generated parts of docs/benchmarks.md, and what they are made of."""

@@ -4,12 +4,10 @@ The driver prefills a few prompts at a time into one cache, until it holds all s
 are decoded together. What a small cache is for: more sequences in the same memory.
 """
 
-import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -17,21 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks import command, measure
 from benchmarks import device as devices
-from benchmarks import measure
-from benchmarks.command import bad_input, check_known, check_out, counting_bar
-from benchmarks.environment import environment, write_result
+from benchmarks.environment import environment
 from benchmarks.models import empty_cache
 from benchmarks.roofline import WORKSPACE, Device, decode_step
 from benchmarks.speed import limit
 from benchmarks.speed.cases import Case, Variant, models
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.options import Budgets, Dtype, KvBits, Methods, dtype_of, variants_of
-from benchmarks.speed.rows import cache_of, described
+from benchmarks.speed.rows import described
+from benchmarks.speed_sections import throughput_part
 from vlcache_jax.driver import Run
-from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params, init_params
 from vlcache_jax.programs import Programs
 from vlcache_jax.report import human_bytes, token_bytes
@@ -41,6 +37,13 @@ CPU_MEMORY = 64 * 2**20
 
 FEWER = 7 / 8
 """Of the sequences that did not fit, how many are tried next. A half would be a coarse answer."""
+
+
+def held_bytes(case: Case, variant: Variant, new_tokens: int) -> int:
+    """Bytes of one sequence: its cache and the tail of so many new tokens, as allocated."""
+    generate, dtype = case.generate(variant, new_tokens), jnp.dtype(case.dtype)
+    pool, state = jax.eval_shape(lambda: empty_cache(generate, 1, case.context, dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((pool, state.tail)))
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,6 @@ class Load:
     memory: int
     sequences: int | None = None
 
-    def generate(self, variant: Variant) -> Generate:
-        """The programs of a variant."""
-        return self.case.generate(variant, self.case.new_tokens)
-
     def first_guess(self, variant: Variant, weights: int) -> int:
         """Sequences that should fit beside the weights, in whole groups of those prefilled at once.
 
@@ -75,9 +74,7 @@ class Load:
         if self.sequences is not None:
             return math.ceil(self.sequences / group) * group
         dtype = jnp.dtype(case.dtype)
-        shapes = jax.eval_shape(lambda: empty_cache(self.generate(variant), 1, case.context, dtype))
-        held = jax.tree.leaves((shapes[0], shapes[1].tail))
-        each = sum(leaf.size * leaf.dtype.itemsize for leaf in held)
+        each = held_bytes(case, variant, case.new_tokens)
         prefill = 2 * group * case.context * token_bytes(case.config.text, dtype)
         room = self.memory - weights - prefill - min(WORKSPACE, self.memory // 16)
         count = math.floor(room / each / group) * group
@@ -89,13 +86,7 @@ class Load:
         return count
 
 
-def run(
-    load: Load,
-    variant: Variant,
-    params: Params,
-    device: Device,
-    advance: Callable[[float], None] = lambda part: None,
-) -> dict[str, Any]:
+def run(load: Load, variant: Variant, params: Params, device: Device) -> dict[str, Any]:
     """Hold as many sequences as fit, and decode them: the row of a variant.
 
     Args:
@@ -103,33 +94,25 @@ def run(
         variant: how the caches are kept.
         params: the model's weights.
         device: whose limit the decoding is compared with.
-        advance: called with the share of the run that is done since the last call.
     """
-    row, tried = described(load.case, variant), []
+    case, tried = load.case, []
+    row = described(case, variant)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     try:
         count = load.first_guess(variant, weights)
         while True:
             tried.append(count)
             try:
-                found = _hold_and_decode(load, variant, params, count, advance)
+                found = _hold_and_decode(load, variant, params, count)
                 break
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or count <= load.case.batch:
+                if "RESOURCE_EXHAUSTED" not in str(error) or count <= case.batch:
                     raise
-            group = load.case.batch
-            count = max(group, int(count * FEWER) // group * group)
+            count = max(case.batch, int(count * FEWER) // case.batch * case.batch)
     except Exception as error:  # whatever the compiler and the driver may raise
-        return {**row, "tried": tried, "exception": f"{type(error).__name__}: {error}"[:2000]}
-    case = load.case
-    work = decode_step(
-        case.config,
-        case.context,
-        count,
-        found["kept_share"],
-        found["stored_bits"],
-        tail=case.new_tokens // 2,
-    )
+        return {**row, "tried": tried, "exception": measure.reason(error)}
+    kept = found["kept_share"], found["stored_bits"]
+    work = decode_step(case.config, case.context, count, *kept, tail=case.new_tokens // 2)
     floor = in_type(work, case.dtype).floor(device)
     rate = count / statistics.median(found["step_samples"])
     return {
@@ -145,23 +128,16 @@ def run(
     }
 
 
-def _hold_and_decode(
-    load: Load,
-    variant: Variant,
-    params: Params,
-    count: int,
-    advance: Callable[[float], None],
-) -> dict[str, Any]:
+def _hold_and_decode(load: Load, variant: Variant, params: Params, count: int) -> dict[str, Any]:
     """Prefill `count` sequences into one cache, then decode all of them to the end."""
-    case, generate = load.case, load.generate(variant)
+    case = load.case
+    generate = case.generate(variant, case.new_tokens)
     groups = [case.inputs(start) for start in range(0, count, case.batch)]
     run = Run(Programs(), params, generate.stages, groups, generate.settings(count))
     chunks, steps = iter(run), []
     next(chunks)
-    advance(0.5)
     for _ in chunks:
         steps.append((run.timings.decode_s or 0.0) / generate.chunk_steps - sum(steps))
-        advance(0.5 / generate.num_chunks)
     if not (run.counts == case.new_tokens).all():
         raise ArithmeticError(f"not every sequence has its tokens: {run.counts}")
     share = float(run.pool.length.mean()) / case.context
@@ -192,34 +168,6 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
                 row[f"{name}_over_full"] = row[name] / full[name]
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """The rows for a terminal."""
-    table = Table("cache")
-    for name in ("sequences", "cache", "tokens/s", "of limit", "over full", "ideal", "answers/s"):
-        table.add_column(name, justify="right")
-    for row in result["rows"]:
-        name = cache_of(row)
-        if "exception" in row:
-            console.print(f"{name}: {row['exception']}", style="red", markup=False)
-            continue
-        ratios = (row.get(f"{part}tokens_per_s_over_full") for part in ("", "floor_"))
-        table.add_row(
-            name,
-            f"{row['sequences']:,}",
-            human_bytes(row["cache_bytes"] + row["tail_bytes"]),
-            f"{row['tokens_per_s']:,.1f}",
-            f"{row['share']:.0%}",
-            *("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
-            f"{row['answers_per_s']:,.2f}",
-        )
-    console.print(
-        f"{result['model']}, prompts of {result['context']} tokens, answers of "
-        f"{result['new_tokens']}, in {human_bytes(result['memory_bytes'])}",
-        highlight=False,
-    )
-    console.print(table)
-
-
 def main(
     model: Annotated[str, typer.Option(help="demo, small-mha, small-gqa, or llava-...")] = "demo",
     context: Annotated[int, typer.Option(min=64, help="Tokens of a prompt.")] = 512,
@@ -236,9 +184,9 @@ def main(
         typer.Option(min=1, help="Bytes to fill; on a GPU all that JAX may use, else 64 MiB."),
     ] = None,
     dtype: Dtype = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    as_json: command.AsJson = False,
+    out: command.Out = None,
+    force: command.Force = False,
 ) -> None:
     """Fill the memory with sequences, decode them, and say how many tokens a second that is.
 
@@ -248,22 +196,22 @@ def main(
 
     On a GPU: python -m benchmarks.throughput --model llava-v1.6-mistral-7b --context 8192
     """
-    check_out(out, force=force)
-    with bad_input():
-        check_known("model", [model], models())
-        variants, kind = variants_of(method, budget, kv_bits=kv_bits), dtype_of(dtype)
+    command.check_out(out, force=force)
+    with command.bad_input():
+        command.check_known("model", [model], models())
+        variants, kind = variants_of(method, budget, kv_bits), dtype_of(dtype)
         size = memory or devices.memory_limit() or CPU_MEMORY
         case = Case(model, context, group, kind, new_tokens=new_tokens)
         load = Load(case, size, batch)
-    errors = Console(stderr=True)
-    with counting_bar(errors, transient=True) as bar:
+    with command.counting_bar(Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=len(variants))
         device, ceilings = limit.measured(kind, measure.BRIEF)
         device = replace(device, memory=size)
         params = init_params(case.config, dtype=jnp.dtype(kind))
-        rows = [
-            run(load, v, params, device, lambda part: bar.advance(task, part)) for v in variants
-        ]
+        rows = []
+        for variant in variants:
+            rows.append(run(load, variant, params, device))
+            bar.advance(task)
     compare(rows)
     result = {
         **environment(),
@@ -276,12 +224,7 @@ def main(
         "memory_bytes": size,
         "rows": rows,
     }
-    if out is not None:
-        write_result(out, result)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        show(result, Console(width=max(100, errors.width)))
+    command.finish(result, throughput_part(result), as_json=as_json, out=out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.mlir import ir
@@ -35,8 +35,7 @@ class KernelCode:
         registers: of one thread.
         spill_bytes: moved between registers and memory by each thread, for want of registers:
             stores and loads together, as they stand in the code.
-        shared_bytes: shared memory of one block. Nothing here compares it with what a block may
-            have, `GPUS[gpu].block_shared_memory`.
+        shared_bytes: shared memory of one block.
         tensor_core_ops: matrix instructions (mma.sync, wgmma.mma_async) that stand in the PTX.
         num_warps: of one block.
         num_stages: of the pipeline of a loop.
@@ -96,8 +95,7 @@ def compile_kernels(function: Callable[..., Any], *args: Any, gpu: str) -> list[
     return [_compile(call, GPUS[gpu].capability) for call in calls]
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """A Pallas kernel in a lowered program; `code` is Triton IR in text form."""
 
     name: str
@@ -109,40 +107,36 @@ class _Call:
 
 def _triton_calls(module: Any) -> list[_Call]:
     """The different kernels of a lowered program, in order."""
-    operations: list[Any] = []
-
-    def visit(operation: Any) -> ir.WalkResult:
-        if operation.operation.name == "stablehlo.custom_call":
-            operations.append(operation)
-        return ir.WalkResult.ADVANCE
-
-    module.operation.walk(visit)
-    calls: dict[tuple[str, int, int], _Call] = {}
-    for operation in operations:
-        target = operation.attributes["call_target_name"].value
-        if target.startswith("mosaic_gpu"):  # before jax 0.11 what pallas_call takes by default
-            raise ValueError(
-                "a kernel was lowered for Mosaic GPU: give it the compiler_params of Triton"
-            )
-        if target == "__gpu$xla.gpu.triton":
-            config = operation.attributes["mhlo.backend_config"]
-            call = _Call(
-                name=config["name"].value,
-                code=_text(config["ir"].value_bytes, module.context),
-                num_warps=config["num_warps"].value,
-                num_stages=config["num_stages"].value,
-                grid=(config["grid_x"].value, config["grid_y"].value, config["grid_z"].value),
-            )
-            calls.setdefault((call.code, call.num_warps, call.num_stages), call)
-    return list(calls.values())
-
-
-def _text(bytecode: bytes, context: ir.Context) -> str:
-    """Triton IR as text, which other versions of MLIR read too; without source locations."""
     from jaxlib.triton import dialect
 
-    dialect.register_dialect(context)  # JAX's own context knows the other dialects
-    return str(ir.Module.parse(bytecode, context))
+    dialect.register_dialect(module.context)  # JAX's own context knows the other dialects
+    calls: dict[tuple[str, int, int], _Call] = {}
+
+    def visit(operation: Any) -> ir.WalkResult:
+        if operation.operation.name != "stablehlo.custom_call":
+            return ir.WalkResult.ADVANCE
+        target = operation.attributes["call_target_name"].value
+        if target.startswith("mosaic_gpu"):  # before jax 0.11 what pallas_call takes by default
+            mosaic.append(operation)
+        if target == "__gpu$xla.gpu.triton":
+            config = operation.attributes["mhlo.backend_config"]
+            warps, stages, *grid = (
+                config[name].value
+                for name in ("num_warps", "num_stages", "grid_x", "grid_y", "grid_z")
+            )
+            # As text, which other versions of MLIR read too; without source locations.
+            code = str(ir.Module.parse(config["ir"].value_bytes, module.context))
+            call = _Call(config["name"].value, code, warps, stages, tuple(grid))
+            calls.setdefault((code, warps, stages), call)
+        return ir.WalkResult.ADVANCE
+
+    mosaic: list[Any] = []
+    module.operation.walk(visit)
+    if mosaic:
+        raise ValueError(
+            "a kernel was lowered for Mosaic GPU: give it the compiler_params of Triton"
+        )
+    return list(calls.values())
 
 
 # Runs in a process of its own: Triton's passes write their messages to the standard error stream,

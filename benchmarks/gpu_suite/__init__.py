@@ -2,14 +2,8 @@
 
 In the order of their worth: what the GPU can do, whether every kernel is right, how fast each one
 is, and which block sizes are best. Each stage is a function that gives a dict, saved as a file of
-its own as soon as it ends, so that a run that is cut off is gone on with by the same command.
-
-    __main__    the command, the tables at its end
-    supervisor  runs the stages in a process of its own: a crash or a hang costs one stage
-    stages      the stages, and the loop over them
-    checks      how results are compared: correctness, correctness_cache, long, model
-    end_to_end  whole models: the paper's rows, decode steps, Hugging Face, the largest batch
-    bars        what must be reached
+its own as soon as it ends, so that a run that is cut off is gone on with by the same command. The
+stages run in a process of their own: a crash or a hang costs one of them.
 
 `--dry-run` runs all of it on a CPU in tiny sizes: a typo is found where no GPU is.
 """

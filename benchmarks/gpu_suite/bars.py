@@ -17,10 +17,13 @@ LARGE_BYTES = 512 * 10**6
 """From this on a decode step's attention is bound by bandwidth alone."""
 
 PREFILL_CASE = "causal, 8192 tokens"
-"""The name of the case in speed_prompt.py."""
+"""The name of the case in speed.py."""
 
 Results = dict[str, dict[str, Any]]
 """Stage → its result file."""
+
+Found = tuple[float, str] | None
+"""A number and a remark; None where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +34,20 @@ class Bar:
         what: in words.
         must: at least this.
         aim: what is hoped for.
+        measure: the number and a remark.
         shown: how numbers of it are written.
-        measure: the number and a remark, or None where it was not measured.
     """
 
     what: str
     must: float
     aim: float
-    shown: Callable[[float], str]
-    measure: Callable[[Results], tuple[float, str] | None]
+    measure: Callable[[Results], Found]
+    shown: Callable[[float], str] = lambda value: f"{100 * value:.1f} %"
 
     def row(self, results: Results) -> dict[str, Any]:
         """For the table at the end."""
-        found = self.measure(results)
         row = {"bar": self.what, "must": self.shown(self.must), "aim": self.shown(self.aim)}
+        found = self.measure(results)
         if found is None:
             return {**row, "measured": None, "state": "not measured", "remark": ""}
         value, remark = found
@@ -53,17 +56,12 @@ class Bar:
         return {**row, "measured": self.shown(value), "state": state, "remark": remark}
 
 
-def percent(value: float) -> str:
-    """0.853 → "85.3 %"."""
-    return f"{100 * value:.1f} %"
-
-
 def tera(value: float) -> str:
     """4.93e14 → "493"."""
     return f"{value / 1e12:.0f}"
 
 
-def right(results: Results) -> tuple[float, str] | None:
+def right(results: Results) -> Found:
     """The share of the comparisons with references that are right."""
     rows = [
         row
@@ -72,100 +70,77 @@ def right(results: Results) -> tuple[float, str] | None:
         for row in result.get("rows", [])
         if row["ok"] is not None
     ]
-    if not rows:
-        return None
     wrong = sum(not row["ok"] for row in rows)
-    return 1 - wrong / len(rows), f"{wrong} of {len(rows)} wrong"
+    return (1 - wrong / len(rows), f"{wrong} of {len(rows)} wrong") if rows else None
 
 
-def decode_share(results: Results) -> tuple[float, str] | None:
-    """The least share of the copy's bandwidth, among reads of at least `LARGE_BYTES`."""
-    result = results.get("speed_decode", {})
-    rows = [row for row in _timed(result, "triton") if row["bytes"] >= LARGE_BYTES]
-    if not rows:
-        return None
-    worst = min(rows, key=lambda row: row["bytes_per_s"])
-    rate, copy = worst["bytes_per_s"], result["copy_bytes_per_s"]
-    remark = f"{rate / 1e12:.2f} of {copy / 1e12:.2f} TB/s copied, {percent(rate / H200_COPY)} of "
-    remark += f"{H200_COPY / 1e12} TB/s; worst: {worst['case']}"
-    return rate / copy, remark
+def share_of_copy(stage: str, size: str) -> Callable[[Results], Found]:
+    """The least share of the copy's bandwidth, among rows of at least `LARGE_BYTES` by `size`."""
 
-
-def packed_share(results: Results) -> tuple[float, str] | None:
-    """The least share of the copy's bandwidth, among rows of `LARGE_BYTES` before packing."""
-    result = results.get("speed_packed", {})
-    rows = [row for row in _timed(result, "triton") if row["full_bytes"] >= LARGE_BYTES]
-    if not rows:
-        return None
-    worst = min(rows, key=lambda row: row["bytes_per_s"])
-    return worst["bytes_per_s"] / result["copy_bytes_per_s"], f"worst: {worst['case']}"
-
-
-def packed_speed(results: Results) -> tuple[float, str] | None:
-    """The speed over such rows, as a multiple of that over the same rows in bfloat16."""
-    result = results.get("speed_packed", {})
-    pool = {row["case"]: row["seconds"] for row in _timed(result, "pool")}
-    speeds = {
-        row["case"]: pool[row["case"]] / row["seconds"]
-        for row in _timed(result, "triton")
-        if row["full_bytes"] >= LARGE_BYTES and row["case"] in pool
-    }
-    if not speeds:
-        return None
-    worst = min(speeds, key=lambda case: speeds[case])
-    return speeds[worst], f"worst: {worst}"
-
-
-def prefill_rate(results: Results) -> tuple[float, str] | None:
-    """Operations per second of Triton's prefill at 8192 tokens."""
-    result = results.get("speed_prefill", {})
-    rates = {
-        name: row["ops_per_s"]
-        for name in ("triton", "cudnn", "torch")
-        for row in _timed(result, name)
-        if row["case"] == PREFILL_CASE
-    }
-    if "triton" not in rates:
-        return None
-    others = [f"{name} {tera(rate)}" for name, rate in rates.items() if name != "triton"]
-    return rates["triton"], ", ".join([*others, f"product {tera(result['matmul_ops_per_s'])}"])
-
-
-def automatic(results: Results) -> tuple[float, str] | None:
-    """The speed of the automatic choice, as a share of cuDNN's: the worst of the lengths."""
-    result = results.get("speed_prefill", {})
-    cudnn = {row["case"]: row["seconds"] for row in _timed(result, "cudnn")}
-    shares = {
-        row["case"]: cudnn[row["case"]] / row["seconds"]
-        for row in _timed(result, "automatic")
-        if row["case"] in cudnn
-    }
-    if not shares:
-        return None
-    worst = min(shares, key=lambda case: shares[case])
-    return shares[worst], f"worst: {worst}"
-
-
-def step_share(*sizes: tuple[int, int]) -> Callable[[Results], tuple[float, str] | None]:
-    """The least share of its limit that a whole decode step reaches, at (context, batch)."""
-
-    def measured(results: Results) -> tuple[float, str] | None:
-        rows = [row for row in _steps(results) if (row["context"], row["batch"]) in sizes]
+    def measured(results: Results) -> Found:
+        result, rows = _timed(results, stage, "triton")
+        rows = [row for row in rows if row[size] >= LARGE_BYTES]
         if not rows:
             return None
-        worst = min(rows, key=lambda row: row["share"])
-        return worst["share"], f"worst: {_size(worst)}, budget {worst['budget']}"
+        worst = min(rows, key=lambda row: row["bytes_per_s"])
+        rate, copy = worst["bytes_per_s"], result["copy_bytes_per_s"]
+        remark = f"{rate / 1e12:.2f} of {copy / 1e12:.2f} TB/s copied, "
+        remark += f"{100 * rate / H200_COPY:.1f} % of {H200_COPY / 1e12} TB/s"
+        return rate / copy, f"{remark}; worst: {worst['case']}"
 
     return measured
 
 
-def speedup_share(results: Results) -> tuple[float, str] | None:
+def prefill_rate(results: Results) -> Found:
+    """Operations per second of Triton's prefill at 8192 tokens."""
+    rates: dict[str, float] = {}
+    for name in ("triton", "cudnn"):
+        for row in _timed(results, "speed_prefill", name)[1]:
+            if row["case"] == PREFILL_CASE:
+                rates[name] = row["ops_per_s"]
+    if "triton" not in rates:
+        return None
+    product = results["speed_prefill"]["matmul_ops_per_s"]
+    others = [f"{name} {tera(rate)}" for name, rate in rates.items() if name != "triton"]
+    return rates["triton"], ", ".join([*others, f"product {tera(product)}"])
+
+
+def speed_to(stage: str, backend: str, other: str) -> Callable[[Results], Found]:
+    """The least speed of one way beside another one; of packed rows at least `LARGE_BYTES`."""
+
+    def measured(results: Results) -> Found:
+        theirs = {row["case"]: row["seconds"] for row in _timed(results, stage, other)[1]}
+        return _worst(
+            {
+                row["case"]: theirs[row["case"]] / row["seconds"]
+                for row in _timed(results, stage, backend)[1]
+                if row["case"] in theirs and row.get("full_bytes", LARGE_BYTES) >= LARGE_BYTES
+            }
+        )
+
+    return measured
+
+
+def step_share(*sizes: tuple[int, int]) -> Callable[[Results], Found]:
+    """The least share of its limit that a whole decode step reaches, at (context, batch)."""
+
+    def measured(results: Results) -> Found:
+        rows = [row for row in _steps(results) if (row["context"], row["batch"]) in sizes]
+        return _worst({f"{_size(row)}, budget {row['budget']}": row["share"] for row in rows})
+
+    return measured
+
+
+def speedup_share(results: Results) -> Found:
     """The least share of the ideal that a tenth's speed-up reaches."""
     rows = [row for row in _steps(results) if "share_of_ideal" in row]
-    if not rows:
-        return None
-    worst = min(rows, key=lambda row: row["share_of_ideal"])
-    return worst["share_of_ideal"], f"worst: {worst['speedup']:.2f}x at {_size(worst)}"
+    return _worst({f"{row['speedup']:.2f}x at {_size(row)}": row["share_of_ideal"] for row in rows})
+
+
+def _worst(values: dict[str, float]) -> Found:
+    """The least of the values, by what they are of."""
+    worst = min(values, key=lambda name: values[name], default="")
+    return (values[worst], f"worst: {worst}") if values else None
 
 
 def _steps(results: Results) -> list[dict[str, Any]]:
@@ -179,25 +154,31 @@ def _size(row: dict[str, Any]) -> str:
     return f"{row['context']} x {row['batch']}"
 
 
-def _timed(result: dict[str, Any], backend: str) -> list[dict[str, Any]]:
+def _timed(
+    results: Results, stage: str, backend: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A stage's result, and the rows of a backend in it."""
+    result = results.get(stage, {})
     rows = result.get("rows", [])
-    return [row for row in rows if row["ok"] and row.get("backend") == backend]
+    return result, [row for row in rows if row["ok"] and row.get("backend") == backend]
 
+
+LARGE_STEPS = ((2048, 32), (2048, 64), (8192, 64))
 
 BARS = (
-    Bar("comparisons with references that are right", 1.0, 1.0, percent, right),
-    Bar("decode attention, 512 MB or more: share of the copy", 0.85, 0.95, percent, decode_share),
-    Bar("prefill attention, 8192 tokens, Triton: TFLOP/s", 390e12, 490e12, tera, prefill_rate),
-    Bar("prefill attention, automatic choice: speed to cuDNN's", 0.95, 1.0, percent, automatic),
-    Bar("decode step, 7B, batch 1: share of the limit", 0.75, 0.85, percent, step_share((2048, 1))),
-    Bar(
-        "decode step, 7B, batch 32 and 64: share of the limit", 0.8, 0.9, percent,
-        step_share((2048, 32), (2048, 64), (8192, 64)),
-    ),
-    Bar("decode speed-up of 10 %: share of the ideal", 0.9, 0.97, percent, speedup_share),
-    Bar("packed rows, 512 MB or more in bfloat16: share of the copy", 0.5, 0.8, percent,
-        packed_share),
-    Bar("the same: speed to the rows in bfloat16", 1.0, 1.5, percent, packed_speed),
+    Bar("comparisons with references that are right", 1.0, 1.0, right),
+    Bar("decode attention, 512 MB or more: share of the copy", 0.85, 0.95,
+        share_of_copy("speed_decode", "bytes")),
+    Bar("prefill attention, 8192 tokens, Triton: TFLOP/s", 390e12, 490e12, prefill_rate, tera),
+    Bar("prefill attention, automatic choice: speed to cuDNN's", 0.95, 1.0,
+        speed_to("speed_prefill", "automatic", "cudnn")),
+    Bar("decode step, 7B, batch 1: share of the limit", 0.75, 0.85, step_share((2048, 1))),
+    Bar("decode step, 7B, batch 32 and 64: share of the limit", 0.8, 0.9, step_share(*LARGE_STEPS)),
+    Bar("decode speed-up of 10 %: share of the ideal", 0.9, 0.97, speedup_share),
+    Bar("packed rows, 512 MB or more in bfloat16: share of the copy", 0.5, 0.8,
+        share_of_copy("speed_packed", "full_bytes")),
+    Bar("the same: speed to the rows in bfloat16", 1.0, 1.5,
+        speed_to("speed_packed", "triton", "pool")),
 )  # fmt: skip
 
 

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_suite.stages import Context
+from benchmarks.measure import reason
+from benchmarks.operations import candidates, kernel, short
 
 BOUNDS = {"bfloat16": 1e-2, "float16": 1e-2, "float32": 1e-4}
 """Largest error, of the norm of the difference to that of the reference."""
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 NOT_RUN = "not run: no time"
 
@@ -77,7 +77,6 @@ def run(
     Returns:
         The stage's result: {"rows": a row for each comparison, "not_run", "ok", "headline"}.
     """
-    groups = list(groups)
     pool = ThreadPoolExecutor(2 if context.dry else min(8, os.cpu_count() or 1))
     planned: list[tuple[Group, str, Future[Any]]] = []
     for group in groups:
@@ -91,8 +90,7 @@ def run(
     rows = list(rows)
     expected: dict[int, Any] = {}
     saved = time.monotonic()
-    for done, (group, name, program) in enumerate(planned):
-        context.progress(done, len(planned))
+    for group, name, program in planned:
         row = {"kernel": group.kernel, "case": f"{group.label}; {name}"}
         if context.late():
             rows.append({**row, "ok": None, "note": NOT_RUN})
@@ -105,9 +103,7 @@ def run(
         except NotImplementedError as error:
             rows.append({**row, "ok": None, "note": f"not available: {error}"})
         except Exception as error:  # one row's trouble is that row's alone
-            rows.append(
-                {**row, "ok": False, "exception": f"{type(error).__name__}: {error}"[:2000]}
-            )
+            rows.append({**row, "ok": False, "exception": reason(error)})
         else:
             rows += [_row(row, what, *numbers, again) for what, numbers in errors.items()]
         if time.monotonic() - saved > 2:  # what is there if the next one ends the process
@@ -176,16 +172,39 @@ def _nan_block(size: int) -> np.ndarray:
 
 
 def host(rng: np.random.Generator, dtype: str, *shape: int) -> np.ndarray:
-    """Normally distributed numbers on the host."""
+    """Normally distributed numbers on the host; random bits of "uint32"."""
+    if dtype == "uint32":
+        return rng.integers(0, 2**32, shape, np.uint32)
     return rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
 
 
-def variants_of(candidates: Sequence[Any]) -> list[Any]:
-    """All configurations of a kernel, and the first of them with other numbers of warps."""
-    first = candidates[0]
-    return list(dict.fromkeys([*candidates, *(replace(first, num_warps=w) for w in (2, 4, 8))]))
+def variants(
+    operation: str, dtype: str, size: int, *, every: bool = True, prefix: str = "", **settings: Any
+) -> dict[str, Callable[..., Any]]:
+    """An operation's Triton version in its configurations, by their names.
+
+    Args:
+        operation: a name of `operations.OPERATIONS`.
+        dtype: of the inputs.
+        size: head dim, width or vocabulary.
+        every: all configurations, and the first of them with other numbers of warps; else that of
+            the device alone.
+        prefix: of the names.
+        settings: arguments of the kernel.
+    """
+    run = kernel(operation, size, **settings)
+    if not every:
+        return {f"{prefix}default": run}
+    found = candidates(operation, dtype, size)
+    found = dict.fromkeys([*found, *(replace(found[0], num_warps=w) for w in (2, 4, 8))])
+    return {prefix + short(config): functools.partial(run, config=config) for config in found}
 
 
-def short(config: Any) -> str:
-    """A configuration in few letters: "block_q 128, block_k 64, ..."."""
-    return ", ".join(f"{name} {value}" for name, value in vars(config).items())
+def in_float32(function: Callable[..., Any], *inputs: Any, **settings: Any) -> list[np.ndarray]:
+    """The leaves of what a function gives for the same numbers in float32."""
+
+    def wide(x: Any) -> Any:
+        return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    found = jax.jit(lambda *arrays: function(*jax.tree.map(wide, arrays), **settings))(*inputs)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(found)]

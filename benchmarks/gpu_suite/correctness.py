@@ -1,33 +1,34 @@
-"""Every kernel against its dense reference, in all its configurations, on fresh random inputs.
+"""The operations on prompts and rows against their dense references, on fresh random inputs.
 
-What a kernel must not read is NaN; what it must write is NaN before (see `checks`). Lengths up to
-some thousands; longer ones are in long.py, and the kernels on a cache in correctness_cache.py.
+What a kernel must not read is NaN; what it must write is NaN before (see `checks`). The kernels on
+a cache, and long prompts, are in correctness_cache.py.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_suite import checks
-from benchmarks.gpu_suite.checks import BOUNDS, DTYPES, Errors, Group, host
+from benchmarks.gpu_suite.checks import BOUNDS, Errors, Group, host, variants
 from benchmarks.gpu_suite.stages import Context
-from pallas_kernels import add_rms_norm as norm_op
+from benchmarks.operations import prompt
 from pallas_kernels import prefill_attention as prefill_op
 from pallas_kernels import sample_tokens as sample_op
-from pallas_kernels import tiles
-from pallas_kernels.add_rms_norm import config as norm_config
+from pallas_kernels import window_scores as scores_op
 from pallas_kernels.add_rms_norm import reference as norm_reference
-from pallas_kernels.backends import current_device
-from pallas_kernels.prefill_attention import config as prefill_config
 from pallas_kernels.prefill_attention import reference as prefill_reference
-from pallas_kernels.sample_tokens import config as sample_config
 from pallas_kernels.sample_tokens import reference as sample_reference
+from pallas_kernels.window_scores import reference as scores_reference
 
+DTYPES = ("bfloat16", "float16", "float32")
 KV_HEADS, GROUP = 2, 4
+
+FAR = 10_000
+"""Rows from which on a dense reference would take too long: XLA's version in float32 stands for
+it, and there are fewer sequences."""
 
 Shape = tuple[str, int, int, int]
 """Type, head dim, query heads of a kv head, length."""
@@ -52,82 +53,104 @@ def shapes(context: Context) -> Iterator[tuple[Shape, bool]]:
             yield (dtype, head_dim, group, 1000), False
 
 
-def odd(shape: Shape) -> bool:
-    """Whether a shape is of the smaller set, for what needs no more."""
-    return shape[1] == 80 or shape[2] != GROUP
-
-
 def label(shape: Shape) -> str:
     """A shape in words."""
     dtype, head_dim, group, length = shape
     return f"{dtype}, {KV_HEADS * group}/{KV_HEADS} heads of {head_dim}, length {length}"
 
 
-def configs(module: Any, dtype: str, size: int, every: bool) -> list[Any]:
-    """The configurations to run: all of them, or that of the device (None)."""
-    if not every:
-        return [None]
-    capability = current_device().capability or 90
-    return checks.variants_of(module.candidates(capability, jnp.dtype(dtype), size))
-
-
-def named(config: Any) -> str:
-    """A configuration in words."""
-    return "default" if config is None else checks.short(config)
-
-
-# Prefill.
-
-
 def prefill(context: Context) -> dict[str, Any]:
     """The stage of the prefill attention, Triton and cuDNN."""
     rng = np.random.default_rng(context.seed)
-    groups = [_prefill_group(rng, *shape, causal=True) for shape in shapes(context)]
-    for shape, every in shapes(context):
-        if odd(shape) and not every:
-            groups.append(_prefill_group(rng, shape, every, causal=False))
+    groups = [prefill_group(rng, *shape) for shape in shapes(context)]
+    groups += [
+        prefill_group(rng, shape, every, causal=False)
+        for shape, every in shapes(context)
+        if not every and (shape[1] == 80 or shape[2] != GROUP)
+    ]
     return checks.run(context, groups)
 
 
-def _prefill_group(rng: np.random.Generator, shape: Shape, every: bool, *, causal: bool) -> Group:
+def prefill_group(
+    rng: np.random.Generator, shape: Shape, every: bool, *, causal: bool = True
+) -> Group:
+    """Prompts of several lengths, with NaN behind them."""
     dtype, head_dim, group, length = shape
-    scale = head_dim**-0.5
+    settings: dict[str, Any] = {"causal": causal, "scale": head_dim**-0.5}
     lengths = np.array([length, length // 2 + 1, min(17, length), 1], np.int32)
     lengths = lengths[: 2 if length > 1000 else 4]
-    batch, heads = len(lengths), KV_HEADS * group
-    q = 2 * host(rng, dtype, batch, length, heads, head_dim)
-    k, v = (host(rng, dtype, batch, length, KV_HEADS, head_dim) for _ in range(2))
+    if length > FAR:
+        lengths = lengths[:1] - 5
+    heads = KV_HEADS * group, KV_HEADS
+    q, k, v = prompt(functools.partial(host, rng), dtype, len(lengths), length, heads, head_dim)
     there = np.arange(length) < lengths[:, None]  # [B, T]
     k[~there] = v[~there] = np.nan
-    variants: dict[str, Callable[..., Any]] = {
-        f"triton, {named(config)}": functools.partial(
-            prefill_op.triton.prefill_attention, causal=causal, scale=scale, config=config
-        )
-        for config in configs(prefill_config, dtype, tiles.padded(head_dim), every)
-    }
-    for backend in ("triton", "cudnn"):
-        if (backend == "triton" and not every) or (backend == "cudnn" and dtype == "float32"):
-            continue
-        variants[backend] = functools.partial(
-            prefill_op.prefill_attention, causal=causal, scale=scale, backend=backend
-        )
+    inputs = 2 * q, k, v, lengths
+    ways = variants(
+        "prefill_attention", dtype, head_dim, every=every, prefix="triton, ", causal=causal
+    )
+    for backend in [*["triton"] * every, *["cudnn"] * (dtype != "float32")]:
+        ways[backend] = functools.partial(prefill_op.prefill_attention, backend=backend, **settings)
 
     def judge(results: list[np.ndarray], expected: np.ndarray) -> Errors:
         error = checks.relative_error(results[0][there], expected[there])
         return {"out": (error + checks.not_finite(results[0]), BOUNDS[dtype])}
 
     def expected() -> np.ndarray:
-        arrays = (*(x.astype(np.float32) for x in (q, k, v)), lengths)
-        return np.asarray(_dense_prefill(*arrays, causal=causal, scale=scale))
+        if length > FAR:
+            return checks.in_float32(prefill_op.xla.prefill_attention, *inputs, **settings)[0]
+        return np.asarray(_dense_prefill(*inputs, **settings))
 
     words = f"{label(shape)}, {'causal' if causal else 'bidirectional'}"
-    return Group("prefill_attention", words, (q, k, v, lengths), variants, expected, judge)
+    return Group("prefill_attention", words, inputs, ways, expected, judge)
 
 
 _dense_prefill = jax.jit(prefill_reference.prefill_attention, static_argnames=("causal", "scale"))
 
 
-# The norm.
+def scores(context: Context) -> dict[str, Any]:
+    """The stage of the window scores."""
+    rng = np.random.default_rng(context.seed)
+    window = 9 if context.dry else 50
+    groups = [scores_group(rng, *shape, window) for shape in shapes(context)]
+    if not context.dry:  # all rows, as H2O wants them
+        groups += [scores_group(rng, (dtype, 128, 2, 300), False, 300) for dtype in DTYPES]
+    return checks.run(context, groups)
+
+
+def scores_group(rng: np.random.Generator, shape: Shape, every: bool, most: int) -> Group:
+    """Windows that end where the prompt does, in it, and behind it, with NaN beyond."""
+    dtype, head_dim, group, length = shape
+    settings: dict[str, Any] = {"threshold": 0.01, "scale": head_dim**-0.5}
+    window = min(most, length)
+    start = np.array([length - window, max(0, length // 2 - window), 0], np.int32)
+    lengths = np.array([length, length // 2 + 1, max(1, window - 3)], np.int32)
+    if length > FAR:
+        start, lengths = start[:1], lengths[:1] - 3
+    q = host(rng, dtype, len(start), window, KV_HEADS * group, head_dim)
+    k = host(rng, dtype, len(start), length, KV_HEADS, head_dim)
+    for b in range(len(start)):
+        k[b, lengths[b] :] = q[b, max(0, lengths[b] - start[b]) :] = np.nan
+    inputs = q, k, start, lengths
+
+    def judge(results: list[np.ndarray], expected: list[np.ndarray]) -> Errors:
+        ours, zeroed, visible = results
+        bound = 1e-3 if dtype != "float32" else BOUNDS[dtype]
+        missed = np.abs(zeroed.astype(np.int64) - expected[1]).max() / max(1, expected[2].max())
+        wrong = 0.0 if (visible == expected[2]).all() else 1.0
+        return {
+            "scores": (checks.relative_error(ours, expected[0]), bound),
+            "counts": (float(missed) + wrong, 1e-3),
+        }
+
+    def expected() -> list[np.ndarray]:
+        if length > FAR:
+            return checks.in_float32(scores_op.xla.window_scores, *inputs, **settings)
+        return list(scores_reference.window_scores(*inputs, **settings))
+
+    words = f"{label(shape)}, window {window}"
+    ways = variants("window_scores", dtype, head_dim, every=every)
+    return Group("window_scores", words, inputs, ways, expected, judge)
 
 
 def norm(context: Context) -> dict[str, Any]:
@@ -140,27 +163,15 @@ def norm(context: Context) -> dict[str, Any]:
 
 def _norm_group(rng: np.random.Generator, dtype: str, width: int) -> Group:
     x, delta = (host(rng, dtype, 2, 5, width) for _ in range(2))
-    weight = 1 + host(rng, dtype, width)
-    variants = {
-        named(config): functools.partial(norm_op.triton.add_rms_norm, eps=1e-5, config=config)
-        for config in configs(norm_config, dtype, tiles.padded(width), True)
-    }
+    inputs = x, delta, 1 + host(rng, dtype, width)
 
     def judge(results: list[np.ndarray], expected: tuple[np.ndarray, ...]) -> Errors:
-        errors = map(checks.relative_error, results, expected)
-        return {
-            name: (error, BOUNDS[dtype])
-            for name, error in zip(("sum", "norm"), errors, strict=True)
-        }
+        named = zip(("sum", "norm"), results, expected, strict=True)
+        return {name: (checks.relative_error(*pair), BOUNDS[dtype]) for name, *pair in named}
 
-    def expected() -> tuple[np.ndarray, ...]:
-        return norm_reference.add_rms_norm(x, delta, weight, eps=1e-5)
-
-    words = f"{dtype}, width {width}"
-    return Group("add_rms_norm", words, (x, delta, weight), variants, expected, judge)
-
-
-# The draw.
+    expected = functools.partial(norm_reference.add_rms_norm, *inputs, eps=1e-5)
+    ways = variants("add_rms_norm", dtype, width)
+    return Group("add_rms_norm", f"{dtype}, width {width}", inputs, ways, expected, judge)
 
 
 def sample(context: Context) -> dict[str, Any]:
@@ -178,15 +189,11 @@ def _sample_group(rng: np.random.Generator, vocabulary: int) -> Group:
     temperature, top_k, top_p = settings
     uniform = rng.random(32, np.float32)
     inputs = (logits, np.float32(temperature), np.int32(top_k), np.float32(top_p), uniform)
-    variants: dict[str, Callable[..., Any]] = {
-        named(config): functools.partial(sample_op.triton.sample_tokens, config=config)
-        for config in configs(sample_config, "float32", tiles.padded(vocabulary), True)
-    }
-    variants["xla"] = functools.partial(sample_op.sample_tokens, backend="xla")
+    ways = variants("sample_tokens", "float32", vocabulary)
+    ways["xla"] = functools.partial(sample_op.sample_tokens, backend="xla")
 
     def judge(results: list[np.ndarray], near: np.ndarray) -> Errors:
         return {"wrong tokens": (float((results[0] != near).all(0).sum()), 0.0)}
 
-    words = f"vocabulary {vocabulary}"
     expected = functools.partial(sample_reference.near, *inputs)
-    return Group("sample_tokens", words, inputs, variants, expected, judge)
+    return Group("sample_tokens", f"vocabulary {vocabulary}", inputs, ways, expected, judge)

@@ -1,100 +1,119 @@
-"""Every kernel that reads a cache against its dense reference: see correctness.py."""
+"""The kernels that read a cache against their dense references, and long prompts.
+
+At long prompts, and in pools of more than 2^31 elements, a 32-bit index fails first.
+"""
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from benchmarks import device, measure
 from benchmarks.gpu_suite import checks
-from benchmarks.gpu_suite.checks import BOUNDS, DTYPES, Errors, Group, host
+from benchmarks.gpu_suite.checks import BOUNDS, Errors, Group, host, variants
 from benchmarks.gpu_suite.correctness import (
-    GROUP,
+    FAR,
     KV_HEADS,
     Shape,
-    configs,
     label,
-    named,
+    prefill_group,
+    scores_group,
     shapes,
 )
 from benchmarks.gpu_suite.stages import Context
+from benchmarks.measure import reason
+from benchmarks.operations import layer, packed_rows
+from pallas_kernels import hadamard
 from pallas_kernels import ragged_decode_attention as decode_op
-from pallas_kernels import tiles
-from pallas_kernels import window_scores as scores_op
-from pallas_kernels.ragged_decode_attention import config as decode_config
+from pallas_kernels.packing import per_word
+from pallas_kernels.quantized_decode_attention import reference as packed_reference
 from pallas_kernels.ragged_decode_attention import reference as decode_reference
-from pallas_kernels.rows import NewToken, Segment, Tail
-from pallas_kernels.window_scores import config as scores_config
-from pallas_kernels.window_scores import reference as scores_reference
+from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
 
-THRESHOLD = 0.01
 TAIL = 40
 
+RUNS = ((8,), (2,), (4, 2))
+"""Widths of the runs: all of them where all configurations run, else the last ones; of a dry run
+the first, whose kernel is the smallest."""
 
-# Decode.
+NEEDED_BYTES = 24 * 10**9
+"""Device memory from which on the large pools are tried: two of 4.3 GB, and what makes them."""
 
 
 def decode(context: Context) -> dict[str, Any]:
-    """The stage of the decode attention, with the new token, and of its merge."""
+    """The stage of the decode attention, with the new token and the merge of its splits."""
     rng = np.random.default_rng(context.seed)
-    groups = [_decode_group(rng, *shape) for shape in shapes(context)]
-    parts = (3,) if context.dry else (2, 5, 34)
-    groups += [_merge_group(rng, dtype, count) for dtype in DTYPES[:2] for count in parts]
+    return checks.run(context, [_decode_group(rng, *shape) for shape in shapes(context)])
+
+
+def packed(context: Context) -> dict[str, Any]:
+    """The stage of the decode attention over packed rows, with the new token."""
+    rng = np.random.default_rng(context.seed)
+    groups = []
+    for shape, every in shapes(context):
+        if shape[0] != "float32":  # is left to XLA
+            runs = RUNS[:1] if context.dry else RUNS if every else RUNS[-1:]
+            groups += [_packed_group(rng, shape, bits, every) for bits in runs]
     return checks.run(context, groups)
 
 
-def layer(rng: np.random.Generator, shape: Shape) -> tuple[NewToken, Segment, Tail]:
+def long(context: Context) -> dict[str, Any]:
+    """The stage of long prompts and large pools: one at a time, each has the memory to itself."""
+    rng = np.random.default_rng(context.seed)
+    makers: list[functools.partial[Group]] = []
+    lengths = (64,) if context.dry else (32768, 131072)
+    for length in lengths:
+        shape = "bfloat16", 16 if context.dry else 128, 1, length
+        makers += [functools.partial(make, rng, shape, False)
+                   for make in (_decode_group, prefill_group)]  # fmt: skip
+        windows = (50, length) if length == lengths[0] else (50,)
+        makers += [functools.partial(scores_group, rng, shape, False, rows) for rows in windows]
+    makers[1:1] = [
+        functools.partial(_large_pool_group, context, kv_heads)
+        for kv_heads in ((8,) if context.dry else (8, 1))
+    ]
+    result: dict[str, Any] = {"rows": []}
+    for make in makers:
+        try:
+            result = checks.run(context, [make()], result["rows"])
+        except Exception as error:  # inputs that could not be made, say
+            row = {"kernel": make.func.__name__, "case": str(make.args[1:])}
+            note = isinstance(error, NotImplementedError)
+            row |= {"ok": None, "note": str(error)} if note else {"ok": False}
+            rows = [*result["rows"], row if note else {**row, "exception": reason(error)}]
+            result = checks.summary(rows)
+    return result
+
+
+def _layer(rng: np.random.Generator, shape: Shape) -> tuple[NewToken, Segment, Tail]:
     """A new token, a layer's rows and its tail, NaN where nothing stands.
 
-    The end of the pool, an empty layer, all of the pool, one token, nothing at all; the last tail
+    The end of the pool, all of the pool, an empty layer, one token, nothing at all; the last tail
     has no room left.
     """
     dtype, head_dim, group, rows = shape
-    offset: Any = np.array([rows // 3, rows // 2, 0, rows // 2, 0, 0], np.int32)
-    length: Any = np.array([rows - rows // 3, 0, rows, 1, 0, 1], np.int32)
-    fill: Any = np.array([TAIL - 1, 1, 0, TAIL // 2, 0, TAIL], np.int32)
-    pool: Any = [host(rng, dtype, len(fill), KV_HEADS, rows, head_dim) for _ in range(2)]
-    tail: Any = [host(rng, dtype, len(fill), KV_HEADS, TAIL, head_dim) for _ in range(2)]
+    offset: Any = np.array([rows // 3, 0, rows // 2, rows // 2, 0, 0], np.int32)
+    length: Any = np.array([rows - rows // 3, rows, 0, 1, 0, 1], np.int32)
+    fill: Any = np.array([TAIL - 1, 0, 1, TAIL // 2, 0, TAIL], np.int32)
+    if rows > FAR:
+        offset, length, fill = offset[:2], length[:2], fill[:2]
+    heads = KV_HEADS * group, KV_HEADS
+    draw = functools.partial(host, rng)
+    new, pool, tail = layer(draw, dtype, len(fill), heads, head_dim, rows, TAIL)
     for b in range(len(fill)):
-        for x in pool:
+        for x in map(np.asarray, (pool.k, pool.v)):
             x[b, :, : offset[b]] = x[b, :, offset[b] + length[b] :] = np.nan
-        for x in tail:
+        for x in map(np.asarray, (tail.k, tail.v)):
             x[b, :, fill[b] :] = np.nan
-    qkv: Any = host(rng, dtype, len(fill), KV_HEADS, group + 2, head_dim)
-    angle: Any = 6 * rng.random((len(fill), head_dim // 2), np.float32)
-    new = NewToken(qkv, np.cos(angle), np.sin(angle))
-    return new, Segment(pool[0], pool[1], offset, length), Tail(tail[0], tail[1], fill)
+    return new, replace(pool, offset=offset, length=length), replace(tail, fill=fill)
 
 
-def _decode_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
-    dtype, head_dim, _, rows = shape
-    inputs = new, pool, tail = layer(rng, shape)
-    ways: list[tuple[Any, int | None]]
-    ways = [(config, 4) for config in configs(decode_config, dtype, tiles.padded(head_dim), every)]
-    ways[1:1] = [(None, None), (None, 1)] if every else [(None, 1)]
-    scale = head_dim**-0.5
-    variants = {
-        f"splits {splits or 'default'}, {named(config)}": functools.partial(
-            decode_op.triton.append_and_attend,
-            scale=scale,
-            most_rows=rows,
-            config=config,
-            splits=splits,
-        )
-        for config, splits in ways
-    }
-
-    def expected() -> tuple[np.ndarray, ...]:
-        q, *rest = appended(new, rotated(new), tail)
-        segments: Any = pool.k, pool.v, pool.offset, pool.length, *rest, tail.fill + 1
-        return decode_reference.ragged_decode_attention(q, *segments, scale=scale), *rest
-
-    judge = judge_appended(dtype, tail.fill)
-    return Group("append_and_attend", label(shape), inputs, variants, expected, judge)
-
-
-def rotated(new: NewToken) -> np.ndarray:
+def _rotated(new: NewToken) -> np.ndarray:
     """The queries and the key of a new token's product, after RoPE: [B, K, G + 1, H]."""
     qkv = np.asarray(new.qkv)
     first, second = np.split(qkv[..., :-1, :].astype(np.float32), 2, axis=-1)
@@ -103,7 +122,7 @@ def rotated(new: NewToken) -> np.ndarray:
     return turned.astype(qkv.dtype)
 
 
-def appended(
+def _appended(
     new: NewToken, turned: np.ndarray, tail: Tail
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The queries [B, N, H], and the tail's rows with the new token in it, where there is room.
@@ -120,7 +139,7 @@ def appended(
     return turned[:, :, :-1].reshape(len(turned), -1, turned.shape[-1]), tail_k, tail_v
 
 
-def judge_appended(dtype: str, fill: Any) -> Callable[[list[np.ndarray], Any], Errors]:
+def _judge_appended(dtype: str, fill: Any) -> Callable[[list[np.ndarray], Any], Errors]:
     """Compares the attention, and the rows of the tails; what was NaN behind them must still be.
 
     The attention of a token that found no room has no meaning, but is finite.
@@ -140,72 +159,129 @@ def judge_appended(dtype: str, fill: Any) -> Callable[[list[np.ndarray], Any], E
     return judge
 
 
-def _merge_group(rng: np.random.Generator, dtype: str, parts: int) -> Group:
-    shape = (3, KV_HEADS, parts, GROUP)
-    maximum, total = 4 * host(rng, "float32", *shape), 1 + rng.random(shape, np.float32)
-    mixed = host(rng, "float32", *shape, 128)
-    maximum[0, :, 0], total[0, :, 0], mixed[0, :, 0] = -np.inf, 0, 0  # a part without a key
-    maximum[1], total[1], mixed[1] = -np.inf, 0, 0  # nothing but such parts
-
-    def expected() -> np.ndarray:
-        highest = maximum.max(axis=2, keepdims=True)
-        weights = np.exp2(maximum - np.where(highest == -np.inf, 0, highest)).astype(np.float64)
-        sums = (weights * total).sum(axis=2)
-        return (weights[..., None] * mixed).sum(axis=2) / np.where(sums == 0, 1, sums)[..., None]
-
-    def judge(results: list[np.ndarray], expected: np.ndarray) -> Errors:
-        ours = results[0].reshape(expected.shape)
-        return {"out": (checks.relative_error(ours, expected), BOUNDS[dtype])}
-
-    merge = functools.partial(decode_op.triton.merge, dtype=jnp.dtype(dtype))
-    words = f"{dtype}, {parts} parts"
-    inputs = (maximum, total, mixed)
-    return Group("merge_splits", words, inputs, {"default": merge}, expected, judge)
+def _ways(
+    operation: str, shape: Shape, every: bool, splits: int, **most: int
+) -> dict[str, Callable[..., Any]]:
+    """A decode kernel in its configurations, and with other numbers of splits."""
+    found = {}
+    for count in (splits, None, 1):
+        prefix = f"splits {count or 'default'}, "
+        full = every and count == splits
+        options: dict[str, Any] = {"every": full, "prefix": prefix, "splits": count, **most}
+        found |= variants(operation, *shape[:2], **options)
+    return found
 
 
-# Scores.
-
-
-def scores(context: Context) -> dict[str, Any]:
-    """The stage of the window scores."""
-    rng = np.random.default_rng(context.seed)
-    window = 9 if context.dry else 50
-    groups = [_scores_group(rng, *shape, window) for shape in shapes(context)]
-    if not context.dry:  # all rows, as H2O wants them
-        groups += [_scores_group(rng, (dtype, 128, 2, 300), False, 300) for dtype in DTYPES]
-    return checks.run(context, groups)
-
-
-def _scores_group(rng: np.random.Generator, shape: Shape, every: bool, most: int) -> Group:
-    dtype, head_dim, group, length = shape
-    scale, window, heads = head_dim**-0.5, min(most, length), KV_HEADS * group
-    start = np.array([length - window, max(0, length // 2 - window), 0], np.int32)
-    lengths = np.array([length, length // 2 + 1, max(1, window - 3)], np.int32)
-    q = host(rng, dtype, 3, window, heads, head_dim)
-    k = host(rng, dtype, 3, length, KV_HEADS, head_dim)
-    for b in range(3):
-        k[b, lengths[b] :] = q[b, max(0, lengths[b] - start[b]) :] = np.nan
-    variants = {
-        named(config): functools.partial(
-            scores_op.triton.window_scores, threshold=THRESHOLD, scale=scale, config=config
-        )
-        for config in configs(scores_config, dtype, tiles.padded(head_dim), every)
-    }
-
-    def judge(results: list[np.ndarray], expected: tuple[np.ndarray, ...]) -> Errors:
-        ours, zeroed, visible = results
-        bound = 1e-3 if dtype != "float32" else BOUNDS[dtype]
-        missed = np.abs(zeroed - expected[1]).max() / max(1, expected[2].max())
-        wrong = 0.0 if (visible == expected[2]).all() else 1.0
-        return {
-            "scores": (checks.relative_error(ours, expected[0]), bound),
-            "counts": (float(missed) + wrong, 1e-3),
-        }
+def _decode_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
+    dtype, head_dim, _, rows = shape
+    inputs = new, pool, tail = _layer(rng, shape)
 
     def expected() -> tuple[np.ndarray, ...]:
-        return scores_reference.window_scores(
-            q, k, start, lengths, threshold=THRESHOLD, scale=scale
-        )
+        q, *rest = _appended(new, _rotated(new), tail)
+        segments: Any = pool.k, pool.v, pool.offset, pool.length, *rest, tail.fill + 1
+        scale = head_dim**-0.5
+        return decode_reference.ragged_decode_attention(q, *segments, scale=scale), *rest
 
-    words = f"{label(shape)}, window {window}"
-    return Group("window_scores", words, (q, k, start, lengths), variants, expected, judge)
+    ways = _ways("ragged_decode_attention", shape, every, 4, most_rows=rows)
+    judge = _judge_appended(dtype, tail.fill)
+    return Group("append_and_attend", label(shape), inputs, ways, expected, judge)
+
+
+def _runs(rng: np.random.Generator, shape: Shape, bits: tuple[int, ...]) -> PackedRows:
+    """Packed rows whose scales are NaN where no row is.
+
+    The last run of the pool's first sequence ends where the pool does; some runs are empty.
+    """
+    _, head_dim, _, length = shape
+    counts = np.array([length, 0, 1, length // 2 + 1, 0, 1], np.int32)
+    rows: Any = np.stack([np.roll(counts, -run) for run in reversed(range(len(bits)))], axis=1)
+    most = [-(-length // per_word(width)) for width in bits]
+    total, lanes = sum(most) + 3, per_word(min(bits))
+    first: Any = np.array([total - sum(most[run:]) for run in range(len(bits))], np.int32)
+    there = np.zeros((len(counts), total * lanes), bool)
+    for b, run in np.ndindex(rows.shape):
+        row, each = np.arange(int(rows[b, run])), per_word(bits[run])
+        there[b, (first[run] + row // each) * lanes + row % each] = True
+
+    def half(low: float, high: float) -> np.ndarray:
+        x = rng.uniform(low, high, (len(counts), KV_HEADS, 1, total * lanes))
+        x = np.where(there[:, None, None], x, np.nan).astype(jnp.bfloat16)
+        return x.view(np.uint16).astype(np.uint32)
+
+    affine: Any = [half(0.05, 0.3) | half(-1.0, 0.5) << 16 for _ in range(2)]
+    draw = functools.partial(host, rng)
+    found = packed_rows(draw, len(counts), KV_HEADS, head_dim, bits, total)
+    first = np.broadcast_to(first, rows.shape).copy()
+    return replace(found, affine_k=affine[0], affine_v=affine[1], first=first, rows=rows)
+
+
+def _packed_group(
+    rng: np.random.Generator, shape: Shape, bits: tuple[int, ...], every: bool
+) -> Group:
+    dtype, head_dim, _, rows = shape
+    new, dense, tail = _layer(rng, shape)
+    runs = _runs(rng, shape, bits)
+
+    def expected() -> tuple[np.ndarray, ...]:
+        turned = _rotated(new).astype(np.float32)
+        turned = turned @ hadamard.signs(head_dim).astype(np.float32) * hadamard.factor(head_dim)
+        q, *rest = _appended(new, turned.astype(new.qkv.dtype), tail)
+        arrays: Any = (
+            *(q, dense.k, dense.v, dense.offset, dense.length),
+            *(runs.words_k, runs.words_v, runs.affine_k, runs.affine_v, runs.first, runs.rows),
+            *(*rest, tail.fill + 1),
+        )
+        settings: Any = {"bits": bits, "scale": head_dim**-0.5}
+        return packed_reference.quantized_decode_attention(*arrays, **settings), *rest
+
+    most = {"most_rows": rows, "most_words": -(-rows // per_word(min(bits)))}
+    ways = _ways("quantized_decode_attention", shape, every, 3, **most)
+    words = f"{label(shape)}, runs of {' and '.join(map(str, bits))} bits"
+    inputs, judge = (new, dense, runs, tail), _judge_appended(dtype, tail.fill)
+    return Group("quantized_append_and_attend", words, inputs, ways, expected, judge)
+
+
+def _large_pool_group(context: Context, kv_heads: int) -> Group:
+    """The last layer of a pool of 2^31 + 2^20 elements, on the device; all other layers are NaN.
+
+    Raises:
+        NotImplementedError: the device's memory is too small.
+    """
+    limit = device.memory_limit()
+    if limit is not None and limit < NEEDED_BYTES:
+        raise NotImplementedError(
+            f"not available: {limit / 1e9:.0f} GB of memory are less than the 24 GB it needs"
+        )
+    dtype, head_dim = "bfloat16", 128
+    capacity = (512 if context.dry else 2**24 + 2**13) // kv_heads
+    length = 50 if context.dry else 3000
+
+    def draw(dtype: str, *shape: int) -> jax.Array:
+        return measure.normal(context.key(), shape, dtype)
+
+    @jax.jit
+    def place(rows: jax.Array) -> jax.Array:
+        pool = jnp.full((1, kv_heads, capacity, head_dim), jnp.nan, dtype)
+        return lax.dynamic_update_slice_in_dim(pool, rows, capacity - length, axis=2)
+
+    new, rows, tail = layer(draw, dtype, 1, (4 * kv_heads, kv_heads), head_dim, length, 32)
+    numbers = (jnp.array([n], jnp.int32) for n in (0, capacity - length, length, 9))
+    first, offset, true, fill = numbers
+    tail = replace(tail, fill=fill)
+    sliced = Segment(rows.k, rows.v, offset=first, length=true)
+    pool = Segment(place(rows.k), place(rows.v), offset=offset, length=true)
+
+    def judge(results: list[np.ndarray], expected: np.ndarray) -> Errors:
+        error = checks.relative_error(results[0], expected)
+        return {"out": (error + checks.not_finite(results[0]), BOUNDS[dtype])}
+
+    def expected() -> np.ndarray:
+        settings = {"scale": head_dim**-0.5, "most_rows": length, "together": False}
+        reference = decode_op.xla.append_and_attend
+        return checks.in_float32(reference, new, sliced, tail, **settings)[0]
+
+    shape = dtype, head_dim, 4, length
+    ways = _ways("ragged_decode_attention", shape, False, 4, most_rows=length)
+    words = f"{dtype}, {4 * kv_heads}/{kv_heads} heads of {head_dim}, pool of "
+    words += f"{kv_heads * capacity * head_dim} elements"
+    return Group("append_and_attend", words, (new, pool, tail), ways, expected, judge)

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from benchmarks import throughput as largest
-from benchmarks.gpu_suite import ceilings
+from benchmarks.gpu_suite.speed import quick
 from benchmarks.gpu_suite.stages import Context
 from benchmarks.peers.compare import Plan as Peers
 from benchmarks.peers.compare import compare
@@ -25,7 +25,7 @@ from benchmarks.speed.presets import PACKED, PACKED_TENTH, PAPER_MODEL, TENTH
 from benchmarks.speed.rows import cache_of
 from benchmarks.speed.run import Plan, measure_all
 from vlcache_jax.models.llava import init_params
-from vlcache_jax.report import count_parameters, pool_bytes, token_bytes
+from vlcache_jax.report import count_parameters
 
 DRY_SCALE = 16
 """What a dry run divides the paper's contexts by; it runs one of its rows."""
@@ -48,11 +48,9 @@ def paper_whole(context: Context) -> dict[str, Any]:
 
 
 def _paper(context: Context, stages: tuple[str, ...]) -> dict[str, Any]:
-    dtype, scale = ("float32", DRY_SCALE) if context.dry else ("bfloat16", 1)
-    cases = presets.paper_cases(dtype, scale, [2048] if context.dry else [], [])
-    if context.dry:
-        cases = dict(list(cases.items())[:1])
-    limit = ceilings.quick(context)
+    size = ("float32", DRY_SCALE, [2048], [1]) if context.dry else ("bfloat16", 1, [], [])
+    cases = presets.paper_cases(*size)
+    limit = quick(context)
     result = _measure(context, cases, stages, limit)
     ratios = presets.paper_ratios(cases, result["rows"], limit)
     ratios = [row for row in ratios if row["ours"]]
@@ -70,7 +68,7 @@ def decode(context: Context) -> dict[str, Any]:
     """The stage: a decode step of the 7B model, full and a tenth."""
     sizes = ((128, 2),) if context.dry else DECODE
     cases = {size: _case(context, *size) for size in sizes}
-    result = _measure(context, cases, ("decode",), ceilings.quick(context))
+    result = _measure(context, cases, ("decode",), quick(context))
     shares = [row["share"] for row in result["rows"] if row.get("share")]
     headline = f"{100 * min(shares):.0f} % of the limit at the least" if shares else "nothing ran"
     return {**result, "headline": headline}
@@ -81,7 +79,7 @@ def packed_decode(context: Context) -> dict[str, Any]:
 
     The full cache, a tenth, the full one in AKVQ's bits, and a tenth in them, in turns.
     """
-    limit, case = ceilings.quick(context), _case(context, *((128, 1) if context.dry else LONGEST))
+    limit, case = quick(context), _case(context, *((128, 1) if context.dry else LONGEST))
     variants = (FULL, PACKED_TENTH)
     if not context.dry:
         variants = (FULL, TENTH, PACKED, PACKED_TENTH)
@@ -98,14 +96,9 @@ def packed_decode(context: Context) -> dict[str, Any]:
 
 def fitting(case: Case, variants: Sequence[Variant], limit: Device) -> int:
     """Most sequences whose caches fit beside the weights, those of all variants; at least one."""
-    text, dtype = case.config.text, jnp.dtype(case.dtype)
-    weights = count_parameters(case.config)["total"] * dtype.itemsize
-    each = sum(
-        pool_bytes(text, variant.cache, dtype, batch=1, prompt_rows=case.context)
-        + case.generate(variant, CHUNKS[-1] * case.chunk + 1).stages.tail_rows
-        * token_bytes(text, dtype)
-        for variant in variants
-    )  # fmt: skip
+    weights = count_parameters(case.config)["total"] * jnp.dtype(case.dtype).itemsize
+    steps = CHUNKS[-1] * case.chunk + 1
+    each = sum(largest.held_bytes(case, variant, steps) for variant in variants)
     return max(1, int((limit.memory - weights - WORKSPACE) // each))
 
 
@@ -113,21 +106,20 @@ def profile(context: Context) -> dict[str, Any]:
     """The stage: where the time of a decode step and of a prefill goes, by named scope."""
     cases = {0: _case(context, *((128, 1) if context.dry else (8192, 8)))}
     with tempfile.TemporaryDirectory() as folder:
-        result = _measure(context, cases, (), ceilings.quick(context), Path(folder))
+        result = _measure(context, cases, (), quick(context), Path(folder))
     return {**result, "headline": f"{len(result['profiles'])} programs traced"}
 
 
 def throughput(context: Context) -> dict[str, Any]:
     """The stage: as many sequences as fit, prefilled a few at a time, then decoded together."""
-    limit = ceilings.quick(context)
+    limit = quick(context)
     case = _case(context, *((128, 1) if context.dry else (8192, 2)))
-    memory = 2**25 if context.dry else int(limit.memory)
-    load = largest.Load(replace(case, new_tokens=4 if context.dry else 33), memory)
+    case = replace(case, new_tokens=4 if context.dry else 33)
+    load = largest.Load(case, int(limit.memory), sequences=2 if context.dry else None)
     params, rows = init_params(case.config, dtype=jnp.dtype(case.dtype)), []
     for variant in (FULL, TENTH):
         rows.append(largest.run(load, variant, params, limit))
         context.save(rows=rows)
-        context.progress(len(rows), 2)
     largest.compare(rows)
     ratio = rows[-1].get("tokens_per_s_over_full")
     headline = "nothing to compare" if ratio is None else f"{ratio:.2f}x the tokens per second"
@@ -141,8 +133,7 @@ def peers(context: Context) -> dict[str, Any]:
         if context.dry
         else Peers(PAPER_MODEL, 8192, 4, "bfloat16", static=False, repeats=10)
     )
-    done = iter(range(1, plan.steps + 1))
-    found = compare(plan, step=lambda: context.progress(next(done), plan.steps))
+    found = compare(plan)
     times = [row for row in found["ratios"] if row["stage"] == "decode" and row["speedup"]]
     headline = ", ".join(f"{row['ratio']} {row['speedup']:.2f}x" for row in times)
     return {**found, "headline": headline or "nothing ran"}
@@ -163,15 +154,9 @@ def _measure(
     variants: tuple[Variant, ...] = (FULL, TENTH),
 ) -> dict[str, Any]:
     """Run cases one by one while there is time: "rows", "profiles", how many were "not_run"."""
-    result: dict[str, Any] = {"limit": asdict(limit), "rows": [], "profiles": [], "not_run": 0}
-    for done, (key, case) in enumerate(cases.items()):
-        context.progress(done, len(cases))
-        if context.late():
-            result["not_run"] += 1
-            continue
-        plan = Plan({key: case}, variants, tuple(stages), context.effort)
-        found = measure_all(plan, limit, trace=trace)
-        for part in ("rows", "profiles"):
-            result[part] += found[part]
-        context.save(**result)
-    return result
+    plan, about = Plan(cases, variants, tuple(stages), context.effort), {"limit": asdict(limit)}
+
+    def save(found: dict[str, Any]) -> None:
+        context.save(**about, **found)
+
+    return about | measure_all(plan, limit, trace=trace, step=save, late=context.late)

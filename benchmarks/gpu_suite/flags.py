@@ -28,8 +28,7 @@ def compare(context: Context) -> dict[str, Any]:
     """The stage: a decode step of the 7B model, full and a tenth, under each set of flags."""
     rows: list[dict[str, Any]] = []
     sets = SETS[:1] if context.dry else SETS
-    for done, flags in enumerate(sets):
-        context.progress(done, len(sets))
+    for flags in sets:
         rows += [{"flags": " ".join(flags)}] if context.late() else _run(context, flags)
         context.save(rows=rows)
     timed = [row for row in rows if row.get("seconds")]

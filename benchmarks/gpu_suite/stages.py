@@ -1,27 +1,23 @@
-"""The stages, in the order of their worth, and the loop that runs them in one process."""
+"""The stages, in the order of their worth, and what each is given."""
 
-import gc
 import hashlib
 import importlib
 import itertools
 import json
 import os
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from benchmarks import device, measure
+from benchmarks import measure
 from benchmarks.environment import write_result
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-
-Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Stage:
         function: "module:function" of this package; it takes a `Context` and returns what is to be
             saved, with a one-line "headline". "ok": False in it says that something is wrong.
         need_s: it is not begun with less time than this.
-        most_s: when it should stop by itself. It is killed `supervisor.GRACE_S` later.
+        most_s: when it should stop by itself. It is killed `suite.GRACE_S` later.
         alone: it starts processes of its own that want the GPU's memory: so it is run in one that
             takes next to nothing of it.
     """
@@ -51,16 +47,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("ceilings", "ceilings:ceilings", 15, 40),
+    Stage("ceilings", "speed:ceilings", 15, 40),
     Stage("correctness_prefill", "correctness:prefill", 20, 90),
     Stage("correctness_decode", "correctness_cache:decode", 20, 90),
-    Stage("correctness_scores", "correctness_cache:scores", 20, 90),
+    Stage("correctness_scores", "correctness:scores", 20, 90),
     Stage("correctness_norm", "correctness:norm", 10, 30),
-    Stage("correctness_long", "long:long", 20, 90),
+    Stage("correctness_long", "correctness_cache:long", 20, 90),
     Stage("correctness_model", "model:model", 30, 120),
     Stage("speed_decode", "speed:decode", 20, 80),
-    Stage("speed_prefill", "speed_prompt:prefill", 20, 80),
-    Stage("speed_scores", "speed_prompt:scores", 15, 60),
+    Stage("speed_prefill", "speed:prefill", 20, 80),
+    Stage("speed_scores", "speed:scores", 15, 60),
     Stage("speed_compact", "speed:compaction", 10, 30),
     Stage("sweep_decode", "sweep:decode", 20, 80),
     Stage("sweep_prefill", "sweep:prefill", 20, 100),
@@ -74,8 +70,8 @@ STAGES = (
     Stage("paper_whole", "end_to_end:paper_whole", 120, 420),
     Stage("flags", "flags:compare", 120, 400, alone=True),
     Stage("packed_decode", "end_to_end:packed_decode", 60, 200),
-    Stage("correctness_packed", "correctness_packed:packed", 20, 90),
-    Stage("speed_packed", "speed_packed:packed", 20, 80),
+    Stage("correctness_packed", "correctness_cache:packed", 20, 90),
+    Stage("speed_packed", "speed:packed", 20, 80),
     Stage("sweep_packed", "sweep:packed", 20, 80),
     Stage("correctness_sample", "correctness:sample", 15, 60),
 )
@@ -92,7 +88,6 @@ class Context:
         dry: on a CPU, in tiny sizes.
         until: when the stage should stop, in seconds of `time.time`.
         head: fields that stand in every result file.
-        emit: takes what the supervisor should hear.
         seed: of all random numbers; fresh in every run.
     """
 
@@ -101,7 +96,6 @@ class Context:
     dry: bool
     until: float
     head: dict[str, Any]
-    emit: Emit
     seed: int = field(default_factory=lambda: int.from_bytes(os.urandom(4), "little"))
     _count: Iterator[int] = field(default_factory=itertools.count)
 
@@ -121,97 +115,18 @@ class Context:
     def save(self, **result: Any) -> None:
         """Write the result file as it is now, so that a crash loses as little as possible."""
         whole = {**self.head, "stage": self.stage, "seed": self.seed, "ok": False, **result}
-        write_result(self.out / f"{self.stage}.json", whole)
-
-    def progress(self, done: int, total: int) -> None:
-        """Say how far the stage is."""
-        self.emit({"event": "progress", "stage": self.stage, "done": done, "total": total})
+        write_result(file_of(self.out, self.stage), whole)
 
 
-@dataclass(frozen=True)
-class Order:
-    """What one process is asked to do; travels as JSON.
-
-    Attributes:
-        stages: names, in order.
-        out: folder of the results; by the device's name where it is None.
-        dry: see `Context`.
-        force: run a stage again that has a result of the same code.
-        deadline: when everything should be over, in seconds of `time.time`.
-        environment: `benchmarks.environment.environment()` of the command.
-    """
-
-    stages: tuple[str, ...]
-    out: str | None
-    dry: bool
-    force: bool
-    deadline: float
-    environment: dict[str, Any]
-
-
-def work(order: Order, emit: Emit) -> None:
-    """Run stages, each saved as it ends; a failed one never stops the next.
-
-    Args:
-        order: what is to be done.
-        emit: is told {"event": "out" | "begin" | "progress" | "end" | "broken"} with its details.
-
-    Raises:
-        NoGpu: see there.
-    """
-    if order.dry:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
-    about = device.describe(need_gpu=not order.dry)
-    out = Path(order.out) if order.out else RESULTS / device.slug(about["device"])
-    head = {**order.environment, **about, "source": source(), "dry_run": order.dry}
-    emit({"event": "out", "out": str(out), "device": about["device"]})
-    for stage in (stage for stage in STAGES if stage.name in order.stages):
-        event: dict[str, Any] = {"event": "end", "stage": stage.name}
-        left = order.deadline - time.time()
-        if not order.force and (old := finished(out, stage.name, head)):
-            emit({**event, "status": "done before", "seconds": old["seconds"]})
-        elif left < stage.need_s and not order.dry:
-            why = f"needs {stage.need_s:.0f} s, {max(left, 0):.0f} s are left"
-            emit({**event, "status": "no time", "why": why})
-        else:
-            emit({"event": "begin", "stage": stage.name, "most_s": stage.most_s})
-            result = _run(stage, order, out, head, emit)
-            status = "ok" if result["ok"] else "failed"
-            emit({**event, "status": status, "seconds": result["seconds"]})
-            if not result["ok"] and not _healthy():
-                emit({"event": "broken"})  # a CUDA error stays: nothing runs in this process now
-                return
-            gc.collect()  # arrays on the device
-
-
-def _run(stage: Stage, order: Order, out: Path, head: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    began = time.time()
-    until = min(order.deadline, began + stage.most_s) if not order.dry else float("inf")
-    context = Context(stage.name, out, order.dry, until, head, emit)
-    context.save(error="the process ended before the stage did")
-    try:
-        result = {"ok": True, **stage.run(context)}
-    except Exception:
-        kept = json.loads((out / f"{stage.name}.json").read_text(encoding="utf-8"))
-        rows = {"rows": kept["rows"]} if "rows" in kept else {}
-        result = {**rows, "ok": False, "error": traceback.format_exc()}
-    result = {**result, "seconds": round(time.time() - began, 2)}
-    context.save(**result)
-    return result
-
-
-def _healthy() -> bool:
-    """Whether this process can still use its device."""
-    try:
-        return float(jax.numpy.ones(2).sum()) == 2.0
-    except Exception:
-        return False
+def file_of(out: Path, name: str) -> Path:
+    """The result file of a stage."""
+    return out / f"{name}.json"
 
 
 def finished(out: Path, name: str, head: dict[str, Any]) -> dict[str, Any] | None:
     """The result of a stage, where it is whole and of the same code on the same device."""
     try:
-        old = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        old = json.loads(file_of(out, name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     same = all(old.get(key) == head[key] for key in ("source", "device", "dry_run"))
@@ -225,7 +140,7 @@ def source() -> str:
     of the code without its history has none.
     """
     digest = hashlib.sha256()
-    measuring = ("hlo.py", "measure.py", "models.py", "throughput.py")
+    measuring = ("hlo.py", "measure.py", "models.py", "operations.py", "throughput.py")
     measuring += ("roofline", "speed", "peers", "gpu_suite")
     parts = (*(f"benchmarks/{name}" for name in measuring), "pallas_kernels", "vlcache_jax")
     for part in map(ROOT.joinpath, parts):

@@ -1,20 +1,18 @@
 """The command: see the package."""
 
-import json
 import os
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.command import bad_input, check_known, check_out, counting_bar
-from benchmarks.environment import environment, write_result
+from benchmarks import command
+from benchmarks.environment import environment
 from benchmarks.peers.agreement import BOUNDS, Differs
 from benchmarks.peers.compare import Plan, compare
 from benchmarks.peers.model import MODELS, make_prompt
 from benchmarks.peers.process import PeerError
+from benchmarks.speed_sections import peers_part
 from vlcache_jax.cache.methods import VLCache
 
 
@@ -37,9 +35,9 @@ def main(
         float,
         typer.Option(min=1, help="Most seconds of one request: a compiler that takes longer ends."),
     ] = 300,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    as_json: command.AsJson = False,
+    out: command.Out = None,
+    force: command.Force = False,
 ) -> None:
     """Time Hugging Face transformers and this library in turns, on the same weights and prompt.
 
@@ -59,17 +57,17 @@ def main(
     TMPDIR=/dev/shm python -m benchmarks.peers --model llava-v1.6-mistral-7b --dtype bfloat16
     --context 8192 --batch 4
     """
-    check_out(out, force=force)
-    with bad_input():
-        check_known("model", [model], MODELS)
-        check_known("dtype", [dtype], BOUNDS)
+    command.check_out(out, force=force)
+    with command.bad_input():
+        command.check_known("model", [model], MODELS)
+        command.check_known("dtype", [dtype], BOUNDS)
         VLCache(budget)
         plan = Plan(model, context, batch, dtype, budget, new_tokens, repeats, static, limit)
         make_prompt(plan.config, context)
     errors = Console(stderr=True)
     # A waiting OpenMP thread spins: beside other work PyTorch loses many times what XLA loses.
     load = os.getloadavg()
-    with counting_bar(errors, transient=True) as bar:
+    with command.counting_bar(errors, transient=True) as bar:
         task = bar.add_task("taking turns, behind compiling", total=plan.steps)
         try:
             found = compare(plan, step=lambda: bar.advance(task))
@@ -78,45 +76,7 @@ def main(
             raise typer.Exit(1) from None
     device = found["about"]["ours"].pop("device")
     result = {**environment(), **device, "load_average_before": load, **found}
-    if out is not None:
-        write_result(out, result)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        show(result, Console(width=max(110, errors.width)))
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """The result for a terminal."""
-    ours = result["about"]["ours"]
-    console.print(
-        f"{result['device']}, {result['machine']['cpu']}: a prompt of {ours['prompt_tokens']} "
-        f"tokens, {ours['visual_tokens']} of them visual",
-        highlight=False,
-    )
-    for check in result["checks"]:
-        console.print(
-            f"{check['side']} and {check['reference']} agree in {check['equal_tokens']} of "
-            f"{check['tokens']} tokens; logits within {check['logits_error']:.1e}",
-            highlight=False,
-        )
-    table = Table("side", "stage")
-    for name in ("ms", "spread", "first call"):
-        table.add_column(name, justify="right")
-    for row in result["rows"]:
-        if "exception" in row:
-            table.add_row(row["side"], row["stage"], row["exception"].split(":")[0])
-            continue
-        low, high = (f"{1e3 * value:,.4g}" for value in row["spread"])
-        milliseconds = f"{1e3 * row['seconds']:,.4g}"
-        about = (row["side"], row["stage"], milliseconds, f"{low} - {high}")
-        table.add_row(*about, f"{row['compile_s']:.1f} s")
-    console.print(table)
-    for row in result["ratios"]:
-        times = "not measured" if row["speedup"] is None else f"{row['speedup']:.2f} times as fast"
-        console.print(f"{row['ratio']}, {row['stage']}: {times}", highlight=False)
-    for text in dict.fromkeys(r["exception"] for r in result["rows"] if "exception" in r):
-        console.print(text, style="red", markup=False)
+    command.finish(result, peers_part(result), as_json=as_json, out=out)
 
 
 if __name__ == "__main__":

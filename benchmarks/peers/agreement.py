@@ -1,7 +1,6 @@
 """Whether two sides gave the same answer."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,10 +33,6 @@ class Agreement:
     tokens: int
     equal_tokens: int
     distinct_tokens: int
-
-    def record(self) -> dict[str, Any]:
-        """For a result file."""
-        return asdict(self)
 
 
 def agree(

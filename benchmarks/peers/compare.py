@@ -1,16 +1,17 @@
 """The run: check that the sides agree, time them in turns, and set them beside each other."""
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.measure import Timing, difference
+from benchmarks.models import with_positions
 from benchmarks.peers.agreement import Differs, agree
 from benchmarks.peers.model import MODELS, config_json
 from benchmarks.peers.process import PeerError, Process
@@ -25,8 +26,7 @@ WARM_UPS = 3
 """Answers before the first sample, the compiling one among them."""
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One thing to compare.
 
     Attributes:
@@ -78,41 +78,17 @@ class Plan:
     @cached_property
     def config(self) -> LlavaConfig:
         """The model, with positions for all tokens."""
-        config = self.shape or MODELS[self.model]
-        if not self.synthetic_positions:
-            return config
-        return replace(config, text=replace(config.text, max_positions=self.positions))
-
-    @property
-    def positions(self) -> int:
-        """Tokens of a prompt and its answer."""
-        return self.context + self.new_tokens
-
-    @property
-    def synthetic_positions(self) -> bool:
-        """The model was not made for so many positions."""
-        return self.positions > (self.shape or MODELS[self.model]).text.max_positions
+        return with_positions(self.shape or MODELS[self.model], self.context + self.new_tokens)
 
     @property
     def compressed(self) -> Side:
         """Our side with the budget."""
-        return Side(f"{self.budget:.0%}", "ours", "ours", str(self.budget))
+        return FULL._replace(name=f"{self.budget:.0%}", cache=str(self.budget))
 
     @property
     def sides(self) -> tuple[Side, ...]:
         """All sides, the reference first."""
         return (DEFAULT, *([STATIC] if self.static else []), FULL, self.compressed)
-
-    @property
-    def pairs(self) -> tuple[tuple[Side, Side], ...]:
-        """What is set beside what: (faster, slower) as it should be."""
-        others = ((FULL, DEFAULT), *([(FULL, STATIC)] if self.static else []))
-        return (*others, (self.compressed, FULL))
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Tokens of the two answers that are timed."""
-        return FIRST, self.new_tokens
 
     @property
     def steps(self) -> int:
@@ -128,6 +104,7 @@ class Run:
         failed: why a side is left out.
         checks: what the answers were compared with, and how far they agree.
         times: seconds of every answer of a side by its tokens, the compiling one first.
+        facts: what else a side's rows say.
     """
 
     def __init__(self, plan: Plan, folder: Path, start: Callable[..., Any], stack: ExitStack):
@@ -136,21 +113,9 @@ class Run:
         self.failed: dict[Side, str] = {}
         self.checks: list[dict[str, Any]] = []
         self.times: dict[Side, dict[int, list[float]]] = {}
-        self._facts: dict[Side, dict[str, Any]] = {}
+        self.facts: dict[Side, dict[str, Any]] = {}
         self._start, self._stack, self._folder = start, stack, folder
         self._processes: dict[str, Any] = {}
-        self._settings = {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share a GPU
-            "HF_HUB_OFFLINE": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # compile times are of this run
-        }
-        self._order = {
-            "config": config_json(plan.config),
-            "folder": str(folder / "model"),
-            "context": plan.context,
-            "batch": plan.batch,
-            "dtype": plan.dtype,
-        }
 
     def open(self, side: Side, **more: Any) -> None:
         """Start a side's process.
@@ -158,9 +123,17 @@ class Run:
         Raises:
             PeerError: it does not start.
         """
-        process = self._start(f"benchmarks.peers.{side.module}", self._settings)
+        plan, folder = self.plan, self._folder
+        settings = {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share a GPU
+            "HF_HUB_OFFLINE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # compile times are of this run
+        }
+        process = self._start(f"benchmarks.peers.{side.module}", settings)
         self._processes[side.process] = self._stack.enter_context(process)
-        self.about[side.process] = self._ask(side, "start", **self._order, **more)
+        order = {"context": plan.context, "batch": plan.batch, "dtype": plan.dtype, **more}
+        model = {"config": config_json(plan.config), "folder": str(folder / "model")}
+        self.about[side.process] = self._ask(side, "start", **model, **order)
 
     def begin(self) -> None:
         """Start all processes, compile all programs, and check the answers.
@@ -171,69 +144,67 @@ class Run:
         """
         self.open(FULL)
         answers: dict[Side, tuple[np.ndarray, np.ndarray]] = {}
-        for side in self.plan.sides:
-            with self._excused(side):
-                if side.process not in self._processes:
-                    self.open(side, gpu=self.about[FULL.process]["gpu"])
-                self.times[side] = {}
-                for tokens in self.plan.lengths:
-                    self._time(side, tokens)
-                answers[side] = self._answer(side)
-                self._check(side, answers)
 
-    def turn(self) -> None:
-        """Time both answers of each side."""
+        def first(side: Side) -> None:
+            if side.process not in self._processes:
+                self.open(side, gpu=self.about[FULL.process]["gpu"])
+            self.times[side] = {FIRST: [], self.plan.new_tokens: []}
+            self.time(side)
+            answers[side] = self._answer(side)
+            self._check(side, answers)
+
+        self.each(first)
+
+    def each(self, action: Callable[[Side], None]) -> None:
+        """Do something with each side. Where one of others fails it is left out from there on."""
         for side in self.plan.sides:
-            with self._excused(side):
-                for tokens in self.plan.lengths if side not in self.failed else ():
-                    self._time(side, tokens)
+            if side in self.failed:
+                continue
+            try:
+                action(side)
+            except (PeerError, Differs) as error:
+                if side.module == FULL.module:
+                    raise type(error)(f"{side.name}: {error}") from None
+                name = "" if isinstance(error, PeerError) else "Differs: "
+                self.failed[side] = f"{name}{error}"
+
+    def time(self, side: Side) -> None:
+        """Time both answers of a side."""
+        for tokens, times in self.times[side].items():
+            times.append(self._ask(side, "seconds", cache=side.cache, tokens=tokens))
 
     def count_programs(self, when: str) -> None:
         """Note how many programs the sides' processes have compiled."""
-        for side in self.plan.sides:
-            with self._excused(side):
-                if side not in self.failed:
-                    self._facts[side][when] = self._ask(side, "programs")
+        self.each(lambda side: self.facts[side].update({when: self._ask(side, "programs")}))
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each side and stage."""
         plan, rows = self.plan, []
+        about = {name: getattr(plan, name) for name in ("model", "context", "batch", "dtype")}
+        own = self.plan.shape or MODELS[plan.model]
+        about |= {"new_tokens": plan.new_tokens, "synthetic_positions": plan.config != own}
         for side in plan.sides:
-            row = {
-                "side": side.name,
-                "cache": side.cache,
-                "model": plan.model,
-                "context": plan.context,
-                "batch": plan.batch,
-                "dtype": plan.dtype,
-                "new_tokens": plan.new_tokens,
-                "synthetic_positions": plan.synthetic_positions,
-            }
+            row = {"side": side.name, "cache": side.cache, **about}
             if side in self.failed:
                 rows += [{**row, "stage": s, "exception": self.failed[side]} for s in STAGES]
                 continue
             short, long = (
-                Timing(times[WARM_UPS:], times[0], 1, 1)
-                for times in (self.times[side][tokens] for tokens in plan.lengths)
+                Timing(times[WARM_UPS:], times[0], 1, 1) for times in self.times[side].values()
             )
             step = difference(long, short, plan.new_tokens - FIRST)
             for stage, timing in zip(STAGES, (short, step, long), strict=True):
-                rows.append({**row, "stage": stage, **self._facts[side], **timing.record()})
+                rows.append({**row, "stage": stage, **self.facts[side], **timing.record()})
         return rows
 
     def _ask(self, side: Side, name: str, **request: Any) -> Any:
         return self._processes[side.process].ask(name, self.plan.limit_s, **request)
-
-    def _time(self, side: Side, tokens: int) -> None:
-        seconds = self._ask(side, "seconds", cache=side.cache, tokens=tokens)
-        self.times[side].setdefault(tokens, []).append(seconds)
 
     def _answer(self, side: Side) -> tuple[np.ndarray, np.ndarray]:
         """The longer answer: tokens [B, n], and logits [B, n, V], or [B, 1, V] of the first one."""
         file = self._folder / "logits.npy"
         request = {"cache": side.cache, "tokens": self.plan.new_tokens, "logits": str(file)}
         found = self._ask(side, "answer", **request)
-        self._facts[side] = {k: v for k, v in found.items() if k != "tokens"}
+        self.facts[side] = {k: v for k, v in found.items() if k != "tokens"}
         return np.asarray(found["tokens"]), np.load(file)
 
     def _check(self, side: Side, answers: dict[Side, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -248,21 +219,10 @@ class Run:
                 raise Differs(f"{side.name} does not begin as the full cache does")
             return
         reference = next(iter(answers))
-        if side == reference:
-            return
-        agreement = agree(tokens, logits[:, 0], *answers[reference], self.plan.dtype)
-        self.checks.append({"side": side.name, "reference": reference.name, **agreement.record()})
-
-    @contextmanager
-    def _excused(self, side: Side) -> Iterator[None]:
-        """Where a side of others fails it is left out, and the run goes on."""
-        try:
-            yield
-        except (PeerError, Differs) as error:
-            if side.module == FULL.module:
-                raise type(error)(f"{side.name}: {error}") from None
-            name = "" if isinstance(error, PeerError) else "Differs: "
-            self.failed[side] = f"{name}{error}"
+        if side != reference:
+            found = agree(tokens, logits[:, 0], *answers[reference], self.plan.dtype)
+            about = {"side": side.name, "reference": reference.name}
+            self.checks.append({**about, **asdict(found)})
 
 
 def compare(
@@ -290,16 +250,12 @@ def compare(
         for index in range(WARM_UPS - 1 + plan.repeats):
             if index == WARM_UPS - 1:
                 run.count_programs("programs")
-            run.turn()
+            run.each(run.time)
             step()
         run.count_programs("programs_in_the_end")
         rows = run.rows()
-        return {
-            "about": run.about,
-            "checks": run.checks,
-            "rows": rows,
-            "ratios": ratios(plan, rows),
-        }
+    found = {"about": run.about, "checks": run.checks, "rows": rows}
+    return {**found, "ratios": ratios(plan, rows)}
 
 
 def ratios(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -310,16 +266,12 @@ def ratios(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows: of `Run.rows`.
     """
     seconds = {(row["side"], row["stage"]): row.get("seconds") for row in rows}
+    pairs = [(FULL, other) for other in plan.sides if other.module != FULL.module]
     found = []
-    for fast, slow in plan.pairs:
+    for fast, slow in [*pairs, (plan.compressed, FULL)]:
         for stage in STAGES:
             ours, theirs = seconds[fast.name, stage], seconds[slow.name, stage]
-            found.append(
-                {
-                    "ratio": f"{fast.name} over {slow.name}",
-                    "stage": stage,
-                    "seconds": [ours, theirs],
-                    "speedup": theirs / ours if ours and theirs else None,
-                }
-            )
+            row = {"ratio": f"{fast.name} over {slow.name}", "stage": stage}
+            speedup = theirs / ours if ours and theirs else None
+            found.append({**row, "seconds": [ours, theirs], "speedup": speedup})
     return found

@@ -25,9 +25,6 @@ from vlcache_jax.config import LlavaConfig
 from vlcache_jax.report import count_parameters, token_bytes
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
-SCALE_BYTES = 2 * BFLOAT16.itemsize
-"""Scale and offset of one quantized group."""
-
 SCORE_BYTES = INDEX_BYTES = 4  # float32 and int32
 
 TAIL_ROWS = 128
@@ -46,10 +43,7 @@ class Device:
         bandwidth: bytes per second that its memory moves, reads and writes together.
         flops: bfloat16 operations of matrix products per second.
         memory: bytes that a program may use.
-        source: where the numbers come from: "measured", "vendor peak", or which ones were given.
-
-    Raises:
-        ValueError: a number is not above 0.
+        source: where the numbers come from: "measured" or "vendor peak".
     """
 
     name: str
@@ -57,12 +51,6 @@ class Device:
     flops: float
     memory: float
     source: str
-
-    def __post_init__(self):
-        for field in ("bandwidth", "flops", "memory"):
-            value = getattr(self, field)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{field}={value:g} of a device must be above 0")
 
 
 def _vendor_peak(gpu: str, flops: float) -> Device:
@@ -152,11 +140,10 @@ def scoring(
         context: tokens of a prompt, m.
         batch: prompts.
         budget: share of the cache that is kept.
-        bits: `stored_bits` of a value of the pool.
+        bits: of a value of the pool, with its scales.
         window: rows that the score watches; 50 in the paper's table of speeds.
     """
-    text = config.text
-    window = min(window, context)
+    text, window = config.text, min(window, context)
     heads = batch * text.num_layers * text.num_kv_heads
     cache = batch * context * token_bytes(text, BFLOAT16)
     queries = batch * window * _heads_width(config) * BFLOAT16.itemsize
@@ -178,7 +165,7 @@ def packing(config: LlavaConfig, context: int, batch: int = 1, bits: float = 16)
         config: the model.
         context: tokens of a prompt, m.
         batch: prompts.
-        bits: `stored_bits` of a value of the pool.
+        bits: of a value of the pool, with its scales.
     """
     cache = batch * context * token_bytes(config.text, BFLOAT16)
     return Stage({"packing": Work(cache * (1 + bits / 16))})
@@ -200,7 +187,7 @@ def decode_step(
         context: tokens of a prompt, m.
         batch: sequences.
         budget: share of the prompts' cache that is kept; 1 is the full cache.
-        bits: `stored_bits` of a value of the pool: 16, or 2.5 rather than 2.
+        bits: of a value of the pool with its scales: 16, or 2.5 rather than 2.
         tail: rows of new tokens that a sequence has by now, in bfloat16.
     """
     layers, head = _multiplied(config)
@@ -214,28 +201,6 @@ def decode_step(
             ),
         }
     )
-
-
-def stored_bits(bits: int, rows: float, *, group: int = 64, exact_rows: int = 0) -> float:
-    """Bits that a value takes in the pool, with all that belongs to it.
-
-    Args:
-        bits: of a quantized value; 16 is bfloat16, without scales.
-        rows: rows that a layer keeps.
-        group: values that share a scale and an offset, bfloat16 both.
-        exact_rows: rows among them that stay bfloat16.
-
-    Raises:
-        ValueError: bits are not from 1 to 16, or there are no such rows or groups.
-    """
-    if not 1 <= bits <= 16 or group < 1 or exact_rows < 0:
-        raise ValueError(
-            f"{bits=} must be from 1 to 16, {group=} above 0 and {exact_rows=} at least 0"
-        )
-    if bits == 16:
-        return 16.0
-    exact = min(1.0, exact_rows / rows)
-    return exact * 16 + (1 - exact) * (bits + 8 * SCALE_BYTES / group)
 
 
 def sequence_bytes(

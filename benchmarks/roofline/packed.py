@@ -1,5 +1,8 @@
 """What a quantized cache takes: rows of each width, and bytes of them with their scales."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -7,8 +10,8 @@ from benchmarks.models import WINDOW
 from benchmarks.roofline import BFLOAT16
 from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.quantize import Quantizer
-from vlcache_jax.cache.quantizers import AKVQ
-from vlcache_jax.config import TextConfig
+from vlcache_jax.cache.quantizers import AKVQ, make_quantizer
+from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.report import packed_bytes, row_bytes
 
 
@@ -57,20 +60,20 @@ def kept_bytes(
 def bits_of(
     config: TextConfig, quantizer: Quantizer | None, rows: np.ndarray, dtype: jnp.dtype = BFLOAT16
 ) -> float:
-    """`stored_bits` of such rows: of a value, where one of full width has 16, whatever its type.
+    """Bits of a value with the scales that belong to it, where one of full width has 16.
 
     Args:
-        config: as in `kept_bytes`.
-        quantizer: likewise.
-        rows: likewise.
-        dtype: likewise.
+        config: the decoder.
+        quantizer: how they are quantized; None where all have full width.
+        rows: of each width, int [..., L, 1 + widths], as of `rows_by_width`.
+        dtype: of those of full width, 16 bits whatever it is.
     """
     full = int(rows.sum()) * row_bytes(config, dtype)
     return 16 * kept_bytes(config, quantizer, rows, dtype) / full
 
 
 def quantized_rows(
-    config: TextConfig, quantizer: Quantizer, context: int, budget: float = 1.0, text: int = WINDOW
+    config: TextConfig, quantizer: Quantizer, context: int, budget: float = 1.0
 ) -> np.ndarray:
     """`rows_by_width` of a prompt's cache, its budget divided equally, int [L, 1 + widths].
 
@@ -79,8 +82,59 @@ def quantized_rows(
         quantizer: for this decoder.
         context: tokens of the prompt.
         budget: share of the cache that is kept.
-        text: text tokens behind the picture.
     """
     kept = np.full((config.num_layers,), max(1, round(budget * context)))
-    evicts = not Budget.parse(budget).keeps_all
-    return rows_by_width(quantizer, kept, evicts=evicts, text=text)
+    return rows_by_width(quantizer, kept, evicts=not Budget.parse(budget).keeps_all)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One way to keep the cache.
+
+    Attributes:
+        budget: share of it that is kept.
+        quantizer: how what is kept is quantized, for the model's decoder; None for not at all.
+    """
+
+    budget: float = 1.0
+    quantizer: Quantizer | None = None
+
+    def kept(self, config: LlavaConfig, context: int) -> tuple[float, float]:
+        """The budget, and the bits of a value of the pool with all that belongs to it."""
+        if self.quantizer is None:
+            return self.budget, 16.0
+        rows = quantized_rows(config.text, self.quantizer, context, self.budget)
+        return self.budget, bits_of(config.text, self.quantizer, rows)
+
+    def rows(self, config: LlavaConfig, context: int) -> dict[str, float]:
+        """Rows of a layer by their bits, the mean over the layers; empty without a quantizer."""
+        if self.quantizer is None:
+            return {}
+        mean = quantized_rows(config.text, self.quantizer, context, self.budget).mean(axis=0)
+        return {
+            str(bits): float(rows)
+            for bits, rows in zip((16, *self.quantizer.widths), mean, strict=True)
+        }
+
+
+Caches = Mapping[str, Cache]
+"""By the cache's name."""
+
+
+def caches(config: LlavaConfig, budget: float, kv_bits: str) -> Caches:
+    """The caches that are compared: full and the budget, and both of them quantized.
+
+    Args:
+        config: the model.
+        budget: share of the cache.
+        kv_bits: a name that `make_quantizer` takes; "16" for none.
+    """
+    found = {"full": Cache()}
+    if budget < 1:
+        found[f"{100 * budget:g} %"] = Cache(budget)
+    quantizer = make_quantizer(kv_bits)
+    if quantizer is not None:
+        own = quantizer.for_decoder(config.text.kind, config.text.num_layers)
+        for name, cache in list(found.items()):
+            found[f"{name} + {kv_bits}"] = Cache(cache.budget, own)
+    return found

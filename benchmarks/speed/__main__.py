@@ -1,25 +1,21 @@
 """The command: see the package."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import typer
 from rich.console import Console
 
+from benchmarks import command, measure
 from benchmarks import device as devices
-from benchmarks import measure
-from benchmarks.command import bad_input, check_known, check_out, counting_bar
 from benchmarks.environment import environment, write_result
-from benchmarks.roofline import DEVICES, Device
-from benchmarks.speed import display, limit, presets
-from benchmarks.speed.cases import LAYERS, Case, models
+from benchmarks.speed import limit, presets
+from benchmarks.speed.cases import Case, models
 from benchmarks.speed.options import Budgets, Dtype, KvBits, Methods, dtype_of, variants_of
 from benchmarks.speed.run import STAGES, Plan, measure_all
-
-PRESETS = ("paper", "cpu")
+from benchmarks.speed_sections import speed_part
 
 CPU_EFFORT = measure.Effort(warm_ups=2, repeats=7)
 """Of the CPU's preset, whose samples are seconds long."""
@@ -40,40 +36,19 @@ def main(
     method: Methods = None,
     budget: Budgets = None,
     kv_bits: KvBits = None,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(help="triton, cudnn or xla, the best by default; several times."),
-    ] = None,
     stage: Annotated[
         list[str] | None,
         typer.Option(help=f"Of {', '.join(STAGES)}; all by default; several times."),
     ] = None,
-    layers: Annotated[
-        str,
-        typer.Option(
-            help="How a budget is divided where no prompt is run: paper (the method's rule, of the "
-            "sparsities that VL-Cache reports) or uniform."
-        ),
-    ] = "paper",
     dtype: Dtype = None,
     images: Annotated[
         bool, typer.Option("--images", help="Run the vision tower on an image of each prompt.")
     ] = False,
     new_tokens: Annotated[int, typer.Option(min=2, help="Of a whole answer.")] = 100,
     repeats: Annotated[int, typer.Option(min=2, help="Samples of each timing.")] = 20,
-    ceiling: Annotated[
-        str, typer.Option(help=f"The limit: measured in this run, or of {', '.join(DEVICES)}.")
-    ] = "measured",
     preset: Annotated[
-        str | None,
-        typer.Option(
-            help="paper: VL-Cache's five rows at 7B, of which --context and --batch choose; "
-            "cpu: batch 8 at 8k, the bar of a CPU."
-        ),
+        str | None, typer.Option(help="cpu: batch 8 at 8k, the bar of a CPU.")
     ] = None,
-    scale: Annotated[
-        int, typer.Option(min=1, help="Of the paper's rows: contexts divided by it, demo model.")
-    ] = 1,
     profile: Annotated[
         Path | None,
         typer.Option(help="Also trace prefill and decode into this folder, and sum it up."),
@@ -81,9 +56,9 @@ def main(
     dump_hlo: Annotated[
         Path | None, typer.Option(help="Also write every optimised program into this folder.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    as_json: command.AsJson = False,
+    out: command.Out = None,
+    force: command.Force = False,
 ) -> None:
     """Time prefill, what a method adds to it, a decode step, and a whole answer, beside the limit.
 
@@ -92,103 +67,55 @@ def main(
     Example, all stages of the shipped model's shape: python -m benchmarks.speed
 
     A sweep of decode steps: python -m benchmarks.speed --model small-gqa --batch 8 --stage decode
-    --budget 0.1 --budget 0.5
-
-    With a quantized cache: python -m benchmarks.speed --kv-bits 16 --kv-bits akvq --stage decode
+    --budget 0.1 --budget 0.5 --kv-bits 16 --kv-bits akvq
 
     Where the time goes: python -m benchmarks.speed --images --profile traces
 
-    On a GPU: python -m benchmarks.speed --preset paper --ceiling h200 --out paper.json
-
     On a CPU: python -m benchmarks.speed --preset cpu
     """
-    check_out(out, force=force)
-    with bad_input():
-        gpu = jax.default_backend() == "gpu"
+    command.check_out(out, force=force)
+    with command.bad_input():
         kind = dtype_of(dtype)
-        check_known("stage", stage or [], STAGES)
-        check_known("model", model or [], models())
-        check_known("layers", [layers], LAYERS)
-        check_known("ceiling", [ceiling], ("measured", *DEVICES))
-        check_known("preset", [preset] if preset else [], PRESETS)
+        command.check_known("stage", stage or [], STAGES)
+        command.check_known("model", model or [], models())
+        command.check_known("preset", [preset] if preset else [], ("cpu",))
         if preset is not None and (model or method or budget or kv_bits or images):
             raise ValueError(
                 f"preset {preset} has its own model, method and budget: leave them out"
             )
-        if scale > 1 and preset != "paper":
-            raise ValueError("--scale is for --preset paper")
-        variants = variants_of(method, budget, backend or [], kv_bits)
-        stages = tuple(stage or STAGES)
-        effort = measure.Effort(repeats=repeats)
-        if preset == "cpu":
+        variants = variants_of(method, budget, kv_bits)
+        stages, effort = tuple(stage or STAGES), measure.Effort(repeats=repeats)
+        sizes = product(model or ["demo"], context or [1024], batch or [1])
+        cases: dict[Any, Case] = {size: Case(*size, kind, images, new_tokens) for size in sizes}
+        if preset:
             cases, stages, effort = {0: presets.cpu_case(kind)}, ("decode",), CPU_EFFORT
-        elif preset == "paper":
-            if not gpu and scale == 1:
-                raise ValueError(
-                    "the paper's rows are of a 7B model and need a GPU; --scale 16 runs the same "
-                    "rows of the small demo model, with a 16th of the tokens"
-                )
-            cases = presets.paper_cases(kind, scale, context or [], batch or [])
-            stages = tuple(stage or ("prefill", "decode", "end-to-end"))
-        else:
-            size = Case("demo", 1024, 1, kind, images, layers, new_tokens)
-            sizes = [
-                (m, c, b)
-                for m in model or ["demo"]
-                for c in context or [1024]
-                for b in batch or [1]
-            ]
-            cases = {
-                index: replace(size, model=m, context=c, batch=b)
-                for index, (m, c, b) in enumerate(sizes)
-            }
     plan = Plan(cases, variants, stages, effort)
-    errors = Console(stderr=True)
-    with counting_bar(errors, transient=True) as bar:
+    with command.counting_bar(Console(stderr=True), transient=True) as bar:
         steps = len(cases) * (len(stages) + (profile is not None) + (dump_hlo is not None))
         task = bar.add_task("measuring", total=steps + 1)
-        found, ceilings = limit.measured(kind, measure.BRIEF)
+        device, ceilings = limit.measured(kind, measure.BRIEF)
         bar.advance(task)
-        chosen = found if ceiling == "measured" else DEVICES[ceiling]
         head = {
             **environment(),
             **devices.describe(need_gpu=False),
-            "limit": asdict(chosen),
+            "limit": asdict(device),
             "ceilings": ceilings,
             "preset": preset,
-            "scale": scale,
         }
+        result: dict[str, Any] = {**head, "rows": [], "profiles": []}
 
-        def whole(result: dict[str, Any]) -> dict[str, Any]:
-            return {**head, **result, **_yardsticks(preset, plan, result["rows"], chosen)}
-
-        def save(result: dict[str, Any]) -> None:
+        def step(found: dict[str, Any]) -> None:
+            bar.advance(task)
+            result.update(found)
+            if preset:
+                result["cpu"] = presets.cpu_summary(cases[0], found["rows"])
             if out is not None:
-                write_result(out, whole(result))
+                write_result(out, result)
 
-        result = whole(
-            measure_all(
-                plan, chosen, trace=profile, hlo=dump_hlo, save=save,
-                step=lambda: bar.advance(task),
-            )
-        )  # fmt: skip
+        measure_all(plan, device, trace=profile, hlo=dump_hlo, step=step)
     if profile is not None:
         write_result(profile / "summary.json", {**head, "rows": result["profiles"]})
-    if as_json:
-        print(json.dumps(result))
-    else:
-        display.show(result, Console(width=max(130, errors.width)))
-
-
-def _yardsticks(
-    preset: str | None, plan: Plan, rows: list[dict[str, Any]], device: Device
-) -> dict[str, Any]:
-    """What a preset's rows are compared with, as far as they are measured."""
-    if preset == "cpu":
-        return {"cpu": presets.cpu_summary(plan.cases[0], rows)}
-    if preset != "paper":
-        return {}
-    return {"paper": presets.paper_ratios(plan.cases, rows, device)}
+    command.finish(result, speed_part(result), as_json=as_json, out=out)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.models import MODELS, SMALL_TOWER, WINDOW
+from benchmarks.models import MODELS, SMALL_TOWER, WINDOW, with_positions
 from benchmarks.roofline.packed import bits_of, rows_by_width
 from vlcache_jax import demo
 from vlcache_jax.anyres import max_tiles
-from vlcache_jax.cache.allocate import Uniform, allocate
+from vlcache_jax.cache.allocate import allocate
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache
@@ -20,9 +20,6 @@ from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.generate import CHUNK, Generate
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.report import kv_bits
-
-LAYERS = ("paper", "uniform")
-"""Ways to divide a budget over the layers of a cache of random rows."""
 
 _SMALL = TextConfig(
     vocab_size=4096,
@@ -55,11 +52,9 @@ class Variant:
 
     Attributes:
         cache: the method with its budget.
-        backend: of the kernels, None for the best.
     """
 
     cache: CacheMethod
-    backend: str | None = None
 
     @property
     def full(self) -> bool:
@@ -74,8 +69,7 @@ class Variant:
     def __str__(self) -> str:
         """For tables and files."""
         words = self.cache.name + ("" if self.kv_bits is None else f"+{self.kv_bits}")
-        words = words if self.cache.limit.keeps_all else f"{words} {self.cache.limit}"
-        return words if self.backend is None else f"{words} {self.backend}"
+        return words if self.cache.limit.keeps_all else f"{words} {self.cache.limit}"
 
 
 @dataclass(frozen=True)
@@ -89,8 +83,6 @@ class Case:
         dtype: of weights and cache.
         images: each prompt comes with the most tiles that one image becomes; without, visual tokens
             are ordinary ones that only the method takes for visual, and no tower runs.
-        layers: "paper" (the method's own division, of the sparsity that the paper reports), or
-            "uniform".
         new_tokens: of a whole answer.
         chunk: most decode steps of one program.
     """
@@ -100,38 +92,27 @@ class Case:
     batch: int = 1
     dtype: str = "float32"
     images: bool = False
-    layers: str = "paper"
     new_tokens: int = 100
     chunk: int = CHUNK
 
     @cached_property
     def config(self) -> LlavaConfig:
-        """The model, with positions for all tokens."""
-        config = models()[self.model]
-        if not self.synthetic_positions:
-            return config
-        return replace(config, text=replace(config.text, max_positions=self.tokens))
-
-    @property
-    def tokens(self) -> int:
-        """Of a prompt and its answer."""
-        return self.context + self.new_tokens
+        """The model, with positions for the tokens of a prompt and its answer."""
+        return with_positions(models()[self.model], self.context + self.new_tokens)
 
     @property
     def synthetic_positions(self) -> bool:
         """The model was not made for so many positions."""
-        return self.tokens > models()[self.model].text.max_positions
+        return self.config != models()[self.model]
 
     def generate(self, variant: Variant, new_tokens: int) -> Generate:
         """How a variant answers with so many tokens."""
-        return Generate(
-            self.config, variant.cache, new_tokens, chunk=self.chunk, backend=variant.backend
-        )
+        return Generate(self.config, variant.cache, new_tokens, chunk=self.chunk)
 
     def lengths(self, variant: Variant, seed: int = 0) -> jax.Array:
         """Rows of each layer in the cache, int32 [B, L]; another seed is another batch of prompts.
 
-        The sizes are data of the decode program: they are the method's, without its scores.
+        The sizes are those of the method's own division, by the sparsities that the paper reports.
         """
         text, cache = self.config.text, variant.cache
         m = jnp.full((self.batch,), self.context, jnp.int32)
@@ -140,9 +121,8 @@ class Case:
         prompt = Prompt(
             m, jnp.zeros((self.batch, self.context), bool), text.num_layers, cache.limit.data
         )
-        allocation = Uniform() if self.layers == "uniform" else cache.rules()[1]
         sparsity = jnp.asarray(paper_sparsity(self.batch, text.num_layers, seed))
-        return allocate(allocation.sizes(prompt, sparsity), prompt.budget, m)
+        return allocate(cache.rules()[1].sizes(prompt, sparsity), prompt.budget, m)
 
     def rows_by_width(self, variant: Variant, seed: int = 0) -> np.ndarray:
         """The same rows by their width: full width, then the quantizer's; int [B, L, 1 + widths].
@@ -156,7 +136,7 @@ class Case:
         return rows_by_width(quantizer, lengths, evicts=not variant.cache.limit.keeps_all)
 
     def stored_bits(self, variant: Variant, rows: np.ndarray | None = None) -> float:
-        """`roofline.stored_bits` of a value of the cache, with the scales that belong to it.
+        """Bits of a value of the cache, with the scales that belong to it.
 
         Args:
             variant: how the cache is kept.

@@ -31,64 +31,51 @@ Shape = tuple[int, ...]
 """Of an array of a pool: [B, K, rows, H], or as of scales."""
 
 
-def _head_by_head(
-    draw: Callable[[jax.Array, Shape], jax.Array], key: jax.Array, shape: Shape, dtype: str
-) -> jax.Array:
-    """Draw an array head after head into one buffer: a cache may be all that the memory holds."""
-    batch, heads, *each = shape
+@functools.partial(jax.jit, static_argnames="shape")
+def random_words(seed: int, shape: Shape) -> jax.Array:
+    """Random bits, uint32 `shape`: hashes of places, which take no memory but their own."""
+    found = jnp.asarray(seed, jnp.uint32)
+    for axis in range(len(shape)):
+        found = (found ^ lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
+        found = found ^ (found >> 15)
+    return found
 
-    def one(index: jax.Array, rows: jax.Array) -> jax.Array:
-        new = draw(jax.random.fold_in(key, index), (1, 1, *each))
-        return lax.dynamic_update_slice(rows, new, (index // heads, index % heads, 0, 0))
 
-    return lax.fori_loop(0, batch * heads, one, jnp.zeros(shape, dtype))
+def _uniform(seed: int, shape: Shape) -> jax.Array:
+    """Numbers from 0 to 1, float32 `shape`."""
+    return random_words(seed, shape).astype(jnp.float32) / 2.0**32
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def random_rows(key: jax.Array, shape: Shape, dtype: str) -> jax.Array:
+def random_rows(seed: int, shape: Shape, dtype: str) -> jax.Array:
     """Numbers of mean 0 and variance 1, [B, K, rows, H]."""
-    bound = math.sqrt(3)
-
-    def draw(key: jax.Array, shape: Shape) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
-
-    return _head_by_head(draw, key, shape, dtype)
-
-
-@functools.partial(jax.jit, static_argnames="shape")
-def random_words(key: jax.Array, shape: Shape) -> jax.Array:
-    """Words of random codes, uint32 [B, K, W, H]."""
-    return _head_by_head(jax.random.bits, key, shape, "uint32")
+    return (math.sqrt(12) * (_uniform(seed, shape) - 0.5)).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "bits"))
-def random_scales(key: jax.Array, shape: Shape, bits: int) -> jax.Array:
+def random_scales(seed: int, shape: Shape, bits: int) -> jax.Array:
     """Scales and shifts with which codes of so many bits are from about -1 to 1, uint32 `shape`."""
-
-    def draw(key: jax.Array, shape: Shape) -> jax.Array:
-        half = jax.random.uniform(key, shape, minval=0.5, maxval=1.0)
-        return join_affine(2 * half / (2**bits - 1), -half)
-
-    return _head_by_head(draw, key, shape, "uint32")
+    half = 0.5 + _uniform(seed, shape) / 2
+    return join_affine(2 * half / (2**bits - 1), -half)
 
 
 def random_pool(case: Case, variant: Variant) -> AnyPool:
     """A pool of random rows, as many as the method keeps of prompts of the case's length."""
-    text, keys = case.config.text, iter(jax.random.split(jax.random.key(1), 6))
+    text = case.config.text
     cache = variant.cache.for_model(text)
     shapes = cache.pool_shapes(text, case.batch, case.context, jnp.dtype(case.dtype))
     dense = shapes.dense if isinstance(shapes, PackedPool) else shapes
-    k, v = (random_rows(next(keys), x.shape, case.dtype) for x in (dense.k, dense.v))
+    k, v = (random_rows(seed, dense.k.shape, case.dtype) for seed in (1, 2))
     none = jnp.zeros(dense.length.shape, jnp.int32)
     pool = Pool(k, v, none, none, jnp.zeros(none.shape), dense.most)
     if isinstance(shapes, PackedPool):
         bits, runs = min(shapes.quantizer.widths), jnp.zeros(shapes.first.shape, jnp.int32)
         pool = PackedPool(
             pool,
-            random_words(next(keys), shapes.words_k.shape),
-            random_words(next(keys), shapes.words_v.shape),
-            random_scales(next(keys), shapes.affine_k.shape, bits),
-            random_scales(next(keys), shapes.affine_v.shape, bits),
+            random_words(3, shapes.words_k.shape),
+            random_words(4, shapes.words_v.shape),
+            random_scales(5, shapes.affine_k.shape, bits),
+            random_scales(6, shapes.affine_v.shape, bits),
             runs,
             runs,
             shapes.quantizer,
@@ -151,9 +138,9 @@ class Decoding:
             state, tokens = self.program(self.params, pool or self.pool, state)
         return state, tokens
 
-    def run_once(self, program: Any) -> jax.Array:
-        """One chunk of `program`, which is this one, compiled."""
-        return program(self.params, self.pool, self.start())[1]
+    def arguments(self) -> tuple[Params, AnyPool, DecodeState]:
+        """Of the program's first chunk, which takes the state for its own."""
+        return self.params, self.pool, self.start()
 
     def programs(self) -> int:
         """How many programs serve the caches of three batches of prompts."""
@@ -163,6 +150,29 @@ class Decoding:
             for pool in pools:
                 jax.block_until_ready(self.run(1, pool))
         return 1 + len(seen)
+
+    def step(
+        self, short: measure.Timing | Exception, long: measure.Timing | Exception
+    ) -> tuple[measure.Timing, dict[str, Any]]:
+        """Time of one step, of what the programs of `CHUNKS` took, and what a row says of it.
+
+        Raises:
+            Exception: a program did not run, or did not pass `check`.
+        """
+        for found in (short, long):
+            if isinstance(found, Exception):
+                raise found
+        assert isinstance(short, measure.Timing)
+        assert isinstance(long, measure.Timing)
+        self.check()
+        steps = [count * self.case.chunk for count in CHUNKS]
+        return measure.difference(long, short, steps[1] - steps[0]), {
+            "kept_share": self.kept_share,
+            "stored_bits": self.stored_bits,
+            "kept_bytes_share": self.kept_share * self.stored_bits / 16,
+            "programs": self.programs(),
+            "program_samples": {"steps": steps, "seconds": [short.samples, long.samples]},
+        }
 
     def check(self) -> None:
         """Raise where the steps did not write what they should.
@@ -195,37 +205,17 @@ def decode_rows(
         for chunks in CHUNKS:
             programs[f"{variant}, {chunks}"] = functools.partial(decoding.run, chunks)
     found = measure.compare(programs, calls=1, effort=effort)
-    rows = [_row(case, variant, decoding, found, limit) for variant, decoding in made.items()]
+    rows = []
+    for variant, decoding in made.items():
+        step, work, more = decoding, Stage({}), {}
+        try:
+            if isinstance(decoding, Decoding):
+                short, long = (found[f"{variant}, {chunks}"] for chunks in CHUNKS)
+                step, more = decoding.step(short, long)
+                work = decoding.work
+        except Exception as error:  # the check's, or the memory's
+            step = error
+        assert not isinstance(step, Decoding)
+        rows.append(row_of("decode", case, variant, step, work, limit, **more))
     beside_full(rows)
     return rows
-
-
-def _row(
-    case: Case,
-    variant: Variant,
-    decoding: Decoding | Exception,
-    found: dict[str, measure.Timing | Exception],
-    limit: Device,
-) -> dict[str, Any]:
-    failed, nothing = decoding, Stage({})
-    if isinstance(decoding, Decoding):
-        short, long = (found[f"{variant}, {chunks}"] for chunks in CHUNKS)
-        failed = next((x for x in (short, long) if isinstance(x, Exception)), None)
-        try:
-            if isinstance(short, measure.Timing) and isinstance(long, measure.Timing):
-                decoding.check()
-                steps = (CHUNKS[1] - CHUNKS[0]) * case.chunk
-                step = measure.difference(long, short, steps)
-                return row_of(
-                    "decode", case, variant, step, decoding.work, limit,
-                    kept_share=decoding.kept_share,
-                    stored_bits=decoding.stored_bits,
-                    kept_bytes_share=decoding.kept_share * decoding.stored_bits / 16,
-                    programs=decoding.programs(),
-                    program_samples={"steps": [n * case.chunk for n in CHUNKS],
-                                     "seconds": [short.samples, long.samples]},
-                )  # fmt: skip
-        except Exception as error:  # the check's, or the memory's
-            failed = error
-    assert isinstance(failed, Exception)
-    return row_of("decode", case, variant, failed, nothing, limit)

@@ -30,29 +30,25 @@ def measured(dtype: str, effort: measure.Effort) -> tuple[Device, list[dict[str,
     size, side = (2**30, 8192) if gpu else (2**28, 1024)
     if effort == measure.DRY:
         size, side = 2**16, 64
-    key = jax.random.key(0)
+    precision = lax.Precision.HIGHEST if dtype == "float32" else None
 
     def draw(*shape: int) -> jax.Array:
-        return measure.normal(key, shape, dtype)
+        return measure.normal(jax.random.key(0), shape, dtype)
 
-    def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.dot(a, b, precision=lax.Precision.HIGHEST if dtype == "float32" else None)
-
-    count = size // jnp.dtype(dtype).itemsize
-    if gpu:
-        moves = {name: measure.chain(move, [(draw(count),)] * 2) for name, move in COPIES.items()}
-    else:
-        moves = {IN_PLACE: _in_place(draw(count))}
-    copied = measure.compare(moves, calls=2, effort=effort)
-    product = {"product": measure.chain(multiply, [(draw(side, side), draw(side, side))] * 2)}
-    multiplied = measure.compare(product, calls=2, effort=effort)
-    amounts = {**dict.fromkeys(copied, 2 * size), "product": 2 * side**3}
+    array = draw(size // jnp.dtype(dtype).itemsize)
+    moves = {name: measure.chain(move, [(array,)] * 2) for name, move in COPIES.items()}
+    product = measure.chain(
+        lambda a, b: jnp.dot(a, b, precision=precision), [(draw(side, side), draw(side, side))] * 2
+    )
+    copied = measure.compare(moves if gpu else {IN_PLACE: _in_place(array)}, calls=2, effort=effort)
+    found = copied | measure.compare({"product": product}, calls=2, effort=effort)
     rows = []
-    for name, found in {**copied, **multiplied}.items():
-        if isinstance(found, Exception):
-            raise found
-        row = {"name": name, "dtype": dtype, "amount": amounts[name]}
-        rows.append({**row, "per_s": amounts[name] / found.seconds, **found.record()})
+    for name, timing in found.items():
+        if isinstance(timing, Exception):
+            raise timing
+        amount = 2 * side**3 if name == "product" else 2 * size
+        row = {"name": name, "dtype": dtype, "amount": amount, "per_s": amount / timing.seconds}
+        rows.append({**row, **timing.record()})
     best = max(rows[:-1], key=lambda row: row["per_s"])
     return Device(
         name=jax.devices()[0].device_kind,

@@ -8,7 +8,6 @@ import typer
 
 from benchmarks.command import check_known
 from benchmarks.speed.cases import FULL, Variant
-from pallas_kernels.backends import check_backend
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import METHODS, as_method, make_method
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
@@ -33,30 +32,25 @@ Dtype = Annotated[str | None, typer.Option(help="bfloat16 by default on a GPU, e
 def variants_of(
     methods: Sequence[str] | None,
     budgets: Sequence[str] | None,
-    backends: Sequence[str] = (),
     kv_bits: Sequence[str] | None = None,
 ) -> tuple[Variant, ...]:
-    """The full cache, and every method (VL-Cache) at every budget (0.1), with every backend.
+    """The full cache, and every method (VL-Cache) at every budget (0.1).
 
     With `kv_bits` each of these in every one of them, and the full cache as it is besides.
 
     Raises:
-        ValueError: there is no such method, budget, quantizer or backend.
+        ValueError: there is no such method, budget or quantizer.
     """
     quantizers = [make_quantizer(name) for name in kv_bits or ["16"]]
-    names = [name for name in methods or ["vl-cache"] if name != FULL.cache.name]
     caches: list[CacheMethod] = [as_method(each) for each in quantizers if each is not None]
     caches += [
         make_method(name, budget, quantizer)
-        for name in names
+        for name in methods or ["vl-cache"]
+        if name != FULL.cache.name
         for budget in budgets or ["0.1"]
         for quantizer in quantizers
     ]
-    for backend in backends:
-        check_backend(backend)
-    return tuple(
-        Variant(cache, backend) for backend in backends or [None] for cache in (FULL.cache, *caches)
-    )
+    return FULL, *map(Variant, caches)
 
 
 def dtype_of(dtype: str | None) -> str:

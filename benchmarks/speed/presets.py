@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.roofline import Device, decode_step
+from benchmarks.roofline import Device, Stage, decode_step
 from benchmarks.speed.cases import FULL, Case, Variant
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.prompts import answer_work, method_work, prefill_work
@@ -26,14 +26,16 @@ PAPER: dict[tuple[int, int], dict[str, float]] = {
 with FlashAttention-2, by batch and context: 100 tokens, the last 50 of the prompt as window."""
 
 
-def paper_cases(dtype: str, scale: int, contexts: Sequence[int], batches: Sequence[int]):
+def paper_cases(
+    dtype: str, scale: int, contexts: Sequence[int], batches: Sequence[int]
+) -> dict[tuple[int, int], Case]:
     """The paper's rows, of which contexts and batches choose some; all where none is given.
 
     Args:
         dtype: of weights and cache.
         scale: 1, or what the contexts are divided by, of the shipped small model.
         contexts: of the rows wanted, as in the paper.
-        batches: likewise.
+        batches: of the rows wanted, as in the paper.
     """
     model = PAPER_MODEL if scale == 1 else "demo"
     return {
@@ -55,39 +57,35 @@ def paper_ratios(
     """
     ratios = []
     for key, case in cases.items():
-        size = case.context, case.batch
-        if own := [row for row in rows if (row["context"], row["batch"]) == size]:
-            ratios += _ratios_of(key, case, own, limit)
+        own = [row for row in rows if (row["context"], row["batch"]) == (case.context, case.batch)]
+        if not own:
+            continue
+        speedups = {row["stage"]: row.get("speedup") for row in own if row["method"] != "full"}
+        plain, added = prefill_work(case).floor(limit), method_work(case, TENTH).floor(limit)
+        answer = [answer_work(case, variant).floor(limit) for variant in (FULL, TENTH)]
+        steps = [in_type(step, case.dtype).floor(limit) for step in _steps(case)]
+        ideals = {
+            "prefill": plain / (plain + added),
+            "decode": steps[0] / steps[1],
+            "end-to-end": answer[0] / answer[1],
+        }
+        about = {"batch": key[0], "context": key[1]}
+        ratios += [
+            {
+                **about,
+                "stage": stage,
+                "paper": published,
+                "ours": speedups.get(stage),
+                "ideal": ideals[stage],
+            }
+            for stage, published in PAPER[key].items()
+        ]
     return ratios
 
 
-def _ratios_of(
-    key: tuple[int, int], case: Case, rows: Sequence[dict[str, Any]], limit: Device
-) -> list[dict[str, Any]]:
-
-    def decode(budget: float) -> float:
-        step = decode_step(case.config, case.context, case.batch, budget)
-        return in_type(step, case.dtype).floor(limit)
-
-    plain, added = prefill_work(case).floor(limit), method_work(case, TENTH).floor(limit)
-    answer = [answer_work(case, variant).floor(limit) for variant in (FULL, TENTH)]
-    ideals = {
-        "prefill": plain / (plain + added),
-        "decode": decode(1.0) / decode(0.1),
-        "end-to-end": answer[0] / answer[1],
-    }
-    found = {row["stage"]: row.get("speedup") for row in rows if row["method"] != "full"}
-    return [
-        {
-            "batch": key[0],
-            "context": key[1],
-            "stage": stage,
-            "paper": published,
-            "ours": found.get(stage),
-            "ideal": ideals[stage],
-        }
-        for stage, published in PAPER[key].items()
-    ]
+def _steps(case: Case) -> list[Stage]:
+    """A decode step from the full cache, and one from a tenth."""
+    return [decode_step(case.config, case.context, case.batch, share) for share in (1.0, 0.1)]
 
 
 CPU_BAR = 0.6
@@ -106,8 +104,7 @@ def cpu_summary(case: Case, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         case: what was timed.
         rows: its decode steps, one of the full cache and one of the tenth.
     """
-    whole, tenth = (decode_step(case.config, case.context, case.batch, part) for part in (1.0, 0.1))
-    whole, tenth = in_type(whole, case.dtype), in_type(tenth, case.dtype)
+    whole, tenth = (in_type(step, case.dtype) for step in _steps(case))
     ideal = whole.bytes / tenth.bytes
     speedup = next((row["speedup"] for row in rows if "speedup" in row), None)
     return {

@@ -5,22 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks import measure
 from benchmarks.models import WINDOW
 from benchmarks.roofline import Device, Stage, decode_step, packing, prefill, scoring
-from benchmarks.speed.cases import Case, Variant, paper_sparsity
-from benchmarks.speed.decoding import random_rows
+from benchmarks.speed.cases import Case, Variant
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
-from vlcache_jax.cache.method import Observation
 from vlcache_jax.driver import Run
-from vlcache_jax.generate import Generate
 from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.programs import Programs
-from vlcache_jax.stages import Prefill
 
 
 def prefill_work(case: Case) -> Stage:
@@ -46,9 +41,8 @@ def _budget(case: Case, variant: Variant) -> float:
 def answer_work(case: Case, variant: Variant) -> Stage:
     """Of a whole answer."""
     budget = 1.0 if variant.cache.limit.keeps_all else _budget(case, variant)
-    steps, bits = case.new_tokens - 1, case.stored_bits(variant)
-    size = case.config, case.context, case.batch
-    step = decode_step(*size, budget, bits, tail=case.new_tokens // 2)
+    steps, kept = case.new_tokens - 1, (budget, case.stored_bits(variant))
+    step = decode_step(case.config, case.context, case.batch, *kept, tail=case.new_tokens // 2)
     decoding = {
         f"decode {name}": type(part)(steps * part.bytes, steps * part.operations)
         for name, part in in_type(step, case.dtype).parts.items()
@@ -70,7 +64,7 @@ def prefill_rows(
         works, more = {**prefill_work(case).parts, **method_work(case, variant).parts}, {}
         own = row_of("prefill", case, variant, timing, Stage(works), limit, **programs[variant])
         rows.append(own)
-        full = next((found[v] for v in variants if v.full and v.backend == variant.backend), None)
+        full = next((found[v] for v in variants if v.full), None)
         if variant.full or not isinstance(full, measure.Timing):
             continue
         if isinstance(timing, measure.Timing):
@@ -83,46 +77,6 @@ def prefill_rows(
         added.append(row_of("method", case, variant, timing, work, limit, **more))
     beside_full(rows)
     return rows + added
-
-
-def build_rows(
-    case: Case, variants: Sequence[Variant], params: Params, limit: Device, effort: measure.Effort
-) -> list[dict[str, Any]]:
-    """Selection, compaction and packing as a program of their own, from random scores and rows."""
-    chosen = [variant for variant in variants if not variant.full]
-    inputs, programs = jax.device_put(case.inputs()), {}
-    for variant in chosen:
-        generate = case.generate(variant, 1)
-        given = random_prefill(case, generate, params), inputs, generate.settings(case.batch)
-        build = jax.jit(generate.stages.build_cache)
-        programs[str(variant)] = functools.partial(build, *given)
-    found = measure.compare(programs, calls=1, effort=effort)
-    rows = []
-    for variant in chosen:
-        parts = method_work(case, variant).parts
-        work = Stage({name: part for name, part in parts.items() if name != "scores"})
-        timing = found[str(variant)]
-        rows.append(row_of("build", case, variant, timing, work, limit, how="program of its own"))
-    return rows
-
-
-def random_prefill(case: Case, generate: Generate, params: Params) -> Prefill:
-    """What a prefill could have left behind: random rows and scores, the paper's sparsities."""
-    settings = generate.settings(case.batch)
-    shape, _ = jax.eval_shape(generate.stages.prefill, params, case.inputs(), settings)
-    k, v = (random_rows(jax.random.key(seed), shape.k.shape, case.dtype) for seed in (1, 2))
-    seen = shape.seen
-    scores, salience = (
-        None if part is None else _uniform(part) for part in (seen.scores, seen.salience)
-    )
-    measured = seen.measured
-    if measured is not None:
-        measured = jnp.asarray(paper_sparsity(*measured.shape))
-    return Prefill(k, v, Observation(scores, measured, salience), None)
-
-
-def _uniform(like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.random.uniform(jax.random.key(4), like.shape, like.dtype)
 
 
 def answer_rows(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.measure import L2_BYTES, Timing
+from benchmarks.measure import L2_BYTES, Timing, reason
 from benchmarks.roofline import Device, Stage
 from benchmarks.speed.cases import Case, Variant
 
@@ -17,10 +17,8 @@ def described(case: Case, variant: Variant) -> dict[str, Any]:
         "method": variant.cache.label,
         "budget": str(variant.cache.limit),
         "kv_bits": variant.kv_bits,
-        "backend": variant.backend,
         "dtype": case.dtype,
         "images": case.images,
-        "layers": case.layers,
         "synthetic_positions": case.synthetic_positions,
     }
 
@@ -55,7 +53,7 @@ def row_of(
     """
     row = {"stage": stage, **described(case, variant)}
     if isinstance(found, Exception):
-        return {**row, "exception": f"{type(found).__name__}: {found}"[:2000]}
+        return {**row, "exception": reason(found)}
     floor = work.floor(limit)
     # What a cache of the processor may hold does not come from memory: it has no such limit.
     cached = work.bytes < 2 * L2_BYTES and work.bytes / limit.bandwidth > floor / 2
@@ -72,13 +70,11 @@ def beside_full(rows: Sequence[dict[str, Any]]) -> None:
     """Give the rows of one stage their speed-up over the full cache, and the one of the floors.
 
     Args:
-        rows: of one case, in any order; each is compared with the full cache of its backend.
+        rows: of one case, in any order, the full cache's among them.
     """
-    full = {row["backend"]: row for row in rows if row["method"] == "full"}
+    full = next((row for row in rows if row["method"] == "full"), {})
     for row in rows:
-        other = full.get(row["backend"])
-        if other is None or other is row or "seconds" not in row or "seconds" not in other:
-            continue
-        row["speedup"] = other["seconds"] / row["seconds"]
-        row["ideal_speedup"] = other["floor_s"] / row["floor_s"]
-        row["share_of_ideal"] = row["speedup"] / row["ideal_speedup"]
+        if row is not full and "seconds" in row and "seconds" in full:
+            row["speedup"] = full["seconds"] / row["seconds"]
+            row["ideal_speedup"] = full["floor_s"] / row["floor_s"]
+            row["share_of_ideal"] = row["speedup"] / row["ideal_speedup"]

@@ -1,6 +1,6 @@
 """A run: cases one after the other, and the stages of each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from benchmarks.speed.cases import Case, Variant
 from benchmarks.speed.decoding import decode_rows
 from benchmarks.speed.profile import STAGES as TRACED
 from benchmarks.speed.profile import dump_hlo, profile_rows
-from benchmarks.speed.prompts import answer_rows, build_rows, prefill_rows
+from benchmarks.speed.prompts import answer_rows, prefill_rows
 from vlcache_jax.models.llava import Params, init_params
 
 STAGES: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "decode": decode_rows,
     "prefill": prefill_rows,
-    "build": build_rows,
     "end-to-end": answer_rows,
 }
 
@@ -48,8 +47,8 @@ def measure_all(
     *,
     trace: Path | None = None,
     hlo: Path | None = None,
-    save: Callable[[dict[str, Any]], None] = lambda result: None,
-    step: Callable[[], None] = lambda: None,
+    step: Callable[[dict[str, Any]], None] = lambda result: None,
+    late: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Run a plan.
 
@@ -58,36 +57,32 @@ def measure_all(
         device: whose limit the times are compared with.
         trace: folder for traces, of which the result has "profiles".
         hlo: folder for the optimised programs.
-        save: called with the result so far, behind every stage.
-        step: called behind every stage.
+        step: called with the result so far, behind every stage.
+        late: whether there is no time left for another case.
 
     Returns:
-        "rows", and "profiles".
+        "rows", "profiles", and how many cases were "not_run".
     """
-    result: dict[str, Any] = {"rows": [], "profiles": []}
+    result: dict[str, Any] = {"rows": [], "profiles": [], "not_run": 0}
     traced = [stage for stage in TRACED if stage in plan.stages] or TRACED
-    for case, params in _with_params(plan.cases.values()):
-        for stage in plan.stages:
-            run = STAGES[stage]
-            result["rows"] += run(case, plan.variants, params, device, plan.effort)
-            save(result)
-            step()
-        if trace is not None:
-            result["profiles"] += profile_rows(case, plan.variants, params, trace, traced)
-            save(result)
-            step()
-        if hlo is not None:
-            dump_hlo(case, plan.variants, params, hlo, traced)
-            step()
-    return result
-
-
-def _with_params(cases: Any) -> Iterator[tuple[Case, Params]]:
-    """Each case with random weights, which cases of one model that follow each other share."""
-    made, params = None, {}
-    for case in cases:
-        if (case.model, case.dtype) != made:
+    made: tuple[str, str] | None = None
+    params: Params = {}
+    for case in plan.cases.values():
+        if late():
+            result["not_run"] += 1
+            continue
+        if (case.model, case.dtype) != made:  # random weights, of one model at a time
             params.clear()
             made = case.model, case.dtype
             params = init_params(case.config, dtype=jnp.dtype(case.dtype))
-        yield case, params
+        for stage in plan.stages:
+            run = STAGES[stage]
+            result["rows"] += run(case, plan.variants, params, device, plan.effort)
+            step(result)
+        if trace is not None:
+            result["profiles"] += profile_rows(case, plan.variants, params, trace, traced)
+            step(result)
+        if hlo is not None:
+            dump_hlo(case, plan.variants, params, hlo, traced)
+            step(result)
+    return result

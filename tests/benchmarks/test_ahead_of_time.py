@@ -6,6 +6,7 @@ Shapes are real ones: what a 7B model needs is counted, not estimated. Nothing o
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import triton as plgpu
 
 from benchmarks import ahead_of_time
-from benchmarks.ahead_of_time import GPUS, Memory, compile_for, plugin_version
+from benchmarks.ahead_of_time import GPUS, compile_for, plugin_version
 from benchmarks.loops import loop_copies
 from benchmarks.models import MODELS, abstract_inputs
 from vlcache_jax.cache.methods import VLCache
@@ -33,6 +34,11 @@ POOL = jax.ShapeDtypeStruct((2, 4, 512, 16), jnp.bfloat16)
 ROW = jax.ShapeDtypeStruct((2, 4, 1, 16), jnp.bfloat16)
 POOL_BYTES = 2 * math.prod(POOL.shape)
 STEPS = 100
+
+
+def sizes(compiled: jax.stages.Compiled) -> Any:
+    """The byte counts of a compiled program."""
+    return compiled.memory_analysis()
 
 
 def _put(pool: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
@@ -134,17 +140,19 @@ class TestSmallPrograms:
 
     def test_memory_of_a_program_that_writes_in_place(self):
         compiled = compile_for("h200", one_row_written, POOL, ROW, donate_argnums=(0,))
-        memory = Memory.of(compiled)
-        assert memory.arguments == POOL_BYTES + POOL_BYTES // 512
-        assert memory.outputs == memory.aliased == POOL_BYTES
-        assert memory.temporaries < 0.1 * POOL_BYTES
-        assert memory.peak < 1.1 * POOL_BYTES
+        memory = sizes(compiled)
+        assert memory.argument_size_in_bytes == POOL_BYTES + POOL_BYTES // 512
+        assert memory.output_size_in_bytes == memory.alias_size_in_bytes == POOL_BYTES
+        assert memory.temp_size_in_bytes < 0.1 * POOL_BYTES
+        assert memory.peak_memory_in_bytes < 1.1 * POOL_BYTES
 
     def test_memory_of_a_program_that_does_not(self):
-        memory = Memory.of(compile_for("h200", two_swapped, POOL, ROW))
-        assert memory.aliased == 0
-        assert memory.temporaries >= POOL_BYTES
-        assert memory.peak >= memory.arguments + memory.temporaries
+        memory = sizes(compile_for("h200", two_swapped, POOL, ROW))
+        assert memory.alias_size_in_bytes == 0
+        assert memory.temp_size_in_bytes >= POOL_BYTES
+        assert (
+            memory.peak_memory_in_bytes >= memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        )
 
     @pytest.mark.parametrize("gpu", GPUS)
     def test_each_gpu_is_known_to_xla_and_to_pallas(self, gpu):
@@ -162,7 +170,7 @@ class TestSmallPrograms:
         assert "__gpu$xla.gpu.triton" in (compiled.as_text() or "")
         (device,) = compiled.output_shardings.device_set
         assert device.device_kind == GPUS[gpu].name
-        assert Memory.of(compiled).arguments == 64 * 64 * 4
+        assert sizes(compiled).argument_size_in_bytes == 64 * 64 * 4
 
 
 def test_an_unknown_gpu_is_refused():
@@ -191,7 +199,7 @@ class Compiled:
     generate: Generate
     batch: int
     rows: int
-    memory: Memory
+    memory: Any
     text: str
 
     def shape(self, rows: int) -> tuple[int, ...]:
@@ -219,20 +227,22 @@ def compiled(request):
     inputs = abstract_inputs(config, batch, rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     program = compile_for("h200", generate, abstract_params(config, jnp.bfloat16), inputs, key)
-    return Compiled(generate, batch, rows, Memory.of(program), program.as_text() or "")
+    return Compiled(generate, batch, rows, sizes(program), program.as_text() or "")
 
 
 @needs_plugin
 class TestGenerate:
     def test_temporaries_are_the_prefills_keys_and_values_and_little_more(self, compiled):
         full = 2 * 2 * math.prod(compiled.shape(compiled.full_rows))  # K and V, 2 bytes a number
-        assert compiled.memory.temporaries <= full + 3e9
+        assert compiled.memory.temp_size_in_bytes <= full + 3e9
 
     def test_it_fits_with_the_weights(self, compiled):
         memory, config = compiled.memory, compiled.generate.config
         weights = 2 * count_parameters(config)["total"]
-        assert 0.98 * weights < memory.arguments < 1.1 * weights  # they really are there
-        assert memory.arguments < memory.peak < GPUS["h200"].memory
+        assert (
+            0.98 * weights < memory.argument_size_in_bytes < 1.1 * weights
+        )  # they really are there
+        assert memory.argument_size_in_bytes < memory.peak_memory_in_bytes < GPUS["h200"].memory
 
     def test_the_pool_is_never_copied_in_a_loop(self, compiled):
         pool = compiled.shape(compiled.pool_rows)

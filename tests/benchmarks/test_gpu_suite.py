@@ -6,19 +6,28 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 from unittest.mock import create_autospec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from benchmarks import device, measure
 from benchmarks.gpu_suite import __main__ as command
-from benchmarks.gpu_suite import bars, ceilings, checks, end_to_end, stages, supervisor
-from benchmarks.gpu_suite.stages import STAGES, Context, Order
+from benchmarks.gpu_suite import bars, checks, end_to_end, flags, speed, stages, worker
+from benchmarks.gpu_suite import suite as suites
+from benchmarks.gpu_suite.stages import STAGES, Context
+from benchmarks.gpu_suite.suite import Suite
+from benchmarks.peers.process import PeerError, Process
 from benchmarks.roofline import WORKSPACE, Device
+from benchmarks.speed import __main__ as speed_command
 from benchmarks.speed import cases, presets
 from pallas_kernels.prefill_attention.config import Config
 from vlcache_jax.report import pool_bytes
@@ -29,9 +38,23 @@ COMPARED = {"rows": [{"samples": [1.0, 1.0]}], "ratios": []}
 NAMES = [stage.name for stage in STAGES]
 
 
-def in_this_process(order, emit):
-    stages.work(order, emit)
-    return 0
+class Here:
+    """Stands for a process: answers in this one."""
+
+    def __init__(self, module, settings):
+        assert (module, settings["JAX_PLATFORMS"]) == ("benchmarks.gpu_suite.worker", "cpu")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, name, limit_s, **request):
+        if name == "start":
+            self.worker = worker.Worker(**request)
+            return self.worker.about()
+        return json.loads(json.dumps(self.worker.run(**request)))
 
 
 def shallow():
@@ -41,11 +64,22 @@ def shallow():
     return {"demo": replace(demo, text=text, vision=vision, vision_layers=1)}
 
 
+def command_here(arguments, **_):
+    """`python -m benchmarks.speed`, which has tests of its own, without a process."""
+    assert arguments[1:3] == ["-m", "benchmarks.speed"]
+    app = typer.Typer()
+    app.command()(speed_command.main)
+    done = CliRunner().invoke(app, arguments[3:])
+    return SimpleNamespace(returncode=done.exit_code, stdout=done.stdout, stderr=done.output)
+
+
 def suite(out, *arguments):
     """The command, without a process of its own: its exit code and what it reports."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "launch", in_this_process)
-        patch.setattr(cases, "models", shallow)
+        patch.setattr(command, "Suite", partial(Suite, start=Here))
+        for module in (cases, speed_command):
+            patch.setattr(module, "models", shallow)
+        patch.setattr(flags, "subprocess", SimpleNamespace(run=command_here))
         patch.setattr(
             end_to_end, "compare", create_autospec(end_to_end.compare, return_value=COMPARED)
         )
@@ -115,7 +149,7 @@ def test_the_table_of_block_sizes_has_the_format_of_the_committed_one(dry):
 
 
 def test_a_second_run_does_nothing(dry, monkeypatch):
-    monkeypatch.setattr(stages, "_run", None)
+    monkeypatch.setattr(worker.Worker, "run", None)
     code, report = suite(dry[0])
     assert code == 0
     assert {row["status"] for row in report["stages"]} == {"done before"}
@@ -126,7 +160,7 @@ def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch):
         context.save(rows=[{"name": "this far"}])
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(ceilings, "ceilings", fail)
+    monkeypatch.setattr(speed, "ceilings", fail)
     code, report = suite(tmp_path, "--only", "ceilings", "--only", "sweep_norm")
     assert code == 1
     statuses = {row["stage"]: row["status"] for row in report["stages"]}
@@ -139,76 +173,83 @@ def test_a_failed_stage_stops_no_other(tmp_path, monkeypatch):
     assert [row["status"] for row in report["stages"]] == ["ok", "done before"]
 
 
-def order(out, *names, dry=True, left=60.0):
-    environment = {"commit": "none"}
-    return Order(names, str(out), dry, False, time.time() + left, environment)
+class Fake(Here):
+    """A process that answers at once, and notes what it was asked."""
+
+    log: ClassVar[list[str]] = []
+    dies = ()
+    device = "cpu"
+
+    def __init__(self, module, settings):
+        self.log.append(settings.get("XLA_PYTHON_CLIENT_PREALLOCATE", "new"))
+
+    def ask(self, name, limit_s, **request):
+        if name == "start":
+            head = {"device": self.device, "source": stages.source(), "dry_run": request["dry"]}
+            self.out = Path(request["out"])
+            return {"out": request["out"], "head": head}
+        self.log.append(request["stage"])
+        if request["stage"] in self.dies:
+            (self.out / f"{request['stage']}.json").write_text('{"rows": [1]}', encoding="utf-8")
+            raise PeerError("the process ended with code -6: abort")
+        return {"status": "ok", "seconds": 1, "healthy": request["stage"] != "speed_decode"}
 
 
-def test_a_stage_that_ends_its_process_costs_that_stage_alone(tmp_path):
-    started = []
+def of(out, *names, dry=True, left=60.0, start: Any = Fake):
+    settings: Any = {"dry": dry, "force": False, "environment": {"commit": "none"}, "start": start}
+    return Suite(names, str(out), deadline=time.time() + left, **settings)
 
-    def start(order, emit):
-        started.append(order.stages)
-        emit({"event": "out", "out": str(tmp_path), "device": "cpu"})
-        emit({"event": "begin", "stage": order.stages[0], "most_s": 1})
-        (tmp_path / f"{order.stages[0]}.json").write_text('{"rows": [1]}', encoding="utf-8")
-        if order.stages[0] == "b":
-            return -6
-        emit({"event": "end", "stage": order.stages[0], "status": "ok", "seconds": 1})
-        if order.stages[0] == "c":
-            emit({"event": "end", "stage": "d", "status": "no time", "why": "none left"})
-        return 0
 
-    ends = []
-    code = supervisor.supervise(
-        order(tmp_path, "a", "b", "c", "d"),
-        lambda event: ends.append(event) if event["event"] == "end" else None,
-        start,
-    )
-    assert code == 0
-    assert started == [("a", "b", "c", "d"), ("b", "c", "d"), ("c", "d")]
-    assert [end["status"] for end in ends] == ["ok", "failed", "ok", "no time"]
-    result = saved(tmp_path, "b")
+@pytest.fixture
+def log(monkeypatch):
+    noted: list[str] = []
+    monkeypatch.setattr(Fake, "log", noted)
+    return noted
+
+
+def test_a_stage_that_ends_its_process_costs_that_stage_alone(tmp_path, log, monkeypatch):
+    monkeypatch.setattr(Fake, "dies", ("correctness_norm",))
+    run = of(tmp_path, "ceilings", "correctness_norm", "speed_decode", "sweep_norm")
+    run.run()
+    # A new process behind the one that died, and behind one that cannot use its device.
+    assert log == [
+        "new", "ceilings", "correctness_norm", "new", "speed_decode", "new", "sweep_norm",
+    ]  # fmt: skip
+    assert [end["status"] for end in run.ends.values()] == ["ok", "failed", "ok", "ok"]
+    result = saved(tmp_path, "correctness_norm")
     assert (result["ok"], result["rows"]) == (False, [1])
     assert "code -6" in result["error"]
 
 
-def test_a_stage_with_processes_of_its_own_gets_one_for_itself(tmp_path):
-    started = []
-
-    def start(order, emit):
-        started.append(order.stages)
-        for name in order.stages:
-            emit({"event": "end", "stage": name, "status": "ok", "seconds": 1})
-        return 0
-
-    names = ("ceilings", "profile", "peers", "throughput")
-    assert supervisor.supervise(order(tmp_path, *names), lambda event: None, start) == 0
-    assert started == [("ceilings", "profile"), ("peers",), ("throughput",)]
+def test_a_stage_with_processes_of_its_own_gets_one_for_itself(tmp_path, log):
+    of(tmp_path, "ceilings", "profile", "peers", "throughput").run()
+    assert log == ["new", "ceilings", "false", "peers", "new", "throughput", "profile"]
 
 
-def test_a_process_that_cannot_begin_is_not_started_again(tmp_path):
-    assert supervisor.supervise(order(tmp_path, "a"), lambda event: None, lambda *_: 2) == 2
+def test_a_process_that_cannot_begin_is_not_started_again(tmp_path, log, monkeypatch):
+    def refuse(*_, **__):
+        raise PeerError("no")
+
+    monkeypatch.setattr(Fake, "ask", refuse)
+    with pytest.raises(PeerError):
+        of(tmp_path, "ceilings", "profile").run()
+    assert log == ["new"]
 
 
 def test_a_stage_that_never_ends_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "GRACE_S", 0.1 - STAGES[0].most_s)
-    ends = []
-    supervisor.supervise(
-        order(tmp_path, "ceilings"),
-        lambda event: ends.append(event) if event["event"] == "end" else None,
-        supervisor.launch,
-    )
-    assert [end["status"] for end in ends] == ["failed"]
-    assert "code -9" in saved(tmp_path, "ceilings")["error"]
+    monkeypatch.setattr(suites, "GRACE_S", 0.1 - STAGES[0].most_s)
+    run = of(tmp_path, "ceilings", start=Process)
+    run.run()
+    assert [end["status"] for end in run.ends.values()] == ["failed"]
+    assert "TimeoutError: killed" in saved(tmp_path, "ceilings")["error"]
 
 
-def test_a_stage_without_enough_time_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "describe", lambda need_gpu: {"device": "a GPU"})
-    events = []
-    stages.work(order(tmp_path, *NAMES[:2], dry=False, left=5), events.append)
-    assert {event.get("status") for event in events[1:]} == {"no time"}
-    assert events[1]["why"].startswith("needs 15 s, ")
+def test_a_stage_without_enough_time_is_not_begun(tmp_path, log):
+    run = of(tmp_path, *NAMES[:2], dry=False, left=5)
+    run.run()
+    assert {end["status"] for end in run.ends.values()} == {"no time"}
+    assert run.ends[NAMES[0]]["why"].startswith("needs 15 s, ")
+    assert log == ["new"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,7 +284,7 @@ def test_names_of_folders():
 
 @pytest.fixture
 def context(tmp_path):
-    return Context("stage", tmp_path, True, float("inf"), {"device": "cpu"}, lambda event: None)
+    return Context("stage", tmp_path, True, float("inf"), {"device": "cpu"})
 
 
 def compare(context, **variants):
@@ -318,14 +359,6 @@ def test_a_program_calls_its_operation_for_every_set():
     assert [float(x) for x in results] == [5, 7, 9]
 
 
-def test_torch_is_timed_too():
-    pytest.importorskip("torch")
-    from benchmarks.gpu_suite import torch_sdpa
-
-    found = torch_sdpa.measure([4, 8], "cpu", tokens=16)
-    assert [len(found[name]["samples"]) for name in ("4", "8")] == [20, 20]
-
-
 # Bars.
 
 
@@ -375,14 +408,9 @@ def test_bars_are_shares_of_what_was_measured():
     assert remarks[0] == "1 of 3 wrong"
     assert remarks[1] == "3.60 of 4.00 TB/s copied, 83.7 % of 4.3 TB/s; worst: large"
     assert remarks[2] == "cudnn 550, product 790"
-    assert remarks[-2:] == ["worst: 2 bits", "worst: 8 bits"]
+    assert remarks[-2].endswith("; worst: 2 bits")
+    assert remarks[-1] == "worst: 8 bits"
 
 
 def test_what_was_not_measured_is_no_failure():
     assert {row["state"] for row in bars.table({})} == {"not measured"}
-
-
-def test_an_order_travels_as_json(tmp_path):
-    given = order(tmp_path, "a", "b")
-    text = json.dumps(vars(given))
-    assert replace(Order(**json.loads(text)), stages=given.stages) == given

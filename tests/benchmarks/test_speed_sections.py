@@ -49,12 +49,12 @@ def test_what_was_not_measured_says_so(name):
 
 
 def test_times_are_told_beside_their_limit():
-    text = speed_sections.decode_part({**ABOUT, "rows": [TIMED, FAILED]})
+    text = speed_sections.speed_part({**ABOUT, "rows": [TIMED, FAILED]})
     assert "12.3 ms | 12 ms to 13 ms | 50% | 3.21x | 80% | 1 | 4.0 s |" in text
     assert "small, float32 ‡ | 1024 x 2 | vl-cache 0.1" in text
     assert "ValueError: no memory" in text
     assert "0123456789ab," in text
-    assert "2.50, 83% of that; 60% must be reached" in speed_sections.cpu_part(CPU)
+    assert "2.50, 83% of that; 60% must be reached" in speed_sections.speed_part(CPU)
 
 
 def test_peers_are_told_with_the_check_and_what_failed():

@@ -70,7 +70,7 @@ def test_all_sequences_are_decoded_as_if_alone(load, params, monkeypatch):
     assert row["sequences"] == 4
     assert row["prefill_s"] > 0
     assert len(row["step_samples"]) == 2
-    generate, pool = load.generate(TENTH), runs[0].pool
+    generate, pool = load.case.generate(TENTH, load.case.new_tokens), runs[0].pool
     for start in (0, 2):
         inputs, rows = load.case.inputs(start), slice(start, start + 2)
         alone = jax.jit(generate)(params, inputs, jax.random.key(0))
@@ -94,7 +94,7 @@ def test_a_packed_cache_is_held_by_its_own_bytes(load, params):
 
 
 def test_fewer_are_tried_where_memory_ends(load, params, monkeypatch):
-    def hold(load, variant, params, count, advance):
+    def hold(load, variant, params, count):
         if count > 10:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         kept = {"kept_share": 1.0, "stored_bits": 16.0}

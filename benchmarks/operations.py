@@ -1,0 +1,144 @@
+"""The operations of `pallas_kernels` as the benchmarks ask for them: configurations and inputs.
+
+Inputs are made by a `Draw`, of the size that is asked for: as shapes alone, on the host, or on the
+device.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels import (
+    add_rms_norm,
+    prefill_attention,
+    quantized_decode_attention,
+    ragged_decode_attention,
+    sample_tokens,
+    tiles,
+    window_scores,
+)
+from pallas_kernels.add_rms_norm import config as norm_config
+from pallas_kernels.backends import current_device
+from pallas_kernels.packing import per_word
+from pallas_kernels.prefill_attention import config as prefill_config
+from pallas_kernels.quantized_decode_attention import config as packed_config
+from pallas_kernels.ragged_decode_attention import config as decode_config
+from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
+from pallas_kernels.sample_tokens import config as sample_config
+from pallas_kernels.window_scores import config as scores_config
+
+Draw = Callable[..., Any]
+"""A function of a type and of the sides of an array: random numbers; "uint32" are random bits."""
+
+
+class Operation(NamedTuple):
+    """One operation.
+
+    Attributes:
+        config: its config.py.
+        kernel: its Triton version.
+        fixed: arguments that every benchmark gives it.
+        scaled: it takes the scale of logits: its size is a head's, else a row's.
+    """
+
+    config: Any
+    kernel: Callable[..., Any]
+    fixed: dict[str, Any]
+    scaled: bool = True
+
+
+OPERATIONS: dict[str, Operation] = {
+    "prefill_attention": Operation(prefill_config, prefill_attention.triton.prefill_attention, {}),
+    "window_scores": Operation(
+        scores_config, window_scores.triton.window_scores, {"threshold": 0.01}
+    ),
+    "ragged_decode_attention": Operation(
+        decode_config, ragged_decode_attention.triton.append_and_attend, {}
+    ),
+    "quantized_decode_attention": Operation(
+        packed_config, quantized_decode_attention.triton.append_and_attend, {"transform": True}
+    ),
+    "add_rms_norm": Operation(
+        norm_config, add_rms_norm.triton.add_rms_norm, {"eps": 1e-5}, scaled=False
+    ),
+    "sample_tokens": Operation(sample_config, sample_tokens.triton.sample_tokens, {}, scaled=False),
+}
+
+
+def candidates(
+    operation: str, dtype: str, size: int, capability: int | None = None
+) -> tuple[Any, ...]:
+    """The configurations of an operation, the default first.
+
+    Args:
+        operation: a name of `OPERATIONS`.
+        dtype: of the inputs.
+        size: head dim, width or vocabulary.
+        capability: of the GPU, in tenths; this device's by default, or Hopper's.
+    """
+    capability = capability or current_device().capability or 90
+    module = OPERATIONS[operation].config
+    return module.candidates(capability, jnp.dtype(dtype), tiles.padded(size))
+
+
+def kernel(operation: str, size: int, **settings: Any) -> Callable[..., Any]:
+    """The Triton version of an operation: a function of inputs and of its `config`."""
+    _, function, fixed, scaled = OPERATIONS[operation]
+    scale = {"scale": size**-0.5} if scaled else {}
+    return partial(function, **fixed, **scale, **settings)
+
+
+def short(config: Any) -> str:
+    """A configuration in few letters: "block_q 128, block_k 64, ..."."""
+    return ", ".join(f"{name} {value}" for name, value in vars(config).items())
+
+
+def prompt(
+    draw: Draw, dtype: str, batch: int, length: int, heads: tuple[int, int], head_dim: int
+) -> tuple[Any, Any, Any]:
+    """Queries [B, T, N, H], keys and values [B, T, K, H] of prompts; `heads` are N and K."""
+    q, k, v = (draw(dtype, batch, length, n, head_dim) for n in (*heads, heads[1]))
+    return q, k, v
+
+
+def layer(
+    draw: Draw,
+    dtype: str,
+    batch: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    rows: int,
+    tail: int,
+) -> tuple[NewToken, Segment, Tail]:
+    """A new token, a pool of so many rows for each kv head, and a tail; where they lie is random.
+
+    The cosines and sines of the token are any numbers: it is turned and stretched.
+    """
+    n, kv_heads = heads
+    cos, sin = (draw("float32", batch, head_dim // 2) for _ in range(2))
+    new = NewToken(draw(dtype, batch, kv_heads, n // kv_heads + 2, head_dim), cos, sin)
+    k, v = (draw(dtype, batch, kv_heads, rows, head_dim) for _ in range(2))
+    tail_k, tail_v = (draw(dtype, batch, kv_heads, tail, head_dim) for _ in range(2))
+    offset, length, fill = (draw("int32", batch) for _ in range(3))
+    return new, Segment(k, v, offset, length), Tail(tail_k, tail_v, fill)
+
+
+def packed_rows(
+    draw: Draw,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    bits: tuple[int, ...],
+    words: int,
+    groups: int = 1,
+) -> PackedRows:
+    """Arrays of so many word-rows; scales, and where the runs lie, are random bits."""
+    lanes = per_word(min(bits))
+    return PackedRows(
+        *(draw("uint32", batch, kv_heads, words, head_dim) for _ in range(2)),
+        *(draw("uint32", batch, kv_heads, groups, words * lanes) for _ in range(2)),
+        *(draw("int32", batch, len(bits)) for _ in range(2)),
+        bits=bits,
+    )
