@@ -157,10 +157,8 @@ def test_a_raw_prompt_is_no_conversation():
     [
         (STRICT_TEMPLATE, [say("system", "a"), say("user", "b")], r"\(Conversation roles must alt"),
         (STRICT_TEMPLATE, [say("user", "a"), say("user", "b")], r"\(Conversation roles must alter"),
-        ("{{ messages[0]['content'] + '!' }}", [say("user", "a")], "refuses the messages"),
         ("{{ messages[1].content.x.y }}", [say("user", "a")], "refuses the messages"),
-        ("{{ messages[0]['content'] }}", [say("user", "a")], "takes no parts of messages, only te"),
-        ("{{ messages[0]['content'] | trim }}", [say("user", "a")], "takes no parts"),
+        ("{{ messages[0].content[0].text + messages[0].content }}", [say("user", "a")], "refuses"),
         ("{% for %}", [say("user", "a")], "refuses the messages"),
         (None, [say("user", "a")], "no chat template"),
     ],
@@ -174,3 +172,82 @@ def test_a_template_that_does_not_take_them(template, messages, message):
 def test_a_strict_template_takes_what_it_is_for():
     turns = [say("user", "a"), say("assistant", "b"), say("user", "c<image>")]
     assert rendered(make(STRICT_TEMPLATE), picture(9, 9), turns) == "<s>abc<image>"
+
+
+STRINGS = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+SYSTEM_AS_STRING = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}|"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}|{% endfor %}"
+).replace("{% endfor %}|{% endfor %}", "{% endfor %}|{% endif %}{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "text"),
+    [
+        (STRINGS, "what?", "<s>user: what?\nassistant:"),
+        (STRINGS, [say("system", "be brief"), say("user", "a")],
+         "<s>system: be brief\nuser: a\nassistant:"),
+        ("{{ messages[0]['content'] | trim }}", [say("user", " a ")], "<s>a"),
+        ("{% if messages[0].content is string %}{{ messages[0].content }}{% endif %}", "a", "<s>a"),
+        (SYSTEM_AS_STRING, [say("system", "s"), say("user", "u")], "<s>s|u|"),
+    ],
+)  # fmt: skip
+def test_templates_that_take_strings_work_for_each_role(template, messages, text):
+    assert rendered(make(template), None, messages) == text
+
+
+def test_a_picture_in_a_string_is_a_mark_and_a_line_break():
+    image = picture(9, 9)
+    assert rendered(make(STRINGS), image, "what?") == "<s>user: <image>\nwhat?\nassistant:"
+    assert rendered(make(STRINGS), image, "a<image>b") == "<s>user: a<image>\nb\nassistant:"
+
+
+@pytest.mark.parametrize("text", ["<image>\nwhat?", "what?\n<image>", "<image>what?"])
+def test_the_line_break_of_llavas_own_data_is_not_doubled(text):
+    for template in (IMAGES_FIRST_TEMPLATE, STRINGS):
+        whole = rendered(make(template), picture(9, 9), text)
+        assert "\n\n" not in whole
+        assert "<image>\n" in whole
+        assert "what?" in whole
+    two = rendered(make(IMAGES_FIRST_TEMPLATE), [picture(9, 9)] * 2, "<image>\n<image>\nwhat?")
+    assert two.startswith("<s>USER: <image>\n<image>\nwhat? ")
+    # Parts are taken as they are, and a template without line breaks keeps the prompt's own.
+    parts = [say("user", [{"type": "image"}, {"type": "text", "text": "\nwhat?"}])]
+    assert "<image>\n\nwhat?" in rendered(make(STRINGS), picture(9, 9), parts)
+    assert "<image>\nwhat?" in rendered(make(STRICT_TEMPLATE), picture(9, 9), "<image>\nwhat?")
+
+
+def test_a_prompt_in_the_templates_own_form_gets_a_warning(recwarn):
+    process = make(IMAGES_FIRST_TEMPLATE)
+    for text in ("USER: what? ASSISTANT:", "USER: <image>\nwhat?\nASSISTANT:"):
+        with pytest.warns(UserWarning, match="pass raw_prompt=True"):
+            process(picture(9, 9), text)
+    process(None, "who is the USER: of ASSISTANT: here?")
+    process(None, "USER: what? ASSISTANT:", raw_prompt=True)
+    assert not recwarn.list
+
+
+def test_any_string_is_a_prompt():
+    for text in ("\udcff", "a\ud83d", "\ud83d\ude00", "\0", "\u202e", "\ufeff", "é" * 9):
+        for raw in (False, True):
+            inputs = make()(None, text, raw_prompt=raw)
+            assert inputs.length[0] > 0
+    assert rendered(make(STRICT_TEMPLATE), None, "a\udcffb") == "<s>a\ufffdb"
+    assert rendered(make(STRICT_TEMPLATE), None, "\ud83d\ude00") == "<s>\U0001f600"
+
+
+@pytest.mark.parametrize("text", [5, b"what?", None, [5], {"role": "user"}, "x", object()])
+@pytest.mark.parametrize("long", [1, 10**6])
+def test_what_is_no_prompt_is_refused_in_one_short_line(text, long):
+    messages = [{"role": "user" * long, "content": text}] if long > 1 else text
+    if messages == "x":
+        return
+    with pytest.raises(ValueError) as error:
+        make()(None, messages)
+    assert len(str(error.value)) <= 400
+    assert "\n" not in str(error.value)

@@ -1,8 +1,15 @@
-"""Prompts as conversations: what chat templates take, and where the pictures go in them."""
+"""Prompts as conversations: where pictures go in them, and what a chat template makes of them.
 
-from collections.abc import Mapping, Sequence
-from reprlib import repr as shortened
+"<image>What?" ─conversation─► [{"role": "user", "content": [image, "What?"]}] ─ChatTemplate─► text
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain, combinations
 from typing import Any, TypeAlias
+
+from vlcache_jax.errors import reason, short
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A conversation: `{"role": "user", "content": "..."}` for each message, in their order.
@@ -23,7 +30,9 @@ def is_one(text: Any) -> bool:
     return isinstance(text, str) or (is_list and all(isinstance(part, Mapping) for part in text))
 
 
-def conversation(text: Text, num_images: int, mark: str, raw: bool) -> list[dict[str, Any]]:
+def conversation(
+    text: Text, num_images: int, mark: str, raw: bool, *, breaks: bool = True
+) -> list[dict[str, Any]]:
     """A prompt as messages whose contents are lists of parts, with a part for each picture.
 
     Pictures stand where parts or marks are; without either in front of the first user message.
@@ -33,13 +42,15 @@ def conversation(text: Text, num_images: int, mark: str, raw: bool) -> list[dict
         num_images: how many pictures it has.
         mark: what stands for a picture in a string.
         raw: the pictures have to be marked.
+        breaks: keep the line break between a mark and the text beside it, which LLaVA's own data
+            have and most templates write themselves.
 
     Raises:
         ValueError: a message is not of the form that `Messages` describes, the conversation is
             empty, or it has another number of places for pictures than there are pictures.
     """
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    made = [_message(message, f"messages[{i}]", mark) for i, message in enumerate(messages)]
+    made = [_message(message, f"messages[{i}]", mark, breaks) for i, message in enumerate(messages)]
     parts = [part for message in made for part in message["content"]]
     if not parts and not num_images:
         raise ValueError("the prompt is empty: give a text, an image or both")
@@ -59,29 +70,168 @@ def conversation(text: Text, num_images: int, mark: str, raw: bool) -> list[dict
     return made
 
 
-def _message(message: Mapping[str, Any], name: str, mark: str) -> dict[str, Any]:
+def _message(message: Mapping[str, Any], name: str, mark: str, breaks: bool) -> dict[str, Any]:
     """A message with a list of parts as its content; errors call it `name`."""
     if set(message) != {"role", "content"}:
-        raise ValueError(f"{name} has the keys {list(message)}: give it a role and a content alone")
+        raise ValueError(
+            f"{name} has the keys {short(list(message))}: give it a role and a content alone"
+        )
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        raise ValueError(f"{name} has the role {role!r}: choose one of {', '.join(ROLES)}")
+        raise ValueError(
+            f"{name} has the role {short(repr(role))}: choose one of {', '.join(ROLES)}"
+        )
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):
-        raise ValueError(f"{name} has the content {shortened(content)}: give a string or a list")
+        raise ValueError(f"{name} has the content {short(repr(content))}: give a string or a list")
     parts = []
     for part in content:
         match part:
             case {"type": "image", **rest} if not rest:
                 parts.append({"type": "image"})
             case {"type": "text", "text": str(words), **rest} if not rest:
-                for number, piece in enumerate(words.split(mark)):
+                pieces = readable(words).split(mark)
+                for number, piece in enumerate(pieces):
+                    if not breaks and number > 0:
+                        piece = piece.removeprefix("\n")
+                    if not breaks and number < len(pieces) - 1:
+                        piece = piece.removesuffix("\n")
                     parts += [{"type": "image"}] * (number > 0)
                     parts += [{"type": "text", "text": piece}] * (piece != "")
             case _:
                 raise ValueError(
-                    f'{name} has the part {shortened(part)}: give {{"type": "text", "text": "..."}}'
-                    ' or {"type": "image"}, and the pictures themselves as images'
+                    f"{name} has the part {short(repr(part))}: give "
+                    '{"type": "text", "text": "..."} or {"type": "image"}, and the pictures '
+                    "themselves as images"
                 )
     return {"role": role, "content": parts}
+
+
+def readable(text: str) -> str:
+    """The text with U+FFFD for what is no character: a shell's bytes, half of a surrogate pair."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class ChatTemplate:
+    """A checkpoint's chat template: one text of a conversation, with the beginning of the answer.
+
+    Templates that take contents as lists of parts and those that take them as strings both work,
+    for each role by itself; where a string is taken, a picture is its mark and a line break.
+
+    Args:
+        processor: the checkpoint's `transformers` processor, with its tokenizer.
+        mark: what stands for a picture in a text.
+    """
+
+    def __init__(self, processor: Any, mark: str):
+        template = processor.chat_template or processor.tokenizer.chat_template
+        self._template = template.get("default") if isinstance(template, dict) else template
+        self._processor, self._mark = processor, mark
+        self._remedy = "write the whole prompt yourself and pass raw_prompt=True (--raw-prompt)"
+
+    def render(self, text: Text, num_images: int) -> str:
+        """The whole prompt, with a mark for each picture.
+
+        Args:
+            text: the prompt.
+            num_images: how many pictures it has.
+
+        Raises:
+            ValueError: the prompt is malformed, there is no template, or it refuses the messages or
+                writes another number of marks.
+        """
+        messages = conversation(text, num_images, self._mark, False, breaks=False)
+        if not isinstance(self._template, str):
+            remedy = f"{self._remedy}, with {self._mark} marks"
+            raise ValueError(f"this checkpoint has no chat template: {remedy}")
+        rendered = self._apply(messages)
+        if rendered.count(f"{self._mark}\n") < num_images:  # it writes no line breaks itself
+            rendered = self._apply(conversation(text, num_images, self._mark, False))
+        if (count := rendered.count(self._mark)) != num_images:
+            raise ValueError(
+                f"the chat template wrote {count} {self._mark} marks for {num_images} images: "
+                f"{self._remedy}"
+            )
+        if isinstance(text, str):
+            self._warn_of_full_form(text)
+        return rendered
+
+    def _apply(self, messages: list[dict[str, Any]]) -> str:
+        """The text of messages whose contents are lists of parts."""
+        refusal, incomplete = None, None
+        for strings in _subsets(sorted({message["role"] for message in messages})):
+            given = [
+                {**message, "content": self._join(message["content"])}
+                if message["role"] in strings
+                else message
+                for message in messages
+            ]
+            try:
+                rendered = self._run(given)
+            except Exception as error:  # a template is a program, which may raise anything
+                refusal = refusal or error
+                continue
+            if any(str(m["content"]) in rendered for m in given if isinstance(m["content"], list)):
+                continue  # it took the list for a string
+            if self._has_all(messages, rendered):
+                return rendered
+            incomplete = incomplete or rendered
+        if incomplete is not None:
+            return incomplete
+        because = f" ({reason(refusal)})" if refusal else ""
+        raise ValueError(
+            f"the chat template refuses the messages{because}: change them, or {self._remedy}"
+        )
+
+    def _run(self, messages: list[dict[str, Any]]) -> str:
+        """What the template makes of messages."""
+        return str(
+            self._processor.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        )
+
+    def _has_all(self, messages: list[dict[str, Any]], rendered: str) -> bool:
+        """Whether the pictures and the user's texts are in a text."""
+        parts = [part for message in messages for part in message["content"]]
+        marks = sum(part["type"] == "image" for part in parts)
+        texts = [part["text"].strip() for part in parts if part["type"] == "text"]
+        return rendered.count(self._mark) == marks and all(text in rendered for text in texts)
+
+    def _join(self, parts: list[dict[str, Any]]) -> str:
+        """The parts as one string."""
+        text = "".join(part.get("text", f"{self._mark}\n") for part in parts)
+        return text[:-1] if parts and parts[-1]["type"] == "image" else text
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        """What the template writes in front of a question and behind it, without white space."""
+        try:
+            text = self._apply([{"role": "user", "content": [{"type": "text", "text": "?-?"}]}])
+        except ValueError:
+            return "", ""
+        before, _, behind = text.partition("?-?")
+        bos = self._processor.tokenizer.bos_token or ""
+        return _squeeze(before.removeprefix(bos)), _squeeze(behind)
+
+    def _warn_of_full_form(self, text: str) -> None:
+        before, behind = self._around
+        if before and behind and before in (whole := _squeeze(text)) and whole.endswith(behind):
+            warnings.warn(
+                "the prompt has the chat template's own words around it already: pass "
+                "raw_prompt=True (--raw-prompt), or the question alone",
+                stacklevel=2,
+            )
+
+
+def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """All choices of names, the smaller ones first."""
+    return chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,10 +20,11 @@ from PIL import Image
 
 from vlcache_jax.anyres import NEWLINE, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets, bucket_for, default_buckets
-from vlcache_jax.config import REMOTE_CODE, LlavaConfig, first_line
+from vlcache_jax.config import REMOTE_CODE, LlavaConfig
 from vlcache_jax.detokenize import Detokenizer
+from vlcache_jax.errors import reason, short
 from vlcache_jax.images import ImageLike, Images, load_image, name_of
-from vlcache_jax.messages import Text, conversation, is_one
+from vlcache_jax.messages import ChatTemplate, Text, conversation, is_one, readable
 
 Array: TypeAlias = Any
 """numpy as the processor makes it, `jax.Array` on a device and inside a traced function."""
@@ -91,6 +93,7 @@ class Processor:
         self.image_processor: Any = self._processor.image_processor
         self.eos_token_id: int | None = self.tokenizer.eos_token_id
         self._mark = str(processor.image_token)
+        self._template = ChatTemplate(self._processor, self._mark)
         token_id = self.tokenizer.convert_tokens_to_ids(self._mark)
         if token_id != config.image_token_id:
             raise ValueError(
@@ -146,7 +149,14 @@ class Processor:
                 path, backend="pil", local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the readers below raise anything, even plain Exception
-            raise ValueError(f"the processor files in {path} cannot be read: {error}") from error
+            if not (path / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+                raise ValueError(
+                    f"{path} has its tokenizer as tokenizer.model alone, which needs the package "
+                    "sentencepiece: pip install 'vlcache-jax[sentencepiece]'"
+                ) from None
+            raise ValueError(
+                f"the processor files in {short(path, 150)} cannot be read: {reason(error)}"
+            ) from error
         return cls(config, processor, buckets)
 
     def decode(self, token_ids: Sequence[int] | Array) -> str:
@@ -237,12 +247,20 @@ class Processor:
         prompt = self._render(text, len(images), raw_prompt)  # cheap errors before slow images
         pictures = [self._load(image) for image in images]
         bos = self.tokenizer.bos_token
-        encoded = self._processor(
-            images=pictures or None,
-            text=prompt,
-            add_special_tokens=not (bos and prompt.startswith(bos)),
-            return_tensors="np",
-        )
+        try:
+            encoded = self._processor(
+                images=pictures or None,
+                text=prompt,
+                add_special_tokens=not (bos and prompt.startswith(bos)),
+                padding=False,  # a tokenizer may have been saved with either
+                truncation=False,
+                return_tensors="np",
+            )
+        except Exception as error:  # settings of any kind may stand in the processor's files
+            raise ValueError(
+                f"the checkpoint's processor cannot prepare the prompt ({reason(error)}): use the "
+                "processor files of the checkpoint that transformers loads"
+            ) from error
         sizes = [(picture.height, picture.width) for picture in pictures]
         pixels = encoded.get("pixel_values", ())  # of each image [3, H, W], or NeXT's [tiles, ...]
         row = _Row(
@@ -258,32 +276,12 @@ class Processor:
 
     def _render(self, text: Text, num_images: int, raw_prompt: bool) -> str:
         """The prompt with one mark per image, chat template applied."""
-        mark = self._mark
-        if raw_prompt and not isinstance(text, str):
+        if not raw_prompt:
+            return self._template.render(text, num_images)
+        if not isinstance(text, str):
             raise ValueError("raw_prompt takes a string, not messages: leave one of them out")
-        messages = conversation(text, num_images, mark, raw_prompt)
-        if raw_prompt:
-            return str(text)
-        remedy = "write the whole prompt yourself and pass raw_prompt=True (--raw-prompt)"
-        if not self._processor.chat_template:
-            raise ValueError(f"this checkpoint has no chat template: {remedy}, with {mark} marks")
-        try:
-            rendered = self._processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # a template is a program, which may raise anything
-            raise ValueError(
-                f"the chat template refuses the messages ({first_line(error)}): change them, or "
-                f"{remedy}"
-            ) from error
-        if any(str(message["content"]) in rendered for message in messages if message["content"]):
-            raise ValueError(f"the chat template takes no parts of messages, only texts: {remedy}")
-        if rendered.count(mark) != num_images:
-            raise ValueError(
-                f"the chat template wrote {rendered.count(mark)} {mark} marks for {num_images} "
-                f"images: {remedy}"
-            )
-        return rendered
+        conversation(text, num_images, self._mark, True)
+        return readable(text)
 
     def _load(self, source: ImageLike) -> Image.Image:
         """An image, within Pillow's limit even when LLaVA-1.5's processor has enlarged it."""
@@ -357,7 +355,7 @@ def _pair(images: Images | Sequence[Images], text: Any) -> list[tuple[list[Image
     if not isinstance(text, list | tuple) or not text or not all(map(is_one, text)):
         raise ValueError(
             "text must be a string, a list of messages (mappings), or a non-empty list of these, "
-            f"not {text!r}"
+            f"not {short(text)}"
         )
     per_row = [None] * len(text) if images is None else _as_list(images)
     if len(per_row) != len(text):

@@ -448,3 +448,12 @@ def test_a_module_of_the_working_directory_does_not_stand_in_for_conversion(tmp_
     assert done.returncode == 0, done.stderr
     assert "Convert a checkpoint to Orbax" in done.stdout
     assert not done.stderr
+
+
+def test_a_prompt_in_the_templates_own_form_gets_one_line_of_warning(model_dir, image):
+    text = "user: what?\nassistant:"
+    result = run("generate", model_dir, "--image", image, "--prompt", text, "--max-new-tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("warning: ")
+    assert "--raw-prompt" in result.stderr
+    assert result.stderr.count("\n") == 1

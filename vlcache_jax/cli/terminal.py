@@ -5,6 +5,7 @@ What answers go to stdout; progress and errors go to stderr.
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, product
@@ -15,6 +16,8 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import Progress
 
+from vlcache_jax.errors import short
+
 if TYPE_CHECKING:
     from vlcache_jax.answer import Answer
     from vlcache_jax.cache.method import CacheMethod
@@ -22,20 +25,32 @@ if TYPE_CHECKING:
 
 ERRORS = Console(stderr=True, highlight=False, emoji=False)  # "demo:x:" stays as it is
 
+LONGEST = 390
+"""Characters of an error or a warning."""
+
 BAD_INPUT = ValueError, OSError, NotImplementedError
 
 
 @contextmanager
 def user_errors(kinds: tuple[type[Exception], ...] = BAD_INPUT) -> Iterator[None]:
-    """Bad input ends the program with one line on stderr and exit code 2."""
+    """Bad input ends the program with one line on stderr and exit code 2; so are warnings shown."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of damage that it can read over
+            warnings.filterwarnings("always", module="vlcache_jax")
+            warnings.showwarning = lambda message, *_: _line("warning", message, "yellow")
+            yield
     except kinds as error:
-        text = f"error: {error or type(error).__name__}"
-        ERRORS.print(text, style="red", markup=False, soft_wrap=True)
+        _line("error", error, "red")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _line(kind: str, message: object, style: str) -> None:
+    """One line on stderr."""
+    text = short(str(message) or type(message).__name__, LONGEST)
+    ERRORS.print(f"{kind}: {text}", style=style, markup=False, soft_wrap=True)
 
 
 def cache_methods(
