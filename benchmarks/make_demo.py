@@ -48,8 +48,7 @@ def recipes(names: list[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a name is no task's, or there are not equally many pictures for all.
     """
-    unknown = [name for name in names if name not in TASKS]
-    if unknown or not names or len(set(names)) < len(names) or COUNT % len(names):
+    if not names or len({*names} & {*TASKS}) < len(names) or COUNT % len(names):
         raise ValueError(
             f"tasks {','.join(names)!r}: name 1 to 4 different ones of {', '.join(TASKS)}"
         )
@@ -63,18 +62,21 @@ def recipes(names: list[str]) -> list[dict[str, Any]]:
 
 def draw(names: list[str]) -> list[tuple[dict[str, Any], Item]]:
     """The pictures' entries in the index, each with its item."""
-    drawn = []
-    for number, recipe in enumerate(recipes(names), 1):
-        item = make_item(**recipe)
-        entry = {
-            "file": f"{number:02}.png",
-            "task": item.task,
-            "prompt": item.prompt.removeprefix(IMAGE),  # images come first anyway
-            "answer": item.answer,
-            "drawn": {name: recipe[name] for name in recipe if name != "task"},
-        }
-        drawn.append((entry, item))
-    return drawn
+    chosen = recipes(names)
+    return [
+        (
+            {
+                "file": f"{number:02}.png",
+                "task": item.task,
+                "prompt": item.prompt.removeprefix(IMAGE),  # images come first anyway
+                "answer": item.answer,
+                "drawn": {name: recipe[name] for name in recipe if name != "task"},
+            },
+            item,
+        )
+        for number, recipe in enumerate(chosen, 1)
+        for item in [make_item(**recipe)]
+    ]
 
 
 def write_pictures(names: list[str], folder: Path) -> None:

@@ -2,9 +2,9 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +15,8 @@ from benchmarks.accuracy.oracle import MostAttention, Oracle
 from benchmarks.accuracy.scene import Manner
 from benchmarks.accuracy.scoring import summarise
 from benchmarks.accuracy.tasks import TASKS, Item, make_item
+from benchmarks.command import check_known
+from benchmarks.processor import TILE
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import METHODS, Custom, make_method
 from vlcache_jax.report import count_parameters
@@ -50,8 +52,6 @@ class Plan:
         n: items of each task.
         seed: the first item's.
         split: of the items.
-        level: of the items, 0 to 1.
-        jitter: of the items' glyphs, in pixels.
         variant: of the items, a key of `VARIANTS`; all of them if None, as often as it says.
         manner: how the items' questions are put.
 
@@ -66,21 +66,13 @@ class Plan:
     n: int = 500
     seed: int = 0
     split: str = "report"
-    level: float = 1.0
-    jitter: int = 2
     variant: str | None = None
     manner: Manner = "full"
 
     def __post_init__(self):
-        for kind, names, known in (
-            ("task", self.tasks, TASKS),
-            ("manner", (self.manner,), get_args(Manner)),
-            ("method", self.methods, METHODS),
-            ("extra method", self.extra, EXTRA),
-        ):
-            for name in names:
-                if name not in known:
-                    raise ValueError(f"no {kind} {name!r}: choose among {', '.join(known)}")
+        check_known("task", self.tasks, TASKS)
+        check_known("method", self.methods, METHODS)
+        check_known("extra method", self.extra, EXTRA)
         if not self.tasks or not self.budgets:
             raise ValueError("there must be a task and a budget to run")
         for budget in self.budgets:
@@ -88,7 +80,7 @@ class Plan:
                 raise ValueError(f"budget {budget:g} must be above 0 and at most 1 (0.1 is 10 %)")
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1")
-        self.item(self.tasks[0], 0, 112)  # a split, level, ... of no item is refused now, not later
+        self.item(self.tasks[0], 0)  # a split or a seed of no item is refused now, not later
 
     def cells(self) -> Iterator[tuple[str, str, CacheMethod]]:
         """(method or extra, budget, what is run) of all that is not the full cache."""
@@ -100,16 +92,33 @@ class Plan:
                 for name in self.extra:
                     yield name, str(budget), EXTRA[name](budget)
 
-    def item(self, task: str, index: int, tile: int) -> Item:
+    def item(self, task: str, index: int, tile: int = TILE) -> Item:
         """One item of a task, for tiles of that many pixels a side."""
         return make_item(
-            task, self.seed + index, split=self.split, level=self.level, jitter=self.jitter,
-            variant=self.variant, manner=self.manner, tile=tile,
+            task, self.seed + index, split=self.split, variant=self.variant, manner=self.manner,
+            tile=tile,
         )  # fmt: skip
 
     def items(self, tile: int) -> list[Item]:
         """All items, task by task."""
         return [self.item(task, index, tile) for task in self.tasks for index in range(self.n)]
+
+    def about(self, vlm: VLM, batch: int) -> dict[str, Any]:
+        """What a result file says of what was run.
+
+        Args:
+            vlm: the model.
+            batch: items that were run at a time.
+        """
+        return {
+            "model": vlm.name,
+            "architecture": architecture(vlm),
+            "n": self.n,
+            "seed": self.seed,
+            "split": self.split,
+            "batch": batch,
+            "metric": {task: METRICS[task] for task in self.tasks},
+        }
 
 
 def measure(
@@ -124,9 +133,8 @@ def measure(
         advance: called with the number of items done at a time.
 
     Returns:
-        "tasks" {task: {method: {budget: score}}}, "intervals" likewise, "extra" {task: {name:
-        {budget: score}}}, and under "details" {task: {name: {budget: facts}}} of both, see
-        `scoring.summarise`; what was run, and the seconds that it took.
+        What was run, the seconds that it took, and under "details" {task: {name: {budget: facts}}}
+        of the full cache, the methods and the extra ones, see `scoring.summarise`.
     """
     began = time.perf_counter()
     items = plan.items(tile_of(vlm))
@@ -136,35 +144,20 @@ def measure(
     methods = {label: method for label, (_, _, method) in cells.items()}
     outcomes = evaluation.run(items, methods, advance=advance)
     answered = time.perf_counter()
-    facts = summarise(items, outcomes)
-    details = {task: _by_budget(plan, cells, of_task) for task, of_task in facts.items()}
+    details: dict[str, dict[str, dict[str, Any]]] = {}
+    for task, facts in summarise(items, outcomes).items():
+        names = dict.fromkeys((FULL, *plan.methods, *plan.extra))
+        details[task] = {
+            name: {budget: facts[f"{name} {budget}"] for own, budget, _ in cells.values()
+                   if own == name}
+            for name in names
+        }  # fmt: skip
+        for name in (FULL, *(plan.methods if 1 in plan.budgets else ())):
+            details[task][name]["1.0"] = facts[FULL]
     ended = time.perf_counter()
-
-    def pick(names: Sequence[str], fact: str) -> dict[str, Any]:
-        """{task: {name: {budget: fact}}}."""
-        return {
-            task: {
-                name: {budget: of[fact] for budget, of in of_task[name].items()} for name in names
-            }
-            for task, of_task in details.items()
-        }
-
     return {
-        "model": vlm.name,
-        "architecture": architecture(vlm),
-        "n": plan.n,
-        "seed": plan.seed,
-        "split": plan.split,
-        "level": plan.level,
-        "jitter": plan.jitter,
-        "variant": plan.variant,
-        "manner": plan.manner,
-        "batch": batch,
-        "metric": {task: METRICS[task][0] for task in plan.tasks},
+        **plan.about(vlm, batch),
         "notes": list(NOTES),
-        "tasks": pick((FULL, *plan.methods), "score"),
-        "intervals": pick((FULL, *plan.methods), "interval"),
-        "extra": pick(plan.extra, "score"),
         "details": details,
         "seconds": {
             "draw": round(drawn - began, 2),
@@ -175,21 +168,9 @@ def measure(
     }
 
 
-def _by_budget(
-    plan: Plan, cells: dict[str, tuple[str, str, CacheMethod]], facts: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """The facts of one task's labels as {method: {budget: facts}}, the full cache first."""
-    found: dict[str, dict[str, Any]] = {name: {} for name in (FULL, *plan.methods, *plan.extra)}
-    for label, (name, budget, _) in cells.items():
-        found[name][budget] = facts[label]
-    for name in {FULL, *(plan.methods if 1 in plan.budgets else ())}:
-        found[name]["1.0"] = facts[FULL]
-    return found
-
-
 def tile_of(vlm: VLM) -> int:
     """Pixels of a tile's side that suit a model's pictures."""
-    return max(112, vlm.config.vision.image_size)
+    return max(TILE, vlm.config.vision.image_size)
 
 
 def architecture(vlm: VLM) -> dict[str, Any]:

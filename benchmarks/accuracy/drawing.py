@@ -5,27 +5,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from benchmarks.accuracy.glyphs import (
-    CELL,
-    CHARACTERS,
-    COLOURS,
-    NUM_STYLES,
-    SHAPES,
-    atlas,
-    handwritten,
-)
+from benchmarks.accuracy.glyphs import CELL, CHARACTERS, COLOURS, NUM_STYLES, SHAPES, atlas
 
 MAX_JITTER = 4
 _NOISE_LEVELS = (0, 3, 6, 9)  # standard deviations, of 255
 
 
 def draw(
-    cells: np.ndarray,
-    size: tuple[int, int],
-    rng: random.Random,
-    *,
-    jitter: int,
-    samples: bool | None = None,
+    cells: np.ndarray, size: tuple[int, int], rng: random.Random, *, jitter: int
 ) -> np.ndarray:
     """Draw the cells of one picture.
 
@@ -37,7 +24,6 @@ def draw(
         size: (height, width) in pixels, no less than the cells take.
         rng: where every choice comes from.
         jitter: pixels by which a glyph may lie off its cell in each direction.
-        samples: draw the digits by hand, with held-out samples if True; None for the font's.
 
     Returns:
         uint8 `[height, width, 3]`, read-only.
@@ -49,9 +35,6 @@ def draw(
     many_styles = rng.random() < 0.25
     style = dice.integers(NUM_STYLES, size=count) if many_styles else rng.randrange(NUM_STYLES)
     masks = atlas()[style, classes]
-    if samples is not None:
-        _write_by_hand(masks, classes, dice, handwritten(samples))
-
     colours = np.where((classes < len(CHARACTERS))[:, None], ink, _colours(classes, dice))
     # Neighbours may overlap by their shifts, so changes are added up and cut off at the end.
     half = (masks >> 1)[..., None].astype(np.int16)  # whose products fit 16 bits
@@ -83,18 +66,6 @@ def _colours(classes: np.ndarray, dice: np.random.Generator) -> np.ndarray:
     colours = palette[(classes - len(CHARACTERS)) // len(SHAPES)]
     shades = dice.integers(-20, 21, (len(classes), 1), dtype=np.int16)
     return colours + shades + dice.integers(-6, 7, colours.shape, dtype=np.int16)
-
-
-def _write_by_hand(
-    masks: np.ndarray,
-    classes: np.ndarray,
-    dice: np.random.Generator,
-    samples: tuple[np.ndarray, ...],
-) -> None:
-    """Replace the digits among the masks by random samples of them."""
-    for digit, images in enumerate(samples):
-        found = np.nonzero(classes == digit)[0]
-        masks[found] = images[dice.integers(len(images), size=found.size)]
 
 
 @lru_cache

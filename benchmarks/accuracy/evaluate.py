@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,14 +78,6 @@ class Outcome:
     hit_rate: np.ndarray
     mass_recall: np.ndarray
     answer_recall: np.ndarray
-
-
-class Answers(NamedTuple):
-    """A method's answers to a batch: tokens [B, R], how many are each answer's [B], measures."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    measures: Measures
 
 
 class Evaluation:
@@ -151,10 +143,16 @@ class Evaluation:
             for label, method in methods.items()
             if not _is_full(method)
         }
+        way = Comparison(vlm.config, vlm.backend)
+        attend = partial(self.do, "attend", way, "attend", vlm.params)
+        decode = partial(self._decode, generate)
         found: dict[str, dict[int, tuple[list[int], Measures]]] = defaultdict(dict)
-        for rows, inputs in self._batches(items, int(limits.max())):
-            answers = self._run_batch(generate, some, inputs, limits[rows])
-            for label, (tokens, lengths, measures) in answers.items():
+        for rows, inputs in self.batches(items, int(limits.max())):
+            whole = Measures(*[np.ones((self.batch, vlm.config.text.num_layers), np.float32)] * 6)
+            for label, (tokens, lengths), measures in self.compare(
+                way, inputs, some, (limits[rows],), decode, attend
+            ):
+                measures = measures or whole
                 for at, row in enumerate(rows.tolist()):  # a repeated item comes out the same
                     ids = tokens[at, : lengths[at]].tolist()
                     found[label][row] = ids, Measures(*(part[at] for part in measures))
@@ -183,7 +181,7 @@ class Evaluation:
         # One more than the longest: a right answer is not cut before it ends.
         return np.array([round_up(longest[item.task] + 1, TOKEN_STEP) for item in items], np.int32)
 
-    def _batches(
+    def batches(
         self, items: Sequence[Item], new_tokens: int
     ) -> Iterator[tuple[np.ndarray, ModelInputs]]:
         """Batches of equal shapes for all items with as many pictures: (which items, inputs).
@@ -217,43 +215,54 @@ class Evaluation:
                 self.seconds["host"] += time.perf_counter() - began
                 yield np.array(some), inputs
 
-    def _run_batch(
+    def compare(
         self,
-        generate: Generate,
-        methods: dict[str, CacheMethod],
+        way: Comparison,
         inputs: ModelInputs,
-        limit: np.ndarray,
-    ) -> dict[str, Answers]:
-        """The answers of each method to a batch, on the host."""
-        comparison = Comparison(self.vlm.config, self.vlm.backend)
-        plain, length, given = self.vlm.params, inputs.length, jax.device_put(inputs)
-        watching = tuple(methods.values())
-        full, token, seen = self._do(
-            "prefill", comparison, "prefill", plain, given, methods=watching
-        )
-        answer = self._decode("answer", generate, plain, full, token, length, limit)
-        attended = self._do("attend", comparison, "attend", plain, full, given, *answer)
-        all_of_it = np.ones(full.length.shape, np.float32)
-        answers = {FULL: Answers(*answer, Measures(*[all_of_it] * len(Measures._fields)))}
+        methods: Mapping[Any, CacheMethod],
+        lanes: tuple[Any, ...],
+        decode: Callable[..., Any],
+        attend: Callable[..., Any],
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        """Run a batch by the full cache and by every method, from one prefill.
 
-        groups: dict[Any, list[str]] = defaultdict(list)
+        Args:
+            way: the stages.
+            inputs: the prompts, B of them.
+            methods: by label; none is the full cache.
+            lanes: further trees of arrays [B, ...] for `decode`.
+            decode: of a part of `seconds`, parameters, a pool of some sequences, their first
+                tokens, lengths and lanes, gives a tuple of arrays with an axis of sequences first.
+            attend: of the full cache, the prompts and what `decode` gave for it, gives what
+                `way.build` takes as `attended`.
+
+        Yields:
+            A label, FULL first, what `decode` gave, and the measures, None for the full cache: all
+            on the host.
+        """
+        plain, given = self.vlm.params, jax.device_put(inputs)
+        watching = tuple(methods.values())
+        full, token, seen = self.do("prefill", way, "prefill", plain, given, methods=watching)
+        lanes = np.asarray(token), inputs.length, *lanes
+        said = decode("answer", plain, full, *lanes)
+        attended = attend(full, given, said)
+        yield FULL, said, None
+
+        groups: dict[Any, list[Any]] = defaultdict(list)
         saw = dict(zip(methods, seen, strict=True))
         for label, method in methods.items():
             groups[pool_shape(method, self.vlm.config.text, inputs.tokens.shape[1])].append(label)
         for labels in groups.values():
-            some = tuple(methods[label] for label in labels)
+            some, count = tuple(methods[label] for label in labels), len(labels)
             own = [saw[label] for label in labels]
-            pool, measures = self._do(
-                "build", comparison, "build", full, given, own, attended, methods=some
+            pool, measures = self.do(
+                "build", way, "build", full, given, own, attended, methods=some
             )
             params = self._folded if some[0].transforms else plain
-            lanes = [np.tile(part, len(labels)) for part in (token, length, limit)]
-            drawn = self._decode("decode", generate, params, pool, *lanes)
-            tokens, lengths = (np.split(part, len(labels)) for part in drawn)
-            for index, label in enumerate(labels):
-                own = Measures(*(np.asarray(part[index]) for part in measures))
-                answers[label] = Answers(tokens[index], lengths[index], own)
-        return answers
+            repeated = jax.tree.map(lambda part, n=count: np.concatenate([part] * n), lanes)
+            parts = (np.split(part, count) for part in decode("decode", params, pool, *repeated))
+            for index, (label, *each) in enumerate(zip(labels, *parts, strict=True)):
+                yield label, each, jax.tree.map(lambda x, i=index: np.asarray(x[i]), measures)
 
     @cached_property
     def _folded(self) -> Params:
@@ -261,27 +270,27 @@ class Evaluation:
 
     def _decode(
         self,
-        part: str,
         generate: Generate,
+        part: str,
         params: Params,
         pool: AnyPool,
-        token: Any,
+        token: np.ndarray,
         length: np.ndarray,
         limit: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Answers from the first token on: tokens [B, R] and their lengths, at most `limit` [B]."""
-        stages, token, rows = generate.stages, np.asarray(token), generate.max_new_tokens
+        stages, rows = generate.stages, generate.max_new_tokens
         settings = replace(generate.settings(len(token)), max_new_tokens=limit)
         dtype = params["embed"]["embedding"].dtype
-        state = self._do(part, stages, "start", token, length, settings, dtype=dtype)
+        state = self.do(part, stages, "start", token, length, settings, dtype=dtype)
         drawn = [token[:, None]]
         while not np.all(state.done):
-            state, new = self._do(part, stages, "decode_chunk", params, pool, state, donate=(2,))
+            state, new = self.do(part, stages, "decode_chunk", params, pool, state, donate=(2,))
             drawn.append(np.asarray(new))
         tokens = np.concatenate(drawn, axis=1)[:, :rows]
         return np.pad(tokens, ((0, 0), (0, rows - tokens.shape[1]))), np.asarray(state.count)
 
-    def _do(
+    def do(
         self,
         part: str,
         owner: Any,

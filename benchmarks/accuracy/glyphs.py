@@ -1,13 +1,11 @@
 """Glyph atlases: every character and shape that the task pictures are made of, one cell each.
 
-Characters come from Pillow's built-in font in several sizes and weights, shapes from its polygons,
-handwritten digits from scikit-learn's data set where that is installed. The same Pillow and
-FreeType give the same pixels.
+Characters come from Pillow's built-in font in several sizes and weights, shapes from its polygons:
+the same Pillow and FreeType give the same pixels.
 """
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -39,6 +37,13 @@ _SIZES = (13, 14, 15, 16)  # of the font, in pixels; capitals are 0.7 of it
 _WEIGHTS = (0, 0.6)  # pixels by which strokes are widened on either side
 NUM_STYLES = len(_SIZES) * len(_WEIGHTS)
 _WIDEST = 13
+_POLYGONS = {
+    "square": (4, 1 / 8, (1.25,)),
+    "triangle": (3, 0, (1.1,)),
+    "star": (10, 0, (1.1, 0.45)),
+}
+"""Points, turn of the first, and their distances from the middle one after the other."""
+
 _FINE = 16  # glyphs are drawn this much larger, then averaged
 
 
@@ -52,31 +57,6 @@ def atlas() -> np.ndarray:
         shapes = [_shape(name, radius=4.6 + 0.25 * i) for name in SHAPES]
         masks[i] = np.stack(characters + shapes * len(COLOURS))
     return masks
-
-
-@lru_cache
-def handwritten(held_out: bool) -> tuple[np.ndarray, ...]:
-    """Coverage of handwritten digits, for each digit uint8 `[samples, CELL, CELL]`.
-
-    Args:
-        held_out: every fourth sample, else the other three: no sample is in both.
-
-    Raises:
-        ModuleNotFoundError: scikit-learn, which brings the samples, is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"handwritten digits need scikit-learn ({error}): pip install 'vlcache-jax[bench]', or "
-            "draw without them"
-        ) from error
-    digits: Any = load_digits()
-    chosen = (np.arange(len(digits.target)) % 4 == 0) == held_out
-    return tuple(
-        np.stack([_scanned(image) for image in digits.images[chosen & (digits.target == digit)]])
-        for digit in range(10)
-    )
 
 
 def _character(character: str, size: int, weight: float) -> np.ndarray:
@@ -104,39 +84,21 @@ def _shape(name: str, radius: float) -> np.ndarray:
     sheet = Image.new("L", (side, side))
     draw = ImageDraw.Draw(sheet)
 
-    def polygon(points: int, turn: float, radii: tuple[float, ...]) -> None:
-        draw.polygon(
-            [
-                (
-                    middle + radii[i % len(radii)] * math.sin(2 * math.pi * (i / points + turn)),
-                    middle - radii[i % len(radii)] * math.cos(2 * math.pi * (i / points + turn)),
-                )
-                for i in range(points)
-            ],
-            fill=255,
-        )
+    def corner(turn: float, radius: float) -> tuple[float, float]:
+        angle = 2 * math.pi * turn
+        return middle + radius * r * math.sin(angle), middle - radius * r * math.cos(angle)
 
-    if name in ("circle", "ring"):
-        draw.ellipse((middle - r, middle - r, middle + r, middle + r), fill=255)
+    def box(x: float, y: float) -> tuple[float, float, float, float]:
+        return middle - x, middle - y, middle + x, middle + y
+
+    if name in _POLYGONS:
+        points, turn, radii = _POLYGONS[name]
+        draw.polygon([corner(i / points + turn, radii[i % len(radii)]) for i in range(points)], 255)
+    elif name == "cross":
+        draw.rectangle(box(r, 0.3 * r), fill=255)
+        draw.rectangle(box(0.3 * r, r), fill=255)
+    else:
+        draw.ellipse(box(r, r), fill=255)
         if name == "ring":
-            hole = 0.55 * r
-            draw.ellipse((middle - hole, middle - hole, middle + hole, middle + hole), fill=0)
-    elif name == "square":
-        polygon(4, 1 / 8, (1.25 * r,))
-    elif name == "triangle":
-        polygon(3, 0, (1.1 * r,))
-    elif name == "star":
-        polygon(10, 0, (1.1 * r, 0.45 * r))
-    else:  # a cross
-        arm = 0.3 * r
-        draw.rectangle((middle - r, middle - arm, middle + r, middle + arm), fill=255)
-        draw.rectangle((middle - arm, middle - r, middle + arm, middle + r), fill=255)
+            draw.ellipse(box(0.55 * r, 0.55 * r), fill=0)
     return np.asarray(sheet.reduce(_FINE))
-
-
-def _scanned(image: np.ndarray) -> np.ndarray:
-    """A sample of 8 x 8 pixels, 0..16 each, as a mask of a whole cell."""
-    small = Image.fromarray((image * (255 / 16)).astype(np.uint8))
-    cell = Image.new("L", (CELL, CELL))
-    cell.paste(small.resize((CELL - 2, CELL - 2), Image.Resampling.BILINEAR), (1, 1))
-    return np.asarray(cell)

@@ -1,19 +1,15 @@
 """Seeded items of the visual tasks: pictures, a question, its answer and where it is read.
 
-`python -m benchmarks.accuracy.tasks --out DIR` writes a few of them to look at. The same arguments
-give the same item on every machine, and splits never share a random stream.
+The same arguments give the same item on every machine, and splits never share a random stream.
 """
 
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import numpy as np
-import typer
-from PIL import Image
 
 from benchmarks.accuracy import caption, document, reading, reasoning
 from benchmarks.accuracy.drawing import MAX_JITTER, draw
@@ -75,24 +71,9 @@ class Item:
     evidence: tuple[Cell, ...]
 
 
-def make_item(
-    task: str,
-    seed: int,
-    *,
-    split: str = "train",
-    level: float = 1.0,
-    jitter: int = 2,
-    variant: str | None = None,
-    shape: str | None = None,
-    manner: Manner = "full",
-    handwriting: bool = False,
-    tile: int = 112,
-) -> Item:
-    """Make one item: the first of `questions_of_one_picture` with the same arguments."""
-    return questions_of_one_picture(
-        task, seed, 1, split=split, level=level, jitter=jitter, variant=variant, shape=shape,
-        manner=manner, handwriting=handwriting, tile=tile,
-    )[0]  # fmt: skip
+def make_item(task: str, seed: int, **options: Any) -> Item:
+    """Make one item: the first of `questions_of_one_picture`, which has the same options."""
+    return questions_of_one_picture(task, seed, 1, **options)[0]
 
 
 def questions_of_one_picture(
@@ -106,7 +87,6 @@ def questions_of_one_picture(
     variant: str | None = None,
     shape: str | None = None,
     manner: Manner = "full",
-    handwriting: bool = False,
     tile: int = 112,
 ) -> list[Item]:
     """Make several items about the same pictures.
@@ -122,17 +102,15 @@ def questions_of_one_picture(
         variant: a key of `VARIANTS`, which says how often each occurs if None. All items have it.
         shape: a key of `SHAPES` for every picture; None for square ones, mixed if there are two.
         manner: how a question is put; a full one is brief where there are several turns.
-        handwriting: draw digits by hand. The splits other than train have samples of their own.
         tile: pixels of a tile's side, at least 112; pictures have one or two tiles a side.
 
     Raises:
         ValueError: an argument is none of those named here.
-        ModuleNotFoundError: handwriting without scikit-learn.
     """
     check_known("task", [task], TASKS)
     check_known("split", [split], SPLITS)
-    check_known("variant", [variant] if variant is not None else [], VARIANTS)
-    check_known("shape", [shape] if shape is not None else [], SHAPES)
+    check_known("variant", [variant or "plain"], VARIANTS)
+    check_known("shape", [shape or "square"], SHAPES)
     if seed < 0 or count < 1 or not 0 <= level <= 1 or not 0 <= jitter <= MAX_JITTER or tile < 112:
         raise ValueError(
             f"{seed=}, {count=}, {level=}, {jitter=}, {tile=}: a seed is 0 or more, a count 1 or "
@@ -150,9 +128,9 @@ def questions_of_one_picture(
     grids = [SHAPES[shape or each] for each in shapes]
     sizes = [(down * tile, across * tile) for down, across in grids]
     scene = TASKS[task](rng, [(height // CELL, width // CELL) for height, width in sizes], level)
-    brush, samples = stream("picture"), split != "train" if handwriting else None
+    brush = stream("picture")
     images = tuple(
-        draw(page.cells, size, brush, jitter=jitter, samples=samples)
+        draw(page.cells, size, brush, jitter=jitter)
         for page, size in zip(scene.pages, sizes, strict=True)
     )
     cells = tuple(page.cells for page in scene.pages)
@@ -196,49 +174,3 @@ def _conversation(
         return f"{marks}{question.text}", ()
     earlier = _new_question(scene, rng, "brief", {_subject(question)})
     return question.text, ((f"{marks}{earlier.text}", earlier.answer),)
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Folder to write to.")],
-    task: Annotated[str | None, typer.Option(help=f"One of {', '.join(TASKS)}; all.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The first item's seed.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Items of each task.")] = 4,
-    split: Annotated[str, typer.Option(help=f"One of {', '.join(SPLITS)}.")] = "train",
-    level: Annotated[float, typer.Option(min=0, max=1, help="Of the curriculum.")] = 1.0,
-    jitter: Annotated[int, typer.Option(min=0, max=MAX_JITTER, help="Pixels.")] = 2,
-    variant: Annotated[str | None, typer.Option(help=f"One of {', '.join(VARIANTS)}.")] = None,
-    handwriting: Annotated[bool, typer.Option("--handwriting", help="Digits by hand.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
-) -> None:
-    """Write items as pictures, and a text file with their questions and answers."""
-    files: dict[Path, Image.Image | str] = {}
-    for name in (task,) if task else TASKS:
-        lines = []
-        for number in range(seed, seed + count):
-            try:
-                item = make_item(
-                    name, number, split=split, level=level, jitter=jitter, variant=variant,
-                    handwriting=handwriting,
-                )  # fmt: skip
-            except (ValueError, ModuleNotFoundError) as error:
-                raise typer.BadParameter(str(error)) from None
-            names = [f"{name}-{split}-{number}-{i + 1}.png" for i in range(len(item.images))]
-            pictures = map(Image.fromarray, item.images)
-            files |= {out / file: image for file, image in zip(names, pictures, strict=True)}
-            lines.append(" ".join(names))
-            for question, answer in (*item.turns, (item.prompt, item.answer)):
-                lines += [f"  {question}", f"  -> {answer}"]
-        files[out / f"{name}-{split}-{seed}.txt"] = "\n".join(lines) + "\n"
-    taken = [path.name for path in files if path.exists()]
-    if taken and not force:
-        raise typer.BadParameter(f"{out} has {taken[0]} already: overwrite it with --force")
-    out.mkdir(parents=True, exist_ok=True)
-    for path, content in files.items():
-        if isinstance(content, str):
-            path.write_text(content, encoding="utf-8")
-        else:
-            content.save(path)
-
-
-if __name__ == "__main__":
-    typer.run(main)

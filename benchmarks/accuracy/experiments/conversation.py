@@ -10,6 +10,7 @@ Each sequence has its script, so that a step feeds one token to every one of the
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,9 @@ import numpy as np
 from jax import lax
 
 from benchmarks.accuracy.comparison import Comparison
-from benchmarks.accuracy.oracle import Oracle, attention_of_answer
-from vlcache_jax.cache.method import CacheMethod, Observation
+from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
+from vlcache_jax.cache.budget import Prompt
+from vlcache_jax.cache.method import AnyPool, Observation, Plan
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.cache.trace import attention_mass_recall
 from vlcache_jax.generate import Generate
@@ -68,6 +70,10 @@ class Place(NamedTuple):
     count: jax.Array
 
 
+Carry = tuple[jax.Array, DecodeState, Place, Talk]
+"""Rows that were fed, and where the sequences are."""
+
+
 @dataclass(frozen=True)
 class TurnOracle(Oracle):
     """An oracle of a conversation: it is told the attention of each turn, [J, B, L, K, T].
@@ -102,72 +108,54 @@ class Conversation(Comparison):
     end: int = 0
     limit: int = 1
 
-    def build(
+    def measure(
         self,
-        full: Pool,
-        inputs: ModelInputs,
-        seen: list[Observation],
-        mass: jax.Array,
-        *,
-        methods: tuple[CacheMethod, ...],
-    ) -> tuple[Pool, jax.Array]:
-        """The pools of M methods as one of M * B sequences; shares of the attention that they keep.
+        pool: AnyPool,
+        plan: Plan,
+        kept: jax.Array,
+        prompt: Prompt,
+        attended: Attended,
+        row_shares: jax.Array,
+    ) -> jax.Array:
+        """Shares of each turn's attention that are kept, float32 [J, B].
 
-        Args:
-            full: the full cache.
-            inputs: the prompts.
-            seen: what each method saw.
-            mass: attention to the prompt by turn, of `attend`.
-            methods: of pools of the same shapes.
-
-        Returns:
-            The pool, and the shares float32 [M, J, B], the mean over layers and kv heads; not a
-            number where a turn has no answer.
+        The mean over layers and kv heads; not a number where a turn has no answer. Of the arguments
+        (see `Comparison.measure`) it takes `kept`, and `attended` of `attend`.
         """
-        pools, shares = [], []
-        for method, own in zip(methods, seen, strict=True):
-            pool, _, kept = self.compressed(method, full, inputs, own, mass)
-            kept = jnp.broadcast_to(kept, mass.shape[1:])
-            pools.append(pool)
-            shares.append(jnp.mean(attention_mass_recall(mass, kept), axis=(2, 3)))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pools), jnp.stack(shares)
+        return jnp.mean(attention_mass_recall(attended.mass, kept), axis=(2, 3))
 
     def talk(
-        self, params: Params, pool: Pool, token: jax.Array, position: jax.Array, script: Script
+        self, params: Params, pool: Pool, token: jax.Array, length: jax.Array, script: Script
     ) -> Talk:
-        """The conversations from the first token [B] of the first answer on.
+        """The conversations behind prompts of `length` [B], until all are through their turns.
 
-        `position` is that token's, int32 [B]. It ends when all sequences are through their turns.
+        `token` [B] is the first of the first answer.
         """
-        (batch, turns), nothing = script.ends.shape, jnp.zeros(position.shape, jnp.int32)
-        token, place, said = self._next(token, Place(nothing, nothing, nothing), script)
-        empty = jnp.zeros((batch, self.rows), jnp.int32)
-        talk = Talk(empty, jnp.full_like(empty, turns), empty.astype(bool))
+        batch, turns = script.ends.shape
         generate = Generate(self.config, max_new_tokens=self.rows + 1, backend=self.backend)
         stages, segments = generate.stages, pool.segments()
-        state = stages.start(token, position, generate.settings(batch), pool.k.dtype)
 
-        def write(talk: Talk, index: jax.Array, *columns: jax.Array) -> Talk:
-            pairs = zip(talk, columns, strict=True)
-            return Talk(
-                *(lax.dynamic_update_slice_in_dim(a, b[:, None], index, axis=1) for a, b in pairs)
-            )
+        def say(index: jax.Array, state: DecodeState, place: Place, talk: Talk) -> Carry:
+            """Take down the next token of each sequence, whoever says it."""
+            token, place, said = self._next(state.token, place, script)
+            columns = zip(talk, (token, place.turn, said), strict=True)
+            write = partial(lax.dynamic_update_slice_in_dim, start_index=index, axis=1)
+            talk = Talk(*(write(whole, column[:, None]) for whole, column in columns))
+            return index + 1, replace(state, token=token), place, talk
 
-        def unfinished(carry: tuple[jax.Array, DecodeState, Place, Talk]) -> jax.Array:
+        def unfinished(carry: Carry) -> jax.Array:
             index, _, place, _ = carry
             return (index < self.rows) & jnp.any(place.turn < turns)
 
-        def step(
-            carry: tuple[jax.Array, DecodeState, Place, Talk],
-        ) -> tuple[jax.Array, DecodeState, Place, Talk]:
+        def step(carry: Carry) -> Carry:
             index, state, place, talk = carry
-            state = stages.decode_step(params, pool, state, segments)[0]
-            token, place, said = self._next(state.token, place, script)
-            talk = write(talk, index, token, place.turn, said)
-            return index + 1, replace(state, token=token), place, talk
+            return say(index, stages.decode_step(params, pool, state, segments)[0], place, talk)
 
-        talk = write(talk, jnp.int32(0), token, place.turn, said)
-        return lax.while_loop(unfinished, step, (jnp.int32(1), state, place, talk))[3]
+        state = stages.start(token, length, generate.settings(batch), pool.k.dtype)
+        nothing, empty = jnp.zeros_like(token), jnp.zeros((batch, self.rows), jnp.int32)
+        talk = Talk(empty, jnp.full_like(empty, turns), empty.astype(bool))
+        first = say(jnp.int32(0), state, Place(nothing, nothing, nothing), talk)
+        return lax.while_loop(unfinished, step, first)[3]
 
     def _next(
         self, drawn: jax.Array, place: Place, script: Script
@@ -192,36 +180,30 @@ class Conversation(Comparison):
         return token, Place(place.turn + over, place.at + asking, count), said
 
     def attend(
-        self,
-        params: Params,
-        full: Pool,
-        inputs: ModelInputs,
-        tokens: jax.Array,
-        begin: Any,
-        end: Any,
-    ) -> jax.Array:
-        """Attention to the prompt of the rows begin..end of each turn, float32 [J, B, L, K, T].
+        self, params: Params, full: Pool, inputs: ModelInputs, answers: tuple[jax.Array, ...]
+    ) -> Attended:
+        """Attention to the prompt of some rows of each turn; the mass is [J, B, L, K, T].
 
         Args:
             params: of the model.
             full: the full cache.
             inputs: the prompts.
-            tokens: what was fed behind them, int32 [B, R].
-            begin: the first row of each turn, int32 [J, B].
-            end: the row behind its last one, likewise.
+            answers: what was fed behind them, int32 [B, R]; the first row of each turn, int32
+                [J, B]; the row behind its last one, likewise.
         """
-        model, config = bind(self.config)(params), self.config.text
+        (tokens, begin, end), model = answers, bind(self.config)(params)
 
-        def up_to(lengths: jax.Array) -> jax.Array:
+        def up_to(lengths: jax.Array) -> Attended:
             return attention_of_answer(
-                model, config, full, inputs, tokens, lengths, self.backend
-            ).mass
+                model, self.config.text, full, inputs, tokens, lengths, self.backend
+            )
 
         # Only the last sum depends on the lengths: the rest is computed once for all of them.
         sums = jax.vmap(up_to)(jnp.concatenate([begin, end]))
-        before, after = jnp.split(sums, 2)
+        before, after = jnp.split(sums.mass, 2)
         some, earlier = (x[:, :, None, None, None] for x in (end > begin, begin > 0))
-        return jnp.where(some, after - jnp.where(earlier, before, 0.0), 0.0)
+        mass = jnp.where(some, after - jnp.where(earlier, before, 0.0), 0.0)
+        return Attended(sums.first[0], mass)
 
 
 def spans(talk: Talk, turns: int) -> tuple[np.ndarray, np.ndarray]:

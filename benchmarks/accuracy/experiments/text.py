@@ -1,6 +1,9 @@
-"""Numbers of a result file as text."""
+"""Results as text: what the parts of docs/accuracy.md have in common."""
 
-from benchmarks.accuracy.report import Facts, Result, difference, per_cent, scored
+from collections.abc import Mapping, Sequence
+
+from benchmarks.accuracy.report import Facts, Result, difference, items_of, per_cent, scored
+from benchmarks.documents import table
 
 
 def budget_of(text: str) -> str:
@@ -24,22 +27,41 @@ def full_cache(details: Result) -> str:
     return f"The full cache scores {', '.join(scores)}."
 
 
-def made_by(result: Result, items: str | None = None) -> str:
-    """What was run: the first paragraph of a section.
+def columns_of(result: Result) -> dict[str, tuple[str, str]]:
+    """A column for each task and budget: its head, and the two."""
+    return {
+        f"{task}, {budget_of(budget)}": (task, budget)
+        for task in result["details"]
+        for budget in result["budgets"]
+    }
+
+
+def by_kind(kinds: Mapping[str, Result], budgets: Sequence[str]) -> str:
+    """A table of {label: {budget: facts}} for each kind of items: one column each."""
+    first, *_ = kinds.values()
+    rows = [["full", "100 %", *(scored(of["full"]["1.0"]) for of in kinds.values())]]
+    rows += [
+        [name, budget_of(budget), *(both(of[name][budget]) for of in kinds.values())]
+        for budget in budgets
+        for name in first
+        if name != "full"
+    ]
+    return table(["method", "budget", *kinds], rows)
+
+
+def told(result: Result, *parts: str, items: str | None = None) -> str:
+    """A part of the document: what was run, and what is said of it.
 
     Args:
         result: of the experiment.
+        parts: paragraphs and tables.
         items: which items; `n` of each task, seeds after one another, by default.
     """
     metrics = ", ".join(
         f"{name.replace('_', '-')} of {task}" for task, name in result["metric"].items()
     )
-    first, count = result["seed"], result["n"]
-    items = items or (
-        f"{count:,} items of each task, seeds {first} to {first + count - 1} of the split "
-        f"`{result['split']}`"
+    made_by = (
+        f"`{result['command']}`: {items or items_of(result)}. Scores are in per cent ({metrics}), "
+        "differences in points, with their 95 % intervals in brackets."
     )
-    return (
-        f"`{result['command']}`: {items}. Scores are in per cent ({metrics}), differences in "
-        "points, with their 95 % intervals in brackets."
-    )
+    return "\n\n".join([made_by, *parts])

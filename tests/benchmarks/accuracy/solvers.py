@@ -49,14 +49,6 @@ def solve(task: str, cells: tuple[np.ndarray, ...], question: str) -> str:
 
 
 def document(grid: Grid, question: str) -> str:
-    row, column = (re.search(rf"{word} ([A-Z]{{2}})\b", question) for word in ("row", "column"))
-    if row and column:
-        lines = ["".join(line) for line in grid]
-        heading = next(line for line in lines if line.strip())
-        line = next(line for line in lines if line.strip().startswith(row[1]) and line != heading)
-        start = len(heading) - len(heading.lstrip())
-        at = next(i for i in range(start, len(heading)) if heading.startswith(column[1], i))
-        return line[at : at + 3]
     (key,) = re.findall(r"\b[A-Z]{2}\b", question)
     return lines_of(grid)[key]
 

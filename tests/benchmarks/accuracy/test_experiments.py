@@ -15,18 +15,7 @@ import vlcache_jax
 from benchmarks.accuracy import budgets, evaluate, tasks
 from benchmarks.accuracy.budgets import Plan
 from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
-from benchmarks.accuracy.experiments import (
-    __main__,
-    common,
-    layers,
-    long,
-    quantized,
-    rare,
-    scores,
-    sections,
-    settings,
-    variants,
-)
+from benchmarks.accuracy.experiments import __main__, common, compared, long, rare, scores, sections
 from benchmarks.accuracy.experiments.common import WHOLE, Bench
 from benchmarks.accuracy.experiments.conversation import answers_of, spans
 from benchmarks.accuracy.experiments.row_score import RowScore
@@ -53,8 +42,8 @@ def evaluation():
 
 
 def test_defaults_are_among_the_settings():
-    for setting, values in settings.SETTINGS.items():
-        assert sum(settings.label_of(setting, value) == settings.DEFAULT for value in values) == 1
+    for setting, values in compared.SETTINGS.items():
+        assert sum(compared.label_of(setting, value) == compared.DEFAULT for value in values) == 1
         for value in values:
             VLCache(0.1, **{setting: value})
 
@@ -101,7 +90,7 @@ def talked(evaluation):
     plan = Plan(("reading",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
     pictures, _ = long.dialogues(Bench(evaluation, plan, TURNS), "reading")
     cells = {("all", "1.0"): VLCache(1.0), ("vl-cache", "0.1"): VLCache(0.1)}
-    return pictures, *long.converse(evaluation.vlm, pictures, cells, 2)
+    return pictures, *long.converse(evaluation, pictures, cells)
 
 
 def test_a_dialogue_asks_nothing_twice_but_the_first(talked):
@@ -173,7 +162,7 @@ def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluat
         text = vlm.config.text
         return attention_of_answer(model, text, full, inputs, talk.tokens, lengths).mass
 
-    mass = jax.jit(way.attend)(vlm.params, full, inputs, talk.tokens, begin, end)
+    mass = jax.jit(way.attend)(vlm.params, full, inputs, (talk.tokens, begin, end)).mass
     first, last = attended(end[0]), attended(end[-1]) - attended(np.maximum(begin[-1], 1))
     for lane in range(2):
         for turn, expected in ((0, first), (-1, last)):
@@ -197,15 +186,15 @@ def small(evaluation, monkeypatch, tmp_path):
     monkeypatch.setattr(vlcache_jax, "load", lambda model, dtype: evaluation.vlm)
     monkeypatch.setattr(evaluate, "Evaluation", lambda vlm, batch: evaluation)
     monkeypatch.setattr(programs, "keep_programs", lambda: None)
-    monkeypatch.setattr(settings, "SETTINGS", {"threshold": (0.01, 0.1, 0.2)})
-    monkeypatch.setattr(variants, "VARIANTS", {"plain": 1, "multi-turn": 1})
+    monkeypatch.setattr(compared, "SETTINGS", {"threshold": (0.01, 0.1, 0.2)})
+    monkeypatch.setattr(compared, "VARIANTS", {"plain": 1, "multi-turn": 1})
     two = {name: METHODS[name] for name in (FULL, "snapkv")}
     monkeypatch.setattr(common, "METHODS", two)
     monkeypatch.setattr(
         scores, "SCORES", {"last row": RowScore(last=1), "pooled": RowScore(pool=3)}
     )
-    monkeypatch.setattr(quantized, "WHOLE_BITS", ("akvq",))
-    monkeypatch.setattr(quantized, "EVICTING", ("snapkv",))
+    monkeypatch.setattr(compared, "WHOLE_BITS", ("akvq",))
+    monkeypatch.setattr(compared, "EVICTING", ("snapkv",))
     monkeypatch.setattr(scores, "MANNERS", ("brief",))
     monkeypatch.setattr(scores, "BEST", 1)
     monkeypatch.setattr(sections, "RESULTS", tmp_path)
@@ -214,7 +203,7 @@ def small(evaluation, monkeypatch, tmp_path):
 
 LABELS = {
     "ablation": ["post-vision, sparsity", "full prompt, uniform", "allocation, under post-vision"],
-    "layers": ["layer 0", "layer 2", *layers.ALL],
+    "layers": ["layer 0", "layer 2", *compared.ALL],
     "settings": ["0.01 (default)", "0.2"],
     "variants": ["snapkv"],
     "long": ["snapkv", *long.ORACLES],
@@ -256,7 +245,7 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
         assert f"| {best} | {per_cent(facts['score'])}; " in text
     plot = sections.plot_file(name, small)
     sections.write_plots(small)
-    assert plot.exists() == (name in sections.PLOTS)
+    assert plot.exists() == (sections.EXPERIMENTS[name].draw is not None)
     if plot.exists():
         source = source_of(sections.result_file(name))
         assert source is not None
@@ -266,7 +255,7 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
         assert not plot.exists()
 
 
-@pytest.mark.parametrize("name", sections.PLOTS)
+@pytest.mark.parametrize("name", [n for n, each in sections.EXPERIMENTS.items() if each.draw])
 def test_the_plots_are_up_to_date(name):
     source = source_of(sections.result_file(name))
     plot = sections.plot_file(name)
@@ -278,7 +267,6 @@ def test_the_plots_are_up_to_date(name):
 def test_what_was_not_measured_says_so():
     for section in sections.SECTIONS:
         assert section.make(None) == NOT_MEASURED
-    assert set(sections.TEXTS) == set(__main__.EXPERIMENTS)
 
 
 @pytest.mark.parametrize(
