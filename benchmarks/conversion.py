@@ -115,37 +115,28 @@ def watch(command: list[str], progress: Callable[[int], None]) -> tuple[dict[str
     """Run a program and sample its anonymous memory until it ends.
 
     Returns:
-        Its time, its peak, the highest sample of each second (all in bytes), and what it printed.
+        Its time in seconds and its peak in bytes, and what it printed.
 
     Raises:
         RuntimeError: it failed.
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        began, count, highest = time.perf_counter(), 0, [0]
+        began, highest = time.perf_counter(), 0
         child = subprocess.Popen(command, stdout=output, stderr=errors, text=True, cwd=ROOT)
         try:
             while child.poll() is None:
-                now = _anonymous_bytes(child.pid)
-                second = int(time.perf_counter() - began)
-                highest += [0] * (second + 1 - len(highest))
-                highest[second] = max(highest[second], now)
-                count += 1
-                progress(max(highest))
+                highest = max(highest, _anonymous_bytes(child.pid))
+                progress(highest)
                 time.sleep(_SAMPLE_S)
         finally:
             child.kill()
             child.wait()
-        measured = {
-            "process_s": round(time.perf_counter() - began, 2),
-            "peak_rss_anon_bytes": max(highest),
-            "samples": count,
-            "rss_anon_bytes_by_second": highest,
-        }
+        seconds = round(time.perf_counter() - began, 2)
         output.seek(0)
         errors.seek(0)
         if child.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {errors.read()}")
-        return measured, output.read()
+        return {"process_s": seconds, "peak_rss_anon_bytes": highest}, output.read()
 
 
 def _anonymous_bytes(pid: int) -> int:

@@ -16,7 +16,6 @@ from rich.console import Console
 import vlcache_jax
 from benchmarks.accuracy.metrics import METRICS, exact_match
 from benchmarks.accuracy.report import measured
-from benchmarks.accuracy.tasks import TASKS
 from benchmarks.documents import NOT_MEASURED, ROOT, source_of, table, write_figure
 from benchmarks.environment import environment
 from benchmarks.make_demo import RESULTS as TRAINING
@@ -129,10 +128,7 @@ def model_part(model: Result | None) -> str:
     }
     rows = [[name, shape, f"{counts[name]:,}"] for name, shape in shapes.items()]
     rows.append(["all", f"{model['weights_bytes'] / 1e6:.1f} MB", f"{counts['total']:,}"])
-    left_out = [task for task in TASKS if task not in model["tasks"]]
     shown = f"It is shipped for the tasks {_listed(model['tasks'])}."
-    if left_out:
-        shown += f" It has not learned {_listed(left_out)} well enough to be shown."
     return f"{table(['part', 'shape', 'parameters'], rows)}\n\n{shown}"
 
 

@@ -36,8 +36,6 @@ PLAIN = {"variant": "plain", "shape": "square"}
 LAST = {
     "document": {"variant": "plain", "shape": "wide"},
     "reading": {"variant": "question first", "shape": "square"},
-    "reasoning": {"variant": "plain", "shape": "tall"},
-    "caption": {"variant": "plain", "shape": "wide"},
 }
 """How each task's last picture differs from the others, which are plain squares."""
 
@@ -50,7 +48,7 @@ def recipes(names: list[str]) -> list[dict[str, Any]]:
     """
     if not names or len({*names} & {*TASKS}) < len(names) or COUNT % len(names):
         raise ValueError(
-            f"tasks {','.join(names)!r}: name 1 to 4 different ones of {', '.join(TASKS)}"
+            f"tasks {','.join(names)!r}: name 1 or 2 different ones of {', '.join(TASKS)}"
         )
     each = COUNT // len(names)
     return [
@@ -62,21 +60,18 @@ def recipes(names: list[str]) -> list[dict[str, Any]]:
 
 def draw(names: list[str]) -> list[tuple[dict[str, Any], Item]]:
     """The pictures' entries in the index, each with its item."""
-    chosen = recipes(names)
-    return [
-        (
-            {
-                "file": f"{number:02}.png",
-                "task": item.task,
-                "prompt": item.prompt.removeprefix(IMAGE),  # images come first anyway
-                "answer": item.answer,
-                "drawn": {name: recipe[name] for name in recipe if name != "task"},
-            },
-            item,
-        )
-        for number, recipe in enumerate(chosen, 1)
-        for item in [make_item(**recipe)]
-    ]
+    drawn = []
+    for number, recipe in enumerate(recipes(names), 1):
+        item = make_item(**recipe)
+        entry = {
+            "file": f"{number:02}.png",
+            "task": recipe.pop("task"),
+            "prompt": item.prompt.removeprefix(IMAGE),  # images come first anyway
+            "answer": item.answer,
+            "drawn": recipe,
+        }
+        drawn.append((entry, item))
+    return drawn
 
 
 def write_pictures(names: list[str], folder: Path) -> None:

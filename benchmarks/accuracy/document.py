@@ -4,16 +4,7 @@ import random
 from collections.abc import Sequence
 
 from benchmarks.accuracy.glyphs import DIGITS, LETTERS
-from benchmarks.accuracy.scene import (
-    Entry,
-    Manner,
-    Question,
-    Wording,
-    between,
-    make_names,
-    make_pages,
-    write_lines,
-)
+from benchmarks.accuracy.scene import Fact, Page, Wording, between
 
 WORDING = Wording(
     (
@@ -35,35 +26,60 @@ WORDING = Wording(
         "Write the characters of the value in their order and nothing else.",
     ),
 )
-TEXTS = (*WORDING.texts, "stands do along table")
-"""Tables are not asked for, but the shipped tokenizer has the words."""
 
 
-class Document:
-    """Pages of `KQ: 4821` lines; values are digits alone or digits and letters, half and half.
+def write(rng: random.Random, pages: Sequence[Page], level: float) -> list[Fact]:
+    """Write lines like `KQ: 4821`; values are digits alone or digits and letters, half and half.
 
     All pages choose their names from the same few, so that with two pictures a name is often in
     both, with another value.
+
+    Args:
+        rng: where every choice comes from.
+        pages: empty ones.
+        level: 0 for 2 to 4 short lines, 1 for 4 to 8 in each column.
     """
+    names: dict[str, None] = {}
+    while len(names) < 20:
+        names[rng.choice(LETTERS) + rng.choice(LETTERS)] = None
+    facts = []
+    for page in pages:
+        if page.cols >= 16:
+            rng.random()  # it once decided for a table: items stay as they were
+        facts += _write_lines(rng, page, list(names), level)
+    return facts
 
-    def __init__(self, rng: random.Random, sizes: Sequence[tuple[int, int]], level: float):
-        self.pages = make_pages(sizes)
-        pool = make_names(rng, 20)
-        self._lines: list[Entry] = []
 
-        def value(most: int) -> str:
-            longest = min(most, between(level, 3, 6))
-            length = rng.randint(between(level, 2, 3), longest)
-            alphabet = DIGITS if rng.random() < 0.5 else DIGITS + LETTERS
-            return "".join(rng.choices(alphabet, k=length))
+def _write_lines(rng: random.Random, page: Page, pool: Sequence[str], level: float) -> list[Fact]:
+    """Write lines below one another in one or two columns.
 
-        for page in self.pages:
-            if page.cols >= 16:
-                rng.random()  # it once decided for a table: items stay as they were
-            self._lines += write_lines(rng, page, pool, value, level)
+    At level 0 half of the pages start in the corner with wide spacing, at level 1 none does.
+    """
+    in_corner = rng.random() < 0.5 * (1 - level)
+    columns = 2 if page.cols >= 16 and rng.random() < 0.3 * level else 1
+    gap = 1 if in_corner else rng.randrange(2)
+    most = min((page.cols - columns + 1) // columns - 3 - gap, between(level, 3, 6))
+    spacing = 2 if in_corner else rng.choice((1, 2))
+    deepest = min(between(level, 4, 8), (page.rows + spacing - 1) // spacing)
+    fewest = min(between(level, 2, 4), deepest)
+    count = rng.randint(fewest, deepest * columns)
+    names = rng.sample(pool, count)
+    values = []
+    for _ in names:
+        length = rng.randint(between(level, 2, 3), most)
+        alphabet = DIGITS if rng.random() < 0.5 else DIGITS + LETTERS
+        values.append("".join(rng.choices(alphabet, k=length)))
 
-    def ask(self, rng: random.Random, manner: Manner) -> Question:
-        """The value of a random entry."""
-        entry = rng.choice(self._lines)
-        text = WORDING.put(rng, manner, key=entry.name, where=entry.page.where)
-        return Question(text, entry.value, entry.value_cells)
+    depth = -(-count // columns)
+    width = 3 + gap + max(map(len, values))
+    stride = width + 1
+    free_rows = page.rows - 1 - (depth - 1) * spacing
+    free_cols = page.cols - width - (columns - 1) * stride
+    top, left = (0, 0) if in_corner else (rng.randint(0, free_rows), rng.randint(0, free_cols))
+    facts = []
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+        row, col = top + i % depth * spacing, left + i // depth * stride
+        page.write(row, col, name + ":")
+        cells = page.write(row, col + 3 + gap, value)
+        facts.append(Fact({"key": name, "where": page.where}, value, cells))
+    return facts

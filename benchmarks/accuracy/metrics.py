@@ -1,16 +1,13 @@
 """Scores of answers, and how sure they are. Every score is between 0 and 1."""
 
 import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-METRICS = {"document": "anls", "reading": "exact", "reasoning": "exact", "caption": "cider_like"}
-"""The metric of each task. The answers of other items score 0 to 1 % by those of the first three,
-but captions share many words: a fifth by their score, which weighs rare words more."""
+METRICS = {"document": "anls", "reading": "exact"}
+"""The metric of each task. The answers of other items score 0 to 1 %."""
 
 Z = 1.959963984540054
 """Standard errors on either side of a 95 % interval."""
@@ -41,49 +38,19 @@ def exact_match(prediction: str, answer: str) -> float:
     return float(_plain(prediction) == _plain(answer))
 
 
-def cider_like(predictions: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """A score like CIDEr (Vedantam et al. 2015) for all items at once, float64 `[n]`.
-
-    The mean over n-grams of 1 to 4 words of the cosine between the tf-idf vectors of prediction
-    and answer. Like CIDEr, it weighs a rare word more than one that is in every answer. Not CIDEr,
-    and not comparable with published figures: the inverse document frequency is
-    log((1 + items) / items with it), so that few items do not make it zero; lengths that the answer
-    is too short for are left out, so that the right answer scores 1; there is no factor of 10, no
-    stemming and no length penalty.
-    """
-    grams = [_ngrams(answer) for answer in answers]
-    found: Counter[tuple[str, ...]] = Counter()
-    for counts in grams:
-        found.update({gram for n in counts for gram in n})
-
-    def vector(counts: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
-        weight = len(answers) + 1
-        return {gram: k * math.log(weight / max(1, found[gram])) for gram, k in counts.items()}
-
-    def similarity(prediction: str, answer: list[Counter[tuple[str, ...]]]) -> float:
-        pairs = zip(_ngrams(prediction), answer, strict=True)
-        cosines = [_cosine(vector(p), vector(a)) for p, a in pairs if a.total()]
-        return float(np.mean(cosines)) if cosines else 0.0
-
-    return np.array(list(map(similarity, predictions, grams)))
-
-
 def score(task: str, predictions: Sequence[str], answers: Sequence[str]) -> np.ndarray:
     """Scores of every item by the task's metric, float64 `[n]`.
 
     Args:
         task: a key of `METRICS`.
         predictions: one for each item.
-        answers: one for each item. The CIDEr-like score depends on all of them.
+        answers: one for each item.
 
     Raises:
         ValueError: there are not as many answers as predictions.
     """
-    pairs = list(zip(predictions, answers, strict=True))
-    if METRICS[task] == "cider_like":
-        return cider_like(predictions, answers)
-    metric = anls if METRICS[task] == "anls" else exact_match
-    return np.array([metric(*pair) for pair in pairs])
+    metric = {"anls": anls, "exact": exact_match}[METRICS[task]]
+    return np.array([metric(*pair) for pair in zip(predictions, answers, strict=True)])
 
 
 def mean_interval(scores: np.ndarray, seed: int = 0) -> Interval:
@@ -152,14 +119,3 @@ def _levenshtein(a: str, b: str) -> int:
         for j, right in enumerate(b, 1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
     return row[-1]
-
-
-def _ngrams(text: str) -> list[Counter[tuple[str, ...]]]:
-    """How often each sequence of 1, 2, 3 and 4 words occurs."""
-    words = re.findall(r"\w+", text.lower())
-    return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
-
-
-def _cosine(a: dict[tuple[str, ...], float], b: dict[tuple[str, ...], float]) -> float:
-    norm = math.hypot(*a.values()) * math.hypot(*b.values())
-    return sum(value * b.get(gram, 0.0) for gram, value in a.items()) / norm if norm else 0.0

@@ -16,21 +16,9 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from benchmarks.accuracy import options
 from benchmarks.accuracy.budgets import Plan, tile_of
 from benchmarks.accuracy.metrics import mean_interval, score
-from benchmarks.accuracy.options import (
-    AsJson,
-    Force,
-    Items,
-    Model,
-    Out,
-    Seed,
-    Split,
-    Tasks,
-    check_json,
-    give,
-    names,
-)
 from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import RESULTS, Section, measured, per_cent
 from benchmarks.accuracy.scoring import plain, rows_by_task
@@ -73,16 +61,14 @@ def hugging_face_answers(
 
     logging.disable_progress_bar()
     model: Any = LlavaNextForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-    model.eval()
     files: Any = LlavaNextProcessor.from_pretrained(path, backend="pil")
     found = []
     for item in items:
         inputs = files(images=list(item.images), text=render(item), return_tensors="pt")
-        with torch.no_grad():
-            whole = model.generate(
-                **inputs, max_new_tokens=most, do_sample=False, eos_token_id=list(stop_ids),
-                pad_token_id=files.tokenizer.pad_token_id,
-            )  # fmt: skip
+        whole = model.eval().generate(
+            **inputs, max_new_tokens=most, do_sample=False, eos_token_id=list(stop_ids),
+            pad_token_id=files.tokenizer.pad_token_id,
+        )  # fmt: skip
         drawn = whole[0, inputs["input_ids"].shape[1] :].tolist()
         ids = list(itertools.takewhile(lambda token: token not in stop_ids, drawn))
         found.append((ids, files.tokenizer.decode(ids, skip_special_tokens=True)))
@@ -91,7 +77,7 @@ def hugging_face_answers(
 
 
 def our_answers(vlm: VLM, items: Sequence[Item], most: int, advance: Advance) -> Answers:
-    """Greedy answers with the full cache by `VLM.generate`, which `vlcache generate` calls.
+    """The same by `VLM.generate`, which `vlcache generate` calls, with the full cache.
 
     Args:
         vlm: the model.
@@ -102,12 +88,8 @@ def our_answers(vlm: VLM, items: Sequence[Item], most: int, advance: Advance) ->
     found: Answers = []
     for at in range(0, len(items), GROUP):
         group = items[at : at + GROUP]
-        answers = vlm.generate(
-            [list(item.images) for item in group],
-            [render(item) for item in group],
-            raw_prompt=True,
-            max_new_tokens=most,
-        )
+        images, texts = [list(item.images) for item in group], [render(item) for item in group]
+        answers = vlm.generate(images, texts, raw_prompt=True, max_new_tokens=most)
         found += [(answer.tokens, answer.text) for answer in answers]
         advance(len(group))
     return found
@@ -162,14 +144,14 @@ SECTION = Section("parity", RESULTS / "parity.json", measured(parity_part))
 
 
 def main(
-    model: Model = "demo",
-    tasks: Tasks = "document,reading",
-    n: Items = 32,
-    seed: Seed = 0,
-    split: Split = "report",
-    as_json: AsJson = False,
-    out: Out = None,
-    force: Force = False,
+    model: options.Model = "demo",
+    tasks: options.Tasks = "document,reading",
+    n: options.Items = 32,
+    seed: options.Seed = 0,
+    split: options.Split = "report",
+    as_json: options.AsJson = False,
+    out: options.Out = None,
+    force: options.Force = False,
 ) -> None:
     """Ask the same LLaVA-NeXT the same questions by transformers and by this package.
 
@@ -177,14 +159,14 @@ def main(
 
     Example: python -m benchmarks.accuracy.parity --n 8
     """
-    check_json(out, force=force)
+    options.check_json(out, force=force)
     errors = Console(stderr=True, highlight=False)
     with errors.status("loading ..."), bad_input():
         import vlcache_jax
         from vlcache_jax.checkpoint import resolve
 
         path = resolve(model)
-        plan = Plan(names(tasks), methods=(), budgets=(1.0,), extra=(), n=n, seed=seed, split=split)
+        plan = Plan(options.names(tasks), (), (1.0,), (), n, seed, split)
         try:
             torch, transformers = map(metadata.version, ("torch", "transformers"))
         except metadata.PackageNotFoundError:
@@ -210,7 +192,7 @@ def main(
         "seed": seed, "split": split, **compare(items, answers),
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
-    give(result, parity_part, out, as_json)
+    options.give(result, parity_part, out, as_json)
     raise typer.Exit(0 if result["same_tokens"][OURS] == len(items) else 1)
 
 

@@ -5,7 +5,7 @@ measured says so.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ PLOT = ROOT / "docs" / "accuracy-budgets.svg"
 SHOWN = "0.1"
 """The budget that the paper reports most, and of which most is told here."""
 
+FULL = "full"
 NEAR = 0.02
 """So far below the full cache counts as near it."""
 
@@ -56,17 +57,83 @@ def scored(facts: Facts | None) -> str:
     return f"{100 * facts['score']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def difference(facts: Facts | None) -> str:
-    """The difference to the full cache in points and its interval."""
-    if facts is None:
-        return "-"
-    mean, low, high = (100 * facts["difference"][name] for name in ("mean", "low", "high"))
+def points(interval: dict[str, float]) -> str:
+    """A difference in points and its interval."""
+    mean, low, high = (100 * interval[name] for name in ("mean", "low", "high"))
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def difference(facts: Facts | None) -> str:
+    """The difference to the full cache in points and its interval; a dash where there is none."""
+    return "-" if facts is None else points(facts["difference"])
 
 
 def per_cent(value: float) -> str:
     """A share in per cent."""
     return f"{100 * value:.1f}"
+
+
+def budget_of(text: str) -> str:
+    """A budget as files write it, in per cent."""
+    return f"{100 * float(text):g} %"
+
+
+def both(facts: Facts) -> str:
+    """A score in per cent, and its difference to the full cache in points."""
+    return f"{per_cent(facts['score'])}; {difference(facts)}"
+
+
+def full_cache(details: Result) -> str:
+    """The full cache's scores in one sentence."""
+    scores = [f"{scored(of_task[FULL]['1.0'])} in {task}" for task, of_task in details.items()]
+    return f"The full cache scores {', '.join(scores)}."
+
+
+def columns_of(result: Result) -> dict[str, tuple[str, str]]:
+    """A column for each task and budget: its head, and the two."""
+    return {
+        f"{task}, {budget_of(budget)}": (task, budget)
+        for task in result["details"]
+        for budget in result["budgets"]
+    }
+
+
+def by_kind(kinds: Mapping[str, Result], budgets: Sequence[str]) -> str:
+    """A table of {label: {budget: facts}} for each kind of items: one column each."""
+    first, *_ = kinds.values()
+    rows = [[FULL, "100 %", *(scored(of[FULL]["1.0"]) for of in kinds.values())]]
+    rows += [
+        [name, budget_of(budget), *(both(of[name][budget]) for of in kinds.values())]
+        for budget in budgets
+        for name in first
+        if name != FULL
+    ]
+    return table(["method", "budget", *kinds], rows)
+
+
+def told(result: Result, *parts: str, items: str | None = None) -> str:
+    """A part of the document: what was run, and what is said of it.
+
+    Args:
+        result: of the experiment.
+        parts: paragraphs and tables.
+        items: which items; `n` of each task, seeds after one another, by default.
+    """
+    metrics = ", ".join(f"{name} of {task}" for task, name in result["metric"].items())
+    made_by = (
+        f"`{result['command']}`: {items or items_of(result)}. Scores are in per cent ({metrics}), "
+        "differences in points, with their 95 % intervals in brackets."
+    )
+    return "\n\n".join([made_by, *parts])
+
+
+def of_methods(
+    rows: Mapping[str, Any], columns: Mapping[str, Any], cell: Callable[[Any, Any], str]
+) -> str:
+    """A table with a row for each method: `cell` of what rows and columns stand for."""
+    made = ([f"`{name}`", *(cell(row, each) for each in columns.values())]
+            for name, row in rows.items())  # fmt: skip
+    return table(["method", *columns], made)
 
 
 def run_part(result: Result) -> str:
@@ -98,13 +165,10 @@ def score_tables(result: Result) -> str:
     parts = []
     for task, of_task in result["details"].items():
         budgets = sorted({budget for of in of_task.values() for budget in of}, key=float)
-        rows = (
-            [f"`{name}`", *(scored(of.get(budget)) for budget in budgets)]
-            for name, of in of_task.items()
-        )
-        metric = result["metric"][task].replace("_", "-")
-        head = ["method", *(f"{float(budget):.0%}" for budget in budgets)]
-        parts.append(f"**{task}** ({metric}, %, and its 95 % interval)\n\n{table(head, rows)}")
+        columns = {f"{float(budget):.0%}": budget for budget in budgets}
+        cells = of_methods(of_task, columns, lambda of, budget: scored(of.get(budget)))
+        title = f"**{task}** ({result['metric'][task]}, %, and its 95 % interval)"
+        parts.append(f"{title}\n\n{cells}")
     return "\n\n".join(parts)
 
 
@@ -117,13 +181,13 @@ def scores_part(result: Result) -> str:
 def difference_part(result: Result) -> str:
     """How far each method is from the full cache, and from which budget on it is near it."""
     details = result["details"]
-    tasks, names = list(details), [name for name in next(iter(details.values())) if name != "full"]
+    names = {name: name for name in next(iter(details.values())) if name != FULL}
 
-    def rows(cell: Callable[[str, str], str]) -> list[list[str]]:
-        return [[f"`{name}`", *(cell(task, name) for task in tasks)] for name in names]
+    def below(name: str, of_task: Result) -> str:
+        return difference(of_task[name].get(SHOWN))
 
-    def knee(task: str, name: str) -> str:
-        of = {**details[task][name], **details[task]["full"]}
+    def knee(name: str, of_task: Result) -> str:
+        of = {**of_task[name], **of_task[FULL]}
         near = [budget for budget, facts in of.items() if facts["difference"]["mean"] >= -NEAR]
         return f"{float(min(near, key=float)):.0%}"
 
@@ -132,15 +196,14 @@ def difference_part(result: Result) -> str:
         best = sorted(of, key=lambda name: -of[name])
         return f"- {task}: {', '.join(f'`{name}` {per_cent(of[name])}' for name in best)}."
 
-    below = rows(lambda task, name: difference(details[task][name].get(SHOWN)))
     return "\n\n".join(
         [
             f"Points below the full cache at {float(SHOWN):.0%}, item by item:",
-            table(["method", *tasks], below),
+            of_methods(names, details, below),
             f"The smallest budget that was run with a mean at most {100 * NEAR:g} points below:",
-            table(["method", *tasks], rows(knee)),
+            of_methods(names, details, knee),
             f"The order at {float(SHOWN):.0%}:",
-            "\n".join(map(order, tasks)),
+            "\n".join(map(order, details)),
         ]
     )
 
@@ -158,12 +221,9 @@ def attention_part(result: Result) -> str:
     }
     parts = []
     for task, of_task in result["details"].items():
-        rows = (
-            [f"`{name}`", *(per_cent(pick(of[SHOWN])) for pick in columns.values())]
-            for name, of in of_task.items()
-            if SHOWN in of
-        )
-        parts.append(f"**{task}**, %, at {float(SHOWN):.0%}\n\n{table(['method', *columns], rows)}")
+        shown = {name: of[SHOWN] for name, of in of_task.items() if SHOWN in of}
+        cells = of_methods(shown, columns, lambda facts, pick: per_cent(pick(facts)))
+        parts.append(f"**{task}**, %, at {float(SHOWN):.0%}\n\n{cells}")
     return "\n\n".join(parts)
 
 
@@ -171,16 +231,13 @@ def variants_part(result: Result) -> str:
     """Scores by the kind of prompt."""
     parts = []
     for task, of_task in result["details"].items():
-        shown = {"full": of_task["full"]["1.0"]} | {
+        shown = {FULL: of_task[FULL]["1.0"]} | {
             name: of[SHOWN] for name, of in of_task.items() if SHOWN in of
         }
-        kinds = {kind: facts["n"] for kind, facts in shown["full"]["variants"].items()}
-        rows = (
-            [f"`{name}`", *(scored(facts["variants"][kind]) for kind in kinds)]
-            for name, facts in shown.items()
-        )
-        head = ["method", *(f"{kind} ({count})" for kind, count in kinds.items())]
-        parts.append(f"**{task}** at {float(SHOWN):.0%} (items)\n\n{table(head, rows)}")
+        kinds = shown[FULL]["variants"]
+        columns = {f"{kind} ({facts['n']})": kind for kind, facts in kinds.items()}
+        cells = of_methods(shown, columns, lambda facts, kind: scored(facts["variants"][kind]))
+        parts.append(f"**{task}** at {float(SHOWN):.0%} (items)\n\n{cells}")
     return "\n\n".join(parts)
 
 
@@ -245,7 +302,7 @@ def draw_budgets(details: Result) -> "Figure":
     grid = figure.subplots(2, len(details), sharex=True, sharey="row", squeeze=False)
     for column, (task, of_task) in enumerate(details.items()):
         above, below = grid[0, column], grid[1, column]
-        above.axhline(of_task["full"]["1.0"]["score"], color="black", linestyle=":", label="full")
+        above.axhline(of_task[FULL]["1.0"]["score"], color="black", linestyle=":", label=FULL)
         for name, of in of_task.items():
             budgets = sorted((budget for budget in of if float(budget) < 1), key=float)
             if not budgets:

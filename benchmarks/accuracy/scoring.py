@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.evaluate import FULL, Measures, Outcome
+from benchmarks.accuracy.evaluate import WHOLE, Cell, Measures, Outcome
 from benchmarks.accuracy.metrics import Interval, mean_interval, paired_difference, score
 from benchmarks.accuracy.tasks import IMAGE, VARIANTS, Item
 
@@ -38,32 +38,38 @@ def scores_of(items: Sequence[Item], outcome: Outcome) -> dict[str, np.ndarray]:
     }
 
 
-def summarise(
-    items: Sequence[Item], outcomes: Mapping[str, Outcome]
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """What there is to say of each task and each label, as plain values for JSON.
+def summarise(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> dict[str, Any]:
+    """What there is to say of each task and each method, as plain values for JSON.
 
     Args:
         items: what was run.
-        outcomes: of `Evaluation.run`, "full" among them.
+        outcomes: of `Evaluation.run`, the full cache's among them.
 
     Returns:
-        {task: {label: facts}}. The facts are those of `facts_of`, "agreement" ("answers": share of
-        the items whose tokens are those of the full cache; "tokens": share of the tokens that stand
-        where the full cache has them), the means of the measures of an `Outcome`, some of them
-        "by_layer", "new_tokens" (mean length of the answers), and `facts_of` each variant.
+        {task: {label: {budget: facts}}}. The facts are those of `facts_of`, "agreement" ("answers":
+        share of the items whose tokens are those of the full cache; "tokens": share of the tokens
+        that stand where the full cache has them), the means of the measures of an `Outcome`, some
+        of them "by_layer", "new_tokens" (mean length of the answers), and `facts_of` each variant.
     """
-    scores = {label: scores_of(items, outcome) for label, outcome in outcomes.items()}
-    return {
-        task: {
-            label: _facts(
-                [items[row] for row in rows], scores[label][task], scores[FULL][task],
-                outcome, outcomes[FULL], rows,
-            )
-            for label, outcome in outcomes.items()
-        }
-        for task, rows in rows_by_task(items).items()
-    }  # fmt: skip
+    scores = {cell: scores_of(items, outcome) for cell, outcome in outcomes.items()}
+    found = {}
+    for task, rows in rows_by_task(items).items():
+        own, full = [items[row] for row in rows], scores[WHOLE][task]
+        found[task] = nested(
+            {
+                cell: _facts(own, scores[cell][task], full, outcome, outcomes[WHOLE], rows)
+                for cell, outcome in outcomes.items()
+            }
+        )
+    return found
+
+
+def nested(facts: Mapping[Cell, Any]) -> dict[str, dict[str, Any]]:
+    """{label: {budget: facts}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for (label, budget), value in facts.items():
+        found.setdefault(label, {})[budget] = value
+    return found
 
 
 def _facts(

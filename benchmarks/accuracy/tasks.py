@@ -5,24 +5,18 @@ The same arguments give the same item on every machine, and splits never share a
 
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import caption, document, reading, reasoning
+from benchmarks.accuracy import document, reading
 from benchmarks.accuracy.drawing import MAX_JITTER, draw
 from benchmarks.accuracy.glyphs import CELL
-from benchmarks.accuracy.scene import Cell, Manner, Question, Scene
+from benchmarks.accuracy.scene import Cell, Fact, Manner, Page
 from benchmarks.command import check_known
 
-TASKS: dict[str, Callable[..., Scene]] = {
-    "document": document.Document,
-    "reading": reading.Reading,
-    "reasoning": reasoning.Reasoning,
-    "caption": caption.Caption,
-}
+TASKS = {"document": document, "reading": reading}
 SPLITS = ("train", "tune", "test", "report")
 VARIANTS = {"plain": 0.55, "two pictures": 0.15, "question first": 0.15, "multi-turn": 0.15}
 """How often each occurs where none is asked for."""
@@ -38,8 +32,8 @@ IMAGE = "<image>"
 VOCABULARY_WORDS = sorted(
     {
         word
-        for family in (document, reading, reasoning, caption)
-        for text in (*family.TEXTS, "in the first second picture")
+        for family in (document, reading)
+        for text in (*family.WORDING.texts, reading.DIRECTION, "row", "in the first second picture")
         for word in re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", text))
     }
 )
@@ -57,7 +51,7 @@ class Item:
             several turns the pictures are in the first one.
         turns: earlier (user's text, answer) of the same conversation.
         answer: what is to be answered to `prompt`.
-        cells: for each picture int16 `[rows, cols]`: the place in `glyphs.CLASSES` of what is
+        cells: for each picture int16 `[rows, cols]`: the place in `glyphs.CHARACTERS` of what is
             drawn in each cell, or `glyphs.EMPTY`.
         evidence: (picture, row, column) of the cells that the answer is read from, in its order.
     """
@@ -127,50 +121,42 @@ def questions_of_one_picture(
         shapes = rng.choices(list(PAIR_SHARES), list(PAIR_SHARES.values()), k=2)
     grids = [SHAPES[shape or each] for each in shapes]
     sizes = [(down * tile, across * tile) for down, across in grids]
-    scene = TASKS[task](rng, [(height // CELL, width // CELL) for height, width in sizes], level)
+    pages = [
+        Page(index, (height // CELL, width // CELL), len(sizes))
+        for index, (height, width) in enumerate(sizes)
+    ]
+    facts = TASKS[task].write(rng, pages, level)
     brush = stream("picture")
     images = tuple(
         draw(page.cells, size, brush, jitter=jitter)
-        for page, size in zip(scene.pages, sizes, strict=True)
+        for page, size in zip(pages, sizes, strict=True)
     )
-    cells = tuple(page.cells for page in scene.pages)
+    cells = tuple(page.cells for page in pages)
     for table in cells:
         table.flags.writeable = False
 
     if variant == "multi-turn" and manner == "full":
         manner = "brief"
-    rng, items, asked = stream("questions"), [], set()
+    rng, asked, items = stream("questions"), [], []
     for _ in range(count):
-        question = _new_question(scene, rng, manner, asked)
-        asked.add(_subject(question))
-        prompt, turns = _conversation(scene, rng, question, variant, len(images))
-        items.append(Item(task, images, prompt, turns, question.answer, cells, question.evidence))
+        fact, text = _new_question(task, facts, rng, manner, asked)
+        asked.append(fact)
+        marks, turns = IMAGE * len(images), ()
+        prompt = f"{text} {marks}" if variant == "question first" else f"{marks}{text}"
+        if variant == "multi-turn":
+            earlier, first = _new_question(task, facts, rng, "brief", [fact])
+            prompt, turns = text, ((f"{marks}{first}", earlier.answer),)
+        items.append(Item(task, images, prompt, turns, fact.answer, cells, fact.evidence))
     return items
 
 
-def _subject(question: Question) -> tuple[str, tuple[Cell, ...]]:
-    """What makes two questions the same, whatever their words are."""
-    return question.answer, question.evidence
-
-
-def _new_question(scene: Scene, rng: random.Random, manner: Manner, asked: set) -> Question:
-    """A question that was not asked yet, if one is found soon."""
-    question = scene.ask(rng, manner)
-    for _ in range(20):
-        if _subject(question) not in asked:
+def _new_question(
+    task: str, facts: list[Fact], rng: random.Random, manner: Manner, asked: list[Fact]
+) -> tuple[Fact, str]:
+    """A question about a fact that was not asked for yet, if one is found soon."""
+    for _ in range(21):
+        fact = rng.choice(facts)
+        text = TASKS[task].WORDING.put(rng, manner, **fact.fields)
+        if fact not in asked:
             break
-        question = scene.ask(rng, manner)
-    return question
-
-
-def _conversation(
-    scene: Scene, rng: random.Random, question: Question, variant: str, pictures: int
-) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The prompt and the turns before it."""
-    marks = IMAGE * pictures
-    if variant == "question first":
-        return f"{question.text} {marks}", ()
-    if variant != "multi-turn":
-        return f"{marks}{question.text}", ()
-    earlier = _new_question(scene, rng, "brief", {_subject(question)})
-    return question.text, ((f"{marks}{earlier.text}", earlier.answer),)
+    return fact, text

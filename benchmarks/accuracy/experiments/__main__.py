@@ -1,36 +1,15 @@
 """The command: `python -m benchmarks.accuracy.experiments NAME`."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-import vlcache_jax
-from benchmarks.accuracy import evaluate
-from benchmarks.accuracy.budgets import Plan
-from benchmarks.accuracy.experiments.common import Bench, Refused
+from benchmarks.accuracy import options
+from benchmarks.accuracy.budgets import Plan, conduct
 from benchmarks.accuracy.experiments.sections import EXPERIMENTS, result_file
-from benchmarks.accuracy.options import (
-    AsJson,
-    Batch,
-    Dtype,
-    Force,
-    Items,
-    Model,
-    Seed,
-    Split,
-    Tasks,
-    check_json,
-    give,
-    names,
-    shares,
-)
-from benchmarks.command import bad_input, counting_bar
-from benchmarks.environment import environment
-from vlcache_jax import programs
+from benchmarks.command import bad_input
 
 app = typer.Typer(
     add_completion=False,
@@ -58,14 +37,14 @@ def command_of(name: str) -> Callable[..., None]:
     all_tasks, all_budgets = (",".join(map(str, x)) for x in (experiment.tasks, experiment.budgets))
 
     def command(
-        model: Model = "demo",
-        tasks: Tasks = all_tasks,
+        model: options.Model = "demo",
+        tasks: options.Tasks = all_tasks,
         budgets: Annotated[
             str, typer.Option(metavar="X,Y", help="Shares of the cache to keep, below 1.")
         ] = all_budgets,
-        n: Items = 200,
-        seed: Seed = 0,
-        split: Split = "report",
+        n: options.Items = 200,
+        seed: options.Seed = 0,
+        split: options.Split = "report",
         turns: Annotated[
             int | None,
             typer.Option(
@@ -75,48 +54,24 @@ def command_of(name: str) -> Callable[..., None]:
                 hidden=name != "long",
             ),
         ] = None,
-        batch: Batch = 16,
-        dtype: Dtype = None,
-        as_json: AsJson = False,
+        batch: options.Batch = 16,
+        dtype: options.Dtype = None,
+        as_json: options.AsJson = False,
         out: Annotated[
             Path,
             typer.Option(dir_okay=False, metavar="FILE.json", help="Where the result is written."),
         ] = file,
-        force: Force = False,
+        force: options.Force = False,
     ) -> None:
-        check_json(out, force=force)
-        errors = Console(stderr=True, highlight=False)
-        began = time.perf_counter()
-        with errors.status("loading ..."), bad_input():
-            programs.keep_programs()
-            kept = shares(budgets)
+        options.check_json(out, force=force)
+        with bad_input():
+            kept = options.shares(budgets)
             if not all(0 < share < 1 for share in kept):
                 raise ValueError(f"budgets {budgets!r} must be above 0 and below 1: the full cache "
                                  "is always run")  # fmt: skip
-            plan = Plan(
-                names(tasks), methods=(), budgets=kept, extra=(), n=n, seed=seed, split=split
-            )
-            evaluation = evaluate.Evaluation(vlcache_jax.load(model, dtype), batch=batch)
-        with counting_bar(errors, transient=True) as bar:
-
-            def begin(what: str, total: int) -> Callable[[int], object]:
-                task = bar.add_task(what, total=total)
-                return lambda done: bar.advance(task, done)
-
-            try:
-                found = EXPERIMENTS[name](Bench(evaluation, plan, turns, begin))
-            except Refused as error:
-                raise typer.BadParameter(str(error)) from None
-        seconds = {part: round(s, 2) for part, s in evaluation.seconds.items() if s}
-        result = {
-            **environment(),
-            "experiment": name,
-            **plan.about(evaluation.vlm, batch),
-            "budgets": list(map(str, kept)),
-            **found,
-            "seconds": {**seconds, "total": round(time.perf_counter() - began, 2)},
-        }
-        give(result, experiment.section, out, as_json)
+            plan = Plan(options.names(tasks), (), kept, (), n, seed, split)
+        result = conduct(plan, EXPERIMENTS[name], model, dtype, batch, turns)
+        options.give({"experiment": name, **result}, experiment.section, out, as_json)
 
     return command
 

@@ -1,98 +1,25 @@
 """What the experiments share: items and methods to run, and comparisons item by item."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.accuracy.budgets import Plan, tile_of
-from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
-from benchmarks.accuracy.report import Result
+from benchmarks.accuracy.budgets import AT_ONCE, Bench
+from benchmarks.accuracy.evaluate import Cell, Outcome
+from benchmarks.accuracy.report import FULL, Result
 from benchmarks.accuracy.scoring import difference, scores_of, summarise
 from benchmarks.accuracy.tasks import TASKS, Item
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import METHODS, make_method
-from vlcache_jax.vlm import VLM
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Cell = tuple[str, str]
-"""A label and a budget: ("vl-cache", "0.1")."""
-
-WHOLE: Cell = (FULL, "1.0")
-"""The full cache's, which every run has."""
-
-Begin = Callable[[str, int], Callable[[int], object]]
-"""Told what begins and how many items it has; gives what is called with the items done."""
 
 FACTS = (
     "n", "score", "interval", "difference", "agreement", "kept", "kept_bytes", "kept_visual",
     "hit_rate", "mass_recall", "answer_recall",
 )  # fmt: skip
 """Those of `scoring.summarise` that a result tells."""
-
-AT_ONCE = 48
-"""Methods that share one prefill and, at one budget, one decoding."""
-
-
-class Refused(ValueError):
-    """What was asked for cannot be run; found out before anything was."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What an experiment runs on.
-
-    Attributes:
-        evaluation: the model, ready to answer.
-        plan: tasks, budgets, and which items.
-        turns: different questions of a conversation; None for `long.TURNS`.
-        begin: to show how far it is.
-    """
-
-    evaluation: Evaluation
-    plan: Plan
-    turns: int | None = None
-    begin: Begin = lambda what, total: lambda done: None
-
-    @property
-    def vlm(self) -> VLM:
-        """The model."""
-        return self.evaluation.vlm
-
-    def cells(
-        self, methods: Callable[[float], Mapping[str, CacheMethod]]
-    ) -> dict[Cell, CacheMethod]:
-        """Methods of a budget, by label, at every budget of the plan."""
-        return {
-            (label, str(budget)): method
-            for budget in self.plan.budgets
-            for label, method in methods(budget).items()
-        }
-
-    def items(self, **changes: Any) -> list[Item]:
-        """The items of the plan, or of one that is changed: another split, variant, manner."""
-        return replace(self.plan, **changes).items(tile_of(self.vlm))
-
-    def run(
-        self,
-        items: Sequence[Item],
-        cells: Mapping[Cell, CacheMethod],
-        what: str,
-        *,
-        at_once: int = AT_ONCE,
-    ) -> dict[Cell, Outcome]:
-        """Answer items by many methods: the outcomes of the full cache and of each cell."""
-        pairs = list(cells.items())
-        groups = [pairs[at : at + at_once] for at in range(0, len(cells), at_once)]
-        advance = self.begin(what, len(items) * len(groups))
-        found: dict[Cell, Outcome] = {}
-        for group in groups:
-            methods = {" at ".join(cell): method for cell, method in group}
-            outcomes = self.evaluation.run(items, methods, advance=advance)
-            found.setdefault(WHOLE, outcomes[FULL])
-            found |= {cell: outcomes[" at ".join(cell)] for cell, _ in group}
-        return found
 
 
 @dataclass(frozen=True)
@@ -164,22 +91,13 @@ def methods_of(budget: float) -> dict[str, CacheMethod]:
 
 def compare(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> dict[str, Any]:
     """Scores and measures of all cells, {task: {label: {budget: facts}}}; see `FACTS`."""
-    names = {cell: FULL if cell == WHOLE else " at ".join(cell) for cell in outcomes}
-    summary = summarise(items, {names[cell]: outcome for cell, outcome in outcomes.items()})
     return {
-        task: nested(
-            {cell: {fact: of_task[name][fact] for fact in FACTS} for cell, name in names.items()}
-        )
-        for task, of_task in summary.items()
+        task: {
+            label: {budget: {name: facts[name] for name in FACTS} for budget, facts in of.items()}
+            for label, of in of_task.items()
+        }
+        for task, of_task in summarise(items, outcomes).items()
     }
-
-
-def nested(facts: Mapping[Cell, Any]) -> dict[str, dict[str, Any]]:
-    """{label: {budget: facts}}."""
-    found: dict[str, dict[str, Any]] = {}
-    for (label, budget), value in facts.items():
-        found.setdefault(label, {})[budget] = value
-    return found
 
 
 def differences(

@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from benchmarks.accuracy.evaluate import FULL
-from benchmarks.accuracy.experiments.common import Bench, Experiment, compare, methods_of
-from benchmarks.accuracy.experiments.text import (
+from benchmarks.accuracy.budgets import Bench
+from benchmarks.accuracy.experiments.common import Experiment, compare, methods_of
+from benchmarks.accuracy.report import (
+    FULL,
+    Result,
     both,
     budget_of,
     by_kind,
-    change,
     columns_of,
+    draw_band,
     full_cache,
+    per_cent,
+    points,
+    scored,
     told,
 )
-from benchmarks.accuracy.report import Result, draw_band, per_cent, scored
 from benchmarks.accuracy.tasks import VARIANTS
 from benchmarks.documents import table
 from vlcache_jax.cache.allocate import Sparsity, Uniform
@@ -60,7 +64,7 @@ def _ablation(result: Result) -> str:
         for task, of_task in result["details"].items():
             cells = of_task[FULL]["1.0"], *(of_task[label][budget] for label in PAIRS)
             rows.append([task, budget_of(budget), *map(scored, cells)])
-            found = (change(of[task]) for of in changed.values())
+            found = (points(of[task]) for of in changed.values())
             effects.append([task, budget_of(budget), *found])
     return told(
         result,
@@ -219,7 +223,7 @@ def _settings(result: Result) -> str:
                 rows.append([f"{_shown(value)} (default)", *["0"] * len(columns)])
             else:
                 found = (details[task][label][budget] for task, budget in columns.values())
-                rows.append([_shown(value), *(change(each["to_default"]) for each in found)])
+                rows.append([_shown(value), *(points(each["to_default"]) for each in found)])
         name, meaning = NAMES[setting]
         parts += [f"**{name}**, {meaning}", table([name, *columns], rows)]
     return told(
@@ -318,7 +322,7 @@ def _quantized(result: Result) -> str:
             share = sum(each["kept_bytes"] for each in own) / len(own)
             bits = 16 * share * len(own) / sum(each["kept"] for each in own)
             agree = " / ".join(per_cent(each["agreement"]["answers"]) for each in own)
-            versus = [change(each["to_method"]) if "to_method" in facts else "-" for each in own]
+            versus = [points(each["to_method"]) if "to_method" in facts else "-" for each in own]
             rows.append(
                 [label, budget_of(budget), f"{bits:.2f}", f"{share:.1%}", *map(both, own), agree,
                  *versus]

@@ -7,40 +7,29 @@ one again. No question but the first was there to be looked at when the tokens w
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.accuracy.budgets import tile_of
-from benchmarks.accuracy.evaluate import FULL, TOKEN_STEP, Evaluation
-from benchmarks.accuracy.experiments.common import (
-    WHOLE,
-    Bench,
-    Cell,
-    Experiment,
-    Refused,
-    methods_of,
-    nested,
-)
+from benchmarks.accuracy.budgets import Bench, Refused, tile_of
+from benchmarks.accuracy.evaluate import TOKEN_STEP, WHOLE, Cell, Evaluation
+from benchmarks.accuracy.experiments.common import Experiment, methods_of
 from benchmarks.accuracy.experiments.conversation import (
     Conversation,
     Script,
     Talk,
     TurnOracle,
-    answers_of,
-    spans,
+    talk,
 )
-from benchmarks.accuracy.experiments.text import both, budget_of, told
 from benchmarks.accuracy.metrics import score
-from benchmarks.accuracy.oracle import Attended
 from benchmarks.accuracy.packing import MARK, render
-from benchmarks.accuracy.report import Result, per_cent, scored
-from benchmarks.accuracy.scoring import facts_of, rounded
+from benchmarks.accuracy.report import FULL, Result, both, budget_of, per_cent, scored, told
+from benchmarks.accuracy.scoring import facts_of, nested, rounded
 from benchmarks.accuracy.tasks import Item, questions_of_one_picture
 from benchmarks.documents import table
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.cache.state import Pool, round_up
-from vlcache_jax.processing import ModelInputs
+from vlcache_jax.cache.state import round_up
 from vlcache_jax.vlm import VLM
 
 if TYPE_CHECKING:
@@ -49,7 +38,7 @@ if TYPE_CHECKING:
 ORACLES = {"oracle, first answer": True, "oracle, all answers": False}
 """Whether they know the attention of the first answer alone."""
 
-TURNS = {"document": 12, "reading": 8, "reasoning": 12, "caption": 8}
+TURNS = {"document": 12, "reading": 8}
 """Different questions that are asked: for 300 tokens and more, where pictures have so many."""
 
 LOOKED_AT = 200
@@ -154,29 +143,20 @@ def converse(
     """
     vlm, turns = evaluation.vlm, len(pictures[0])
     way, script = _plan(vlm, pictures)
-
-    def talk(part: str, *arguments: Any) -> Talk:
-        return Talk(*map(np.asarray, evaluation.do(part, way, "talk", *arguments)))
-
-    def attend(full: Pool, inputs: ModelInputs, whole: Talk) -> Attended:
-        rows = whole.tokens, *spans(whole, turns)
-        return evaluation.do("attend", way, "attend", vlm.params, full, inputs, rows)
-
+    hold, attend = partial(talk, evaluation, way), partial(evaluation.do, way, "attend", vlm.params)
     answers: dict[Cell, list[list[str]]] = {cell: [[]] * len(pictures) for cell in (WHOLE, *cells)}
     recall = {cell: np.zeros((len(pictures), turns), np.float32) for cell in answers}
     before = np.zeros((len(pictures), turns + 1))
     for rows, inputs in evaluation.batches([items[0] for items in pictures], way.rows):
         own = Script(*(part[rows] for part in script))
-        for label, said, shares in evaluation.compare(way, inputs, cells, (own,), talk, attend):
+        for cell, said, shares in evaluation.compare(way, inputs, cells, (own,), hold, attend):
             said = Talk(*said)
-            if label == FULL:
-                begin, end = spans(said, turns)
-                shares = np.where(end > begin, 1.0, np.nan)
-                before[rows] = [_before(said, lane, turns) for lane in range(rows.size)]
-            cell = WHOLE if label == FULL else label
+            if cell == WHOLE:
+                shares = np.where(said.end > said.begin, 1.0, np.nan).T
+                before[rows] = np.column_stack([said.begin, said.end[:, -1]])
             recall[cell][rows] = shares.T
-            for row, ids in zip(rows.tolist(), answers_of(said, turns), strict=True):
-                answers[cell][row] = list(map(vlm.processor.decode, ids))
+            for lane, row in enumerate(rows.tolist()):
+                answers[cell][row] = list(map(vlm.processor.decode, said.answers(lane)))
         advance(np.unique(rows).size)
     return {cell: Spoken(answers[cell], recall[cell]) for cell in answers}, before.mean(axis=0)
 
@@ -204,14 +184,6 @@ def _plan(vlm: VLM, pictures: Sequence[Dialogue]) -> tuple[Conversation, Script]
     end = vlm.stop_ids[0] if end is None else end
     way = Conversation(vlm.config, vlm.backend, vlm.stop_ids, rows, end, limit)
     return way, Script(tokens, ends)
-
-
-def _before(talk: Talk, lane: int, turns: int) -> np.ndarray:
-    """Tokens of a conversation in front of each answer, or of where it would be, and in all."""
-    turn, said = np.asarray(talk.turn)[lane], np.asarray(talk.said)[lane]
-    asked = [np.sum((turn < index) | ((turn == index) & ~said)) for index in range(turns)]
-    # The end token behind an answer has the number of the turn that it makes way for.
-    return np.array([*asked, np.sum(turn < turns)])
 
 
 def _facts(
@@ -333,7 +305,6 @@ LONG = Experiment(
     "question: do the kept tokens stay right?",
     budgets=(0.1, 0.2),
     section=section,
-    tasks=("document", "reading"),
     draw=draw,
     run=run,
 )

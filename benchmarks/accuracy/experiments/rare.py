@@ -5,21 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.evaluate import FULL, Outcome
-from benchmarks.accuracy.experiments.common import (
-    WHOLE,
-    Bench,
-    Cell,
-    Experiment,
-    Refused,
-    methods_of,
-    nested,
-)
-from benchmarks.accuracy.experiments.text import by_kind, told
+from benchmarks.accuracy.budgets import Bench, Refused
+from benchmarks.accuracy.evaluate import WHOLE, Cell, Outcome
+from benchmarks.accuracy.experiments.common import Experiment, methods_of
 from benchmarks.accuracy.glyphs import DIGITS, LETTERS
 from benchmarks.accuracy.metrics import score
-from benchmarks.accuracy.report import Result
-from benchmarks.accuracy.scoring import facts_of
+from benchmarks.accuracy.report import FULL, Result, by_kind, told
+from benchmarks.accuracy.scoring import facts_of, nested
 from benchmarks.accuracy.tasks import Item
 
 TASK = "document"  # of all tasks its values alone have letters and digits

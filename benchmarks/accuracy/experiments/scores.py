@@ -8,13 +8,22 @@ from typing import Any, get_args
 
 import numpy as np
 
-from benchmarks.accuracy.evaluate import FULL
-from benchmarks.accuracy.experiments.common import Bench, Experiment, Refused, compare
+from benchmarks.accuracy.budgets import Bench, Refused
+from benchmarks.accuracy.experiments.common import Experiment, compare
 from benchmarks.accuracy.experiments.row_score import RowScore
-from benchmarks.accuracy.experiments.text import both, budget_of, columns_of, full_cache, told
 from benchmarks.accuracy.oracle import MostAttention, Oracle
 from benchmarks.accuracy.packing import MARK, render
-from benchmarks.accuracy.report import Result, per_cent, scored
+from benchmarks.accuracy.report import (
+    FULL,
+    Result,
+    both,
+    budget_of,
+    columns_of,
+    full_cache,
+    per_cent,
+    scored,
+    told,
+)
 from benchmarks.accuracy.scene import Manner
 from benchmarks.accuracy.scoring import rounded, rows_by_task
 from benchmarks.accuracy.tasks import Item

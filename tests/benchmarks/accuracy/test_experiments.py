@@ -13,16 +13,22 @@ from typer.testing import CliRunner
 
 import vlcache_jax
 from benchmarks.accuracy import budgets, evaluate, tasks
-from benchmarks.accuracy.budgets import Plan
-from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
-from benchmarks.accuracy.experiments import __main__, common, compared, long, rare, scores, sections
-from benchmarks.accuracy.experiments.common import WHOLE, Bench
-from benchmarks.accuracy.experiments.conversation import answers_of, spans
+from benchmarks.accuracy.budgets import Bench, Plan, Refused
+from benchmarks.accuracy.evaluate import WHOLE, Evaluation, Outcome
+from benchmarks.accuracy.experiments import (
+    __main__,
+    common,
+    compared,
+    conversation,
+    long,
+    rare,
+    scores,
+    sections,
+)
 from benchmarks.accuracy.experiments.row_score import RowScore
-from benchmarks.accuracy.experiments.text import change
 from benchmarks.accuracy.oracle import attention_of_answer
 from benchmarks.accuracy.packing import render
-from benchmarks.accuracy.report import per_cent, scored
+from benchmarks.accuracy.report import FULL, per_cent, points, scored
 from benchmarks.documents import NOT_MEASURED, source_of
 from tests.benchmarks.accuracy.test_evaluate import make_vlm
 from vlcache_jax import SnapKV, VLCache, programs
@@ -123,14 +129,15 @@ def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluat
         raw_prompt=True,
     )
     full, token, _ = jax.jit(partial(way.prefill, methods=()))(vlm.params, inputs)
-    talk = jax.device_get(jax.jit(way.talk)(vlm.params, full, token, inputs.length, script))
+    talk = conversation.talk(
+        evaluation, way, vlm.params, full, np.asarray(token), inputs.length, script
+    )
     turns = TURNS + 1
-    begin, end = spans(talk, turns)
-    answers = answers_of(talk, turns)
+    answers = [talk.answers(lane) for lane in range(2)]
     for lane in range(2):
         texts = [vlm.processor.decode(ids) for ids in answers[lane]]
         assert texts == spoken[WHOLE].answers[lane]
-        fed = talk.tokens[lane][talk.turn[lane] < turns]
+        fed = talk.tokens[lane, : talk.end[lane, -1]]
         forced, at = [], 0
         for turn, ids in enumerate(answers[lane]):  # each question, the answer, the end
             asked = script.tokens[lane][at : script.ends[lane][turn]]
@@ -151,7 +158,7 @@ def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluat
     for lane, turn in np.ndindex(2, turns):
         ids = answers[lane][turn]
         if ids:
-            first = m[lane] + (begin[turn, lane] if turn else -1)
+            first = m[lane] + talk.begin[lane, turn] - 1
             expected = likeliest[lane, first : first + len(ids) + 1]
             assert ids == expected[:-1].tolist()
             assert expected[-1] in vlm.stop_ids or len(ids) == way.limit
@@ -162,19 +169,21 @@ def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluat
         text = vlm.config.text
         return attention_of_answer(model, text, full, inputs, talk.tokens, lengths).mass
 
-    mass = jax.jit(way.attend)(vlm.params, full, inputs, (talk.tokens, begin, end)).mass
-    first, last = attended(end[0]), attended(end[-1]) - attended(np.maximum(begin[-1], 1))
+    mass = jax.jit(way.attend)(vlm.params, full, inputs, talk).mass
+    begin, end = talk.begin, talk.end
+    first = attended(end[:, 0])
+    last = attended(end[:, -1]) - attended(np.maximum(begin[:, -1] - 1, 1))
     for lane in range(2):
         for turn, expected in ((0, first), (-1, last)):
-            if end[turn, lane] > begin[turn, lane]:
+            if end[lane, turn] > begin[lane, turn]:
                 np.testing.assert_allclose(mass[turn, lane], expected[lane], atol=1e-4)
 
 
 def test_too_many_questions_are_refused(evaluation, monkeypatch):
     monkeypatch.setattr(long, "LOOKED_AT", 1)
-    plan = Plan(("caption",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
-    with pytest.raises(common.Refused, match="--turns"):
-        long.dialogues(Bench(evaluation, plan, 30), "caption")
+    plan = Plan(("reading",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
+    with pytest.raises(Refused, match="--turns"):
+        long.dialogues(Bench(evaluation, plan, 30), "reading")
 
 
 # The commands.
@@ -237,7 +246,7 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
         plain, packed = (result["details"][task][label]["0.1"] for label in LABELS[name][1:])
         assert packed["kept"] == plain["kept"]
         assert 0 < packed["kept_bytes"] < plain["kept_bytes"] == pytest.approx(plain["kept"])
-        assert change(packed["to_method"]) in text
+        assert points(packed["to_method"]) in text
         assert f"| {packed['kept_bytes']:.1%} | " in text
     if name == "scores":
         (best,) = result["choice"]["chosen"]
@@ -334,7 +343,7 @@ def test_many_methods_are_run_in_groups(evaluation, monkeypatch):
     def run(self, items, methods, *, advance):
         calls.append(list(methods))
         advance(len(items))
-        return {label: outcome([label] * len(items)) for label in (FULL, *methods)}
+        return {cell: outcome([cell[0]] * len(items)) for cell in (WHOLE, *methods)}
 
     monkeypatch.setattr(Evaluation, "run", run)
     plan = Plan(("reading",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
@@ -344,5 +353,5 @@ def test_many_methods_are_run_in_groups(evaluation, monkeypatch):
     found = bench.run(items, {(f"m{i}", "0.1"): SnapKV(0.1) for i in range(5)}, "some", at_once=2)
     assert list(map(len, calls)) == [2, 2, 1]
     assert done == [6, 2, 2, 2]
-    assert found["m3", "0.1"].answers == ["m3 at 0.1"] * 2
+    assert found["m3", "0.1"].answers == ["m3"] * 2
     assert found[WHOLE].answers == [FULL] * 2
