@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.documents import ROOT
 from benchmarks.environment import environment, write_result
 from convert.safetensors_writer import SHARD_BYTES, write_tensors
 from vlcache_jax.checkpoint import open_checkpoint
@@ -36,37 +37,30 @@ CONVERT_LIMIT = 4e9
 LOAD_LIMIT = 2e9
 """Most anonymous memory of a loading process beside the parameters, in bytes."""
 
-ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "conversion.json"
-
 _SAMPLE_S = 0.01
 
 
 def model_config(tiny: bool) -> dict[str, Any]:
     """config.json of LLaVA-1.5-7B, or of a model of the same kind with few and narrow layers."""
-    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
-    text = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    if tiny:
-        vision = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
-        text = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
-    heads = text["hidden_size"] // 128
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision = (256, 512, 3, 16) if tiny else (1024, 4096, 24, 16)
+    text = (512, 1024, 4, 4) if tiny else (4096, 11008, 32, 32)
     return {
         "model_type": "llava",
         "torch_dtype": "bfloat16",
         "vision_config": {
             "model_type": "clip_vision_model",
-            "num_attention_heads": 16,
             "image_size": 336,
             "patch_size": 14,
-            **vision,
+            **dict(zip(names, vision, strict=True)),
         },
         "text_config": {
             "model_type": "llama",
             "vocab_size": 2048 if tiny else 32064,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
+            "num_key_value_heads": text[-1],
             "max_position_embeddings": 4096,
-            **text,
+            **dict(zip(names, text, strict=True)),
         },
     }
 
@@ -121,40 +115,28 @@ def watch(command: list[str], progress: Callable[[int], None]) -> tuple[dict[str
     """Run a program and sample its anonymous memory until it ends.
 
     Returns:
-        Its time, its peak, the highest sample of each second (all in bytes), and what it printed.
+        Its time in seconds and its peak in bytes, and what it printed.
 
     Raises:
         RuntimeError: it failed.
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        began = time.perf_counter()
+        began, highest = time.perf_counter(), 0
         child = subprocess.Popen(command, stdout=output, stderr=errors, text=True, cwd=ROOT)
-        highest: list[int] = []
-        count = 0
         try:
             while child.poll() is None:
-                now = _anonymous_bytes(child.pid)
-                second = int(time.perf_counter() - began)
-                highest += [0] * (second + 1 - len(highest))
-                highest[second] = max(highest[second], now)
-                count += 1
-                progress(max(highest))
+                highest = max(highest, _anonymous_bytes(child.pid))
+                progress(highest)
                 time.sleep(_SAMPLE_S)
         finally:
             child.kill()
             child.wait()
-        seconds = time.perf_counter() - began
+        seconds = round(time.perf_counter() - began, 2)
         output.seek(0)
         errors.seek(0)
         if child.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {errors.read()}")
-        measured = {
-            "process_s": round(seconds, 2),
-            "peak_rss_anon_bytes": max(highest, default=0),
-            "samples": count,
-            "rss_anon_bytes_by_second": highest,
-        }
-        return measured, output.read()
+        return {"process_s": seconds, "peak_rss_anon_bytes": highest}, output.read()
 
 
 def _anonymous_bytes(pid: int) -> int:
@@ -166,17 +148,18 @@ def _anonymous_bytes(pid: int) -> int:
     return 1024 * int(lines[0].split()[1]) if lines else 0  # a process that has ended has none
 
 
-def _size(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+def _files(directory: Path) -> dict[str, int]:
+    """The files of a directory and below by name, and their sizes in bytes."""
+    files = (file for file in sorted(directory.rglob("*")) if file.is_file())
+    return {str(file.relative_to(directory)): file.stat().st_size for file in files}
 
 
 def _forget(directory: Path) -> None:
     """Drop a directory's files from the page cache, so that they are read from the disk."""
-    for file in directory.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for name in _files(directory):
+        with (directory / name).open("rb") as handle:
+            os.fsync(handle.fileno())
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure(folder: Path, tiny: bool, bar: Progress) -> dict[str, Any]:
@@ -194,12 +177,13 @@ def measure(folder: Path, tiny: bool, bar: Progress) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": "tiny" if tiny else "LLaVA-1.5-7B shapes, random",
         "parameter_bytes": total,
-        "source": {file.name: file.stat().st_size for file in sorted(source.iterdir())},
+        "source": _files(source),
     }
+    load = "from benchmarks.conversion import report_load; report_load({!r})"
     commands = {
         "convert": ["-m", "convert", str(source), str(target)],
-        "load_safetensors": ["-c", _load(source)],
-        "load_converted": ["-c", _load(target)],
+        "load_safetensors": ["-c", load.format(str(source))],
+        "load_converted": ["-c", load.format(str(target))],
     }
     sums = {}
     for name, arguments in commands.items():
@@ -215,7 +199,7 @@ def measure(folder: Path, tiny: bool, bar: Progress) -> dict[str, Any]:
         result[name] = step
     first, second = sums.values()
     return result | {
-        "converted_bytes": _size(target),
+        "converted_bytes": sum(_files(target).values()),
         "parameters": len(first),
         "page_cache": "dropped before each step",
         "checks": {
@@ -228,10 +212,6 @@ def measure(folder: Path, tiny: bool, bar: Progress) -> dict[str, Any]:
             "both loads give the same parameters": first == second,
         },
     }
-
-
-def _load(directory: Path) -> str:
-    return f"from benchmarks.conversion import report_load; report_load({str(directory)!r})"
 
 
 def main(

@@ -8,13 +8,14 @@ import statistics
 import subprocess
 import sys
 from datetime import datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 import vlcache_jax
 from benchmarks.accuracy.metrics import METRICS, exact_match
-from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.report import measured
 from benchmarks.documents import NOT_MEASURED, ROOT, source_of, table, write_figure
 from benchmarks.environment import environment
 from benchmarks.make_demo import RESULTS as TRAINING
@@ -63,9 +64,8 @@ def demo_part(result: Result, model: Result | None) -> str:
     console = Console(width=80, color_system=None)
     with console.capture() as printed:
         console.print(comparison_tables(result["comparison"]))
-    if model is None:
-        what = "The shipped checkpoint has random weights: it shows that everything runs."
-    else:
+    what = "The shipped checkpoint has random weights: it shows that everything runs."
+    if model is not None:
         what = (
             f"The shipped model is a LLaVA-NeXT in shape and small in size "
             f"({model['parameters']['total'] / 1e6:.1f} million parameters). The project has "
@@ -80,7 +80,7 @@ def _right(result: Result) -> str:
     """How many of the shipped pictures are answered right."""
     rows = result["pictures"]
     full, kept = (
-        sum(exact_match(row[name], [row["right_answer"]]) for row in rows)
+        sum(exact_match(row[name], row["right_answer"]) for row in rows)
         for name in ("full", "kept")
     )
     return (
@@ -128,30 +128,25 @@ def model_part(model: Result | None) -> str:
     }
     rows = [[name, shape, f"{counts[name]:,}"] for name, shape in shapes.items()]
     rows.append(["all", f"{model['weights_bytes'] / 1e6:.1f} MB", f"{counts['total']:,}"])
-    left_out = [task for task in TASKS if task not in model["tasks"]]
     shown = f"It is shipped for the tasks {_listed(model['tasks'])}."
-    if left_out:
-        shown += f" It has not learned {_listed(left_out)} well enough to be shown."
     return f"{table(['part', 'shape', 'parameters'], rows)}\n\n{shown}"
 
 
-def recipe_part(recipe: Result | None) -> str:
+@measured
+def recipe_part(recipe: Result) -> str:
     """All settings of the training: those of each stage as a table."""
-    if recipe is None:
-        return NOT_MEASURED
     stages = recipe["stages"]
-    numbers = map(str, range(1, len(stages) + 1))
-    names = dict.fromkeys(name for stage in stages for name in stage)
     rows = (
-        [name.replace("_", " "), *(_shown(stage.get(name)) for stage in stages)] for name in names
+        [name.replace("_", " "), *(_shown(stage.get(name)) for stage in stages)]
+        for name in dict.fromkeys(name for stage in stages for name in stage)
     )
     rest = "; ".join(
         f"{name.replace('_', ' ')} {_shown(value)}"
         for name, value in recipe.items()
         if name not in ("stages", "vision", "text")
     )
-    stages_table = table(["stage", *numbers], rows)
-    return f"{stages_table}\n\nOf all stages: {rest}.\n\n{_guidance(stages)}"
+    head = ["stage", *map(str, range(1, len(stages) + 1))]
+    return f"{table(head, rows)}\n\nOf all stages: {rest}.\n\n{_guidance(stages)}"
 
 
 def _guidance(stages: list[Result]) -> str:
@@ -174,8 +169,11 @@ def log_part(log: list[Result] | None, recipe: Result | None) -> str:
     last = log[-1]
     planned = sum(stage["steps"] for stage in recipe["stages"])
     done = f"{last['step']:,} of the recipe's {planned:,} steps"
-    seconds = _step_seconds(log)
-    if seconds:
+    # The median over the log's lines: a pause between two slices does not count.
+    times = [(line["step"], datetime.fromisoformat(line["time"]).timestamp()) for line in log]
+    if len(times) > 1:
+        rates = [(then - now) / (end - at) for (at, now), (end, then) in pairwise(times)]
+        seconds = statistics.median(rates)
         done += (
             f", about {last['step'] * seconds / 3600:.1f} hours (the median time of a step, "
             f"{seconds:.2f} s, times the steps)"
@@ -187,14 +185,6 @@ def log_part(log: list[Result] | None, recipe: Result | None) -> str:
         "Held-out pictures are of seeds that are never trained on, as hard as those of the stage: "
         "where a stage begins, the curve may fall."
     )
-
-
-def _step_seconds(log: list[Result]) -> float | None:
-    """The median over the log's lines: a pause between two slices does not count."""
-    times = [datetime.fromisoformat(line["time"]).timestamp() for line in log]
-    steps = [line["step"] for line in log]
-    rates = [(times[i + 1] - times[i]) / (steps[i + 1] - steps[i]) for i in range(len(log) - 1)]
-    return statistics.median(rates) if rates else None
 
 
 def _curves(line: Result) -> dict[str, float]:
@@ -209,18 +199,17 @@ def _curves(line: Result) -> dict[str, float]:
     return found
 
 
-def accuracy_part(run: Result | None) -> str:
+@measured
+def accuracy_part(run: Result) -> str:
     """The full cache and VL-Cache on the tasks, from a run of `python -m benchmarks.accuracy`."""
-    if run is None:
-        return NOT_MEASURED
-    found = {share for methods in run["tasks"].values() for share in methods["vl-cache"]}
+    found = {share for methods in run["details"].values() for share in methods["vl-cache"]}
     kept = sorted((share for share in found if float(share) < 1), key=float, reverse=True)
     heads = ["task", "score", "full cache", *(f"VL-Cache, {float(share):.0%}" for share in kept)]
     rows = []
-    for task, methods in run["tasks"].items():
-        scores = [methods["full"]["1.0"], *(methods["vl-cache"].get(share) for share in kept)]
-        cells = ("-" if score is None else f"{score:.1%}" for score in scores)
-        rows.append([task, METRICS[task][0], *cells])
+    for task, methods in run["details"].items():
+        facts = [methods["full"]["1.0"], *(methods["vl-cache"].get(share) for share in kept)]
+        cells = ("-" if each is None else f"{each['score']:.1%}" for each in facts)
+        rows.append([task, METRICS[task], *cells])
     return (
         f"{run['n']:,} items of each task, by `python -m benchmarks.accuracy`:\n\n"
         f"{table(heads, rows)}"
@@ -259,14 +248,16 @@ def draw_training() -> "Figure":
 
     log = read_log(LOG.read_text(encoding="utf-8"))
     stages = json.loads(RECIPE.read_text(encoding="utf-8"))["stages"]
-    names = list(dict.fromkeys(name for line in log for name in _curves(line)))
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in log:
+        for name, value in _curves(line).items():
+            curves.setdefault(name, []).append((line["step"], value))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, shares = figure.subplots(1, 2)
     for axes, title in ((losses, "loss"), (shares, "share that is right")):
-        chosen = [name for name in names if ("loss" in name) == (title == "loss")]
-        for name in chosen:
-            points = [(line["step"], _curves(line).get(name)) for line in log]
-            axes.plot(*zip(*((x, y) for x, y in points if y is not None), strict=True), label=name)
+        for name, points in curves.items():
+            if ("loss" in name) == (title == "loss"):
+                axes.plot(*zip(*points, strict=True), label=name)
         end = 0
         for stage in stages[:-1]:
             end += stage["steps"]

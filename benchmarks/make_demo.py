@@ -36,8 +36,6 @@ PLAIN = {"variant": "plain", "shape": "square"}
 LAST = {
     "document": {"variant": "plain", "shape": "wide"},
     "reading": {"variant": "question first", "shape": "square"},
-    "reasoning": {"variant": "plain", "shape": "tall"},
-    "caption": {"variant": "plain", "shape": "wide"},
 }
 """How each task's last picture differs from the others, which are plain squares."""
 
@@ -48,10 +46,9 @@ def recipes(names: list[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a name is no task's, or there are not equally many pictures for all.
     """
-    unknown = [name for name in names if name not in TASKS]
-    if unknown or not names or len(set(names)) < len(names) or COUNT % len(names):
+    if not names or len({*names} & {*TASKS}) < len(names) or COUNT % len(names):
         raise ValueError(
-            f"tasks {','.join(names)!r}: name 1 to 4 different ones of {', '.join(TASKS)}"
+            f"tasks {','.join(names)!r}: name 1 or 2 different ones of {', '.join(TASKS)}"
         )
     each = COUNT // len(names)
     return [
@@ -68,10 +65,10 @@ def draw(names: list[str]) -> list[tuple[dict[str, Any], Item]]:
         item = make_item(**recipe)
         entry = {
             "file": f"{number:02}.png",
-            "task": item.task,
+            "task": recipe.pop("task"),
             "prompt": item.prompt.removeprefix(IMAGE),  # images come first anyway
             "answer": item.answer,
-            "drawn": {name: recipe[name] for name in recipe if name != "task"},
+            "drawn": recipe,
         }
         drawn.append((entry, item))
     return drawn

@@ -13,11 +13,9 @@ of the model has to say.
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -26,12 +24,12 @@ import numpy as np
 import typer
 from jax import lax
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.accuracy.report import RESULTS, Section
-from benchmarks.command import bad_input, check_known, check_out, counting_bar
-from benchmarks.documents import NOT_MEASURED, table
-from benchmarks.environment import environment, write_result
+from benchmarks.accuracy.options import AsJson, Force, Out, check_json, give
+from benchmarks.accuracy.report import RESULTS, Section, measured
+from benchmarks.command import bad_input, check_known, counting_bar
+from benchmarks.documents import table
+from benchmarks.environment import environment
 from pallas_kernels.hadamard import transform
 from pallas_kernels.rows import NewToken, Tail
 from vlcache_jax.cache.budget import Prompt
@@ -49,6 +47,7 @@ BEFORE, VISUAL, BEHIND = 32, 416, 64
 """A prompt: text, the picture, text."""
 
 ROWS = BEFORE + VISUAL + BEHIND
+IS_VISUAL = np.repeat([False, True, False], [BEFORE, VISUAL, BEHIND])
 TSA = (0, 1)
 """The layers that attend to text."""
 
@@ -124,11 +123,6 @@ OTHERS: dict[str, Quantizer | None] = {
 """What the stages are shown beside; None quantizes nothing."""
 
 
-def visual() -> np.ndarray:
-    """Which tokens of the prompt are visual, bool [T]."""
-    return (np.arange(ROWS) >= BEFORE) & (np.arange(ROWS) < BEFORE + VISUAL)
-
-
 def plant(structure: Structure, seed: int) -> Planted:
     """Random numbers with that structure, float32."""
     rng = np.random.default_rng(seed)
@@ -137,19 +131,18 @@ def plant(structure: Structure, seed: int) -> Planted:
     k, v = rng.standard_normal(shape), rng.standard_normal(shape)
     token = rng.standard_normal((layers, heads, SHAPE.num_heads // heads + 2, size))
     salience = np.max(np.abs(rng.standard_normal((layers, ROWS, size))), axis=-1)
-    pivots = np.append(0, rng.choice(np.flatnonzero(visual()), PIVOTS - 1, replace=False))
+    pivots = np.append(0, rng.choice(np.flatnonzero(IS_VISUAL), PIVOTS - 1, replace=False))
     recent = np.exp(-np.arange(ROWS)[::-1] / FADE)
     for layer, head in np.ndindex(layers, heads):
         keys, values, queries = (x[layer, head] for x in (k, v, token[:, :, :-2]))
         # A direction of its own for each pull, shared by the keys that are meant and all queries.
         directions = np.linalg.qr(rng.standard_normal((size, 2)))[0].T
         if layer in TSA:
-            meant, strength = ~visual(), structure.text
+            meant, strength = ~IS_VISUAL, structure.text
         else:
             meant, strength = np.isin(np.arange(ROWS), pivots), structure.pivots
-        for direction, pull, most in zip(
-            directions, (meant, recent), (strength, structure.recent), strict=True
-        ):
+        pulls = (meant, strength), (recent, structure.recent)
+        for direction, (pull, most) in zip(directions, pulls, strict=True):
             length = math.sqrt(most * math.sqrt(size))  # so that the logit is raised by `most`
             keys += length * pull[:, None] * direction
             queries += length * direction
@@ -187,7 +180,7 @@ def attend(quantizer: Quantizer | None, planted: Planted) -> tuple[jax.Array, ja
         v = transform(v)
         token = token.at[:, :, :, -1].set(transform(token[:, :, :, -1]))
     length = jnp.full((batch,), rows, jnp.int32)
-    shown = jnp.broadcast_to(jnp.asarray(visual()), (batch, rows))
+    shown = jnp.broadcast_to(jnp.asarray(IS_VISUAL), (batch, rows))
     prompt = Prompt(length, shown, layers, method.limit.data)
     plan = Plan(jnp.full((batch, layers), rows, jnp.int32), None, salience)
     k, v = (x.swapaxes(1, 2).reshape(batch, heads, layers * rows, size) for x in (k, v))
@@ -233,7 +226,15 @@ def ablation(
     for name, quantizer in quantizers.items():
         out, counts = (np.asarray(x, np.float64) for x in attend(quantizer, planted))
         error = np.linalg.norm(out - expected, axis=(2, 3)) / np.linalg.norm(expected, axis=(2, 3))
-        rows.append({"name": name, **bits_of(quantizer, counts), **summary(error)})
+        rows.append(
+            {
+                "name": name,
+                **bits_of(quantizer, counts),
+                "error": float(error.mean()),
+                "by_seed": error.mean(axis=1).tolist(),
+                "by_layer": error.mean(axis=0).tolist(),
+            }
+        )
         step()
     return rows
 
@@ -256,32 +257,16 @@ def bits_of(quantizer: Quantizer | None, counts: np.ndarray) -> dict[str, float]
     }
 
 
-def summary(error: np.ndarray) -> dict[str, Any]:
-    """Errors [B, L] as "error", the mean, "by_seed" and "by_layer"."""
-    return {
-        "error": float(error.mean()),
-        "by_seed": error.mean(axis=1).tolist(),
-        "by_layer": error.mean(axis=0).tolist(),
-    }
-
-
-def part(result: dict[str, Any] | None) -> str:
-    """The table for docs/accuracy.md."""
-    if result is None:
-        return NOT_MEASURED
+def part(result: dict[str, Any]) -> str:
+    """The table for docs/accuracy.md, and what it is of."""
     rows = [
         [row["name"], f"{row['payload_bits']:.2f}", f"{row['bits']:.2f}",
          *(f"{value:.1%}" for value in (row["error"], *row["by_seed"]))]
         for row in result["rows"]
     ]  # fmt: skip
     shape, planted = result["shape"], result["structure"]
-    head = [
-        "",
-        "payload bits",
-        "bits with scales",
-        "error",
-        *(f"seed {s}" for s in result["seeds"]),
-    ]
+    seeds = (f"seed {seed}" for seed in result["seeds"])
+    head = ["", "payload bits", "bits with scales", "error", *seeds]
     return (
         f"`{result['command']}`: random keys and values of {shape['layers']} layers with heads of "
         f"{shape['head_dim']}, {shape['text_before'] + shape['visual'] + shape['text_behind']} "
@@ -295,25 +280,8 @@ def part(result: dict[str, Any] | None) -> str:
     )
 
 
-SECTION = Section("quantization", RESULTS / "quantization.json", part)
+SECTION = Section("quantization", RESULTS / "quantization.json", measured(part))
 """As those of `accuracy.report.SECTIONS`."""
-
-
-def show(result: dict[str, Any]) -> Table:
-    """The rows for a terminal."""
-    shown = Table("", title="Error of the attention, relative", title_justify="left")
-    for name in ("payload bits", "with scales", "error", *(f"seed {s}" for s in result["seeds"])):
-        shown.add_column(name, justify="right")
-    for row in result["rows"]:
-        shown.add_row(
-            row["name"],
-            f"{row['payload_bits']:.3f}",
-            f"{row['bits']:.3f}",
-            *(f"{value:.4f}" for value in (row["error"], *row["by_seed"])),
-            end_section=row["name"] == "+ PSA",
-        )
-    return shown
-
 
 PARTS = tuple(asdict(Structure()))
 
@@ -325,9 +293,9 @@ def main(
         list[str] | None,
         typer.Option(help=f"Plant no {', '.join(PARTS)}; several times."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    as_json: AsJson = False,
+    out: Out = None,
+    force: Force = False,
 ) -> None:
     """Take AKVQ-VL's quantizer apart: what the attention loses by each of its parts.
 
@@ -343,13 +311,12 @@ def main(
 
     Example: python -m benchmarks.quantization --without outliers --seeds 1
     """
-    check_out(out, force=force)
+    check_json(out, force=force)
     with bad_input():
         check_known("structure", without or [], PARTS)
     structure = replace(Structure(), **dict.fromkeys(without or [], 0.0))
     chosen, wanted = list(range(seed, seed + seeds)), {**stages(), **OTHERS}
-    errors = Console(stderr=True)
-    with counting_bar(errors, transient=True) as bar:
+    with counting_bar(Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=len(wanted))
         rows = ablation(structure, chosen, wanted, lambda: bar.advance(task))
     result = {
@@ -370,12 +337,7 @@ def main(
         "quantizers": {name: repr(quantizer) for name, quantizer in wanted.items()},
         "rows": rows,
     }
-    if out is not None:
-        write_result(out, result)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        Console(width=max(90, Console().width)).print(show(result))
+    give(result, part, out, as_json)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,39 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
+import typer
+from rich.console import Console
 
-from benchmarks.accuracy.evaluate import FULL, Evaluation
+import vlcache_jax
+from benchmarks.accuracy import evaluate
+from benchmarks.accuracy.evaluate import Cell, Evaluation, Outcome
 from benchmarks.accuracy.metrics import METRICS
 from benchmarks.accuracy.oracle import MostAttention, Oracle
+from benchmarks.accuracy.report import FULL, Result
 from benchmarks.accuracy.scene import Manner
 from benchmarks.accuracy.scoring import summarise
 from benchmarks.accuracy.tasks import TASKS, Item, make_item
+from benchmarks.command import bad_input, check_known, counting_bar
+from benchmarks.environment import environment
+from benchmarks.processor import TILE
+from vlcache_jax import programs
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import METHODS, Custom, make_method
 from vlcache_jax.report import count_parameters
 from vlcache_jax.vlm import VLM
+
+Begin = Callable[[str, int], Callable[[int], object]]
+"""Told what begins and how many items it has; gives what is called with the items done."""
+
+AT_ONCE = 64
+"""Methods that share one prefill and, at one budget, one decoding."""
+
 
 EXTRA: dict[str, Callable[[float], CacheMethod]] = {
     "oracle": Oracle,
@@ -33,9 +49,13 @@ NOTES = (
     "decoded once, and its figures stand at 1.0 of every method.",
     "The prompts of all methods are prefilled once. Answers are decoded greedily, to the end token "
     "or to the multiple of 8 tokens above the longest right answer to an item of the task.",
-    "Scores are from 0 to 1, by the metric under 'metric'; 'cider_like' is not CIDEr. Intervals "
+    "Scores are from 0 to 1, by the metric under 'metric'. Intervals "
     "are of 95 %; differences are to the full cache, item by item.",
 )
+
+
+class Refused(ValueError):
+    """What was asked for cannot be run; found out before anything was."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +70,6 @@ class Plan:
         n: items of each task.
         seed: the first item's.
         split: of the items.
-        level: of the items, 0 to 1.
-        jitter: of the items' glyphs, in pixels.
         variant: of the items, a key of `VARIANTS`; all of them if None, as often as it says.
         manner: how the items' questions are put.
 
@@ -66,21 +84,13 @@ class Plan:
     n: int = 500
     seed: int = 0
     split: str = "report"
-    level: float = 1.0
-    jitter: int = 2
     variant: str | None = None
     manner: Manner = "full"
 
     def __post_init__(self):
-        for kind, names, known in (
-            ("task", self.tasks, TASKS),
-            ("manner", (self.manner,), get_args(Manner)),
-            ("method", self.methods, METHODS),
-            ("extra method", self.extra, EXTRA),
-        ):
-            for name in names:
-                if name not in known:
-                    raise ValueError(f"no {kind} {name!r}: choose among {', '.join(known)}")
+        check_known("task", self.tasks, TASKS)
+        check_known("method", self.methods, METHODS)
+        check_known("extra method", self.extra, EXTRA)
         if not self.tasks or not self.budgets:
             raise ValueError("there must be a task and a budget to run")
         for budget in self.budgets:
@@ -88,23 +98,23 @@ class Plan:
                 raise ValueError(f"budget {budget:g} must be above 0 and at most 1 (0.1 is 10 %)")
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1")
-        self.item(self.tasks[0], 0, 112)  # a split, level, ... of no item is refused now, not later
+        self.item(self.tasks[0], 0)  # a split or a seed of no item is refused now, not later
 
-    def cells(self) -> Iterator[tuple[str, str, CacheMethod]]:
-        """(method or extra, budget, what is run) of all that is not the full cache."""
+    def cells(self) -> dict[Cell, CacheMethod]:
+        """All that is run beside the full cache."""
+        found: dict[Cell, CacheMethod] = {}
         for budget in self.budgets:
-            if budget < 1:
-                for name in self.methods:
-                    if name != FULL:
-                        yield name, str(budget), make_method(name, budget)
-                for name in self.extra:
-                    yield name, str(budget), EXTRA[name](budget)
+            extra = self.extra if budget < 1 else ()
+            made = {name: make_method(name, budget) for name in self.methods if name != FULL}
+            made |= {name: EXTRA[name](budget) for name in extra}
+            found |= {(name, str(budget)): method for name, method in made.items()}
+        return found
 
-    def item(self, task: str, index: int, tile: int) -> Item:
+    def item(self, task: str, index: int, tile: int = TILE) -> Item:
         """One item of a task, for tiles of that many pixels a side."""
         return make_item(
-            task, self.seed + index, split=self.split, level=self.level, jitter=self.jitter,
-            variant=self.variant, manner=self.manner, tile=tile,
+            task, self.seed + index, split=self.split, variant=self.variant, manner=self.manner,
+            tile=tile,
         )  # fmt: skip
 
     def items(self, tile: int) -> list[Item]:
@@ -112,84 +122,125 @@ class Plan:
         return [self.item(task, index, tile) for task in self.tasks for index in range(self.n)]
 
 
-def measure(
-    vlm: VLM, plan: Plan, *, batch: int = 16, advance: Callable[[int], object] | None = None
-) -> dict[str, Any]:
-    """Run a plan: what its result file says beside the environment.
+@dataclass(frozen=True)
+class Bench:
+    """What an experiment runs on.
 
-    Args:
-        vlm: the model.
-        plan: what is to be run.
-        batch: items that are run at a time.
-        advance: called with the number of items done at a time.
-
-    Returns:
-        "tasks" {task: {method: {budget: score}}}, "intervals" likewise, "extra" {task: {name:
-        {budget: score}}}, and under "details" {task: {name: {budget: facts}}} of both, see
-        `scoring.summarise`; what was run, and the seconds that it took.
+    Attributes:
+        evaluation: the model, ready to answer.
+        plan: tasks, budgets, and which items.
+        turns: different questions of a conversation; None for `long.TURNS`.
+        begin: to show how far it is.
     """
-    began = time.perf_counter()
-    items = plan.items(tile_of(vlm))
-    drawn = time.perf_counter()
-    evaluation = Evaluation(vlm, batch=batch)
-    cells = {f"{name} {budget}": (name, budget, method) for name, budget, method in plan.cells()}
-    methods = {label: method for label, (_, _, method) in cells.items()}
-    outcomes = evaluation.run(items, methods, advance=advance)
-    answered = time.perf_counter()
-    facts = summarise(items, outcomes)
-    details = {task: _by_budget(plan, cells, of_task) for task, of_task in facts.items()}
-    ended = time.perf_counter()
 
-    def pick(names: Sequence[str], fact: str) -> dict[str, Any]:
-        """{task: {name: {budget: fact}}}."""
+    evaluation: Evaluation
+    plan: Plan
+    turns: int | None = None
+    begin: Begin = lambda what, total: lambda done: None
+
+    @property
+    def vlm(self) -> VLM:
+        """The model."""
+        return self.evaluation.vlm
+
+    def cells(
+        self, methods: Callable[[float], Mapping[str, CacheMethod]]
+    ) -> dict[Cell, CacheMethod]:
+        """Methods of a budget, by label, at every budget of the plan."""
         return {
-            task: {
-                name: {budget: of[fact] for budget, of in of_task[name].items()} for name in names
-            }
-            for task, of_task in details.items()
+            (label, str(budget)): method
+            for budget in self.plan.budgets
+            for label, method in methods(budget).items()
         }
 
+    def items(self, **changes: Any) -> list[Item]:
+        """The items of the plan, or of one that is changed: another split, variant, manner."""
+        return replace(self.plan, **changes).items(tile_of(self.vlm))
+
+    def run(
+        self,
+        items: Sequence[Item],
+        cells: Mapping[Cell, CacheMethod],
+        what: str,
+        *,
+        at_once: int = AT_ONCE,
+    ) -> dict[Cell, Outcome]:
+        """Answer items by many methods: the outcomes of the full cache and of each cell."""
+        pairs = list(cells.items())
+        groups = [pairs[at : at + at_once] for at in range(0, max(len(cells), 1), at_once)]
+        advance = self.begin(what, len(items) * len(groups))
+        found: dict[Cell, Outcome] = {}
+        for group in groups:
+            found |= self.evaluation.run(items, dict(group), advance=advance)
+        return found
+
+
+def measure(bench: Bench) -> Result:
+    """Run a plan's methods: what its result file says beside what every one says.
+
+    Returns:
+        Under "details" {task: {name: {budget: facts}}} of the full cache, the methods and the extra
+        ones, see `scoring.summarise`.
+    """
+    items = bench.items()
+    outcomes = bench.run(items, bench.plan.cells(), "items")
+    return {"notes": list(NOTES), "details": summarise(items, outcomes)}
+
+
+def conduct(
+    plan: Plan,
+    run: Callable[[Bench], Result],
+    model: str,
+    dtype: str | None,
+    batch: int,
+    turns: int | None = None,
+) -> Result:
+    """Run an experiment on a model, with bars in the terminal, and give what its file says.
+
+    Args:
+        plan: what is to be run.
+        run: the experiment.
+        model: a directory, or "demo".
+        dtype: type of the weights; the checkpoint's own if None.
+        batch: items that are run at a time.
+        turns: as in `Bench`.
+
+    Raises:
+        typer.BadParameter: the model cannot be opened, or the experiment not be run by this plan.
+    """
+    errors, began = Console(stderr=True, highlight=False), time.perf_counter()
+    with errors.status("loading ..."), bad_input():
+        programs.keep_programs()
+        evaluation = evaluate.Evaluation(vlcache_jax.load(model, dtype), batch=batch)
+    with counting_bar(errors, transient=True) as bar:
+
+        def begin(what: str, total: int) -> Callable[[int], object]:
+            task = bar.add_task(what, total=total)
+            return lambda done: bar.advance(task, done)
+
+        try:
+            found = run(Bench(evaluation, plan, turns, begin))
+        except Refused as error:
+            raise typer.BadParameter(str(error)) from None
+    seconds = {**evaluation.seconds, "total": time.perf_counter() - began}
     return {
-        "model": vlm.name,
-        "architecture": architecture(vlm),
+        **environment(),
+        "model": evaluation.vlm.name,
+        "architecture": architecture(evaluation.vlm),
         "n": plan.n,
         "seed": plan.seed,
         "split": plan.split,
-        "level": plan.level,
-        "jitter": plan.jitter,
-        "variant": plan.variant,
-        "manner": plan.manner,
         "batch": batch,
-        "metric": {task: METRICS[task][0] for task in plan.tasks},
-        "notes": list(NOTES),
-        "tasks": pick((FULL, *plan.methods), "score"),
-        "intervals": pick((FULL, *plan.methods), "interval"),
-        "extra": pick(plan.extra, "score"),
-        "details": details,
-        "seconds": {
-            "draw": round(drawn - began, 2),
-            **{name: round(value, 2) for name, value in evaluation.seconds.items()},
-            "score": round(ended - answered, 2),
-            "total": round(ended - began, 2),
-        },
+        "budgets": list(map(str, plan.budgets)),
+        "metric": {task: METRICS[task] for task in plan.tasks},
+        **found,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
-
-
-def _by_budget(
-    plan: Plan, cells: dict[str, tuple[str, str, CacheMethod]], facts: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """The facts of one task's labels as {method: {budget: facts}}, the full cache first."""
-    found: dict[str, dict[str, Any]] = {name: {} for name in (FULL, *plan.methods, *plan.extra)}
-    for label, (name, budget, _) in cells.items():
-        found[name][budget] = facts[label]
-    for name in {FULL, *(plan.methods if 1 in plan.budgets else ())}:
-        found[name]["1.0"] = facts[FULL]
-    return found
 
 
 def tile_of(vlm: VLM) -> int:
     """Pixels of a tile's side that suit a model's pictures."""
-    return max(112, vlm.config.vision.image_size)
+    return max(TILE, vlm.config.vision.image_size)
 
 
 def architecture(vlm: VLM) -> dict[str, Any]:

@@ -118,8 +118,8 @@ class Comparison:
         attended: Attended,
         *,
         methods: tuple[CacheMethod, ...],
-    ) -> tuple[AnyPool, Measures]:
-        """The pools of M methods as one of M * B sequences; their measures, [M, B, L] each.
+    ) -> tuple[AnyPool, Any]:
+        """The pools of M methods as one of M * B sequences, and `measure` of each, stacked.
 
         Args:
             full: the full cache.
@@ -129,49 +129,49 @@ class Comparison:
             methods: of pools of the same shapes.
         """
         pools, measures = [], []
-        visual = jnp.sum(inputs.visual_index >= 0, axis=-1)
+        visual = inputs.visual_index >= 0
         for method, own in zip(methods, seen, strict=True):
-            pool, plan, kept = self.compressed(method, full, inputs, own, attended.mass)
-            kept = jnp.broadcast_to(kept, attended.first.shape)
-            count = jnp.broadcast_to(plan.budgets[:, :, None], kept.shape[:3])
-            pools.append(pool)
-            measures.append(
-                Measures(
-                    pool.length / inputs.length[:, None],
-                    pool.counts @ self._row_shares(method, full) / inputs.length[:, None],
-                    pool.visual / jnp.maximum(visual, 1)[:, None],
-                    jnp.mean(cache_hit_rate(attended.first, kept, count), axis=-1),
-                    jnp.mean(attention_mass_recall(attended.first, kept), axis=-1),
-                    jnp.mean(attention_mass_recall(attended.mass, kept), axis=-1),
-                )
-            )
+            prompt = Prompt(inputs.length, visual, self.config.text.num_layers, method.limit.data)
+            if isinstance(method, Oracle):
+                own = method.told(own, attended.mass)
+            plan = method.plan(own, prompt)
+            v = transform(full.v) if method.transforms else full.v
+            pools.append(method.build(full.k, v, plan, prompt))
+            kept = jnp.broadcast_to(plan.kept(prompt), attended.first.shape)
+            shares = self._row_shares(method, full)
+            measures.append(self.measure(pools[-1], plan, kept, prompt, attended, shares))
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *measures)
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pools), stacked
 
-    def compressed(
+    def measure(
         self,
-        method: CacheMethod,
-        full: Pool,
-        inputs: ModelInputs,
-        seen: Observation,
-        mass: jax.Array,
-    ) -> tuple[AnyPool, Plan, jax.Array]:
-        """A method's pool, its plan, and which tokens that keeps, bool [B, L, K or 1, T].
+        pool: AnyPool,
+        plan: Plan,
+        kept: jax.Array,
+        prompt: Prompt,
+        attended: Attended,
+        row_shares: jax.Array,
+    ) -> Any:
+        """What is told of a method's pool: `Measures`, [B, L] each.
 
         Args:
-            method: the method.
-            full: the full cache.
-            inputs: the prompts.
-            seen: what the method saw of them.
-            mass: attention of what follows the prompts, which an oracle is told.
+            pool: the pool.
+            plan: its plan.
+            kept: which tokens are kept, bool [B, L, K, T].
+            prompt: the prompts.
+            attended: what the full cache's answers attend to.
+            row_shares: bytes of a row of each width as shares of one of full width.
         """
-        visual = inputs.visual_index >= 0
-        prompt = Prompt(inputs.length, visual, self.config.text.num_layers, method.limit.data)
-        if isinstance(method, Oracle):
-            seen = method.told(seen, mass)
-        plan = method.plan(seen, prompt)
-        v = transform(full.v) if method.transforms else full.v
-        return method.build(full.k, v, plan, prompt), plan, plan.kept(prompt)
+        count = jnp.broadcast_to(plan.budgets[:, :, None], kept.shape[:3])
+        length, visual = (x[:, None] for x in (prompt.length, jnp.sum(prompt.visual, axis=-1)))
+        return Measures(
+            pool.length / length,
+            pool.counts @ row_shares / length,
+            pool.visual / jnp.maximum(visual, 1),
+            jnp.mean(cache_hit_rate(attended.first, kept, count), axis=-1),
+            jnp.mean(attention_mass_recall(attended.first, kept), axis=-1),
+            jnp.mean(attention_mass_recall(attended.mass, kept), axis=-1),
+        )
 
     def _row_shares(self, method: CacheMethod, full: Pool) -> jax.Array:
         """Bytes of a row of each width, with its scales, as shares of one of full width."""
@@ -186,11 +186,8 @@ class Comparison:
         params: Params,
         full: Pool,
         inputs: ModelInputs,
-        tokens: jax.Array,
-        lengths: jax.Array,
+        answers: tuple[jax.Array, jax.Array],
     ) -> Attended:
-        """What the full cache's answers, [B, R] and how long they are, attend to."""
+        """What the full cache's answers attend to: their tokens [B, R], and how many are theirs."""
         model = bind(self.config)(params)
-        return attention_of_answer(
-            model, self.config.text, full, inputs, tokens, lengths, self.backend
-        )
+        return attention_of_answer(model, self.config.text, full, inputs, *answers, self.backend)

@@ -1,121 +1,85 @@
-"""`document`: look a value up by its key, or by its row and column, as in DocVQA."""
+"""`document`: look a value up by its key, as in DocVQA."""
 
 import random
 from collections.abc import Sequence
 
 from benchmarks.accuracy.glyphs import DIGITS, LETTERS
-from benchmarks.accuracy.scene import (
-    Entry,
-    Manner,
-    Page,
-    Question,
-    Wording,
-    between,
-    make_names,
-    make_pages,
-    write_lines,
-)
+from benchmarks.accuracy.scene import Fact, Page, Wording, between
 
-TABLE_SHARE = 0.0
-"""Of the pages that are wide enough for a table. None: the small model does not learn to find a
-column, since its positions have one axis alone."""
-
-_CONTEXTS = (
-    "You are given a page with short names and a value for each of them.",
-    "This is a form that was filled in by a machine.",
-    "The page holds several entries, and each entry has its own value.",
-    "You see a part of a printed record with keys and values.",
-)
-_FORMATS = (
-    "Answer with the value only.",
-    "Give the value alone, without any other words.",
-    "Answer the question using a single word or phrase.",
-    "Write the characters of the value in their order and nothing else.",
-)
-LINE = Wording(
-    _CONTEXTS,
+WORDING = Wording(
+    (
+        "You are given a page with short names and a value for each of them.",
+        "This is a form that was filled in by a machine.",
+        "The page holds several entries, and each entry has its own value.",
+        "You see a part of a printed record with keys and values.",
+    ),
     (
         "What is the value that is written after the key {key} {where}?",
         "Find the line that begins with {key} {where}; what comes behind the colon?",
         "Which characters stand on the line of {key} {where}?",
         "Look for the entry named {key} {where} and read its value.",
     ),
-    _FORMATS,
-)
-TABLE = Wording(
-    _CONTEXTS,
     (
-        "What is written in the row {row} and the column {column} of the table {where}?",
-        "Which value stands in the column {column} of the row {row} {where}?",
-        "Go along the row {row} to the column {column} {where}; what do you read there?",
+        "Answer with the value only.",
+        "Give the value alone, without any other words.",
+        "Answer the question using a single word or phrase.",
+        "Write the characters of the value in their order and nothing else.",
     ),
-    _FORMATS,
 )
-TEXTS = LINE.texts + TABLE.texts
 
 
-class Document:
-    """Pages of `KQ: 4821` lines, or tables with a name for each row and column.
+def write(rng: random.Random, pages: Sequence[Page], level: float) -> list[Fact]:
+    """Write lines like `KQ: 4821`; values are digits alone or digits and letters, half and half.
 
-    Values are digits alone or digits and letters, half and half. All pages choose their names from
-    the same few, so that with two pictures a name is often in both, with another value.
+    All pages choose their names from the same few, so that with two pictures a name is often in
+    both, with another value.
+
+    Args:
+        rng: where every choice comes from.
+        pages: empty ones.
+        level: 0 for 2 to 4 short lines, 1 for 4 to 8 in each column.
     """
-
-    def __init__(self, rng: random.Random, sizes: Sequence[tuple[int, int]], level: float):
-        self.pages = make_pages(sizes)
-        pool = make_names(rng, 20)
-        self._lines: list[Entry] = []
-        self._table: list[tuple[str, str, Entry]] = []
-
-        def value(most: int) -> str:
-            longest = min(most, between(level, 3, 6))
-            length = rng.randint(between(level, 2, 3), longest)
-            return make_value(rng, length)
-
-        for page in self.pages:
-            if page.cols >= 16 and rng.random() < TABLE_SHARE:
-                self._table += _write_table(rng, page, pool, level)
-            else:
-                self._lines += write_lines(rng, page, pool, value, level)
-
-    def ask(self, rng: random.Random, manner: Manner) -> Question:
-        """The value of a random entry."""
-        pick = rng.randrange(len(self._lines) + len(self._table))
-        if pick < len(self._lines):
-            entry = self._lines[pick]
-            text = LINE.put(rng, manner, key=entry.name, where=entry.page.where)
-        else:
-            row, column, entry = self._table[pick - len(self._lines)]
-            text = TABLE.put(rng, manner, row=row, column=column, where=entry.page.where)
-        return Question(text, entry.value, entry.value_cells)
+    names: dict[str, None] = {}
+    while len(names) < 20:
+        names[rng.choice(LETTERS) + rng.choice(LETTERS)] = None
+    facts = []
+    for page in pages:
+        if page.cols >= 16:
+            rng.random()  # it once decided for a table: items stay as they were
+        facts += _write_lines(rng, page, list(names), level)
+    return facts
 
 
-def make_value(rng: random.Random, length: int) -> str:
-    """Random characters: digits alone, or digits and letters, half and half."""
-    alphabet = DIGITS if rng.random() < 0.5 else DIGITS + LETTERS
-    return "".join(rng.choices(alphabet, k=length))
+def _write_lines(rng: random.Random, page: Page, pool: Sequence[str], level: float) -> list[Fact]:
+    """Write lines below one another in one or two columns.
 
+    At level 0 half of the pages start in the corner with wide spacing, at level 1 none does.
+    """
+    in_corner = rng.random() < 0.5 * (1 - level)
+    columns = 2 if page.cols >= 16 and rng.random() < 0.3 * level else 1
+    gap = 1 if in_corner else rng.randrange(2)
+    most = min((page.cols - columns + 1) // columns - 3 - gap, between(level, 3, 6))
+    spacing = 2 if in_corner else rng.choice((1, 2))
+    deepest = min(between(level, 4, 8), (page.rows + spacing - 1) // spacing)
+    fewest = min(between(level, 2, 4), deepest)
+    count = rng.randint(fewest, deepest * columns)
+    names = rng.sample(pool, count)
+    values = []
+    for _ in names:
+        length = rng.randint(between(level, 2, 3), most)
+        alphabet = DIGITS if rng.random() < 0.5 else DIGITS + LETTERS
+        values.append("".join(rng.choices(alphabet, k=length)))
 
-def _write_table(
-    rng: random.Random, page: Page, pool: Sequence[str], level: float
-) -> list[tuple[str, str, Entry]]:
-    """Write a table with headings; (row name, column name, entry) of each of its values."""
-    width, first = 3, 3  # characters of a value; columns of cells before the first value
-    columns = rng.randint(between(level, 1, 2), (page.cols - first + 1) // (width + 1))
-    spacing = rng.choice((1, 2))
-    deepest = min(between(level, 3, 7), (page.rows - 1) // spacing)
-    depth = rng.randint(min(between(level, 1, 3), deepest), deepest)
-    top = rng.randint(0, page.rows - 1 - depth * spacing)
-    left = rng.randint(0, page.cols - first - columns * (width + 1) + 1)
-    names = rng.sample(pool, depth + columns)
-    for i, name in enumerate(names[depth:]):
-        page.write(top, left + first + i * (width + 1), name)
-    found = []
-    for j, row_name in enumerate(names[:depth]):
-        row = top + (j + 1) * spacing
-        name_cells = page.write(row, left, row_name)
-        for i, column_name in enumerate(names[depth:]):
-            value = make_value(rng, width)
-            cells = page.write(row, left + first + i * (width + 1), value)
-            found.append((row_name, column_name, Entry(page, row_name, value, name_cells, cells)))
-    return found
+    depth = -(-count // columns)
+    width = 3 + gap + max(map(len, values))
+    stride = width + 1
+    free_rows = page.rows - 1 - (depth - 1) * spacing
+    free_cols = page.cols - width - (columns - 1) * stride
+    top, left = (0, 0) if in_corner else (rng.randint(0, free_rows), rng.randint(0, free_cols))
+    facts = []
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+        row, col = top + i % depth * spacing, left + i // depth * stride
+        page.write(row, col, name + ":")
+        cells = page.write(row, col + 3 + gap, value)
+        facts.append(Fact({"key": name, "where": page.where}, value, cells))
+    return facts

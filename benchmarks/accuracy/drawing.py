@@ -1,43 +1,29 @@
-"""Draw a table of cells as a picture: colours, sizes, weights, small shifts and noise."""
+"""Draw a table of cells as a picture: sizes, weights, small shifts and noise."""
 
 import random
 from functools import lru_cache
 
 import numpy as np
 
-from benchmarks.accuracy.glyphs import (
-    CELL,
-    CHARACTERS,
-    COLOURS,
-    NUM_STYLES,
-    SHAPES,
-    atlas,
-    handwritten,
-)
+from benchmarks.accuracy.glyphs import CELL, NUM_STYLES, atlas
 
 MAX_JITTER = 4
 _NOISE_LEVELS = (0, 3, 6, 9)  # standard deviations, of 255
 
 
 def draw(
-    cells: np.ndarray,
-    size: tuple[int, int],
-    rng: random.Random,
-    *,
-    jitter: int,
-    samples: bool | None = None,
+    cells: np.ndarray, size: tuple[int, int], rng: random.Random, *, jitter: int
 ) -> np.ndarray:
     """Draw the cells of one picture.
 
-    A picture has one background and, for characters, one ink; three in four pictures have one size
-    and weight for all of it, in the others they differ from glyph to glyph.
+    A picture has one background and one ink; three in four pictures have one size and weight for
+    all of it, in the others they differ from glyph to glyph.
 
     Args:
         cells: `[rows, cols]`, the class of the glyph in each cell or `EMPTY`.
         size: (height, width) in pixels, no less than the cells take.
         rng: where every choice comes from.
         jitter: pixels by which a glyph may lie off its cell in each direction.
-        samples: draw the digits by hand, with held-out samples if True; None for the font's.
 
     Returns:
         uint8 `[height, width, 3]`, read-only.
@@ -45,17 +31,15 @@ def draw(
     rows, cols = np.nonzero(cells >= 0)
     classes, count = cells[rows, cols], rows.size
     dice = np.random.default_rng(rng.getrandbits(64))
-    background, ink = _paper(rng, coloured=bool((classes >= len(CHARACTERS)).any()))
+    background, ink = _paper(rng)
     many_styles = rng.random() < 0.25
     style = dice.integers(NUM_STYLES, size=count) if many_styles else rng.randrange(NUM_STYLES)
     masks = atlas()[style, classes]
-    if samples is not None:
-        _write_by_hand(masks, classes, dice, handwritten(samples))
-
-    colours = np.where((classes < len(CHARACTERS))[:, None], ink, _colours(classes, dice))
+    for most, width in ((20, 1), (6, 3)):  # once the shades of colours: pictures stay as they were
+        dice.integers(-most, most + 1, (count, width), dtype=np.int16)
     # Neighbours may overlap by their shifts, so changes are added up and cut off at the end.
     half = (masks >> 1)[..., None].astype(np.int16)  # whose products fit 16 bits
-    changes = half * (colours - background)[:, None, None] >> 7
+    changes = half * (ink - background) >> 7
     corners = np.stack([rows, cols], axis=1) * CELL
     corners += dice.integers(-jitter, jitter + 1, corners.shape)
     corners = corners.clip(0, np.array(size) - CELL)
@@ -68,33 +52,13 @@ def draw(
     return picture
 
 
-def _paper(rng: random.Random, coloured: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Background and ink; light on dark in 3 of 10 pictures without coloured shapes."""
+def _paper(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """Background and ink; light on dark in 3 of 10 pictures."""
     light = [rng.randrange(215, 256) for _ in range(3)]
     dark = [rng.randrange(0, 90) for _ in range(3)]
-    if not coloured and rng.random() < 0.3:
+    if rng.random() < 0.3:
         light, dark = dark, light
     return np.array(light, np.int16), np.array(dark, np.int16)
-
-
-def _colours(classes: np.ndarray, dice: np.random.Generator) -> np.ndarray:
-    """The colour of each shape, a little lighter or darker; meaningless for characters."""
-    palette = np.array(list(COLOURS.values()), np.int16)
-    colours = palette[(classes - len(CHARACTERS)) // len(SHAPES)]
-    shades = dice.integers(-20, 21, (len(classes), 1), dtype=np.int16)
-    return colours + shades + dice.integers(-6, 7, colours.shape, dtype=np.int16)
-
-
-def _write_by_hand(
-    masks: np.ndarray,
-    classes: np.ndarray,
-    dice: np.random.Generator,
-    samples: tuple[np.ndarray, ...],
-) -> None:
-    """Replace the digits among the masks by random samples of them."""
-    for digit, images in enumerate(samples):
-        found = np.nonzero(classes == digit)[0]
-        masks[found] = images[dice.integers(len(images), size=found.size)]
 
 
 @lru_cache

@@ -1,8 +1,8 @@
 """Answers of many methods to the same items, from one prefill of each.
 
     evaluation = Evaluation(vlcache_jax.load("demo"))
-    outcomes = evaluation.run(items, {"vl-cache": VLCache(0.1), "mine": Custom(0.1, score=...)})
-    outcomes["mine"].answers, outcomes["full"].answers
+    outcomes = evaluation.run(items, {("mine", "0.1"): Custom(0.1, score=...)})
+    outcomes["mine", "0.1"].answers, outcomes[WHOLE].answers
 
 All methods watch one prefill. Methods whose pools have the same shapes, which is to say about the
 same budget and quantizer, are put one after the other along the batch axis and decoded together:
@@ -19,13 +19,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks.accuracy.comparison import Comparison, Measures, pool_shape
 from benchmarks.accuracy.packing import render
+from benchmarks.accuracy.report import FULL
 from benchmarks.accuracy.tasks import Item
 from vlcache_jax.anyres import max_tiles, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets
@@ -40,8 +41,11 @@ from vlcache_jax.processing import ModelInputs
 from vlcache_jax.programs import Programs
 from vlcache_jax.vlm import VLM
 
-FULL = "full"
-"""The label of the full cache, which every run has."""
+Cell = tuple[str, str]
+"""A label and a budget: ("vl-cache", "0.1")."""
+
+WHOLE: Cell = (FULL, "1.0")
+"""The full cache's, which every run has."""
 
 ROW_STEP = 64
 """Prompts are padded to the next multiple of this: to the same rows for nearly every draw."""
@@ -80,23 +84,14 @@ class Outcome:
     answer_recall: np.ndarray
 
 
-class Answers(NamedTuple):
-    """A method's answers to a batch: tokens [B, R], how many are each answer's [B], measures."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    measures: Measures
-
-
 class Evaluation:
     """Runs methods on items; keeps its compiled programs from one run to the next.
 
     Attributes:
         vlm: the model.
         batch: items that are run at a time.
-        seconds: spent so far on "host" (pictures and prompts to arrays), "compile", "prefill",
-            "answer" (the full cache's), "attend" (what it attends to), "build" (plans, pools and
-            hit rates) and "decode" (the methods' answers).
+        seconds: spent so far on "host" (pictures and prompts to arrays), "compile", and each of
+            the programs.
 
     Raises:
         ValueError: `batch` is below 1, or the model was loaded with transformed values.
@@ -109,60 +104,65 @@ class Evaluation:
             raise ValueError("quantizers without the transform need values as they are: load "
                              "the model without it")  # fmt: skip
         self.vlm, self.batch = vlm, batch
-        parts = ("host", "compile", "prefill", "answer", "attend", "build", "decode")
-        self.seconds: dict[str, float] = dict.fromkeys(parts, 0.0)
+        self.seconds: dict[str, float] = defaultdict(float, host=0.0, compile=0.0)
         self._programs = Programs()
 
     def run(
         self,
         items: Sequence[Item],
-        methods: Mapping[str, CacheMethod],
+        methods: Mapping[Cell, CacheMethod],
         *,
         max_new_tokens: int | None = None,
         advance: Callable[[int], object] | None = None,
-    ) -> dict[str, Outcome]:
+    ) -> dict[Cell, Outcome]:
         """Answer every item by every method, greedily.
 
         Args:
             items: of any tasks, in any order.
-            methods: by labels of your own. One whose budget is 1 or more has the full cache's
-                outcome, if it does not quantize: it keeps everything, so it is not decoded again.
+            methods: by labels of your own and their budgets. One that keeps everything and does not
+                quantize has the full cache's outcome: it is not decoded again.
             max_new_tokens: most tokens of an answer; by default a little more than the longest
                 right answer to an item of the same task has.
             advance: called with the number of items done at a time, to show how far it is.
 
         Returns:
-            The outcomes, in the order of the items, by label; "full" is always among them.
+            The outcomes, in the order of the items; `WHOLE` is always among them.
 
         Raises:
-            ValueError: there are no items, a method labelled "full" does not keep everything, or
-                a prompt and its answer are longer than the model's positions.
+            ValueError: there are no items, `WHOLE` does not keep everything, or a prompt and its
+                answer are longer than the model's positions.
         """
         if not items:
             raise ValueError("no items to run")
-        if FULL in methods and not _is_full(methods[FULL]):
-            raise ValueError(f"the label {FULL!r} is the full cache's, not one of {methods[FULL]}")
+        if WHOLE in methods and not _is_full(methods[WHOLE]):
+            raise ValueError(f"{WHOLE} is the full cache's, not one of {methods[WHOLE]}")
         limits, vlm = self._limits(items, max_new_tokens), self.vlm
         most = round_up(limits.max(), 16)
         generate = Generate(vlm.config, FullCache(), most, stop_ids=vlm.stop_ids, chunk=STEPS,
                             backend=vlm.backend)  # fmt: skip
         some = {
-            label: method.for_model(vlm.config.text, vlm.tsa_layers)
-            for label, method in methods.items()
+            cell: method.for_model(vlm.config.text, vlm.tsa_layers)
+            for cell, method in methods.items()
             if not _is_full(method)
         }
-        found: dict[str, dict[int, tuple[list[int], Measures]]] = defaultdict(dict)
-        for rows, inputs in self._batches(items, int(limits.max())):
-            answers = self._run_batch(generate, some, inputs, limits[rows])
-            for label, (tokens, lengths, measures) in answers.items():
+        way = Comparison(vlm.config, vlm.backend)
+        attend = partial(self.do, way, "attend", vlm.params)
+        decode = partial(self._decode, generate)
+        found: dict[Cell, dict[int, tuple[list[int], Measures]]] = defaultdict(dict)
+        for rows, inputs in self.batches(items, int(limits.max())):
+            whole = Measures(*[np.ones((self.batch, vlm.config.text.num_layers), np.float32)] * 6)
+            for cell, (tokens, lengths), measures in self.compare(
+                way, inputs, some, (limits[rows],), decode, attend
+            ):
+                measures = measures or whole
                 for at, row in enumerate(rows.tolist()):  # a repeated item comes out the same
                     ids = tokens[at, : lengths[at]].tolist()
-                    found[label][row] = ids, Measures(*(part[at] for part in measures))
+                    found[cell][row] = ids, Measures(*(part[at] for part in measures))
             if advance:
                 advance(len(set(rows.tolist())))
-        outcomes = {label: self._outcome(each) for label, each in found.items()}
-        return {FULL: outcomes[FULL]} | {
-            label: outcomes[label if label in some else FULL] for label in methods
+        outcomes = {cell: self._outcome(each) for cell, each in found.items()}
+        return {WHOLE: outcomes[WHOLE]} | {
+            cell: outcomes[cell if cell in some else WHOLE] for cell in methods
         }
 
     def _outcome(self, found: dict[int, tuple[list[int], Measures]]) -> Outcome:
@@ -183,7 +183,7 @@ class Evaluation:
         # One more than the longest: a right answer is not cut before it ends.
         return np.array([round_up(longest[item.task] + 1, TOKEN_STEP) for item in items], np.int32)
 
-    def _batches(
+    def batches(
         self, items: Sequence[Item], new_tokens: int
     ) -> Iterator[tuple[np.ndarray, ModelInputs]]:
         """Batches of equal shapes for all items with as many pictures: (which items, inputs).
@@ -217,43 +217,51 @@ class Evaluation:
                 self.seconds["host"] += time.perf_counter() - began
                 yield np.array(some), inputs
 
-    def _run_batch(
+    def compare(
         self,
-        generate: Generate,
-        methods: dict[str, CacheMethod],
+        way: Comparison,
         inputs: ModelInputs,
-        limit: np.ndarray,
-    ) -> dict[str, Answers]:
-        """The answers of each method to a batch, on the host."""
-        comparison = Comparison(self.vlm.config, self.vlm.backend)
-        plain, length, given = self.vlm.params, inputs.length, jax.device_put(inputs)
-        watching = tuple(methods.values())
-        full, token, seen = self._do(
-            "prefill", comparison, "prefill", plain, given, methods=watching
-        )
-        answer = self._decode("answer", generate, plain, full, token, length, limit)
-        attended = self._do("attend", comparison, "attend", plain, full, given, *answer)
-        all_of_it = np.ones(full.length.shape, np.float32)
-        answers = {FULL: Answers(*answer, Measures(*[all_of_it] * len(Measures._fields)))}
+        methods: Mapping[Cell, CacheMethod],
+        lanes: tuple[Any, ...],
+        decode: Callable[..., Any],
+        attend: Callable[..., Any],
+    ) -> Iterator[tuple[Cell, Any, Any]]:
+        """Run a batch by the full cache and by every method, from one prefill.
 
-        groups: dict[Any, list[str]] = defaultdict(list)
+        Args:
+            way: the stages.
+            inputs: the prompts, B of them.
+            methods: none is the full cache.
+            lanes: further trees of arrays [B, ...] for `decode`.
+            decode: of parameters, a pool of some sequences, their first tokens, lengths and lanes,
+                gives a tuple of arrays with an axis of sequences first.
+            attend: of the full cache, the prompts and what `decode` gave for it, gives what
+                `way.build` takes as `attended`.
+
+        Yields:
+            A cell, `WHOLE` first, what `decode` gave, and the measures, None for the full cache.
+        """
+        plain, given = self.vlm.params, jax.device_put(inputs)
+        watching = tuple(methods.values())
+        full, token, seen = self.do(way, "prefill", plain, given, methods=watching)
+        lanes = np.asarray(token), inputs.length, *lanes
+        said = decode(plain, full, *lanes)
+        attended = attend(full, given, said)
+        yield WHOLE, said, None
+
+        groups: dict[Any, list[Cell]] = defaultdict(list)
         saw = dict(zip(methods, seen, strict=True))
-        for label, method in methods.items():
-            groups[pool_shape(method, self.vlm.config.text, inputs.tokens.shape[1])].append(label)
-        for labels in groups.values():
-            some = tuple(methods[label] for label in labels)
-            own = [saw[label] for label in labels]
-            pool, measures = self._do(
-                "build", comparison, "build", full, given, own, attended, methods=some
-            )
+        for cell, method in methods.items():
+            groups[pool_shape(method, self.vlm.config.text, inputs.tokens.shape[1])].append(cell)
+        for cells in groups.values():
+            some, count = tuple(methods[cell] for cell in cells), len(cells)
+            own = [saw[cell] for cell in cells]
+            pool, measures = self.do(way, "build", full, given, own, attended, methods=some)
             params = self._folded if some[0].transforms else plain
-            lanes = [np.tile(part, len(labels)) for part in (token, length, limit)]
-            drawn = self._decode("decode", generate, params, pool, *lanes)
-            tokens, lengths = (np.split(part, len(labels)) for part in drawn)
-            for index, label in enumerate(labels):
-                own = Measures(*(np.asarray(part[index]) for part in measures))
-                answers[label] = Answers(tokens[index], lengths[index], own)
-        return answers
+            repeated = jax.tree.map(lambda part, n=count: np.concatenate([part] * n), lanes)
+            parts = (np.split(part, count) for part in decode(params, pool, *repeated))
+            for index, (cell, *each) in enumerate(zip(cells, *parts, strict=True)):
+                yield cell, each, jax.tree.map(lambda x, i=index: np.asarray(x[i]), measures)
 
     @cached_property
     def _folded(self) -> Params:
@@ -261,42 +269,43 @@ class Evaluation:
 
     def _decode(
         self,
-        part: str,
         generate: Generate,
         params: Params,
         pool: AnyPool,
-        token: Any,
+        token: np.ndarray,
         length: np.ndarray,
         limit: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Answers from the first token on: tokens [B, R] and their lengths, at most `limit` [B]."""
-        stages, token, rows = generate.stages, np.asarray(token), generate.max_new_tokens
+        stages, rows = generate.stages, generate.max_new_tokens
         settings = replace(generate.settings(len(token)), max_new_tokens=limit)
         dtype = params["embed"]["embedding"].dtype
-        state = self._do(part, stages, "start", token, length, settings, dtype=dtype)
+        state = self.do(stages, "start", token, length, settings, dtype=dtype)
         drawn = [token[:, None]]
         while not np.all(state.done):
-            state, new = self._do(part, stages, "decode_chunk", params, pool, state, donate=(2,))
+            state, new = self.do(stages, "decode_chunk", params, pool, state, donate=(2,))
             drawn.append(np.asarray(new))
         tokens = np.concatenate(drawn, axis=1)[:, :rows]
         return np.pad(tokens, ((0, 0), (0, rows - tokens.shape[1]))), np.asarray(state.count)
 
-    def _do(
-        self,
-        part: str,
-        owner: Any,
-        name: str,
-        *args: Any,
-        donate: tuple[int, ...] = (),
-        **static: Any,
+    def do(
+        self, owner: Any, name: str, *args: Any, donate: tuple[int, ...] = (), **static: Any
     ) -> Any:
-        """Run a method of `owner` as a compiled program; its time is counted as that of `part`."""
+        """Run a method of `owner` as a compiled program.
+
+        Args:
+            owner: what has the method; equal owners share programs.
+            name: the method's.
+            args: trees of arrays.
+            donate: numbers of those that are given up.
+            static: further arguments, which are compiled in.
+        """
         key, function = (owner, name, *static.items()), partial(getattr(owner, name), **static)
         program, compiling = self._programs.ready(key, function, *args, donate=donate)
         began = time.perf_counter()
         result = program(*args)
         self.seconds["compile"] += compiling
-        self.seconds[part] += time.perf_counter() - began
+        self.seconds[name] += time.perf_counter() - began
         return result
 
 

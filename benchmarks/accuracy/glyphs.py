@@ -1,13 +1,10 @@
-"""Glyph atlases: every character and shape that the task pictures are made of, one cell each.
+"""The glyph atlas: every character that the task pictures are made of, one cell each.
 
-Characters come from Pillow's built-in font in several sizes and weights, shapes from its polygons,
-handwritten digits from scikit-learn's data set where that is installed. The same Pillow and
-FreeType give the same pixels.
+They come from Pillow's built-in font in several sizes and weights: the same Pillow and FreeType
+give the same pixels.
 """
 
-import math
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,19 +18,7 @@ EMPTY = -1
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # without I and O, which look like 1 and 0
 CHARACTERS = DIGITS + LETTERS + ":"
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 220),
-    "yellow": (225, 190, 0),
-    "purple": (145, 50, 180),
-    "grey": (125, 125, 125),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-CLASSES = (*CHARACTERS, *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
-"""What a cell can show; the numbers in a table of cells are places in this list."""
-
-CLASS = {name: i for i, name in enumerate(CLASSES)}
+"""What a cell can show; the numbers in a table of cells are places in this text."""
 
 _SIZES = (13, 14, 15, 16)  # of the font, in pixels; capitals are 0.7 of it
 _WEIGHTS = (0, 0.6)  # pixels by which strokes are widened on either side
@@ -44,39 +29,9 @@ _FINE = 16  # glyphs are drawn this much larger, then averaged
 
 @lru_cache
 def atlas() -> np.ndarray:
-    """Coverage of each pixel, uint8 `[NUM_STYLES, len(CLASSES), CELL, CELL]`."""
-    masks = np.zeros((NUM_STYLES, len(CLASSES), CELL, CELL), np.uint8)
+    """Coverage of each pixel, uint8 `[NUM_STYLES, len(CHARACTERS), CELL, CELL]`."""
     styles = [(size, weight) for size in _SIZES for weight in _WEIGHTS]
-    for i, (size, weight) in enumerate(styles):
-        characters = [_character(c, size, weight) for c in CHARACTERS]
-        shapes = [_shape(name, radius=4.6 + 0.25 * i) for name in SHAPES]
-        masks[i] = np.stack(characters + shapes * len(COLOURS))
-    return masks
-
-
-@lru_cache
-def handwritten(held_out: bool) -> tuple[np.ndarray, ...]:
-    """Coverage of handwritten digits, for each digit uint8 `[samples, CELL, CELL]`.
-
-    Args:
-        held_out: every fourth sample, else the other three: no sample is in both.
-
-    Raises:
-        ModuleNotFoundError: scikit-learn, which brings the samples, is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"handwritten digits need scikit-learn ({error}): pip install 'vlcache-jax[bench]', or "
-            "draw without them"
-        ) from error
-    digits: Any = load_digits()
-    chosen = (np.arange(len(digits.target)) % 4 == 0) == held_out
-    return tuple(
-        np.stack([_scanned(image) for image in digits.images[chosen & (digits.target == digit)]])
-        for digit in range(10)
-    )
+    return np.array([[_character(each, *style) for each in CHARACTERS] for style in styles])
 
 
 def _character(character: str, size: int, weight: float) -> np.ndarray:
@@ -94,49 +49,4 @@ def _character(character: str, size: int, weight: float) -> np.ndarray:
     small = sheet.resize((narrow, CELL), Image.Resampling.BOX)
     cell = Image.new("L", (CELL, CELL))
     cell.paste(small, ((CELL - narrow) // 2, 0))
-    return np.asarray(cell)
-
-
-def _shape(name: str, radius: float) -> np.ndarray:
-    """A shape in the middle of its cell."""
-    side, r = CELL * _FINE, radius * _FINE
-    middle = side / 2
-    sheet = Image.new("L", (side, side))
-    draw = ImageDraw.Draw(sheet)
-
-    def polygon(points: int, turn: float, radii: tuple[float, ...]) -> None:
-        draw.polygon(
-            [
-                (
-                    middle + radii[i % len(radii)] * math.sin(2 * math.pi * (i / points + turn)),
-                    middle - radii[i % len(radii)] * math.cos(2 * math.pi * (i / points + turn)),
-                )
-                for i in range(points)
-            ],
-            fill=255,
-        )
-
-    if name in ("circle", "ring"):
-        draw.ellipse((middle - r, middle - r, middle + r, middle + r), fill=255)
-        if name == "ring":
-            hole = 0.55 * r
-            draw.ellipse((middle - hole, middle - hole, middle + hole, middle + hole), fill=0)
-    elif name == "square":
-        polygon(4, 1 / 8, (1.25 * r,))
-    elif name == "triangle":
-        polygon(3, 0, (1.1 * r,))
-    elif name == "star":
-        polygon(10, 0, (1.1 * r, 0.45 * r))
-    else:  # a cross
-        arm = 0.3 * r
-        draw.rectangle((middle - r, middle - arm, middle + r, middle + arm), fill=255)
-        draw.rectangle((middle - arm, middle - r, middle + arm, middle + r), fill=255)
-    return np.asarray(sheet.reduce(_FINE))
-
-
-def _scanned(image: np.ndarray) -> np.ndarray:
-    """A sample of 8 x 8 pixels, 0..16 each, as a mask of a whole cell."""
-    small = Image.fromarray((image * (255 / 16)).astype(np.uint8))
-    cell = Image.new("L", (CELL, CELL))
-    cell.paste(small.resize((CELL - 2, CELL - 2), Image.Resampling.BILINEAR), (1, 1))
     return np.asarray(cell)

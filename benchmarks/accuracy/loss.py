@@ -181,30 +181,21 @@ def _attend(
     (q_first, q_own), (k_first, k_own), (v_first, v_own) = map(cut, (q, k, v))
     first = _attend_prefix(q_first, k_first, v_first, there)
 
-    group = heads // kv_heads
-    q_own = q_own.swapaxes(2, 3).reshape(pictures, kv_heads, questions, group * rows, width)
-    flat = q_own.reshape(pictures, kv_heads, -1, width)  # [P, K, Q * G * R, H]
-    far = _dot("pkmh,pksh->pkms", flat, k_first)
-    far = jnp.where(there[:, None, None, :], far, HIDDEN)
+    q_own = q_own.swapaxes(2, 3).reshape(pictures, kv_heads, questions, -1, width)  # G * R rows
+    far = _dot("pkqmh,pksh->pkqms", q_own, k_first)
+    far = jnp.where(there[:, None, None, None], far, HIDDEN)
     near = _dot("pkqmh,pkqsh->pkqms", q_own, k_own)
-    near = jnp.where(jnp.tile(jnp.tri(rows, dtype=bool), (group, 1)), near, HIDDEN)
-    near = near.reshape(*far.shape[:3], rows)
-    # One softmax over both parts, without putting them side by side.
-    most = jnp.maximum(jnp.max(far, -1, keepdims=True), jnp.max(near, -1, keepdims=True))
-    most = jax.lax.stop_gradient(most)
-    far, near = jnp.exp(far - most), jnp.exp(near - most)
-    weight = jnp.sum(far, -1, keepdims=True) + jnp.sum(near, -1, keepdims=True)
-    mixed = _dot("pkms,pksh->pkmh", far.astype(v.dtype), v_first)
-    near = near.reshape(*q_own.shape[:4], rows).astype(v.dtype)
-    mixed += _dot("pkqms,pkqsh->pkqmh", near, v_own).reshape(mixed.shape)
-    mixed = (mixed / weight).astype(v.dtype)
-    mixed = mixed.reshape(pictures, kv_heads, questions, group, rows, width)
+    near = jnp.where(jnp.tile(jnp.tri(rows, dtype=bool), (heads // kv_heads, 1)), near, HIDDEN)
+    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1)
+    far, near = weights[..., :prefix_rows], weights[..., prefix_rows:]
+    mixed = _dot("pkqms,pksh->pkqmh", far.astype(v.dtype), v_first)
+    mixed += _dot("pkqms,pkqsh->pkqmh", near.astype(v.dtype), v_own)
+    mixed = mixed.astype(v.dtype).reshape(pictures, kv_heads, questions, -1, rows, width)
     second = mixed.transpose(0, 2, 4, 1, 3, 5).reshape(pictures, -1, heads, width)
 
-    heads_apart = pictures, kv_heads, questions, group, rows, -1
-    mass, weight = (x.reshape(heads_apart)[:, :, :, 0] for x in (far, weight))  # [P, K, Q, R, T]
-    paid = jnp.take_along_axis(mass, jnp.maximum(sources, 0)[:, None, ..., None], axis=-1)
-    paid = (paid / weight)[..., 0]
+    guided = far[:, :, :, :rows]  # of the first query head of each group, [P, K, Q, R, T]
+    read = jnp.maximum(sources, 0)[:, None, ..., None]
+    paid = jnp.take_along_axis(guided, read, axis=-1)[..., 0]
     asked = (sources >= 0)[:, None]
     loss = jnp.sum(jnp.where(asked, -jnp.log(paid + 1e-6), 0.0), axis=(0, 2, 3))
     guide = jnp.mean(loss) / jnp.maximum(jnp.sum(asked), 1)
@@ -215,11 +206,9 @@ def _attend_prefix(q: jax.Array, k: jax.Array, v: jax.Array, there: jax.Array) -
     """Causal attention of the prefixes alone: q [P, K, G, T, H], k and v [P, K, T, H]."""
     pictures, kv_heads, group, rows, width = q.shape
     logits = _dot("pkmh,pksh->pkms", q.reshape(pictures, kv_heads, -1, width), k)
-    seen = jnp.tri(rows, dtype=bool) & there[:, None, :]
     # Rows behind a prefix would see nothing: they see the first key, and nobody sees them.
-    seen = seen | (jnp.arange(rows) == 0)
+    seen = jnp.tri(rows, dtype=bool) & there[:, None, :] | (jnp.arange(rows) == 0)
     seen = jnp.tile(seen, (1, group, 1))[:, None]  # [P, 1, G * T, T]
     weights = jax.nn.softmax(jnp.where(seen, logits, HIDDEN), axis=-1)
     mixed = _dot("pkms,pksh->pkmh", weights.astype(v.dtype), v).astype(v.dtype)
-    mixed = mixed.reshape(q.shape)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(pictures, rows, -1, width)
+    return mixed.reshape(q.shape).transpose(0, 3, 1, 2, 4).reshape(pictures, rows, -1, width)

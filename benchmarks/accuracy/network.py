@@ -15,10 +15,7 @@ import numpy as np
 from benchmarks.processor import IMAGE_TOKEN_ID, TILE, make_processor, make_tokenizer
 from convert.directory import whole_directory
 from convert.safetensors_writer import write_tensors
-from vlcache_jax.buckets import Buckets
-from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llava import Params
-from vlcache_jax.processing import Processor
 from vlcache_jax.weights import parameter_name, parse_dtype, split, tensors_of
 
 PATCH = 14
@@ -80,11 +77,6 @@ def make_files(words: Iterable[str]) -> Any:
     # Each merge is learned that occurs twice: so every word becomes one token.
     corpus = [text for word in words for text in (word, f" {word}") for _ in range(2)]
     return make_processor(make_tokenizer(corpus, size=8192), PINPOINTS)
-
-
-def make_inputs(config: LlavaConfig, files: Any, rows: Iterable[int]) -> Processor:
-    """What turns pictures and texts into arrays, with buckets that suit training."""
-    return Processor(config, files, Buckets(prompt=tuple(rows), tiles=(0, 5, 10, 20, 40, 80)))
 
 
 def export(path: Path, config: dict[str, Any], files: Any, params: Params, dtype: str) -> None:

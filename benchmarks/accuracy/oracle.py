@@ -56,34 +56,34 @@ def attention_of_answer(
         lengths: how many tokens each has, int32 [B]; one row is counted where it has none.
         backend: of the norms.
     """
-    count, width, answer = inputs.tokens.shape[1], config.head_dim, jnp.arange(tokens.shape[1])
+    count, answer = inputs.tokens.shape[1], jnp.arange(tokens.shape[1])
     table = rope_table(inputs.length[:, None] + answer, config)
-    before = (jnp.arange(count) < inputs.length[:, None])[:, None, None, None, :]
+    before = (jnp.arange(count) < inputs.length[:, None])[:, None, :]
+    before = jnp.broadcast_to(before, (before.shape[0], answer.size, count))
+    own = jnp.broadcast_to(jnp.tri(answer.size, dtype=bool), (*before.shape[:2], answer.size))
+    visible = jnp.concatenate([before, own], axis=-1)[:, None, None]  # [B, 1, 1, R, T + R]
     fed = (answer < jnp.maximum(lengths, 1)[:, None])[:, None, None, :, None]
     exact = jax.lax.Precision.HIGHEST
 
     def attend_layer(index: int) -> Attend[Attended]:
-        keys, values = (x[:, :, index * count : (index + 1) * count] for x in (full.k, full.v))
+        rows = slice(index * count, (index + 1) * count)
 
         def attend(qkv: jax.Array) -> tuple[jax.Array, Attended]:
             q, own_k, own_v = rotated(qkv, table)  # [B, R, N, H], [B, R, K, H]
-            kind, q = q.dtype, q.astype(jnp.float32) * width**-0.5
-            q = q.reshape(*q.shape[:2], own_k.shape[2], -1, width)
-
-            def logits(pattern: str, keys: jax.Array, seen: jax.Array) -> jax.Array:
-                found = jnp.einsum(pattern, q, keys.astype(jnp.float32), precision=exact)
-                return jnp.where(seen, found, -jnp.inf)
-
-            far = logits("brkgh,bkth->bkgrt", keys, before)
-            near = logits("brkgh,bskh->bkgrs", own_k, jnp.tri(answer.size, dtype=bool))
-            weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1)
-            far, near = weights[..., :count], weights[..., count:]
-            mixed = jnp.einsum("bkgrt,bkth->brkgh", far, values.astype(jnp.float32))
-            mixed += jnp.einsum("bkgrs,bskh->brkgh", near, own_v.astype(jnp.float32))
+            kind, q = q.dtype, q.astype(jnp.float32) * config.head_dim**-0.5
+            q = q.reshape(*q.shape[:2], own_k.shape[2], -1, config.head_dim)
+            keys, values = (
+                jnp.concatenate([x[:, :, rows], own.swapaxes(1, 2)], axis=2).astype(jnp.float32)
+                for x, own in ((full.k, own_k), (full.v, own_v))
+            )  # [B, K, T + R, H]
+            logits = jnp.einsum("brkgh,bksh->bkgrs", q, keys, precision=exact)
+            weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+            mixed = jnp.einsum("bkgrs,bksh->brkgh", weights, values)
+            far = weights[..., :count]
             first = far[:, :, :, 0] / jnp.sum(far[:, :, :, 0], axis=-1, keepdims=True)
             mass = jnp.sum(jnp.where(fed, far, 0.0), axis=3)
             seen = Attended(jnp.mean(first, axis=2), jnp.mean(mass, axis=2))
-            return mixed.reshape(*qkv.shape[:2], -1, width).astype(kind), seen
+            return mixed.reshape(*qkv.shape[:2], -1, config.head_dim).astype(kind), seen
 
         return attend
 

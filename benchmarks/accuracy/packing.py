@@ -9,7 +9,6 @@ So Q questions cost one pass over the visual tokens, and each is computed as if 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -56,27 +55,16 @@ class Batch:
 
 def render(item: Item) -> str:
     """The raw prompt of an item, its earlier turns first, as the chat template writes it."""
-    text = ""
-    for question, answer in item.turns:
-        text += f"[INST] {_marked(question)} [/INST]{answer}{END}"
-    return f"{text}[INST] {_marked(item.prompt)} [/INST]"
-
-
-def _marked(text: str) -> str:
-    return text.replace(MARK, f"{MARK}\n")
-
-
-def _before(item: Item) -> str:
-    return render(item).rsplit(MARK, 1)[0]
+    said = "".join(f"[INST] {question} [/INST]{answer}{END}" for question, answer in item.turns)
+    return f"{said}[INST] {item.prompt} [/INST]".replace(MARK, f"{MARK}\n")
 
 
 def pack(
     groups: Sequence[Sequence[Item]],
     processor: Processor,
     *,
-    blanks: float = 0.0,
+    blanks: float = 1.0,
     rng: np.random.Generator | None = None,
-    sight: bool = True,
 ) -> Batch:
     """Make a batch of groups of items that share their pictures and what precedes them.
 
@@ -86,13 +74,14 @@ def pack(
         blanks: share of the visual tokens without a glyph that are there. Those that are left out
             leave their position empty: a shorter prefix to learn from, not another one.
         rng: which ones; None for all of them.
-        sight: with the pixels; without them the tiles are empty, which takes less time.
 
     Raises:
         ValueError: the items of a group do not share what is before their questions.
     """
     first = [group[0] for group in groups]
-    whole = (_seen if sight else _unseen)(first, processor)
+    whole = processor(
+        [list(item.images) for item in first], [render(item) for item in first], raw_prompt=True
+    )
     glyphs, places = _glyphs(first, whole.tiles.shape[0])
     index = np.asarray(whole.visual_index)
     visual = index >= 0
@@ -129,68 +118,27 @@ def pack(
     return Batch(inputs, positions, begin, tokens, targets, sources, glyphs)
 
 
-def _seen(items: Sequence[Item], processor: Processor) -> ModelInputs:
-    images, texts = [list(item.images) for item in items], [render(item) for item in items]
-    return processor(images, texts, raw_prompt=True)
-
-
-def _unseen(items: Sequence[Item], processor: Processor) -> ModelInputs:
-    """The same but for the tiles, [S, 0], which have no pixels, and for what follows the images.
-
-    Prefixes of the same text and sizes have the same layout, which is worked out once.
-    """
-    layouts = [
-        _layout(processor, _before(item), tuple(image.shape for image in item.images))
-        for item in items
-    ]
-    tiles = bucket_for(sum(count for *_, count in layouts), processor.buckets.tiles)
-    longest = max(len(tokens) for tokens, *_ in layouts)
-    tokens = np.zeros((len(items), longest), np.int32)
-    index = np.full(tokens.shape, NOTHING, np.int32)
-    at = 0
-    for row, (ids, places, count) in enumerate(layouts):
-        tokens[row, : len(ids)] = ids
-        moved = np.where(places >= 0, places + at * _SIDE**2, places)
-        index[row, : len(ids)] = np.where(places == count * _SIDE**2, tiles * _SIDE**2, moved)
-        at += count
-    lengths = np.array([len(ids) for ids, *_ in layouts], np.int32)
-    return ModelInputs(tokens, lengths, index, np.zeros((tiles, 0), np.float32))
-
-
-@lru_cache(maxsize=4096)
-def _layout(
-    processor: Processor, before: str, sizes: tuple[tuple[int, ...], ...]
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Tokens and visual index of a prefix that stands alone, and how many tiles it has."""
-    images = [np.zeros(size, np.uint8) for size in sizes]
-    inputs = processor(images, before + MARK, raw_prompt=True)
-    index = np.asarray(inputs.visual_index)[0, : inputs.length[0]]
-    count = sum(1 + height * width // TILE**2 for height, width, _ in sizes)
-    index = np.where(index == inputs.tiles.shape[0] * _SIDE**2, count * _SIDE**2, index)
-    return np.asarray(inputs.tokens)[0, : inputs.length[0]], index, count
-
-
 def _segments(
     groups: Sequence[Sequence[Item]], processor: Processor
 ) -> list[list[tuple[list[int], int]]]:
     """Of each item the token ids behind the last picture, and how many are the answer's."""
-    texts = []
+    found = []
     for group in groups:
-        for item in group:
-            before, after = render(item).rsplit(MARK, 1)
-            if before != _before(group[0]):
+        texts = [render(item).rsplit(MARK, 1) for item in group]
+        for before, _ in texts:
+            if before != texts[0][0]:
                 raise ValueError(
                     f"{before!r} is not what the group's first item has before its question"
                 )
-            texts += [after, item.answer + END]
-    # What a picture's last mark becomes ends at a token's end: so the rest can be read alone.
-    ids = iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"])
-    found = []
-    for group in groups:
-        found.append([])
-        for _ in group:
-            question, answer = next(ids), next(ids)
-            found[-1].append((question + answer, len(answer)))
+        # A picture's last mark becomes what ends at a token's end: the rest can be read alone.
+        pairs = zip(
+            (after for _, after in texts), (item.answer + END for item in group), strict=True
+        )
+        ids = processor.tokenizer(
+            [text for pair in pairs for text in pair], add_special_tokens=False
+        )
+        asked, answered = ids["input_ids"][::2], ids["input_ids"][1::2]
+        found.append([(q + a, len(a)) for q, a in zip(asked, answered, strict=True)])
     return found
 
 

@@ -6,26 +6,26 @@ the checkpoint is shipped. The first two must agree token by token. Needs torch.
 """
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
+from benchmarks.accuracy import options
 from benchmarks.accuracy.budgets import Plan, tile_of
-from benchmarks.accuracy.metrics import METRICS, mean_interval, score
-from benchmarks.accuracy.options import Force, Seed, Split, check_json, names
+from benchmarks.accuracy.metrics import mean_interval, score
 from benchmarks.accuracy.packing import render
-from benchmarks.accuracy.report import RESULTS, Section, per_cent
-from benchmarks.accuracy.scoring import interval
-from benchmarks.accuracy.tasks import TASKS, Item
+from benchmarks.accuracy.report import RESULTS, Section, measured, per_cent
+from benchmarks.accuracy.scoring import plain, rows_by_task
+from benchmarks.accuracy.tasks import Item
 from benchmarks.command import bad_input, counting_bar
-from benchmarks.documents import NOT_MEASURED, table
-from benchmarks.environment import environment, write_result
+from benchmarks.documents import table
+from benchmarks.environment import environment
 from vlcache_jax.vlm import VLM
 
 HUGGING_FACE = "transformers, float32"
@@ -61,16 +61,14 @@ def hugging_face_answers(
 
     logging.disable_progress_bar()
     model: Any = LlavaNextForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-    model.eval()
     files: Any = LlavaNextProcessor.from_pretrained(path, backend="pil")
     found = []
     for item in items:
         inputs = files(images=list(item.images), text=render(item), return_tensors="pt")
-        with torch.no_grad():
-            whole = model.generate(
-                **inputs, max_new_tokens=most, do_sample=False, eos_token_id=list(stop_ids),
-                pad_token_id=files.tokenizer.pad_token_id,
-            )  # fmt: skip
+        whole = model.eval().generate(
+            **inputs, max_new_tokens=most, do_sample=False, eos_token_id=list(stop_ids),
+            pad_token_id=files.tokenizer.pad_token_id,
+        )  # fmt: skip
         drawn = whole[0, inputs["input_ids"].shape[1] :].tolist()
         ids = list(itertools.takewhile(lambda token: token not in stop_ids, drawn))
         found.append((ids, files.tokenizer.decode(ids, skip_special_tokens=True)))
@@ -79,7 +77,7 @@ def hugging_face_answers(
 
 
 def our_answers(vlm: VLM, items: Sequence[Item], most: int, advance: Advance) -> Answers:
-    """Greedy answers with the full cache by `VLM.generate`, which `vlcache generate` calls.
+    """The same by `VLM.generate`, which `vlcache generate` calls, with the full cache.
 
     Args:
         vlm: the model.
@@ -90,12 +88,8 @@ def our_answers(vlm: VLM, items: Sequence[Item], most: int, advance: Advance) ->
     found: Answers = []
     for at in range(0, len(items), GROUP):
         group = items[at : at + GROUP]
-        answers = vlm.generate(
-            [list(item.images) for item in group],
-            [render(item) for item in group],
-            raw_prompt=True,
-            max_new_tokens=most,
-        )
+        images, texts = [list(item.images) for item in group], [render(item) for item in group]
+        answers = vlm.generate(images, texts, raw_prompt=True, max_new_tokens=most)
         found += [(answer.tokens, answer.text) for answer in answers]
         advance(len(group))
     return found
@@ -103,7 +97,11 @@ def our_answers(vlm: VLM, items: Sequence[Item], most: int, advance: Advance) ->
 
 def compare(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str, Any]:
     """What a result file says of the answers of each side."""
-    tasks = list(dict.fromkeys(item.task for item in items))
+
+    def interval(own: Answers, task: str, rows: list[int]) -> dict[str, float]:
+        texts, right = [own[row][1] for row in rows], [items[row].answer for row in rows]
+        return plain(mean_interval(score(task, texts, right)))
+
     theirs = answers[HUGGING_FACE]
     return {
         "same_tokens": {
@@ -111,8 +109,8 @@ def compare(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str, 
             for side, own in answers.items()
         },
         "scores": {
-            task: {side: _score(task, items, own) for side, own in answers.items()}
-            for task in tasks
+            task: {side: interval(own, task, rows) for side, own in answers.items()}
+            for task, rows in rows_by_task(items).items()
         },
         "rows": [
             {
@@ -126,25 +124,13 @@ def compare(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str, 
     }
 
 
-def _score(task: str, items: Sequence[Item], answers: Answers) -> dict[str, float]:
-    pairs = [
-        (text, item.answer)
-        for item, (_, text) in zip(items, answers, strict=True)
-        if item.task == task
-    ]
-    texts, right = zip(*pairs, strict=True)
-    return interval(mean_interval(score(task, texts, right)[METRICS[task][0]]))
-
-
-def parity_part(result: dict[str, Any] | None) -> str:
+def parity_part(result: dict[str, Any]) -> str:
     """The part of docs/accuracy.md."""
-    if result is None:
-        return NOT_MEASURED
-    sides, count = list(result["same_tokens"]), len(result["rows"])
+    count = len(result["rows"])
     rows = (
-        [side, f"{result['same_tokens'][side]} of {count}",
+        [side, f"{same} of {count}",
          *(per_cent(of[side]["mean"]) for of in result["scores"].values())]
-        for side in sides
+        for side, same in result["same_tokens"].items()
     )  # fmt: skip
     head = ["full cache", "same tokens as transformers", *result["scores"]]
     return (
@@ -154,37 +140,33 @@ def parity_part(result: dict[str, Any] | None) -> str:
     )
 
 
-SECTION = Section("parity", RESULTS / "parity.json", parity_part)
+SECTION = Section("parity", RESULTS / "parity.json", measured(parity_part))
 
 
 def main(
-    model: Annotated[
-        str, typer.Option(help="A LLaVA-NeXT directory, or 'demo' for the model in the package.")
-    ] = "demo",
-    tasks: Annotated[
-        str, typer.Option(metavar="A,B", help=f"Some of {', '.join(TASKS)}.")
-    ] = "document,reading",
-    n: Annotated[int, typer.Option(min=1, help="Items of each task.")] = 32,
-    seed: Seed = 0,
-    split: Split = "report",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
-    force: Force = False,
+    model: options.Model = "demo",
+    tasks: options.Tasks = "document,reading",
+    n: options.Items = 32,
+    seed: options.Seed = 0,
+    split: options.Split = "report",
+    as_json: options.AsJson = False,
+    out: options.Out = None,
+    force: options.Force = False,
 ) -> None:
-    """Ask the same checkpoint the same questions by transformers and by this package.
+    """Ask the same LLaVA-NeXT the same questions by transformers and by this package.
 
     Exits with 1 if an answer in float32 differs by a single token.
 
     Example: python -m benchmarks.accuracy.parity --n 8
     """
-    check_json(out, force=force)
+    options.check_json(out, force=force)
     errors = Console(stderr=True, highlight=False)
     with errors.status("loading ..."), bad_input():
         import vlcache_jax
         from vlcache_jax.checkpoint import resolve
 
         path = resolve(model)
-        plan = Plan(names(tasks), methods=(), budgets=(1.0,), extra=(), n=n, seed=seed, split=split)
+        plan = Plan(options.names(tasks), (), (1.0,), (), n, seed, split)
         try:
             torch, transformers = map(metadata.version, ("torch", "transformers"))
         except metadata.PackageNotFoundError:
@@ -196,30 +178,21 @@ def main(
     tokenizer = exact.processor.tokenizer
     most = 1 + max(len(tokenizer(item.answer).input_ids) for item in items)
     began = time.perf_counter()
+    answers = {}
     with counting_bar(errors, transient=True) as bar:
-
-        def side(name: str) -> Advance:
-            task = bar.add_task(name, total=len(items))
-            return lambda done: bar.advance(task, done)
-
-        answers = {
-            HUGGING_FACE: hugging_face_answers(
-                path, items, exact.stop_ids, most, side(HUGGING_FACE)
-            ),
-            OURS: our_answers(exact, items, most, side(OURS)),
-            SHIPPED: our_answers(shipped, items, most, side(SHIPPED)),
-        }
+        for side, ask in (
+            (HUGGING_FACE, partial(hugging_face_answers, path, items, exact.stop_ids)),
+            (OURS, partial(our_answers, exact, items)),
+            (SHIPPED, partial(our_answers, shipped, items)),
+        ):
+            task = bar.add_task(side, total=len(items))
+            answers[side] = ask(most, lambda done, task=task: bar.advance(task, done))
     result = {
         **environment(), "torch": torch, "transformers": transformers, "model": model, "n": n,
         "seed": seed, "split": split, **compare(items, answers),
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
-    if out is not None:
-        write_result(out, result)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        print(parity_part(result))
+    options.give(result, parity_part, out, as_json)
     raise typer.Exit(0 if result["same_tokens"][OURS] == len(items) else 1)
 
 

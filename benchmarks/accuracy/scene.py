@@ -1,13 +1,12 @@
-"""What the task families share: pages of cells, lines of names and values, questions about them."""
+"""What the tasks share: pages of cells, what can be asked about them, and how it is worded."""
 
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
-from benchmarks.accuracy.glyphs import CLASS, EMPTY, LETTERS
+from benchmarks.accuracy.glyphs import CHARACTERS, EMPTY
 
 Cell = tuple[int, int, int]
 """(picture, row, column)."""
@@ -18,24 +17,12 @@ shortest format, as in one turn of several; just its fields, to train with."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question without its pictures, its answer, and the cells that are read, in their order."""
+class Fact:
+    """What can be asked about: the fields of a question, its answer, and the cells of that."""
 
-    text: str
+    fields: dict[str, str]
     answer: str
     evidence: tuple[Cell, ...]
-
-
-class Scene(Protocol):
-    """The pages of one item and the questions that can be asked about them."""
-
-    pages: "list[Page]"
-
-    def __init__(self, rng: random.Random, sizes: Sequence[tuple[int, int]], level: float): ...
-
-    def ask(self, rng: random.Random, manner: Manner) -> Question:
-        """A random question."""
-        ...
 
 
 class Page:
@@ -59,7 +46,7 @@ class Page:
         """Put one glyph into a cell."""
         if self.cells[row, col] != EMPTY:
             raise ValueError(f"cell {(row, col)} is taken")
-        self.cells[row, col] = CLASS[name]
+        self.cells[row, col] = CHARACTERS.index(name)
         return self.index, row, col
 
     def write(self, row: int, col: int, text: str) -> tuple[Cell, ...]:
@@ -67,77 +54,9 @@ class Page:
         return tuple(self.put(row, col + i, character) for i, character in enumerate(text))
 
 
-def make_pages(sizes: Sequence[tuple[int, int]]) -> list[Page]:
-    """Empty pages of one item."""
-    return [Page(i, size, len(sizes)) for i, size in enumerate(sizes)]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A name and its value on a page."""
-
-    page: Page
-    name: str
-    value: str
-    name_cells: tuple[Cell, ...]
-    value_cells: tuple[Cell, ...]
-
-
 def between(level: float, easy: float, hard: float) -> int:
     """A bound that moves with the level of the curriculum."""
     return round(easy + level * (hard - easy))
-
-
-def make_names(rng: random.Random, count: int) -> list[str]:
-    """Different names of two letters."""
-    names: dict[str, None] = {}
-    while len(names) < count:
-        names[rng.choice(LETTERS) + rng.choice(LETTERS)] = None
-    return list(names)
-
-
-def write_lines(
-    rng: random.Random,
-    page: Page,
-    pool: Sequence[str],
-    make_value: Callable[[int], str],
-    level: float,
-) -> list[Entry]:
-    """Write lines like `KQ: 4821`, below one another in one or two columns.
-
-    At level 0 half of the pages start in the corner with wide spacing, at level 1 none does.
-
-    Args:
-        rng: where every choice comes from.
-        page: an empty page.
-        pool: names to choose from.
-        make_value: called once for each line with the greatest length that fits.
-        level: 0 for 2 to 4 lines, 1 for 4 to 8 in each column.
-    """
-    in_corner = rng.random() < 0.5 * (1 - level)
-    columns = 2 if page.cols >= 16 and rng.random() < 0.3 * level else 1
-    gap = 1 if in_corner else rng.randrange(2)
-    most = (page.cols - columns + 1) // columns - 3 - gap
-    spacing = 2 if in_corner else rng.choice((1, 2))
-    deepest = min(between(level, 4, 8), (page.rows + spacing - 1) // spacing)
-    fewest = min(between(level, 2, 4), deepest)
-    count = rng.randint(fewest, deepest * columns)
-    names = rng.sample(pool, count)
-    values = [make_value(most) for _ in names]
-
-    depth = -(-count // columns)
-    width = 3 + gap + max(map(len, values))
-    stride = width + 1
-    free_rows = page.rows - 1 - (depth - 1) * spacing
-    free_cols = page.cols - width - (columns - 1) * stride
-    top, left = (0, 0) if in_corner else (rng.randint(0, free_rows), rng.randint(0, free_cols))
-    entries = []
-    for i, (name, value) in enumerate(zip(names, values, strict=True)):
-        row, col = top + i % depth * spacing, left + i // depth * stride
-        name_cells = page.write(row, col, name + ":")[:2]
-        value_cells = page.write(row, col + 3 + gap, value)
-        entries.append(Entry(page, name, value, name_cells, value_cells))
-    return entries
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.evaluate import FULL, Measures, Outcome
-from benchmarks.accuracy.metrics import METRICS, Interval, mean_interval, paired_difference, score
+from benchmarks.accuracy.evaluate import WHOLE, Cell, Measures, Outcome
+from benchmarks.accuracy.metrics import Interval, mean_interval, paired_difference, score
 from benchmarks.accuracy.tasks import IMAGE, VARIANTS, Item
 
 BY_LAYER = ("kept", "hit_rate", "answer_recall")
 """Measures that are told of every layer, too."""
-
-DIGITS = 5
 
 
 def variant_of(item: Item) -> str:
@@ -24,56 +22,70 @@ def variant_of(item: Item) -> str:
     return "plain" if item.prompt.startswith(IMAGE) else "question first"
 
 
-def summarise(
-    items: Sequence[Item], outcomes: Mapping[str, Outcome]
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """What there is to say of each task and each label, as plain values for JSON.
+def rows_by_task(items: Sequence[Item]) -> dict[str, list[int]]:
+    """Where the items of each task are."""
+    found: dict[str, list[int]] = {}
+    for row, item in enumerate(items):
+        found.setdefault(item.task, []).append(row)
+    return found
 
-    The score is that of the task's first metric (`metrics.METRICS`), from 0 to 1; its difference to
-    the full cache is taken item by item. Intervals are of 95 %.
+
+def scores_of(items: Sequence[Item], outcome: Outcome) -> dict[str, np.ndarray]:
+    """Scores of the items of each task by its metric, float64 [n]."""
+    return {
+        task: score(task, [outcome.answers[row] for row in rows], [items[r].answer for r in rows])
+        for task, rows in rows_by_task(items).items()
+    }
+
+
+def summarise(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> dict[str, Any]:
+    """What there is to say of each task and each method, as plain values for JSON.
 
     Args:
         items: what was run.
-        outcomes: of `Evaluation.run`, "full" among them.
+        outcomes: of `Evaluation.run`, the full cache's among them.
 
     Returns:
-        {task: {label: facts}}. The facts are "n", "score", "interval", "difference", "metrics" (all
-        of them), "agreement" ("answers": share of the items whose tokens are those of the full
-        cache; "tokens": share of the tokens that stand where the full cache has them), the means
-        of the measures of an `Outcome`, some of them "by_layer", "new_tokens" (mean length of the
-        answers), and for each variant that there is "n", "score", "interval", "difference".
+        {task: {label: {budget: facts}}}. The facts are those of `facts_of`, "agreement" ("answers":
+        share of the items whose tokens are those of the full cache; "tokens": share of the tokens
+        that stand where the full cache has them), the means of the measures of an `Outcome`, some
+        of them "by_layer", "new_tokens" (mean length of the answers), and `facts_of` each variant.
     """
+    scores = {cell: scores_of(items, outcome) for cell, outcome in outcomes.items()}
     found = {}
-    for task in dict.fromkeys(item.task for item in items):
-        rows = [row for row, item in enumerate(items) if item.task == task]
-        own = [items[row] for row in rows]
-        scores = {
-            label: score(task, [outcome.answers[row] for row in rows], [i.answer for i in own])
-            for label, outcome in outcomes.items()
-        }
-        found[task] = {
-            label: _facts(own, scores[label], scores[FULL], outcome, outcomes[FULL], rows)
-            for label, outcome in outcomes.items()
-        }
+    for task, rows in rows_by_task(items).items():
+        own, full = [items[row] for row in rows], scores[WHOLE][task]
+        found[task] = nested(
+            {
+                cell: _facts(own, scores[cell][task], full, outcome, outcomes[WHOLE], rows)
+                for cell, outcome in outcomes.items()
+            }
+        )
+    return found
+
+
+def nested(facts: Mapping[Cell, Any]) -> dict[str, dict[str, Any]]:
+    """{label: {budget: facts}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for (label, budget), value in facts.items():
+        found.setdefault(label, {})[budget] = value
     return found
 
 
 def _facts(
     items: list[Item],
-    scores: dict[str, np.ndarray],
-    full_scores: dict[str, np.ndarray],
+    scores: np.ndarray,
+    full_scores: np.ndarray,
     outcome: Outcome,
     full: Outcome,
     rows: list[int],
 ) -> dict[str, Any]:
     """The facts of one label about the items of one task, `rows` of the outcomes."""
-    lead = METRICS[items[0].task][0]
     measures = {name: getattr(outcome, name)[rows] for name in Measures._fields}
     tokens, right = ([each.tokens[row] for row in rows] for each in (outcome, full))
     variants = np.array([variant_of(item) for item in items])
     return {
-        **facts_of(scores[lead], full_scores[lead]),
-        "metrics": {name: interval(mean_interval(values)) for name, values in scores.items()},
+        **facts_of(scores, full_scores),
         "agreement": {
             "answers": rounded(np.mean([a == b for a, b in zip(tokens, right, strict=True)])),
             "tokens": rounded(np.mean(list(map(agreement, tokens, right)))),
@@ -82,10 +94,9 @@ def _facts(
         "by_layer": {name: rounded(measures[name].mean(0)) for name in BY_LAYER},
         "new_tokens": rounded(np.mean(list(map(len, tokens)))),
         "variants": {
-            variant: facts_of(scores[lead][chosen], full_scores[lead][chosen])
+            variant: facts_of(scores[variants == variant], full_scores[variants == variant])
             for variant in VARIANTS
-            for chosen in [variants == variant]
-            if chosen.any()
+            if variant in variants
         },
     }
 
@@ -98,26 +109,26 @@ def agreement(tokens: Sequence[int], others: Sequence[int]) -> float:
 
 
 def facts_of(scores: np.ndarray, full: np.ndarray) -> dict[str, Any]:
-    """A mean score, its interval of 95 %, and its difference to the full cache item by item."""
-    found = mean_interval(scores)
+    """How many scores [n], their mean, its interval, and the difference to the full cache's."""
+    mean, *interval = mean_interval(scores)
     return {
         "n": scores.size,
-        "score": rounded(found.mean),
-        "interval": rounded([found.low, found.high]),
+        "score": rounded(mean),
+        "interval": rounded(interval),
         "difference": difference(scores, full),
     }
 
 
 def difference(scores: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     """The mean of score minus baseline, item by item, with its interval of 95 %."""
-    return interval(paired_difference(scores, baseline))
+    return plain(paired_difference(scores, baseline))
 
 
-def interval(found: Interval) -> dict[str, float]:
+def plain(interval: Interval) -> dict[str, float]:
     """An interval as a file has it."""
-    return {"mean": rounded(found.mean), "low": rounded(found.low), "high": rounded(found.high)}
+    return {name: rounded(value) for name, value in interval._asdict().items()}
 
 
 def rounded(values: Any) -> Any:
     """Numbers as a file has them."""
-    return np.round(np.asarray(values, np.float64), DIGITS).tolist()
+    return np.round(np.asarray(values, np.float64), 5).tolist()

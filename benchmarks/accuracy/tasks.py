@@ -1,32 +1,22 @@
 """Seeded items of the visual tasks: pictures, a question, its answer and where it is read.
 
-`python -m benchmarks.accuracy.tasks --out DIR` writes a few of them to look at. The same arguments
-give the same item on every machine, and splits never share a random stream.
+The same arguments give the same item on every machine, and splits never share a random stream.
 """
 
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import numpy as np
-import typer
-from PIL import Image
 
-from benchmarks.accuracy import caption, document, reading, reasoning
+from benchmarks.accuracy import document, reading
 from benchmarks.accuracy.drawing import MAX_JITTER, draw
 from benchmarks.accuracy.glyphs import CELL
-from benchmarks.accuracy.scene import Cell, Manner, Question, Scene
+from benchmarks.accuracy.scene import Cell, Fact, Manner, Page
 from benchmarks.command import check_known
 
-TASKS: dict[str, Callable[..., Scene]] = {
-    "document": document.Document,
-    "reading": reading.Reading,
-    "reasoning": reasoning.Reasoning,
-    "caption": caption.Caption,
-}
+TASKS = {"document": document, "reading": reading}
 SPLITS = ("train", "tune", "test", "report")
 VARIANTS = {"plain": 0.55, "two pictures": 0.15, "question first": 0.15, "multi-turn": 0.15}
 """How often each occurs where none is asked for."""
@@ -42,8 +32,8 @@ IMAGE = "<image>"
 VOCABULARY_WORDS = sorted(
     {
         word
-        for family in (document, reading, reasoning, caption)
-        for text in (*family.TEXTS, "in the first second picture")
+        for family in (document, reading)
+        for text in (*family.WORDING.texts, reading.DIRECTION, "row", "in the first second picture")
         for word in re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", text))
     }
 )
@@ -61,7 +51,7 @@ class Item:
             several turns the pictures are in the first one.
         turns: earlier (user's text, answer) of the same conversation.
         answer: what is to be answered to `prompt`.
-        cells: for each picture int16 `[rows, cols]`: the place in `glyphs.CLASSES` of what is
+        cells: for each picture int16 `[rows, cols]`: the place in `glyphs.CHARACTERS` of what is
             drawn in each cell, or `glyphs.EMPTY`.
         evidence: (picture, row, column) of the cells that the answer is read from, in its order.
     """
@@ -75,24 +65,9 @@ class Item:
     evidence: tuple[Cell, ...]
 
 
-def make_item(
-    task: str,
-    seed: int,
-    *,
-    split: str = "train",
-    level: float = 1.0,
-    jitter: int = 2,
-    variant: str | None = None,
-    shape: str | None = None,
-    manner: Manner = "full",
-    handwriting: bool = False,
-    tile: int = 112,
-) -> Item:
-    """Make one item: the first of `questions_of_one_picture` with the same arguments."""
-    return questions_of_one_picture(
-        task, seed, 1, split=split, level=level, jitter=jitter, variant=variant, shape=shape,
-        manner=manner, handwriting=handwriting, tile=tile,
-    )[0]  # fmt: skip
+def make_item(task: str, seed: int, **options: Any) -> Item:
+    """Make one item: the first of `questions_of_one_picture`, which has the same options."""
+    return questions_of_one_picture(task, seed, 1, **options)[0]
 
 
 def questions_of_one_picture(
@@ -106,7 +81,6 @@ def questions_of_one_picture(
     variant: str | None = None,
     shape: str | None = None,
     manner: Manner = "full",
-    handwriting: bool = False,
     tile: int = 112,
 ) -> list[Item]:
     """Make several items about the same pictures.
@@ -122,17 +96,15 @@ def questions_of_one_picture(
         variant: a key of `VARIANTS`, which says how often each occurs if None. All items have it.
         shape: a key of `SHAPES` for every picture; None for square ones, mixed if there are two.
         manner: how a question is put; a full one is brief where there are several turns.
-        handwriting: draw digits by hand. The splits other than train have samples of their own.
         tile: pixels of a tile's side, at least 112; pictures have one or two tiles a side.
 
     Raises:
         ValueError: an argument is none of those named here.
-        ModuleNotFoundError: handwriting without scikit-learn.
     """
     check_known("task", [task], TASKS)
     check_known("split", [split], SPLITS)
-    check_known("variant", [variant] if variant is not None else [], VARIANTS)
-    check_known("shape", [shape] if shape is not None else [], SHAPES)
+    check_known("variant", [variant or "plain"], VARIANTS)
+    check_known("shape", [shape or "square"], SHAPES)
     if seed < 0 or count < 1 or not 0 <= level <= 1 or not 0 <= jitter <= MAX_JITTER or tile < 112:
         raise ValueError(
             f"{seed=}, {count=}, {level=}, {jitter=}, {tile=}: a seed is 0 or more, a count 1 or "
@@ -149,96 +121,42 @@ def questions_of_one_picture(
         shapes = rng.choices(list(PAIR_SHARES), list(PAIR_SHARES.values()), k=2)
     grids = [SHAPES[shape or each] for each in shapes]
     sizes = [(down * tile, across * tile) for down, across in grids]
-    scene = TASKS[task](rng, [(height // CELL, width // CELL) for height, width in sizes], level)
-    brush, samples = stream("picture"), split != "train" if handwriting else None
+    pages = [
+        Page(index, (height // CELL, width // CELL), len(sizes))
+        for index, (height, width) in enumerate(sizes)
+    ]
+    facts = TASKS[task].write(rng, pages, level)
+    brush = stream("picture")
     images = tuple(
-        draw(page.cells, size, brush, jitter=jitter, samples=samples)
-        for page, size in zip(scene.pages, sizes, strict=True)
+        draw(page.cells, size, brush, jitter=jitter)
+        for page, size in zip(pages, sizes, strict=True)
     )
-    cells = tuple(page.cells for page in scene.pages)
+    cells = tuple(page.cells for page in pages)
     for table in cells:
         table.flags.writeable = False
 
     if variant == "multi-turn" and manner == "full":
         manner = "brief"
-    rng, items, asked = stream("questions"), [], set()
+    rng, asked, items = stream("questions"), [], []
     for _ in range(count):
-        question = _new_question(scene, rng, manner, asked)
-        asked.add(_subject(question))
-        prompt, turns = _conversation(scene, rng, question, variant, len(images))
-        items.append(Item(task, images, prompt, turns, question.answer, cells, question.evidence))
+        fact, text = _new_question(task, facts, rng, manner, asked)
+        asked.append(fact)
+        marks, turns = IMAGE * len(images), ()
+        prompt = f"{text} {marks}" if variant == "question first" else f"{marks}{text}"
+        if variant == "multi-turn":
+            earlier, first = _new_question(task, facts, rng, "brief", [fact])
+            prompt, turns = text, ((f"{marks}{first}", earlier.answer),)
+        items.append(Item(task, images, prompt, turns, fact.answer, cells, fact.evidence))
     return items
 
 
-def _subject(question: Question) -> tuple[str, tuple[Cell, ...]]:
-    """What makes two questions the same, whatever their words are."""
-    return question.answer, question.evidence
-
-
-def _new_question(scene: Scene, rng: random.Random, manner: Manner, asked: set) -> Question:
-    """A question that was not asked yet, if one is found soon."""
-    question = scene.ask(rng, manner)
-    for _ in range(20):
-        if _subject(question) not in asked:
+def _new_question(
+    task: str, facts: list[Fact], rng: random.Random, manner: Manner, asked: list[Fact]
+) -> tuple[Fact, str]:
+    """A question about a fact that was not asked for yet, if one is found soon."""
+    for _ in range(21):
+        fact = rng.choice(facts)
+        text = TASKS[task].WORDING.put(rng, manner, **fact.fields)
+        if fact not in asked:
             break
-        question = scene.ask(rng, manner)
-    return question
-
-
-def _conversation(
-    scene: Scene, rng: random.Random, question: Question, variant: str, pictures: int
-) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The prompt and the turns before it."""
-    marks = IMAGE * pictures
-    if variant == "question first":
-        return f"{question.text} {marks}", ()
-    if variant != "multi-turn":
-        return f"{marks}{question.text}", ()
-    earlier = _new_question(scene, rng, "brief", {_subject(question)})
-    return question.text, ((f"{marks}{earlier.text}", earlier.answer),)
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Folder to write to.")],
-    task: Annotated[str | None, typer.Option(help=f"One of {', '.join(TASKS)}; all.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The first item's seed.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Items of each task.")] = 4,
-    split: Annotated[str, typer.Option(help=f"One of {', '.join(SPLITS)}.")] = "train",
-    level: Annotated[float, typer.Option(min=0, max=1, help="Of the curriculum.")] = 1.0,
-    jitter: Annotated[int, typer.Option(min=0, max=MAX_JITTER, help="Pixels.")] = 2,
-    variant: Annotated[str | None, typer.Option(help=f"One of {', '.join(VARIANTS)}.")] = None,
-    handwriting: Annotated[bool, typer.Option("--handwriting", help="Digits by hand.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
-) -> None:
-    """Write items as pictures, and a text file with their questions and answers."""
-    files: dict[Path, Image.Image | str] = {}
-    for name in (task,) if task else TASKS:
-        lines = []
-        for number in range(seed, seed + count):
-            try:
-                item = make_item(
-                    name, number, split=split, level=level, jitter=jitter, variant=variant,
-                    handwriting=handwriting,
-                )  # fmt: skip
-            except (ValueError, ModuleNotFoundError) as error:
-                raise typer.BadParameter(str(error)) from None
-            names = [f"{name}-{split}-{number}-{i + 1}.png" for i in range(len(item.images))]
-            pictures = map(Image.fromarray, item.images)
-            files |= {out / file: image for file, image in zip(names, pictures, strict=True)}
-            lines.append(" ".join(names))
-            for question, answer in (*item.turns, (item.prompt, item.answer)):
-                lines += [f"  {question}", f"  -> {answer}"]
-        files[out / f"{name}-{split}-{seed}.txt"] = "\n".join(lines) + "\n"
-    taken = [path.name for path in files if path.exists()]
-    if taken and not force:
-        raise typer.BadParameter(f"{out} has {taken[0]} already: overwrite it with --force")
-    out.mkdir(parents=True, exist_ok=True)
-    for path, content in files.items():
-        if isinstance(content, str):
-            path.write_text(content, encoding="utf-8")
-        else:
-            content.save(path)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return fact, text

@@ -7,13 +7,15 @@ DIR/log.jsonl has the losses, and the accuracy on pictures of seeds that are nev
 """
 
 import json
-import queue
+import math
 import shutil
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,13 +28,14 @@ import typer
 from rich.console import Console
 
 from benchmarks.accuracy import tasks
-from benchmarks.accuracy.glyphs import CLASSES
+from benchmarks.accuracy.glyphs import CHARACTERS
 from benchmarks.accuracy.loss import Scores, make_loss
-from benchmarks.accuracy.network import config_json, export, make_files, make_inputs
+from benchmarks.accuracy.network import config_json, export, make_files
 from benchmarks.accuracy.packing import Batch, pack
 from benchmarks.accuracy.scene import Manner
-from benchmarks.command import counting_bar
+from benchmarks.command import bad_input, counting_bar
 from benchmarks.environment import write_result
+from vlcache_jax.buckets import Buckets
 from vlcache_jax.checkpoint import quiet_orbax
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.models.llava import init_params
@@ -133,11 +136,8 @@ class Recipe:
 
     def stage(self, step: int) -> Stage:
         """The stage that a step belongs to."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.stages[-1]
+        ends = np.cumsum([stage.steps for stage in self.stages[:-1]])
+        return self.stages[np.searchsorted(ends, step, side="right")]
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW with clipped gradients; vectors, which are norms and biases, do not decay."""
@@ -170,27 +170,21 @@ class Trainer:
 
     recipe: Recipe
     step: int = 0
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(init=False)
 
     def __post_init__(self):
+        recipe = self.recipe
         self.files = make_files((*tasks.VOCABULARY_WORDS, "INST"))
-        self.config_json = config_json(
-            self.recipe.vision, self.recipe.text, len(self.files.tokenizer)
-        )
+        self.config_json = config_json(recipe.vision, recipe.text, len(self.files.tokenizer))
         self.config = LlavaConfig.from_hf(self.config_json)
-        self.processor: Processor = make_inputs(self.config, self.files, PREFIX_ROWS)
-        self.optimizer = self.recipe.optimizer()
+        buckets = Buckets(PREFIX_ROWS, (0, 5, 10, 20, 40, 80))
+        self.processor = Processor(self.config, self.files, buckets)
+        self.optimizer = recipe.optimizer()
         self._programs = cache(self._compiled)
-        if not self.state:
-            learned = {
-                "model": init_params(self.config, self.recipe.seed),
-                "glyphs": 0.02
-                * jax.random.normal(
-                    jax.random.key(self.recipe.seed),
-                    (len(CLASSES) + 1, self.config.text.hidden_size),
-                ),
-            }
-            self.state = {"learned": learned, "optimizer": self.optimizer.init(learned)}
+        shape = len(CHARACTERS) + 1, self.config.text.hidden_size
+        glyphs = 0.02 * jax.random.normal(jax.random.key(recipe.seed), shape)
+        learned = {"model": init_params(self.config, recipe.seed), "glyphs": glyphs}
+        self.state = {"learned": learned, "optimizer": self.optimizer.init(learned)}
 
     def batch(self, step: int) -> Batch:
         """The pictures and questions of a step: the same in every run."""
@@ -216,9 +210,7 @@ class Trainer:
             for task in chosen
         ]
         some = rng if stage.blanks < 1 else None
-        return chosen, pack(
-            groups, self.processor, blanks=stage.blanks, rng=some, sight=stage.sight
-        )
+        return chosen, pack(groups, self.processor, blanks=stage.blanks, rng=some)
 
     def _compiled(self, sight: bool, answers: bool) -> tuple[Any, Any]:
         """One step, and the scores of a batch, compiled."""
@@ -255,6 +247,18 @@ class Trainer:
                 asked[task] += int(scores.asked[p].sum())
         return {task: right[task] / max(asked[task], 1) for task in right}
 
+    def log(self, scores: Scores, held_out: int) -> dict[str, Any]:
+        """A line of the log: the last batch's scores, and those of so many others held out."""
+        losses = ("loss", "glyph_loss", "glyph_accuracy", "guide_loss")
+        right = self.held_out(held_out)
+        return {
+            "step": self.step,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **{name: round(float(getattr(scores, name)), 4) for name in losses},
+            "exact": round(float(scores.exact.sum() / jnp.maximum(scores.asked.sum(), 1)), 4),
+            "held_out_exact": {task: round(share, 4) for task, share in right.items()},
+        }
+
     def save(self, folder: Path) -> None:
         """Write the model, and the state beside the last one; older ones are removed."""
         path = (folder / "state" / f"{self.step:07d}").resolve()
@@ -263,23 +267,17 @@ class Trainer:
             checkpointer.wait_until_finished()
         for old in sorted(path.parent.glob("[0-9]*"))[:-2]:
             shutil.rmtree(old)
-        export(
-            folder / "model",
-            self.config_json,
-            self.files,
-            self.state["learned"]["model"],
-            "bfloat16",
-        )
+        params = self.state["learned"]["model"]
+        export(folder / "model", self.config_json, self.files, params, "bfloat16")
 
     def restore(self, folder: Path) -> bool:
         """Go on from the newest state of a folder; False where there is none."""
         found = sorted(path for path in (folder / "state").glob("[0-9]*") if path.name.isdigit())
-        if not found:
-            return False
-        with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-            self.state = checkpointer.restore(found[-1].resolve(), self.state)
-        self.step = int(found[-1].name)
-        return True
+        if found:
+            with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+                self.state = checkpointer.restore(found[-1].resolve(), self.state)
+            self.step = int(found[-1].name)
+        return bool(found)
 
 
 def _choose(rng: np.random.Generator, weights: dict[str, float], count: int) -> list[str]:
@@ -298,35 +296,15 @@ def _advance(
 
 def drawn_ahead(make: Callable[[int], Batch], first: int, last: int) -> Iterator[Batch]:
     """Batches of the steps first..last, made in a thread while the device computes."""
-    ready: queue.Queue[Any] = queue.Queue(AHEAD)
-    stopped = threading.Event()
-
-    def draw() -> None:
-        for step in range(first, last):
-            try:
-                item = make(step)
-            except Exception as error:  # to be raised where the batch is asked for
-                item = error
-            while not stopped.is_set():
-                try:
-                    ready.put(item, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            if stopped.is_set():
-                return
-
-    thread = threading.Thread(target=draw, daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1)
+    steps = iter(range(first, last))
+    ready = deque(pool.submit(make, step) for step in islice(steps, AHEAD))
     try:
-        for _ in range(first, last):
-            item = ready.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        while ready:
+            yield ready.popleft().result()
+            ready.extend(pool.submit(make, step) for step in islice(steps, 1))
     finally:
-        stopped.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
 
 
 def main(
@@ -335,58 +313,40 @@ def main(
         Path, typer.Option(help="Folder of the run; one that is there is gone on with.")
     ],
     minutes: Annotated[
-        float | None, typer.Option(help="Length of this slice; no end by default.")
-    ] = None,
+        float, typer.Option(help="Length of this slice; no end by default.")
+    ] = math.inf,
     every: Annotated[int, typer.Option(min=1, help="Steps between two tests and saves.")] = 250,
     held_out: Annotated[int, typer.Option(min=1, help="Batches of a test.")] = 4,
 ) -> None:
     """Train, or go on with a training that was cut off."""
     errors = Console(stderr=True, highlight=False)
-    try:
+    with bad_input():
         what = Recipe.read(recipe)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
     trainer = Trainer(what)
-    out.mkdir(parents=True, exist_ok=True)
     kept = out / "recipe.json"
     if kept.exists() and Recipe.read(kept) != what:
         raise typer.BadParameter(f"{out} holds the run of another recipe: choose another folder")
     write_result(kept, asdict(what))
     if trainer.restore(out):
         errors.print(f"going on at step {trainer.step}")
-    until = time.monotonic() + (minutes * 60 if minutes else float("inf"))
+    until = time.monotonic() + minutes * 60
     with counting_bar(errors) as bar:
         task = bar.add_task("", total=what.steps, completed=trainer.step)
         for batch in drawn_ahead(trainer.batch, trainer.step, what.steps):
             scores = trainer.advance(batch)
             if trainer.step % 10 == 0:  # a look at the loss waits for the step
-                bar.update(
-                    task, completed=trainer.step, description=f"loss {float(scores.loss):.3f}"
-                )
+                loss = f"loss {float(scores.loss):.3f}"
+                bar.update(task, completed=trainer.step, description=loss)
             over = time.monotonic() > until
             if over or trainer.step % every == 0 or trainer.step == what.steps:
-                _log(trainer, scores, held_out, out, errors)
+                line = json.dumps(trainer.log(scores, held_out))
+                with (out / "log.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+                errors.print(line)
                 trainer.save(out)
             if over:
                 break
     errors.print(f"step {trainer.step} of {what.steps}; the model is in {out / 'model'}")
-
-
-def _log(trainer: Trainer, scores: Scores, held_out: int, out: Path, errors: Console) -> None:
-    right = trainer.held_out(held_out)
-    line = {
-        "step": trainer.step,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "loss": round(float(scores.loss), 4),
-        "glyph_loss": round(float(scores.glyph_loss), 4),
-        "glyph_accuracy": round(float(scores.glyph_accuracy), 4),
-        "guide_loss": round(float(scores.guide_loss), 4),
-        "exact": round(float(scores.exact.sum() / jnp.maximum(scores.asked.sum(), 1)), 4),
-        "held_out_exact": {task: round(share, 4) for task, share in right.items()},
-    }
-    with (out / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    errors.print(json.dumps(line))
 
 
 if __name__ == "__main__":

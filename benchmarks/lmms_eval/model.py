@@ -10,8 +10,7 @@ from lmms_eval.models.model_utils import gen_metrics  # pyright: ignore[reportMi
 from tqdm import tqdm
 
 import vlcache_jax
-from benchmarks.lmms_eval.arguments import batch_size_of, check_device, check_one_process
-from benchmarks.lmms_eval.requests import Request, answer_all
+from benchmarks.lmms_eval.requests import Request, answer_all, batch_size_of, check_machine
 from vlcache_jax.cache.methods import make_method
 from vlcache_jax.cache.quantizers import make_quantizer
 from vlcache_jax.programs import keep_programs
@@ -60,11 +59,9 @@ class VLCacheModel(lmms):
         seed: int = 0,
     ):
         super().__init__()
-        check_one_process()
-        check_device(device)
+        check_machine(device)
         self.batch_size = batch_size_of(batch_size, max_batch_size)
-        self.prefill_batch = prefill_batch
-        self.seed = seed
+        self.prefill_batch, self.seed = prefill_batch, seed
         quantizer = make_quantizer(None if kv_bits is None else str(kv_bits))
         self.cache = make_method(method, kv_budget, quantizer)
         keep_programs()
@@ -88,13 +85,9 @@ class VLCacheModel(lmms):
         kept, full, tokens, seconds, compile_s = 0, 0, 0, 0.0, 0.0
         with tqdm(total=len(prompts), desc="Answering") as bar:
             for places, answers in answer_all(
-                self.vlm,
-                prompts,
-                cache=self.cache,
-                batch_size=self.batch_size,
-                prefill_batch=self.prefill_batch,
-                seed=self.seed,
-            ):
+                self.vlm, prompts, cache=self.cache, batch_size=self.batch_size,
+                prefill_batch=self.prefill_batch, seed=self.seed,
+            ):  # fmt: skip
                 for place, answer in zip(places, answers, strict=True):
                     counts = TokenCounts(answer.prompt_tokens, len(answer.tokens))
                     results[place] = GenerationResult(answer.text, counts)
@@ -105,16 +98,12 @@ class VLCacheModel(lmms):
                 compile_s += answers[0].timings.compile_s
                 bar.update(len(places))
         if results:
-            gen_metrics.log_metrics(
-                seconds,
-                tokens,
-                tokens / seconds,
-                {
-                    "num_requests": len(results),
-                    "cache_share_kept": kept / full,
-                    "compile_s": compile_s,
-                },
-            )
+            more = {
+                "num_requests": len(results),
+                "cache_share_kept": kept / full,
+                "compile_s": compile_s,
+            }
+            gen_metrics.log_metrics(seconds, tokens, tokens / seconds, more)
         return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:

@@ -1,9 +1,11 @@
-"""Requests of lmms-eval, read and answered in batches; needs vlcache_jax, not lmms-eval."""
+"""What lmms-eval asks for, checked, read and answered in batches; needs no lmms-eval."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
 from PIL import Image
 
 from vlcache_jax import VLM, Answer, CacheMethod, Sampling
@@ -18,6 +20,48 @@ FEWSHOT_DELIMITER = "\n\n"
 
 UNSUPPORTED = {"num_beams": 1, "repetition_penalty": 1.0, "min_new_tokens": 0}
 """Settings that would change an answer and are not implemented, and the values that change none."""
+
+
+def batch_size_of(batch_size: int | str, max_batch_size: int | None) -> int:
+    """Prompts of a batch.
+
+    Args:
+        batch_size: `--batch_size`; the command line gives it as text.
+        max_batch_size: `--max_batch_size`; None for no limit.
+
+    Raises:
+        ValueError: it is no whole number above 0.
+    """
+    sizes = [batch_size] if max_batch_size is None else [batch_size, max_batch_size]
+    if not all(str(size).isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(
+            f"batch_size={batch_size} and max_batch_size={max_batch_size}: give whole numbers "
+            "above 0; a size is not found by itself"
+        )
+    return min(map(int, sizes))
+
+
+def check_machine(device: str | None) -> None:
+    """Refuse a device other than the one that JAX takes, and a launcher's second process.
+
+    Args:
+        device: `--device`, "cpu", "cuda" or "cuda:0"; None for JAX's own choice.
+
+    Raises:
+        ValueError: it is another device.
+        NotImplementedError: there are several processes.
+    """
+    taken = {"gpu": ("cuda", "cuda:0", "gpu")}.get(jax.default_backend(), (jax.default_backend(),))
+    if device is not None and device not in taken:
+        raise ValueError(
+            f"device {device!r}: JAX runs on {taken[0]!r} here. Leave the argument out and choose "
+            "with the environment variables JAX_PLATFORMS=cpu or CUDA_VISIBLE_DEVICES=1"
+        )
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise NotImplementedError(
+            f"{processes} processes: only one is supported; start `python -m lmms_eval` by itself"
+        )
 
 
 @dataclass(frozen=True)
@@ -56,12 +100,17 @@ class Settings:
                     f"{name}={arguments[name]} is not implemented: run the task with "
                     f"--gen_kwargs {name}={harmless}"
                 )
-        until = arguments.get("until") or ()
+        given = {name: value for name, value in arguments.items() if value is not None}
+        until = given.get("until", ())
         until = (until,) if isinstance(until, str) else tuple(until)
-        given = arguments.get("max_new_tokens")
+        temperature = float(given.get("temperature", 1.0 if given.get("do_sample") else 0.0))
+        sampling = GREEDY
+        if given.get("do_sample", True) and temperature:
+            top_k = given.get("top_k") or None  # 0 is Hugging Face's word for all tokens
+            sampling = Sampling(temperature, top_k, float(given.get("top_p", 1.0)))
         return cls(
-            max_new_tokens=NEW_TOKENS if given is None else int(given),
-            sampling=_sampling(arguments),
+            max_new_tokens=int(given.get("max_new_tokens", NEW_TOKENS)),
+            sampling=sampling,
             until=() if until == (FEWSHOT_DELIMITER,) else tuple(filter(None, until)),
         )
 
@@ -90,8 +139,8 @@ class Request:
             datasets: documents by task, split and number.
 
         Raises:
-            ValueError: as `Settings.of`.
-            NotImplementedError: as `Settings.of`.
+            ValueError: a generation argument is out of range.
+            NotImplementedError: one is not supported; `images` raises it for video and audio.
         """
         text, generation, doc_to_visual, number, task, split = arguments
 
@@ -132,7 +181,7 @@ def answer_all(
         The places of a batch's requests and their answers.
 
     Raises:
-        ValueError: as `VLM.generate`.
+        ValueError: a prompt does not fit the model.
         NotImplementedError: a document holds something else than images.
     """
     groups: dict[Settings, list[int]] = {}
@@ -158,20 +207,3 @@ def answer_all(
     )
     for (_, places), answers in zip(batches, vlm.generate_each(arguments), strict=True):
         yield places, answers
-
-
-def _sampling(arguments: Mapping[str, Any]) -> Sampling:
-    """The way of drawing that `do_sample`, `temperature`, `top_k` and `top_p` describe."""
-    temperature = arguments.get("temperature")
-    if arguments.get("do_sample") is None:
-        drawn = bool(temperature)
-    else:
-        drawn = arguments["do_sample"] and temperature != 0
-    if not drawn:
-        return GREEDY
-    top_p = arguments.get("top_p")
-    return Sampling(
-        temperature=1.0 if temperature is None else float(temperature),
-        top_k=arguments.get("top_k") or None,  # 0 is Hugging Face's word for all tokens
-        top_p=1.0 if top_p is None else float(top_p),
-    )

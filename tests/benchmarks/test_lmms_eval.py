@@ -20,8 +20,13 @@ from typing import Any
 import pytest
 
 import vlcache_jax
-from benchmarks.lmms_eval.arguments import batch_size_of, check_device, check_one_process
-from benchmarks.lmms_eval.requests import Request, Settings, answer_all
+from benchmarks.lmms_eval.requests import (
+    Request,
+    Settings,
+    answer_all,
+    batch_size_of,
+    check_machine,
+)
 from tests.tiny import picture
 from vlcache_jax import Sampling, demo
 from vlcache_jax.cache.quantizers import QUANTIZERS
@@ -130,14 +135,14 @@ def test_arguments_of_every_model(monkeypatch):
             batch_size_of(size, None)
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     for device in (None, "cuda", "cuda:0"):
-        check_device(device)
+        check_machine(device)
     with pytest.raises(ValueError, match="JAX runs on 'cuda' here"):
-        check_device("cpu")
+        check_machine("cpu")
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1"):
-        check_device("cuda:1")
+        check_machine("cuda:1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(NotImplementedError, match="2 processes"):
-        check_one_process()
+        check_machine(None)
 
 
 @dataclass

@@ -71,7 +71,7 @@ def test_everything_of_a_run_is_shipped(run):
     assert {path.name for path in (package / "pictures").iterdir()} == {"index.json", *names}
     assert not list(package.rglob(".*"))
     # What the documents say of it.
-    assert "not learned reasoning and caption" in model_part(facts)
+    assert "shipped for the tasks document and reading" in model_part(facts)
     text = log_part(make_demo.read_log((results / "log.jsonl").read_text()), RECIPE)
     assert "200 of the recipe's 300 steps" in text
     assert "step, 1.00 s" in text
@@ -82,9 +82,9 @@ def test_a_demo_is_replaced_only_where_that_is_asked_for(run):
     ship(run)
     with pytest.raises(FileExistsError, match="--force"):
         ship(run)
-    ship(run, ["caption"], force=True)
+    ship(run, ["reading"], force=True)
     index = json.loads((run.parent / "demo" / "pictures" / "index.json").read_text())
-    assert [entry["task"] for entry in index] == 12 * ["caption"]
+    assert [entry["task"] for entry in index] == 12 * ["reading"]
 
 
 def too_large(run, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_run_that_does_not_fit_changes_nothing(run, monkeypatch, damage, messa
     before = {path: path.read_bytes() for path in package.parent.rglob("*") if path.is_file()}
     damage(run, monkeypatch)
     with pytest.raises((ValueError, OSError), match=message):
-        ship(run, ["caption"], force=True)
+        ship(run, ["reading"], force=True)
     for folder in (package, results):
         after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         assert after == {path: before[path] for path in after}
@@ -142,7 +142,7 @@ def test_tasks_that_there_are(run, names):
 
 
 def test_every_choice_of_tasks_gives_twelve_pictures():
-    for count in range(1, 5):
+    for count in (1, 2):
         names = list(make_demo.TASKS)[:count]
         recipes = make_demo.recipes(names)
         assert len(recipes) == make_demo.COUNT

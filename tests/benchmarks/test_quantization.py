@@ -14,6 +14,7 @@ import benchmarks
 from benchmarks import quantization
 from benchmarks.documents import NOT_MEASURED
 from benchmarks.quantization import (
+    IS_VISUAL,
     OTHERS,
     PARTS,
     SHAPE,
@@ -25,7 +26,6 @@ from benchmarks.quantization import (
     plant,
     reference,
     stages,
-    visual,
 )
 
 RESULT = Path(benchmarks.__file__).parent / "results" / "accuracy" / "quantization.json"
@@ -126,7 +126,7 @@ def test_what_is_planted_is_there():
     offset = np.abs(k.mean(axis=2))
     assert (offset > structure.outliers / 2).sum(axis=-1).max() <= quantization.OUTLIER_CHANNELS + 1
     assert offset.max() == pytest.approx(structure.outliers, abs=1.5)
-    assert not visual()[:32].any()
+    assert not IS_VISUAL[:32].any()
     plain = plant(Structure(0, 0, 0, 0), 0)
     assert np.abs(plain.k).max() < 6
 
@@ -148,7 +148,7 @@ def test_the_document_has_the_numbers():
     for row in result["rows"]:
         cells = f"{row['payload_bits']:.2f} | {row['bits']:.2f} | {row['error']:.1%}"
         assert f"| {row['name']} | {cells} |" in text
-    assert quantization.part(None) == NOT_MEASURED
+    assert quantization.SECTION.make(None) == NOT_MEASURED
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_the_command_prints_json_alone_and_writes_the_same(invoke, tmp_path):
     assert (result["seeds"], result["structure"]["text"]) == ([7, 8, 9], 0)
     assert set(result["structure"]) == set(PARTS)
     shown = invoke(*options)
-    assert f"{result['rows'][0]['error']:.4f}" in shown.output
+    assert f"{result['rows'][0]['error']:.1%}" in shown.output
     refused = invoke("--out", out)
     assert refused.exit_code == 2
     assert "--force" in refused.output

@@ -41,7 +41,6 @@ def test_watch_sees_the_memory_of_a_program():
     measured, output = watch([sys.executable, "-c", code], lambda now: None)
     assert output == "200000000\n"
     assert 200e6 < measured["peak_rss_anon_bytes"] < 260e6
-    assert max(measured["rss_anon_bytes_by_second"]) == measured["peak_rss_anon_bytes"]
     with pytest.raises(RuntimeError, match="NameError"):
         watch([sys.executable, "-c", "nothing"], lambda now: None)
 

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from benchmarks.accuracy.comparison import Comparison
-from benchmarks.accuracy.oracle import Oracle, attention_of_answer
-from vlcache_jax.cache.method import CacheMethod, Observation
+from benchmarks.accuracy.evaluate import Evaluation
+from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
+from vlcache_jax.cache.budget import Prompt
+from vlcache_jax.cache.method import AnyPool, Observation, Plan
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.cache.trace import attention_mass_recall
 from vlcache_jax.generate import Generate
@@ -45,27 +46,18 @@ class Talk(NamedTuple):
 
     Attributes:
         tokens: int32 [B, R].
-        turn: which turn each belongs to, int32 [B, R]; J and more behind the last one.
-        said: whether it is a word of the model's answer, bool [B, R].
+        begin: where the answer of each turn begins among them, int32 [B, J].
+        end: the place behind its last word, where the end token stands, int32 [B, J].
     """
 
     tokens: Any
-    turn: Any
-    said: Any
+    begin: Any
+    end: Any
 
-
-class Place(NamedTuple):
-    """Where each sequence is in its script, int32 [B] each.
-
-    Attributes:
-        turn: the turn.
-        at: tokens of the script that were fed.
-        count: tokens of the answer so far.
-    """
-
-    turn: jax.Array
-    at: jax.Array
-    count: jax.Array
+    def answers(self, lane: int) -> list[list[int]]:
+        """Token ids of each answer of a sequence."""
+        spans = zip(self.begin[lane], self.end[lane], strict=True)
+        return [self.tokens[lane, begin:end].tolist() for begin, end in spans]
 
 
 @dataclass(frozen=True)
@@ -102,148 +94,99 @@ class Conversation(Comparison):
     end: int = 0
     limit: int = 1
 
-    def build(
+    def measure(
         self,
-        full: Pool,
-        inputs: ModelInputs,
-        seen: list[Observation],
-        mass: jax.Array,
-        *,
-        methods: tuple[CacheMethod, ...],
-    ) -> tuple[Pool, jax.Array]:
-        """The pools of M methods as one of M * B sequences; shares of the attention that they keep.
-
-        Args:
-            full: the full cache.
-            inputs: the prompts.
-            seen: what each method saw.
-            mass: attention to the prompt by turn, of `attend`.
-            methods: of pools of the same shapes.
-
-        Returns:
-            The pool, and the shares float32 [M, J, B], the mean over layers and kv heads; not a
-            number where a turn has no answer.
-        """
-        pools, shares = [], []
-        for method, own in zip(methods, seen, strict=True):
-            pool, _, kept = self.compressed(method, full, inputs, own, mass)
-            kept = jnp.broadcast_to(kept, mass.shape[1:])
-            pools.append(pool)
-            shares.append(jnp.mean(attention_mass_recall(mass, kept), axis=(2, 3)))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pools), jnp.stack(shares)
-
-    def talk(
-        self, params: Params, pool: Pool, token: jax.Array, position: jax.Array, script: Script
-    ) -> Talk:
-        """The conversations from the first token [B] of the first answer on.
-
-        `position` is that token's, int32 [B]. It ends when all sequences are through their turns.
-        """
-        (batch, turns), nothing = script.ends.shape, jnp.zeros(position.shape, jnp.int32)
-        token, place, said = self._next(token, Place(nothing, nothing, nothing), script)
-        empty = jnp.zeros((batch, self.rows), jnp.int32)
-        talk = Talk(empty, jnp.full_like(empty, turns), empty.astype(bool))
-        generate = Generate(self.config, max_new_tokens=self.rows + 1, backend=self.backend)
-        stages, segments = generate.stages, pool.segments()
-        state = stages.start(token, position, generate.settings(batch), pool.k.dtype)
-
-        def write(talk: Talk, index: jax.Array, *columns: jax.Array) -> Talk:
-            pairs = zip(talk, columns, strict=True)
-            return Talk(
-                *(lax.dynamic_update_slice_in_dim(a, b[:, None], index, axis=1) for a, b in pairs)
-            )
-
-        def unfinished(carry: tuple[jax.Array, DecodeState, Place, Talk]) -> jax.Array:
-            index, _, place, _ = carry
-            return (index < self.rows) & jnp.any(place.turn < turns)
-
-        def step(
-            carry: tuple[jax.Array, DecodeState, Place, Talk],
-        ) -> tuple[jax.Array, DecodeState, Place, Talk]:
-            index, state, place, talk = carry
-            state = stages.decode_step(params, pool, state, segments)[0]
-            token, place, said = self._next(state.token, place, script)
-            talk = write(talk, index, token, place.turn, said)
-            return index + 1, replace(state, token=token), place, talk
-
-        talk = write(talk, jnp.int32(0), token, place.turn, said)
-        return lax.while_loop(unfinished, step, (jnp.int32(1), state, place, talk))[3]
-
-    def _next(
-        self, drawn: jax.Array, place: Place, script: Script
-    ) -> tuple[jax.Array, Place, jax.Array]:
-        """The token to feed after those that were fed, of which the model drew `drawn`.
-
-        The script's while there is a question to be asked; else the drawn one, until the answer is
-        over, which the end token says.
-
-        Returns:
-            The token, the place behind it, and whether it is a word of an answer.
-        """
-        turn = jnp.minimum(place.turn, script.ends.shape[1] - 1)
-        asking = place.at < jnp.take_along_axis(script.ends, turn[:, None], axis=1)[:, 0]
-        at = jnp.minimum(place.at, script.tokens.shape[1] - 1)
-        asked = jnp.take_along_axis(script.tokens, at[:, None], axis=1)[:, 0]
-        stops = jnp.any(drawn[:, None] == jnp.array(self.stop_ids, jnp.int32), axis=-1)
-        over = ~asking & (stops | (place.count >= self.limit))
-        said = ~asking & ~over
-        token = jnp.where(asking, asked, jnp.where(over, self.end, drawn))
-        count = jnp.where(said, place.count + 1, 0)
-        return token, Place(place.turn + over, place.at + asking, count), said
-
-    def attend(
-        self,
-        params: Params,
-        full: Pool,
-        inputs: ModelInputs,
-        tokens: jax.Array,
-        begin: Any,
-        end: Any,
+        pool: AnyPool,
+        plan: Plan,
+        kept: jax.Array,
+        prompt: Prompt,
+        attended: Attended,
+        row_shares: jax.Array,
     ) -> jax.Array:
-        """Attention to the prompt of the rows begin..end of each turn, float32 [J, B, L, K, T].
+        """Shares of each turn's attention that are kept, float32 [J, B].
+
+        The mean over layers and kv heads; not a number where a turn has no answer. Of the arguments
+        (see `Comparison.measure`) it takes `kept`, and `attended` of `attend`.
+        """
+        return jnp.mean(attention_mass_recall(attended.mass, kept), axis=(2, 3))
+
+    def step(self, params: Params, pool: Pool, state: DecodeState) -> DecodeState:
+        """Feed a token to each sequence, and draw the next one."""
+        return self.generate.stages.decode_step(params, pool, state)[0]
+
+    @property
+    def generate(self) -> Generate:
+        """Of which `step` is a part."""
+        return Generate(self.config, max_new_tokens=self.rows + 1, backend=self.backend)
+
+    def attend(self, params: Params, full: Pool, inputs: ModelInputs, talk: Talk) -> Attended:
+        """Attention to the prompt of the rows that predict each answer, [J, B, L, K, T] the mass.
+
+        They begin with the question's last token; of the first answer, which the prompt's last row
+        predicts, with its own first word. The last word predicts the end.
 
         Args:
             params: of the model.
             full: the full cache.
             inputs: the prompts.
-            tokens: what was fed behind them, int32 [B, R].
-            begin: the first row of each turn, int32 [J, B].
-            end: the row behind its last one, likewise.
+            talk: what was fed behind them.
         """
-        model, config = bind(self.config)(params), self.config.text
+        model, words = bind(self.config)(params), (talk.end > talk.begin).T
+        begin = jnp.where(words, jnp.maximum(talk.begin.T - 1, 0), 0)
 
-        def up_to(lengths: jax.Array) -> jax.Array:
+        def up_to(lengths: jax.Array) -> Attended:
             return attention_of_answer(
-                model, config, full, inputs, tokens, lengths, self.backend
-            ).mass
+                model, self.config.text, full, inputs, talk.tokens, lengths, self.backend
+            )
 
         # Only the last sum depends on the lengths: the rest is computed once for all of them.
-        sums = jax.vmap(up_to)(jnp.concatenate([begin, end]))
-        before, after = jnp.split(sums, 2)
-        some, earlier = (x[:, :, None, None, None] for x in (end > begin, begin > 0))
-        return jnp.where(some, after - jnp.where(earlier, before, 0.0), 0.0)
+        sums = jax.vmap(up_to)(jnp.concatenate([begin, talk.end.T]))
+        before, after = jnp.split(sums.mass, 2)
+        some, earlier = (x[:, :, None, None, None] for x in (words, begin > 0))
+        mass = jnp.where(some, after - jnp.where(earlier, before, 0.0), 0.0)
+        return Attended(sums.first[0], mass)
 
 
-def spans(talk: Talk, turns: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that each answer is predicted by: (begin, end), int32 [J, B] each, equal for none.
+def talk(
+    evaluation: Evaluation,
+    way: Conversation,
+    params: Params,
+    pool: Pool,
+    token: np.ndarray,
+    length: np.ndarray,
+    script: Script,
+) -> Talk:
+    """Hold conversations until all of them are through their turns.
 
-    They begin with the question's last token; of the first answer, which the prompt's last row
-    predicts, with its own first word. The last word predicts the end.
+    The script's tokens are fed while there is a question to be asked; else those that the model
+    draws, until the answer is over, which the end token says.
+
+    Args:
+        evaluation: runs the programs.
+        way: the conversations.
+        params: of the model.
+        pool: the cache of B prompts.
+        token: the first one of each first answer, int32 [B].
+        length: of each prompt, int32 [B].
+        script: what the users say.
     """
-    said, turn = np.asarray(talk.said), np.asarray(talk.turn)
-    begin = np.zeros((turns, said.shape[0]), np.int32)
-    end = np.zeros_like(begin)
-    for index, lane in np.ndindex(*begin.shape):
-        rows = np.flatnonzero(said[lane] & (turn[lane] == index))
-        if rows.size:
-            begin[index, lane], end[index, lane] = max(0, rows[0] - 1), rows[-1] + 1
-    return begin, end
-
-
-def answers_of(talk: Talk, turns: int) -> list[list[list[int]]]:
-    """Token ids of each answer, by sequence and turn."""
-    tokens, turn, said = (np.asarray(part) for part in talk)
-    return [
-        [tokens[lane, said[lane] & (turn[lane] == index)].tolist() for index in range(turns)]
-        for lane in range(tokens.shape[0])
-    ]
+    (batch, turns), stages = script.ends.shape, way.generate.stages
+    settings, dtype = way.generate.settings(batch), pool.k.dtype
+    state = evaluation.do(stages, "start", token, length, settings, dtype=dtype)
+    turn, at, count = np.zeros((3, batch), np.int32)  # of the script, and of the answer so far
+    begin, end = np.zeros((2, batch, turns), np.int32)
+    tokens, lanes = np.zeros((batch, way.rows), np.int32), np.arange(batch)
+    for row in range(way.rows):
+        drawn, there = np.asarray(state.token), turn < turns
+        if not there.any():
+            break
+        asking = at < script.ends[lanes, np.minimum(turn, turns - 1)]
+        over = ~asking & (np.isin(drawn, way.stop_ids) | (count >= way.limit))
+        for ends, chosen in ((begin, there & ~asking & (count == 0)), (end, there & over)):
+            ends[lanes[chosen], turn[chosen]] = row
+        asked = script.tokens[lanes, np.minimum(at, script.tokens.shape[1] - 1)]
+        tokens[:, row] = np.where(asking, asked, np.where(over, way.end, drawn))
+        turn, at, count = turn + over, at + asking, np.where(asking | over, 0, count + 1)
+        state = replace(state, token=tokens[:, row])
+        state = evaluation.do(way, "step", params, pool, state, donate=(2,))
+    return Talk(tokens, begin, end)

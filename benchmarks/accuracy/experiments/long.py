@@ -5,43 +5,29 @@ behind the first question about a picture, other questions about it follow, and 
 one again. No question but the first was there to be looked at when the tokens were chosen.
 """
 
-import copy
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
-from benchmarks.accuracy.budgets import tile_of
-from benchmarks.accuracy.comparison import pool_shape
-from benchmarks.accuracy.evaluate import FULL, ROW_STEP, TOKEN_STEP, prompt_tokens
-from benchmarks.accuracy.experiments.common import (
-    WHOLE,
-    Bench,
-    Cell,
-    Refused,
-    lead,
-    nested,
-)
+from benchmarks.accuracy.budgets import Bench, Refused, tile_of
+from benchmarks.accuracy.evaluate import TOKEN_STEP, WHOLE, Cell, Evaluation
+from benchmarks.accuracy.experiments.common import Experiment, methods_of
 from benchmarks.accuracy.experiments.conversation import (
     Conversation,
     Script,
     Talk,
     TurnOracle,
-    answers_of,
-    spans,
+    talk,
 )
-from benchmarks.accuracy.experiments.text import both, budget_of, made_by
+from benchmarks.accuracy.metrics import score
 from benchmarks.accuracy.packing import MARK, render
-from benchmarks.accuracy.report import Result, per_cent, scored
-from benchmarks.accuracy.scoring import facts_of, rounded
+from benchmarks.accuracy.report import FULL, Result, both, budget_of, per_cent, scored, told
+from benchmarks.accuracy.scoring import facts_of, nested, rounded
 from benchmarks.accuracy.tasks import Item, questions_of_one_picture
 from benchmarks.documents import table
-from vlcache_jax.anyres import num_tiles
-from vlcache_jax.buckets import Buckets
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.state import round_up
 from vlcache_jax.vlm import VLM
@@ -52,7 +38,7 @@ if TYPE_CHECKING:
 ORACLES = {"oracle, first answer": True, "oracle, all answers": False}
 """Whether they know the attention of the first answer alone."""
 
-TURNS = {"document": 12, "reading": 8, "reasoning": 12, "caption": 8}
+TURNS = {"document": 12, "reading": 8}
 """Different questions that are asked: for 300 tokens and more, where pictures have so many."""
 
 LOOKED_AT = 200
@@ -82,17 +68,21 @@ def run(bench: Bench) -> Result:
     Raises:
         Refused: a task has too few questions about a picture.
     """
-    cells = bench.methods() | {
-        (name, text): TurnOracle(budget, first_only=first_only)
-        for text, budget in bench.budgets
-        for name, first_only in ORACLES.items()
-    }
+    cells = bench.cells(
+        lambda budget: (
+            methods_of(budget)
+            | {
+                name: TurnOracle(budget, first_only=first_only)
+                for name, first_only in ORACLES.items()
+            }
+        )
+    )
     chosen = {task: dialogues(bench, task) for task in bench.plan.tasks}
     result: Result = {"turns": {}, "looked_at": {}, "before": {}, "details": {}}
     for task, (pictures, looked_at) in chosen.items():
         result["turns"][task] = len(pictures[0]) - 1
         advance = bench.begin(task, len(pictures))
-        spoken, before = converse(bench.vlm, pictures, cells, bench.evaluation.batch, advance)
+        spoken, before = converse(bench.evaluation, pictures, cells, advance)
         right = [[item.answer for item in items] for items in pictures]
         result["looked_at"][task] = looked_at
         result["before"][task] = rounded(before)
@@ -116,8 +106,8 @@ def dialogues(bench: Bench, task: str) -> tuple[list[Dialogue], int]:
     turns = bench.turns or TURNS[task]
     for looked_at in range(1, LOOKED_AT * plan.n + 1):
         items = questions_of_one_picture(
-            task, plan.seed + looked_at - 1, turns, split=plan.split, level=plan.level,
-            jitter=plan.jitter, variant="plain", manner="brief", tile=tile_of(bench.vlm),
+            task, plan.seed + looked_at - 1, turns, split=plan.split, variant="plain",
+            manner="brief", tile=tile_of(bench.vlm),
         )  # fmt: skip
         if len({(item.answer, item.evidence) for item in items}) == turns:
             found.append([*items, items[0]])
@@ -130,19 +120,17 @@ def dialogues(bench: Bench, task: str) -> tuple[list[Dialogue], int]:
 
 
 def converse(
-    vlm: VLM,
+    evaluation: Evaluation,
     pictures: Sequence[Dialogue],
     cells: Mapping[Cell, CacheMethod],
-    batch: int,
     advance: Callable[[int], object] = lambda done: None,
 ) -> tuple[dict[Cell, Spoken], np.ndarray]:
     """Hold the dialogues behind each method's cache.
 
     Args:
-        vlm: the model.
+        evaluation: the model.
         pictures: dialogues of the same number of turns, with pictures of the same size.
         cells: the methods.
-        batch: dialogues at a time.
         advance: called with the number of dialogues done at a time.
 
     Returns:
@@ -153,64 +141,24 @@ def converse(
     Raises:
         ValueError: a dialogue is longer than the model's positions.
     """
-    turns, count = len(pictures[0]), len(pictures)
+    vlm, turns = evaluation.vlm, len(pictures[0])
     way, script = _plan(vlm, pictures)
-    groups: dict[Any, list[Cell]] = defaultdict(list)
-    processor, rows = copy.copy(vlm.processor), _prompt_rows(vlm, pictures)
-    tiles = num_tiles(pictures[0][0].images[0].shape[:2], vlm.config)
-    processor.buckets = Buckets((rows,), (tiles * batch,))
-    for cell, method in cells.items():
-        groups[pool_shape(method, vlm.config.text, rows)].append(cell)
-    prefill = jax.jit(partial(way.prefill, methods=tuple(cells.values())))
-    talk, attend = jax.jit(way.talk), jax.jit(way.attend)
-    builds = [
-        jax.jit(partial(way.build, methods=tuple(cells[cell] for cell in group)))
-        for group in groups.values()
-    ]
-    decode, params = vlm.processor.decode, vlm.params
-
-    answers: dict[Cell, list[list[str]]] = defaultdict(list)
-    recall: dict[Cell, list[np.ndarray]] = defaultdict(list)
-    before: list[np.ndarray] = []
-
-    def keep(cell: Cell, talk: Talk, shares: np.ndarray, some: int) -> None:
-        """Take down what the first `some` of a batch said, and the attention that was kept."""
-        for lane, said in enumerate(answers_of(talk, turns)[:some]):
-            answers[cell].append([decode(ids) for ids in said])
-            recall[cell].append(shares[:, lane])
-
-    for at in range(0, count, batch):
-        chosen = np.minimum(np.arange(at, at + batch), count - 1)  # the last one fills it up
-        some = min(batch, count - at)
-        first = [pictures[index][0] for index in chosen]
-        inputs = processor(
-            [list(item.images) for item in first], [render(item) for item in first], raw_prompt=True
-        )
-        own = Script(*(part[chosen] for part in script))
-        lanes = inputs.length, own
-        inputs = jax.device_put(inputs)
-        full, token, seen = prefill(params, inputs)
-        whole = jax.device_get(talk(params, full, token, *lanes))
-        begin, end = spans(whole, turns)
-        mass = attend(params, full, inputs, whole.tokens, begin, end)
-        shares = np.where(end > begin, 1.0, np.nan)
-        keep(WHOLE, whole, shares, some)
-        before += [_before(whole, lane, turns) for lane in range(some)]
-        saw = dict(zip(cells, seen, strict=True))
-        for group, build in zip(groups.values(), builds, strict=True):
-            pool, kept = build(full, inputs, [saw[cell] for cell in group], mass)
-            held = jax.device_get(talk(params, pool, *_repeated((token, *lanes), len(group))))
-            parts = zip(*(np.split(part, len(group)) for part in held), strict=True)
-            for cell, part, shares in zip(group, parts, np.asarray(kept), strict=True):
-                keep(cell, Talk(*part), shares, some)
-        advance(some)
-    spoken = {cell: Spoken(answers[cell], np.stack(recall[cell])) for cell in answers}
-    return spoken, np.mean(before, axis=0)
-
-
-def _repeated(arrays: Any, times: int) -> Any:
-    """Batches as the lanes of so many methods."""
-    return jax.tree.map(lambda part: np.concatenate([part] * times), arrays)
+    hold, attend = partial(talk, evaluation, way), partial(evaluation.do, way, "attend", vlm.params)
+    answers: dict[Cell, list[list[str]]] = {cell: [[]] * len(pictures) for cell in (WHOLE, *cells)}
+    recall = {cell: np.zeros((len(pictures), turns), np.float32) for cell in answers}
+    before = np.zeros((len(pictures), turns + 1))
+    for rows, inputs in evaluation.batches([items[0] for items in pictures], way.rows):
+        own = Script(*(part[rows] for part in script))
+        for cell, said, shares in evaluation.compare(way, inputs, cells, (own,), hold, attend):
+            said = Talk(*said)
+            if cell == WHOLE:
+                shares = np.where(said.end > said.begin, 1.0, np.nan).T
+                before[rows] = np.column_stack([said.begin, said.end[:, -1]])
+            recall[cell][rows] = shares.T
+            for lane, row in enumerate(rows.tolist()):
+                answers[cell][row] = list(map(vlm.processor.decode, said.answers(lane)))
+        advance(np.unique(rows).size)
+    return {cell: Spoken(answers[cell], recall[cell]) for cell in answers}, before.mean(axis=0)
 
 
 def _plan(vlm: VLM, pictures: Sequence[Dialogue]) -> tuple[Conversation, Script]:
@@ -232,48 +180,29 @@ def _plan(vlm: VLM, pictures: Sequence[Dialogue]) -> tuple[Conversation, Script]
     longest = max(len(ids_of(item.answer)) for items in pictures for item in items)
     limit = round_up(longest + 1, TOKEN_STEP)
     rows = round_up(tokens.shape[1] + turns * (limit + 1), 16)
-    most = max(prompt_tokens(items[0], vlm) for items in pictures)
-    if most + rows > vlm.config.text.max_positions:
-        raise ValueError(
-            f"prompts of {most} tokens and conversations of {rows} exceed the model's "
-            f"{vlm.config.text.max_positions} positions: ask fewer questions"
-        )
     end = vlm.processor.eos_token_id
     end = vlm.stop_ids[0] if end is None else end
     way = Conversation(vlm.config, vlm.backend, vlm.stop_ids, rows, end, limit)
     return way, Script(tokens, ends)
 
 
-def _prompt_rows(vlm: VLM, pictures: Sequence[Dialogue]) -> int:
-    longest = max(prompt_tokens(items[0], vlm) for items in pictures)
-    return min(round_up(longest, ROW_STEP), vlm.config.text.max_positions)
-
-
-def _before(talk: Talk, lane: int, turns: int) -> np.ndarray:
-    """Tokens of a conversation in front of each answer, or of where it would be, and in all."""
-    turn, said = np.asarray(talk.turn)[lane], np.asarray(talk.said)[lane]
-    asked = [np.sum((turn < index) | ((turn == index) & ~said)) for index in range(turns)]
-    # The end token behind an answer has the number of the turn that it makes way for.
-    return np.array([*asked, np.sum(turn < turns)])
-
-
 def _facts(
     task: str, spoken: Mapping[Cell, Spoken], right: Sequence[Sequence[str]]
 ) -> dict[str, dict[str, Any]]:
     """{label: {budget: facts}}: of each of the "turns", and of the mean of all "follow_ups"."""
-    turns = len(right[0])
+    turns = range(len(right[0]))
     scores = {
         cell: np.stack(
             [
-                lead(task, [said[turn] for said in own.answers], [each[turn] for each in right])
-                for turn in range(turns)
+                score(task, [said[turn] for said in own.answers], [each[turn] for each in right])
+                for turn in turns
             ],
             axis=1,
         )
         for cell, own in spoken.items()
     }  # [n, J]
 
-    def facts(cell: Cell, columns: slice) -> dict[str, Any]:
+    def facts(cell: Cell, columns: Sequence[int]) -> dict[str, Any]:
         own, full = (scores[each][:, columns].mean(1) for each in (cell, WHOLE))
         shares = spoken[cell].recall[:, columns]
         there = shares[~np.isnan(shares)]
@@ -283,8 +212,8 @@ def _facts(
     return nested(
         {
             cell: {
-                "turns": [facts(cell, slice(turn, turn + 1)) for turn in range(turns)],
-                "follow_ups": facts(cell, slice(1, turns - 1)),
+                "turns": [facts(cell, [turn]) for turn in turns],
+                "follow_ups": facts(cell, turns[1:-1]),
             }
             for cell in spoken
         }
@@ -296,21 +225,23 @@ def section(result: Result) -> str:
     parts, shown = [], result["budgets"][0]
     for task, of_task in result["details"].items():
         before = result["before"][task]
+
+        def facts(budget: str, of_task: Result = of_task) -> dict[str, Any]:
+            return {label: of.get(budget) or of["1.0"] for label, of in of_task.items()}
+
         for budget in result["budgets"]:
             rows = []
-            for label, of in of_task.items():
-                facts = of.get(budget) or of["1.0"]
-                three = [facts["turns"][0], facts["follow_ups"], facts["turns"][-1]]
-                cells = [scored(each) if label == FULL else both(each) for each in three]
-                rows.append([label, *cells, *(_recall(each) for each in three)])
+            for label, of in facts(budget).items():
+                three = [of["turns"][0], of["follow_ups"], of["turns"][-1]]
+                cells = map(scored if label == FULL else both, three)
+                rows.append([label, *cells, *map(_recall, three)])
             kinds = ("first", "others", "first again")
             head = ["method", *kinds, *(f"attention kept, {kind}" for kind in kinds)]
             parts += [f"**{task}** at {budget_of(budget)}", table(head, rows)]
-        rows = []
-        for label, of in of_task.items():
-            facts = of.get(shown) or of["1.0"]
-            cells = [f"{per_cent(each['score'])}; {_recall(each)}" for each in facts["turns"]]
-            rows.append([label, *cells])
+        rows = [
+            [label, *(f"{per_cent(each['score'])}; {_recall(each)}" for each in of["turns"])]
+            for label, of in facts(shown).items()
+        ]
         head = [f"{turn} ({tokens:.0f})" for turn, tokens in enumerate(before[:-1], 1)]
         parts += [
             f"**{task}** at {budget_of(shown)} by turn, with the tokens in front of the answer in "
@@ -322,25 +253,20 @@ def section(result: Result) -> str:
         f"{turns} of {task} (pictures looked at: {result['looked_at'][task]:,})"
         for task, turns in result["turns"].items()
     )
-    return "\n\n".join(
-        [
-            made_by(
-                result,
-                f"{result['n']:,} pictures of each task, the first of the split "
-                f"`{result['split']}` from seed {result['seed']} on that have enough different "
-                f"questions, {found}",
-            ),
-            "The cache is compressed behind the first question. The others are asked one after "
-            "the other behind the compressed cache, each when the answer before it is there, and "
-            "at last the first one again. Questions are forced, answers are greedy, and both are "
-            "kept. 'others' is the mean of all questions but the first. An answer to the first "
-            "one again can also be copied from the conversation. The attention kept is "
-            "the share of what the full cache's answer to that question pays to the prompt. "
-            "Conversations of so many turns are longer than those of the training: compare with "
-            "the full cache. One oracle knows what the first answer attends to, the other what "
-            "all of them do. Each cell has the score, and the difference to the full cache.",
-            *parts,
-        ]
+    return told(
+        result,
+        "The cache is compressed behind the first question. The others are asked one after "
+        "the other behind the compressed cache, each when the answer before it is there, and "
+        "at last the first one again. Questions are forced, answers are greedy, and both are "
+        "kept. 'others' is the mean of all questions but the first. An answer to the first "
+        "one again can also be copied from the conversation. The attention kept is "
+        "the share of what the full cache's answer to that question pays to the prompt. "
+        "Conversations of so many turns are longer than those of the training: compare with "
+        "the full cache. One oracle knows what the first answer attends to, the other what "
+        "all of them do. Each cell has the score, and the difference to the full cache.",
+        *parts,
+        items=f"{result['n']:,} pictures of each task, the first of the split `{result['split']}` "
+        f"from seed {result['seed']} on that have enough different questions, {found}",
     )
 
 
@@ -372,3 +298,13 @@ def draw(result: Result) -> "Figure":
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     return figure
+
+
+LONG = Experiment(
+    "Conversations of hundreds of tokens behind a cache that was compressed at the first "
+    "question: do the kept tokens stay right?",
+    budgets=(0.1, 0.2),
+    section=section,
+    draw=draw,
+    run=run,
+)

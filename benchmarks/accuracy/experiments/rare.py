@@ -5,25 +5,23 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.evaluate import FULL, Outcome
-from benchmarks.accuracy.experiments.common import (
-    WHOLE,
-    Bench,
-    Cell,
-    Refused,
-    lead,
-    nested,
-)
-from benchmarks.accuracy.experiments.text import both, budget_of, made_by
+from benchmarks.accuracy.budgets import Bench, Refused
+from benchmarks.accuracy.evaluate import WHOLE, Cell, Outcome
+from benchmarks.accuracy.experiments.common import Experiment, methods_of
 from benchmarks.accuracy.glyphs import DIGITS, LETTERS
-from benchmarks.accuracy.report import Result, scored
-from benchmarks.accuracy.scoring import facts_of
+from benchmarks.accuracy.metrics import score
+from benchmarks.accuracy.report import FULL, Result, by_kind, told
+from benchmarks.accuracy.scoring import facts_of, nested
 from benchmarks.accuracy.tasks import Item
-from benchmarks.documents import table
 
 TASK = "document"  # of all tasks its values alone have letters and digits
 CLASSES = {"digits alone": False, "with letters": True}
 GLYPHS = {"digit": DIGITS, "letter": LETTERS}
+TOLD = {
+    "values": "ANLS of the values",
+    "characters": "Characters that stand at their place, the mean of the answers' shares; the "
+    "first one of an answer, which is predicted before anything is compressed, is left out",
+}
 
 
 def run(bench: Bench) -> Result:
@@ -35,7 +33,7 @@ def run(bench: Bench) -> Result:
     if bench.plan.tasks != (TASK,):
         raise Refused(f"only values of {TASK} have letters and digits: leave other tasks out")
     items = bench.items()
-    return split_by_class(items, bench.run(items, bench.methods(), "methods"))
+    return split_by_class(items, bench.run(items, bench.cells(methods_of), "methods"))
 
 
 def split_by_class(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> Result:
@@ -48,22 +46,25 @@ def split_by_class(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> R
     """
     right = [item.answer for item in items]
     lettered = np.array([not set(answer) <= set(DIGITS) for answer in right])
-    scores = {cell: lead(TASK, outcome.answers, right) for cell, outcome in outcomes.items()}
+    scores = {cell: score(TASK, outcome.answers, right) for cell, outcome in outcomes.items()}
+
+    def facts(scores: Mapping[Cell, np.ndarray], chosen: np.ndarray) -> dict[str, Any]:
+        full = scores[WHOLE][chosen]
+        return nested({cell: facts_of(own[chosen], full) for cell, own in scores.items()})
+
+    def placed(answers: Sequence[str], glyphs: str) -> np.ndarray:
+        return np.array([in_place(*pair, glyphs) for pair in zip(answers, right, strict=True)])
+
     values, characters = {}, {}
     for name, has_letters in CLASSES.items():
         chosen = lettered == has_letters
         if chosen.any():
-            values[name] = _facts(scores, chosen)
+            values[name] = facts(scores, chosen)
     for name, glyphs in GLYPHS.items():
         chosen = np.array([bool(set(answer[1:]) & set(glyphs)) for answer in right])
         if chosen.any():
-            shares = {
-                cell: np.array(
-                    [in_place(*pair, glyphs) for pair in zip(outcome.answers, right, strict=True)]
-                )
-                for cell, outcome in outcomes.items()
-            }
-            characters[name] = _facts(shares, chosen)
+            found = {cell: placed(outcome.answers, glyphs) for cell, outcome in outcomes.items()}
+            characters[name] = facts(found, chosen)
     counts = {
         name: {
             "glyphs": len(glyphs),
@@ -72,11 +73,6 @@ def split_by_class(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> R
         for name, glyphs in GLYPHS.items()
     }
     return {"values": values, "characters": characters, "glyphs": counts}
-
-
-def _facts(scores: Mapping[Cell, np.ndarray], chosen: np.ndarray) -> dict[str, Any]:
-    full = scores[WHOLE][chosen]
-    return nested({cell: facts_of(own[chosen], full) for cell, own in scores.items()})
 
 
 def in_place(answer: str, right: str, glyphs: str) -> float:
@@ -92,35 +88,26 @@ def in_place(answer: str, right: str, glyphs: str) -> float:
 def section(result: Result) -> str:
     """The part of docs/accuracy.md."""
     parts = []
-    for kind, what in (
-        ("values", "ANLS of the values"),
-        (
-            "characters",
-            "Characters that stand at their place, the mean of the answers' shares; the first one "
-            "of an answer, which is predicted before anything is compressed, is left out",
-        ),
-    ):
-        of_kind = result[kind]
-        first = next(iter(of_kind.values()))
-        sizes = [f"{name} (n = {of[FULL]['1.0']['n']})" for name, of in of_kind.items()]
-        rows = [[FULL, "100 %", *(scored(of[FULL]["1.0"]) for of in of_kind.values())]]
-        rows += [
-            [name, budget_of(budget), *(both(of[name][budget]) for of in of_kind.values())]
-            for budget in result["budgets"]
-            for name in first
-            if name != FULL
-        ]
-        parts += [f"{what}:", table(["method", "budget", *sizes], rows)]
+    for kind, what in TOLD.items():
+        sizes = {f"{name} (n = {of[FULL]['1.0']['n']})": of for name, of in result[kind].items()}
+        parts += [f"{what}:", by_kind(sizes, result["budgets"])]
     rates = {
         name: counts["characters"] / counts["glyphs"] for name, counts in result["glyphs"].items()
     }
     often = f"{rates['digit'] / rates['letter']:.1f}" if rates["letter"] else "many"
-    return "\n\n".join(
-        [
-            made_by(result),
-            "Half of the values are digits alone, so that in the answers of these items, as in the "
-            f"training, a digit stands {often} times as often as a letter. Each cell has the "
-            "score, and the difference to the full cache on the same items.",
-            *parts,
-        ]
+    return told(
+        result,
+        "Half of the values are digits alone, so that in the answers of these items, as in the "
+        f"training, a digit stands {often} times as often as a letter. Each cell has the "
+        "score, and the difference to the full cache on the same items.",
+        *parts,
     )
+
+
+RARE = Experiment(
+    "Values of digits alone against values with letters, which are rarer: what is lost first?",
+    budgets=(0.05, 0.1),
+    section=section,
+    tasks=(TASK,),
+    run=run,
+)

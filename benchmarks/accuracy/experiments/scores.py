@@ -3,19 +3,29 @@
 Also, what VL-Cache's score is worth by the number of rows that it looks from.
 """
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import numpy as np
 
-from benchmarks.accuracy.evaluate import FULL
-from benchmarks.accuracy.experiments.common import WHOLE, Bench, Cell, Refused, compare
+from benchmarks.accuracy.budgets import Bench, Refused
+from benchmarks.accuracy.experiments.common import Experiment, compare
 from benchmarks.accuracy.experiments.row_score import RowScore
-from benchmarks.accuracy.experiments.text import both, budget_of, full_cache, made_by
 from benchmarks.accuracy.oracle import MostAttention, Oracle
 from benchmarks.accuracy.packing import MARK, render
-from benchmarks.accuracy.report import Result, per_cent, scored
+from benchmarks.accuracy.report import (
+    FULL,
+    Result,
+    both,
+    budget_of,
+    columns_of,
+    full_cache,
+    per_cent,
+    scored,
+    told,
+)
 from benchmarks.accuracy.scene import Manner
-from benchmarks.accuracy.scoring import rounded
+from benchmarks.accuracy.scoring import rounded, rows_by_task
 from benchmarks.accuracy.tasks import Item
 from benchmarks.documents import table
 from vlcache_jax.cache.method import CacheMethod
@@ -87,37 +97,30 @@ def run(bench: Bench) -> Result:
     plan = bench.plan
     if plan.split == CHOSEN_ON:
         raise Refused(f"scores are chosen on the split {CHOSEN_ON!r}: report on another one")
-    tried: dict[Cell, CacheMethod] = {
-        (label, text): method
-        for text, budget in bench.budgets
-        for label, method in candidates(budget).items()
-    }
+    tried = bench.cells(candidates)
     items = bench.items(split=CHOSEN_ON)
     tuned = compare(items, bench.run(items, tried, "choosing"))
-    means = mean_scores(tuned)
+    means = {
+        label: float(np.mean([of[label][budget]["score"] for of in tuned.values()
+                              for budget in map(str, plan.budgets)]))
+        for label in candidates(1)
+    }  # fmt: skip
     chosen = sorted(means, key=lambda label: -means[label])[:BEST]
 
-    shown: dict[Cell, CacheMethod] = {
-        (label, text): method
-        for text, budget in bench.budgets
-        for label, method in ceilings(budget).items()
-    }
-    shown |= {cell: method for cell, method in tried.items() if cell[0] in chosen}
+    shown = bench.cells(ceilings) | {cell: tried[cell] for cell in tried if cell[0] in chosen}
     items = bench.items()
     reported = compare(items, bench.run(items, shown, "reporting"))
     manners = {}
     for manner in MANNERS:
         items = bench.items(variant="plain", manner=manner)
-        rows = [post_vision_rows(item, bench.vlm) for item in items]
+        rows = np.array([post_vision_rows(item, bench.vlm) for item in items])
         outcomes = bench.run(items, shown, f"{manner} questions")
         manners[manner] = {
             "rows": {
-                task: rounded(np.mean([n for n, i in zip(rows, items, strict=True)
-                                       if i.task == task]))
-                for task in plan.tasks
+                task: rounded(np.mean(rows[own])) for task, own in rows_by_task(items).items()
             },
             "details": compare(items, outcomes),
-        }  # fmt: skip
+        }
     return {
         "choice": {
             "split": CHOSEN_ON, "seed": plan.seed, "n": plan.n, "chosen": chosen,
@@ -128,18 +131,6 @@ def run(bench: Bench) -> Result:
     }  # fmt: skip
 
 
-def mean_scores(details: dict[str, Any]) -> dict[str, float]:
-    """The mean of a label's scores over tasks and budgets, the full cache left out."""
-    first = next(iter(details.values()))
-    return {
-        label: float(
-            np.mean([facts["score"] for of in details.values() for facts in of[label].values()])
-        )
-        for label in first
-        if label != WHOLE[0]
-    }
-
-
 def post_vision_rows(item: Item, vlm: VLM) -> int:
     """tau: tokens behind the last picture of an item's prompt."""
     text = render(item).rsplit(MARK, 1)[-1]
@@ -148,55 +139,61 @@ def post_vision_rows(item: Item, vlm: VLM) -> int:
 
 def section(result: Result) -> str:
     """The part of docs/accuracy.md."""
-    choice, details = result["choice"], result["details"]
-    columns = [(task, budget) for task in details for budget in result["budgets"]]
-    head = [f"{task}, {budget_of(budget)}" for task, budget in columns]
+    choice, details, columns = result["choice"], result["details"], columns_of(result)
     labels = [label for label in next(iter(details.values())) if label != FULL]
-
-    tuned = choice["details"]
     order = sorted(choice["means"], key=lambda label: -choice["means"][label])
+
+    def rows(
+        labels: list[str], details: Result, cell: Callable[[dict[str, Any]], str]
+    ) -> list[list[str]]:
+        return [
+            [label, *(cell(details[task][label][budget]) for task, budget in columns.values())]
+            for label in labels
+        ]
+
     tried = [
-        [label, per_cent(choice["means"][label]), *(per_cent(tuned[task][label][budget]["score"])
-                                                    for task, budget in columns)]
-        for label in order
-    ]  # fmt: skip
-    reported = [
-        [label, *(both(details[task][label][budget]) for task, budget in columns)]
-        for label in labels
+        [label, per_cent(choice["means"][label]), *scores]
+        for label, *scores in rows(order, choice["details"], lambda of: per_cent(of["score"]))
     ]
-    parts = []
+    parts, budget = [], result["budgets"][-1]
     for task in details:
-        budget = result["budgets"][-1]
         by_manner = {
             f"{manner} ({of['rows'][task]:.0f} rows)": of["details"][task]
             for manner, of in result["manners"].items()
         }
-        rows = [[FULL, *(scored(of[FULL]["1.0"]) for of in by_manner.values())]]
-        rows += [
+        found = [[FULL, *(scored(of[FULL]["1.0"]) for of in by_manner.values())]]
+        found += [
             [label, *(f"{both(of[label][budget])}; {per_cent(of[label][budget]['answer_recall'])}"
                       for of in by_manner.values())]
             for label in labels
         ]  # fmt: skip
-        parts += [f"**{task}** at {budget_of(budget)}", table(["method", *by_manner], rows)]
-    return "\n\n".join(
-        [
-            made_by(result),
-            f"Chosen on the split `{choice['split']}`: {choice['n']:,} items of each task, seeds "
-            f"from {choice['seed']}. {len(tried)} candidates, which change one step of VL-Cache's "
-            "score or several; where it says so, all layers have the same budget. The best "
-            f"{len(choice['chosen'])} by the mean over tasks and budgets were chosen: "
-            f"{'; '.join(choice['chosen'])}. 'sum over rows' is VL-Cache's own score.",
-            table(["chosen among, by mean", "mean", *head], tried),
-            f"Reported on the split `{result['split']}`, which nothing was chosen on. The oracle "
-            "keeps what the full cache's answer really attends to, with equal layers and with the "
-            "layer sizes that keep most of it. Each cell has the score, and the difference to the "
-            f"full cache. {full_cache(details)}",
-            table(["method", *head], reported),
-            "By the length of the question, plain prompts only: the mean number of rows behind the "
-            "picture stands beside how it was put. Terse questions only name what is asked for. "
-            "How often each manner was trained on is in the recipe: compare with the full cache. "
-            "Each cell has the score, the difference to it, and the share of its answer's "
-            "attention that is kept.",
-            *parts,
-        ]
+        parts += [f"**{task}** at {budget_of(budget)}", table(["method", *by_manner], found)]
+    return told(
+        result,
+        f"Chosen on the split `{choice['split']}`: {choice['n']:,} items of each task, seeds "
+        f"from {choice['seed']}. {len(tried)} candidates, which change one step of VL-Cache's "
+        "score or several; where it says so, all layers have the same budget. The best "
+        f"{len(choice['chosen'])} by the mean over tasks and budgets were chosen: "
+        f"{'; '.join(choice['chosen'])}. 'sum over rows' is VL-Cache's own score.",
+        table(["chosen among, by mean", "mean", *columns], tried),
+        f"Reported on the split `{result['split']}`, which nothing was chosen on. The oracle "
+        "keeps what the full cache's answer really attends to, with equal layers and with the "
+        "layer sizes that keep most of it. Each cell has the score, and the difference to the "
+        f"full cache. {full_cache(details)}",
+        table(["method", *columns], rows(labels, details, both)),
+        "By the length of the question, plain prompts only: the mean number of rows behind the "
+        "picture stands beside how it was put. Terse questions only name what is asked for. "
+        "How often each manner was trained on is in the recipe: compare with the full cache. "
+        "Each cell has the score, the difference to it, and the share of its answer's "
+        "attention that is kept.",
+        *parts,
     )
+
+
+SCORING = Experiment(
+    "Other scores than VL-Cache's: chosen on the split 'tune', reported beside VL-Cache and "
+    "the oracle on --split; and scores by the length of the question.",
+    budgets=(0.05, 0.1),
+    section=section,
+    run=run,
+)

@@ -5,20 +5,8 @@ import re
 
 import numpy as np
 
-from benchmarks.accuracy.glyphs import CLASSES
+from benchmarks.accuracy.glyphs import CHARACTERS
 from benchmarks.accuracy.tasks import Item
-
-ZONES = [
-    ["at the top left", "at the top", "at the top right"],
-    ["at the left", "in the middle", "at the right"],
-    ["at the bottom left", "at the bottom", "at the bottom right"],
-]
-COLOURS = "red|green|blue|yellow|purple|grey"
-PLURALS = {
-    "circles": "circle", "squares": "square", "triangles": "triangle", "stars": "star",
-    "crosses": "cross", "rings": "ring",
-}  # fmt: skip
-WHERE = r" in the (first|second) picture"
 
 Grid = list[list[str]]
 
@@ -41,22 +29,12 @@ def questions(item: Item) -> list[tuple[str, str]]:
 
 def solve(task: str, cells: tuple[np.ndarray, ...], question: str) -> str:
     """The answer to a question of a task."""
-    grids = [[[CLASSES[i] if i >= 0 else " " for i in row] for row in table] for table in cells]
-    solver = {"document": document, "reading": reading, "caption": caption}.get(task)
-    if solver is None:
-        return reasoning(grids, question)
-    return solver(grids[_picture(question)], question)
+    table = cells[int("second picture" in question)]
+    grid = [[CHARACTERS[i] if i >= 0 else " " for i in row] for row in table]
+    return {"document": document, "reading": reading}[task](grid, question)
 
 
 def document(grid: Grid, question: str) -> str:
-    row, column = (re.search(rf"{word} ([A-Z]{{2}})\b", question) for word in ("row", "column"))
-    if row and column:
-        lines = ["".join(line) for line in grid]
-        heading = next(line for line in lines if line.strip())
-        line = next(line for line in lines if line.strip().startswith(row[1]) and line != heading)
-        start = len(heading) - len(heading.lstrip())
-        at = next(i for i in range(start, len(heading)) if heading.startswith(column[1], i))
-        return line[at : at + 3]
     (key,) = re.findall(r"\b[A-Z]{2}\b", question)
     return lines_of(grid)[key]
 
@@ -80,50 +58,3 @@ def reading(grid: Grid, question: str) -> str:
     if kind == "column":
         table = table.T
     return "".join(next(line[1:] for line in table[1:] if line[0] == label))
-
-
-def reasoning(grids: list[Grid], question: str) -> str:
-    shapes = re.findall(rf"({COLOURS}) ({'|'.join(PLURALS)})", question)
-    if shapes:
-        drawn = [name for line in grids[_picture(question)] for name in line]
-        return ", ".join(str(drawn.count(f"{colour} {PLURALS[form]}")) for colour, form in shapes)
-    numbers = [{name: int(value) for name, value in lines_of(grid).items()} for grid in grids]
-    here = numbers[_picture(question)]
-    extreme = re.search("largest|smallest", question)
-    if extreme:
-        name = (max if extreme[0] == "largest" else min)(here, key=lambda name: here[name])
-        return f"{name} {here[name]}"
-    named = re.findall(rf"\b([A-Z]{{2}})\b(?:{WHERE})?", question)
-    options = re.findall(r"\b([A-D]): (\d+)", question)
-    if options:
-        ((name, _),) = named
-        (letter,) = (letter for letter, number in options if int(number) == here[name])
-        return f"{letter} {here[name]}"
-    (a, in_a), (b, in_b) = named
-    first, second = numbers[(in_a or in_b) == "second"][a], numbers[in_b == "second"][b]
-    return f"{first} + {second} = {first + second}"
-
-
-def caption(grid: Grid, question: str) -> str:
-    part = re.search("(upper|central|lower|left|right) part", question)
-    colour = re.search(rf"\b({COLOURS}) shapes", question)  # not of "coloured shapes"
-    form = re.search("|".join(PLURALS), question)
-    phrases = {}
-    for i, line in enumerate(grid):
-        for j, name in enumerate(line):
-            down, across = int(3 * (i + 0.5) / len(grid)), int(3 * (j + 0.5) / len(line))
-            bands = ["upper", "central", "lower"][down], ["left", "", "right"][across]
-            if (
-                name == " "
-                or (part and part[1] not in bands)
-                or (colour and not name.startswith(colour[1]))
-                or (form and not name.endswith(PLURALS[form[0]]))
-            ):
-                continue
-            assert (down, across) not in phrases
-            phrases[down, across] = f"a {name} {ZONES[down][across]}"
-    return ", ".join(phrases[zone] for zone in sorted(phrases))
-
-
-def _picture(question: str) -> int:
-    return int("second picture" in question)

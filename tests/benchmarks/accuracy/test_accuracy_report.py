@@ -11,8 +11,9 @@ import vlcache_jax
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import report, tasks
 from benchmarks.accuracy.budgets import EXTRA, Plan
-from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
+from benchmarks.accuracy.evaluate import WHOLE, Evaluation, Outcome
 from benchmarks.accuracy.network import config_json, export, make_files
+from benchmarks.accuracy.report import FULL
 from benchmarks.accuracy.scoring import agreement, summarise, variant_of
 from benchmarks.documents import NOT_MEASURED, ROOT, source_of
 from benchmarks.report import DOCUMENTS
@@ -64,7 +65,7 @@ def pretended(monkeypatch):
         calls.append((items, methods))
         right = [item.answer for item in items]
         ids = [[3, 4, 5]] * len(items)
-        found = {FULL: outcome(right, ids)}
+        found = {WHOLE: outcome(right, ids)}
         for label, method in methods.items():
             share = method.limit.share
             some = [answer if i % 20 < 20 * share else "" for i, answer in enumerate(right)]
@@ -81,28 +82,26 @@ def test_a_run_from_the_command_to_the_file(model, tmp_path):
     out = tmp_path / "deep" / "result.json"
     arguments = (
         "--model", model, "--tasks", "document", "--methods", "vl-cache", "--budgets", "0.1,1",
-        "--extra", "oracle", "--n", 3, "--batch", 2, "--variant", "plain", "--out", out,
+        "--extra", "oracle", "--n", 3, "--batch", 2, "--out", out,
     )  # fmt: skip
     done = run(*arguments, "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert result == json.loads(out.read_text())
-    scores = result["tasks"]["document"]
-    assert list(scores) == ["full", "vl-cache"]
-    assert list(scores["full"]) == ["1.0"]
-    assert list(scores["vl-cache"]) == ["0.1", "1.0"]
-    assert scores["vl-cache"]["1.0"] == scores["full"]["1.0"]
-    assert list(result["extra"]["document"]["oracle"]) == ["0.1"]
+    details = result["details"]["document"]
+    assert {name: list(of) for name, of in details.items()} == {
+        "full": ["1.0"], "vl-cache": ["0.1", "1.0"], "oracle": ["0.1"]
+    }  # fmt: skip
+    assert details["vl-cache"]["1.0"] == details["full"]["1.0"]
     assert result["n"] == 3
     assert result["model"] == str(model)
     assert result["versions"]["jax"] == jax.__version__
-    low, high = result["intervals"]["document"]["vl-cache"]["0.1"]
-    assert low <= scores["vl-cache"]["0.1"] <= high
-    facts = result["details"]["document"]["vl-cache"]["0.1"]
+    facts, oracle = (details[name]["0.1"] for name in ("vl-cache", "oracle"))
+    low, high = facts["interval"]
+    assert low <= facts["score"] <= high
     assert facts["kept"] == pytest.approx(0.1, abs=0.01)
-    assert facts["variants"].keys() == {"plain"}
+    assert sum(each["n"] for each in facts["variants"].values()) == 3
     assert len(facts["by_layer"]["kept"]) == 2
-    oracle = result["details"]["document"]["oracle"]["0.1"]
     assert facts["answer_recall"] <= oracle["answer_recall"] < 1
     assert result["seconds"]["total"] > 0
     # And it is not written over.
@@ -120,19 +119,18 @@ def everything(model, out, *more):
 def test_every_method_at_every_budget(model, pretended, tmp_path):
     result, output = everything(model, tmp_path / "all.json")
     budgets = ["0.01", "0.05", "0.1", "0.2", "0.4", "1.0"]
-    assert result["tasks"].keys() == tasks.TASKS.keys()
-    for task, scores in result["tasks"].items():
-        assert scores.keys() == METHODS.keys()
-        assert result["extra"][task].keys() == EXTRA.keys()
-        for name, by_budget in scores.items():
-            assert list(by_budget) == (["1.0"] if name == "full" else budgets)
-            assert by_budget["1.0"] == 1
-            assert result["intervals"][task][name].keys() == by_budget.keys()
-        assert scores["h2o"]["0.4"] == pytest.approx(0.4, abs=0.01)
+    assert result["details"].keys() == tasks.TASKS.keys()
+    for task, details in result["details"].items():
+        assert details.keys() == {*METHODS, *EXTRA}
+        for name, by_budget in details.items():
+            run = budgets[:-1] if name in EXTRA else budgets
+            assert list(by_budget) == (["1.0"] if name == "full" else run)
+        assert all(details[name]["1.0"]["score"] == 1 for name in METHODS)
+        assert details["h2o"]["0.4"]["score"] == pytest.approx(0.4, abs=0.01)
         assert task in output
     ((items, methods),) = pretended  # all of it from one prefill of each item
     assert len(items) == 40 * len(tasks.TASKS)
-    assert len(methods) == (len(METHODS) - 1 + len(EXTRA)) * 5
+    assert len(methods) == (len(METHODS) - 1) * 6 + len(EXTRA) * 5
     facts = result["details"]["reading"]["snapkv"]["0.4"]
     assert facts["agreement"] == {"answers": 0, "tokens": pytest.approx(2 / 3, abs=1e-4)}
     assert facts["difference"]["mean"] == pytest.approx(-0.6, abs=0.01)
@@ -143,8 +141,8 @@ def test_a_quick_run_is_a_small_one(model, pretended):
     done = run("--model", model, "--quick", "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
-    assert (result["n"], result["quick"]) == (64, True)
-    assert list(result["tasks"]["caption"]["random"]) == ["0.1", "1.0"]
+    assert result["n"] == 64
+    assert list(result["details"]["reading"]["random"]) == ["0.1", "1.0"]
 
 
 @pytest.mark.parametrize(
@@ -160,10 +158,6 @@ def test_a_quick_run_is_a_small_one(model, pretended):
         (("--n", 0), "n=0"),
         (("--seed", -1), "seed"),
         (("--split", "holdout"), "'holdout'"),
-        (("--level", 2), "level"),
-        (("--jitter", 9), "jitter"),
-        (("--variant", "upside down"), "'upside down'"),
-        (("--manner", "rude"), "'rude'"),
         (("--batch", 0), "batch"),
         (("--model", "no/such/folder"), "no/such/folder"),
         (("--dtype", "int4"), "int4"),
@@ -203,23 +197,23 @@ def test_facts_of_four_answers():
     right = [item.answer for item in items]
     full = outcome([*right[:3], ""], [[1], [2], [3], [4]])
     half = outcome([*right[:2], "", ""], [[1], [2], [9], [4]], share=0.5)
-    facts = summarise(items, {FULL: full, "half": half})["reading"]
-    assert facts[FULL]["score"] == 0.75
-    assert facts["half"]["score"] == 0.5
-    assert facts["half"]["difference"]["mean"] == -0.25
-    assert facts["half"]["metrics"]["exact"]["mean"] == 0.5
-    assert facts["half"]["agreement"] == {"answers": 0.75, "tokens": 0.75}
-    assert facts["half"]["kept_visual"] == 0.5
-    assert facts["half"]["by_layer"]["hit_rate"] == [0.5, 0.5]
-    assert facts["half"]["new_tokens"] == 1
-    assert facts["half"]["variants"]["plain"]["n"] == 4
+    found = summarise(items, {WHOLE: full, ("half", "0.5"): half})["reading"]
+    assert found[FULL]["1.0"]["score"] == 0.75
+    facts = found["half"]["0.5"]
+    assert facts["score"] == 0.5
+    assert facts["difference"]["mean"] == -0.25
+    assert facts["agreement"] == {"answers": 0.75, "tokens": 0.75}
+    assert facts["kept_visual"] == 0.5
+    assert facts["by_layer"]["hit_rate"] == [0.5, 0.5]
+    assert facts["new_tokens"] == 1
+    assert facts["variants"]["plain"]["n"] == 4
 
 
 def test_every_part_says_what_the_file_says(model, pretended, tmp_path):
-    result, _ = everything(model, tmp_path / "all.json", "--level", 0.5)
+    result, _ = everything(model, tmp_path / "all.json")
     parts = {section.name: section.make(result) for section in report.SECTIONS}
-    score = 100 * result["tasks"]["document"]["h2o"]["0.1"]
-    low, high = (100 * end for end in result["intervals"]["document"]["h2o"]["0.1"])
+    facts = result["details"]["document"]["h2o"]["0.1"]
+    score, low, high = (100 * share for share in (facts["score"], *facts["interval"]))
     assert f"{score:.1f} ({low:.1f} to {high:.1f})" in parts["scores"]
     change = 100 * result["details"]["reading"]["random"]["0.1"]["difference"]["mean"]
     assert f"{change:+.1f} (" in parts["differences"]
@@ -227,7 +221,6 @@ def test_every_part_says_what_the_file_says(model, pretended, tmp_path):
     assert "66.7" in parts["attention"]  # two of three tokens agree
     assert "| 10.0 | 10.0 |" in parts["layers"]
     assert "multi-turn (" in parts["variants"]
-    assert "level 0.5" in parts["run"]
     assert result["command"] in parts["run"]
     for text in parts.values():
         assert NOT_MEASURED not in text
@@ -235,7 +228,7 @@ def test_every_part_says_what_the_file_says(model, pretended, tmp_path):
 
 def test_parts_of_a_run_of_little(model, pretended, tmp_path):
     out, little = tmp_path / "little.json", ("--budgets", "0.2", "--methods", "full")
-    result, _ = everything(model, out, "--tasks", "caption", "--extra", "none", *little)
+    result, _ = everything(model, out, "--tasks", "reading", "--extra", "none", *little)
     for section in report.SECTIONS:
         assert section.make(result)
     report.write_plot(out, tmp_path / "plot.svg")
@@ -293,7 +286,6 @@ def test_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
 
 
 def test_a_plan_without_a_name_runs_everything():
-    cells = list(Plan().cells())
-    assert len({(name, budget) for name, budget, _ in cells}) == len(cells)
-    assert {name for name, _, _ in cells} == {*METHODS, *EXTRA} - {"full"}
-    assert vlcache_jax.VLCache(0.1) in [method for _, _, method in cells]
+    cells = Plan().cells()
+    assert {name for name, _ in cells} == {*METHODS, *EXTRA} - {"full"}
+    assert vlcache_jax.VLCache(0.1) in cells.values()

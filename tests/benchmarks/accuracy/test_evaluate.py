@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.accuracy import tasks
 from benchmarks.accuracy.comparison import Comparison, Together
-from benchmarks.accuracy.evaluate import Evaluation, prompt_tokens
+from benchmarks.accuracy.evaluate import WHOLE, Evaluation, prompt_tokens
 from benchmarks.accuracy.network import config_json, make_files
 from benchmarks.accuracy.oracle import MostAttention, Oracle
 from benchmarks.accuracy.packing import render
@@ -67,7 +67,7 @@ def vlm():
 @pytest.fixture(scope="module")
 def items():
     return [
-        tasks.make_item("caption", 0, split="test", variant="multi-turn"),
+        tasks.make_item("reading", 0, split="test", variant="multi-turn"),
         tasks.make_item("document", 1, split="test", variant="two pictures"),
         tasks.make_item("reading", 2, split="test", variant="question first"),
         tasks.make_item("document", 3, split="test", variant="plain"),
@@ -90,7 +90,7 @@ def own_answers(vlm, items, method):
     )
 
 
-@pytest.mark.parametrize("label", ["full", "vl-cache", "snapkv", "vl-cache, akvq"])
+@pytest.mark.parametrize("label", [WHOLE, "vl-cache", "snapkv", "vl-cache, akvq"])
 def test_tokens_and_measures_are_those_of_generate(vlm, items, outcomes, label):
     method, outcome = METHODS_RUN.get(label, FullCache()), outcomes[label]
     answers = own_answers(vlm, items, method)  # in one batch of other shapes
@@ -109,14 +109,14 @@ def test_tokens_and_measures_are_those_of_generate(vlm, items, outcomes, label):
 
 
 def test_the_answers_are_worth_comparing(items, outcomes):
-    full = outcomes["full"]
+    full = outcomes[WHOLE]
     assert len({len(ids) for ids in full.tokens}) > 1
     assert any(full.tokens[row] != outcomes["vl-cache"].tokens[row] for row in range(len(items)))
 
 
 def test_a_budget_of_everything_is_the_full_cache(vlm, outcomes):
-    assert outcomes["all of it"] is outcomes["full"]
-    assert (outcomes["full"].hit_rate == 1).all()
+    assert outcomes["all of it"] is outcomes[WHOLE]
+    assert (outcomes[WHOLE].hit_rate == 1).all()
     # And rightly so: every method's program is then the full cache's.
     inputs = vlm.processor(None, "one two", raw_prompt=True)
     args = abstract_params(vlm.config), inputs, jax.random.key(0)
@@ -172,7 +172,7 @@ def mass(vlm, items, outcomes):
     generate = Generate(vlm.config, Recorder(), 1)
     prefill, settings = jax.jit(generate.stages.prefill), generate.settings(1)
     found = []
-    for item, answer in zip(items, outcomes["full"].tokens, strict=True):
+    for item, answer in zip(items, outcomes[WHOLE].tokens, strict=True):
         inputs = vlm.processor(list(item.images), render(item), raw_prompt=True)
         m, n = int(inputs.length[0]), max(1, len(answer))
         tokens = np.zeros((1, 768), np.int32)
@@ -263,7 +263,7 @@ def test_what_cannot_be_run_is_refused(vlm, items):
     with pytest.raises(ValueError, match="no items"):
         evaluation.run([], {})
     with pytest.raises(ValueError, match="full"):
-        evaluation.run(items, {"full": RandomKV(0.1)})
+        evaluation.run(items, {WHOLE: RandomKV(0.1)})
     with pytest.raises(ValueError, match="positions"):
         evaluation.run(items, {}, max_new_tokens=4000)
     with pytest.raises(ValueError, match="at least 1"):
@@ -271,7 +271,7 @@ def test_what_cannot_be_run_is_refused(vlm, items):
     with pytest.raises(ValueError, match="at least 1"):
         Evaluation(vlm, batch=0)
     with pytest.raises(ValueError, match="full"):
-        evaluation.run(items, {"full": FullCache(quantize=AKVQ())})
+        evaluation.run(items, {WHOLE: FullCache(quantize=AKVQ())})
     turned = VLM(vlm.config, lambda: vlm.params, vlm.processor, stop_ids=(), transformed=True)
     with pytest.raises(ValueError, match="without"):
         Evaluation(turned)

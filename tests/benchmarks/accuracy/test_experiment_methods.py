@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.accuracy.experiments import ablation, scores
-from benchmarks.accuracy.experiments.layers import OneLayer
+from benchmarks.accuracy.experiments import compared, scores
+from benchmarks.accuracy.experiments.compared import OneLayer
 from benchmarks.accuracy.experiments.row_score import RowScore
 from vlcache_jax import H2O, Custom, VLCache
 from vlcache_jax.cache.budget import Budget, Prompt
@@ -102,8 +102,8 @@ def test_one_layer_alone_is_compressed(layer):
 
 def test_the_pairs_hold_vl_cache():
     pair = Custom(
-        0.1, score=ablation.SCORES["post-vision"], allocation=ablation.ALLOCATIONS["sparsity"]
+        0.1, score=compared.SCORES["post-vision"], allocation=compared.ALLOCATIONS["sparsity"]
     )
     assert pair.rules() == VLCache(0.1).rules()
-    score, sizes = ablation.SCORES["full prompt"], ablation.ALLOCATIONS["uniform"]
+    score, sizes = compared.SCORES["full prompt"], compared.ALLOCATIONS["uniform"]
     assert Custom(0.1, score=score, allocation=sizes, recent_ratio=0.5).rules() == H2O(0.1).rules()

@@ -13,27 +13,22 @@ from typer.testing import CliRunner
 
 import vlcache_jax
 from benchmarks.accuracy import budgets, evaluate, tasks
-from benchmarks.accuracy.budgets import Plan
-from benchmarks.accuracy.evaluate import FULL, Evaluation, Outcome
+from benchmarks.accuracy.budgets import Bench, Plan, Refused
+from benchmarks.accuracy.evaluate import WHOLE, Evaluation, Outcome
 from benchmarks.accuracy.experiments import (
     __main__,
     common,
-    layers,
+    compared,
+    conversation,
     long,
-    quantized,
     rare,
     scores,
     sections,
-    settings,
-    variants,
 )
-from benchmarks.accuracy.experiments.common import WHOLE, Bench
-from benchmarks.accuracy.experiments.conversation import answers_of, spans
 from benchmarks.accuracy.experiments.row_score import RowScore
-from benchmarks.accuracy.experiments.text import change
 from benchmarks.accuracy.oracle import attention_of_answer
 from benchmarks.accuracy.packing import render
-from benchmarks.accuracy.report import per_cent, scored
+from benchmarks.accuracy.report import FULL, per_cent, points, scored
 from benchmarks.documents import NOT_MEASURED, source_of
 from tests.benchmarks.accuracy.test_evaluate import make_vlm
 from vlcache_jax import SnapKV, VLCache, programs
@@ -53,8 +48,8 @@ def evaluation():
 
 
 def test_defaults_are_among_the_settings():
-    for setting, values in settings.SETTINGS.items():
-        assert sum(settings.label_of(setting, value) == settings.DEFAULT for value in values) == 1
+    for setting, values in compared.SETTINGS.items():
+        assert sum(compared.label_of(setting, value) == compared.DEFAULT for value in values) == 1
         for value in values:
             VLCache(0.1, **{setting: value})
 
@@ -101,7 +96,7 @@ def talked(evaluation):
     plan = Plan(("reading",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
     pictures, _ = long.dialogues(Bench(evaluation, plan, TURNS), "reading")
     cells = {("all", "1.0"): VLCache(1.0), ("vl-cache", "0.1"): VLCache(0.1)}
-    return pictures, *long.converse(evaluation.vlm, pictures, cells, 2)
+    return pictures, *long.converse(evaluation, pictures, cells)
 
 
 def test_a_dialogue_asks_nothing_twice_but_the_first(talked):
@@ -134,14 +129,15 @@ def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluat
         raw_prompt=True,
     )
     full, token, _ = jax.jit(partial(way.prefill, methods=()))(vlm.params, inputs)
-    talk = jax.device_get(jax.jit(way.talk)(vlm.params, full, token, inputs.length, script))
+    talk = conversation.talk(
+        evaluation, way, vlm.params, full, np.asarray(token), inputs.length, script
+    )
     turns = TURNS + 1
-    begin, end = spans(talk, turns)
-    answers = answers_of(talk, turns)
+    answers = [talk.answers(lane) for lane in range(2)]
     for lane in range(2):
         texts = [vlm.processor.decode(ids) for ids in answers[lane]]
         assert texts == spoken[WHOLE].answers[lane]
-        fed = talk.tokens[lane][talk.turn[lane] < turns]
+        fed = talk.tokens[lane, : talk.end[lane, -1]]
         forced, at = [], 0
         for turn, ids in enumerate(answers[lane]):  # each question, the answer, the end
             asked = script.tokens[lane][at : script.ends[lane][turn]]
@@ -162,7 +158,7 @@ def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluat
     for lane, turn in np.ndindex(2, turns):
         ids = answers[lane][turn]
         if ids:
-            first = m[lane] + (begin[turn, lane] if turn else -1)
+            first = m[lane] + talk.begin[lane, turn] - 1
             expected = likeliest[lane, first : first + len(ids) + 1]
             assert ids == expected[:-1].tolist()
             assert expected[-1] in vlm.stop_ids or len(ids) == way.limit
@@ -173,19 +169,21 @@ def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluat
         text = vlm.config.text
         return attention_of_answer(model, text, full, inputs, talk.tokens, lengths).mass
 
-    mass = jax.jit(way.attend)(vlm.params, full, inputs, talk.tokens, begin, end)
-    first, last = attended(end[0]), attended(end[-1]) - attended(np.maximum(begin[-1], 1))
+    mass = jax.jit(way.attend)(vlm.params, full, inputs, talk).mass
+    begin, end = talk.begin, talk.end
+    first = attended(end[:, 0])
+    last = attended(end[:, -1]) - attended(np.maximum(begin[:, -1] - 1, 1))
     for lane in range(2):
         for turn, expected in ((0, first), (-1, last)):
-            if end[turn, lane] > begin[turn, lane]:
+            if end[lane, turn] > begin[lane, turn]:
                 np.testing.assert_allclose(mass[turn, lane], expected[lane], atol=1e-4)
 
 
 def test_too_many_questions_are_refused(evaluation, monkeypatch):
     monkeypatch.setattr(long, "LOOKED_AT", 1)
-    plan = Plan(("caption",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
-    with pytest.raises(common.Refused, match="--turns"):
-        long.dialogues(Bench(evaluation, plan, 30), "caption")
+    plan = Plan(("reading",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
+    with pytest.raises(Refused, match="--turns"):
+        long.dialogues(Bench(evaluation, plan, 30), "reading")
 
 
 # The commands.
@@ -197,15 +195,15 @@ def small(evaluation, monkeypatch, tmp_path):
     monkeypatch.setattr(vlcache_jax, "load", lambda model, dtype: evaluation.vlm)
     monkeypatch.setattr(evaluate, "Evaluation", lambda vlm, batch: evaluation)
     monkeypatch.setattr(programs, "keep_programs", lambda: None)
-    monkeypatch.setattr(settings, "SETTINGS", {"threshold": (0.01, 0.1, 0.2)})
-    monkeypatch.setattr(variants, "VARIANTS", {"plain": 1, "multi-turn": 1})
+    monkeypatch.setattr(compared, "SETTINGS", {"threshold": (0.01, 0.1, 0.2)})
+    monkeypatch.setattr(compared, "VARIANTS", {"plain": 1, "multi-turn": 1})
     two = {name: METHODS[name] for name in (FULL, "snapkv")}
     monkeypatch.setattr(common, "METHODS", two)
     monkeypatch.setattr(
         scores, "SCORES", {"last row": RowScore(last=1), "pooled": RowScore(pool=3)}
     )
-    monkeypatch.setattr(quantized, "WHOLE_BITS", ("akvq",))
-    monkeypatch.setattr(quantized, "EVICTING", ("snapkv",))
+    monkeypatch.setattr(compared, "WHOLE_BITS", ("akvq",))
+    monkeypatch.setattr(compared, "EVICTING", ("snapkv",))
     monkeypatch.setattr(scores, "MANNERS", ("brief",))
     monkeypatch.setattr(scores, "BEST", 1)
     monkeypatch.setattr(sections, "RESULTS", tmp_path)
@@ -214,7 +212,7 @@ def small(evaluation, monkeypatch, tmp_path):
 
 LABELS = {
     "ablation": ["post-vision, sparsity", "full prompt, uniform", "allocation, under post-vision"],
-    "layers": ["layer 0", "layer 2", *layers.ALL],
+    "layers": ["layer 0", "layer 2", *compared.ALL],
     "settings": ["0.01 (default)", "0.2"],
     "variants": ["snapkv"],
     "long": ["snapkv", *long.ORACLES],
@@ -248,7 +246,7 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
         plain, packed = (result["details"][task][label]["0.1"] for label in LABELS[name][1:])
         assert packed["kept"] == plain["kept"]
         assert 0 < packed["kept_bytes"] < plain["kept_bytes"] == pytest.approx(plain["kept"])
-        assert change(packed["to_method"]) in text
+        assert points(packed["to_method"]) in text
         assert f"| {packed['kept_bytes']:.1%} | " in text
     if name == "scores":
         (best,) = result["choice"]["chosen"]
@@ -256,7 +254,7 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
         assert f"| {best} | {per_cent(facts['score'])}; " in text
     plot = sections.plot_file(name, small)
     sections.write_plots(small)
-    assert plot.exists() == (name in sections.PLOTS)
+    assert plot.exists() == (sections.EXPERIMENTS[name].draw is not None)
     if plot.exists():
         source = source_of(sections.result_file(name))
         assert source is not None
@@ -266,7 +264,7 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
         assert not plot.exists()
 
 
-@pytest.mark.parametrize("name", sections.PLOTS)
+@pytest.mark.parametrize("name", [n for n, each in sections.EXPERIMENTS.items() if each.draw])
 def test_the_plots_are_up_to_date(name):
     source = source_of(sections.result_file(name))
     plot = sections.plot_file(name)
@@ -278,7 +276,6 @@ def test_the_plots_are_up_to_date(name):
 def test_what_was_not_measured_says_so():
     for section in sections.SECTIONS:
         assert section.make(None) == NOT_MEASURED
-    assert set(sections.TEXTS) == set(__main__.EXPERIMENTS)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +343,7 @@ def test_many_methods_are_run_in_groups(evaluation, monkeypatch):
     def run(self, items, methods, *, advance):
         calls.append(list(methods))
         advance(len(items))
-        return {label: outcome([label] * len(items)) for label in (FULL, *methods)}
+        return {cell: outcome([cell[0]] * len(items)) for cell in (WHOLE, *methods)}
 
     monkeypatch.setattr(Evaluation, "run", run)
     plan = Plan(("reading",), methods=(), budgets=(0.1,), extra=(), n=2, split="test")
@@ -356,5 +353,5 @@ def test_many_methods_are_run_in_groups(evaluation, monkeypatch):
     found = bench.run(items, {(f"m{i}", "0.1"): SnapKV(0.1) for i in range(5)}, "some", at_once=2)
     assert list(map(len, calls)) == [2, 2, 1]
     assert done == [6, 2, 2, 2]
-    assert found["m3", "0.1"].answers == ["m3 at 0.1"] * 2
+    assert found["m3", "0.1"].answers == ["m3"] * 2
     assert found[WHOLE].answers == [FULL] * 2

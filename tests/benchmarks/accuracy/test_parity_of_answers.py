@@ -58,7 +58,7 @@ def test_bad_input_is_refused_before_work_starts(tmp_path):
     file.touch()
     for arguments, said in (
         (("--out", file), "exists"),
-        (("--tasks", "poetry"), "no task 'poetry'"),
+        (("--tasks", "poetry"), "task 'poetry'"),
         (("--model", tmp_path / "none"), "directory"),
     ):
         result = run(*arguments)
@@ -67,4 +67,4 @@ def test_bad_input_is_refused_before_work_starts(tmp_path):
 
 
 def test_without_a_result_nothing_is_said():
-    assert parity.parity_part(None) == NOT_MEASURED
+    assert parity.SECTION.make(None) == NOT_MEASURED

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import vlcache_jax
 from benchmarks.accuracy import tasks, train
-from benchmarks.accuracy.glyphs import CLASSES
+from benchmarks.accuracy.glyphs import CHARACTERS
 from benchmarks.accuracy.loss import answer_logits, attend_patches
 from benchmarks.accuracy.network import config_json
 from benchmarks.accuracy.packing import pack, render
@@ -107,7 +107,7 @@ def test_glyphs_are_those_of_the_patches(trainer):
     assert (batch.glyphs[0] == -1).all()  # the whole picture, at half the size
     top_right = item.cells[0][:8, 8:]
     assert batch.glyphs[2].tolist() == top_right.reshape(-1).tolist()
-    assert batch.glyphs.max() < len(CLASSES)
+    assert batch.glyphs.max() < len(CHARACTERS)
 
 
 def test_it_learns_a_few_items_by_heart(trainer):
@@ -198,7 +198,7 @@ def test_sources_are_the_patches_that_are_read(trainer):
                 at = np.flatnonzero(batch.sources[p, q] >= 0)
                 patches = batch.inputs.visual_index[p, batch.sources[p, q, at]]
                 said = trainer.processor.decode(batch.targets[p, q, at])
-                shown = "".join(CLASSES[i] for i in batch.glyphs.reshape(-1)[patches])
+                shown = "".join(CHARACTERS[i] for i in batch.glyphs.reshape(-1)[patches])
                 assert said == shown == item.answer
 
 
