@@ -1,6 +1,6 @@
 """What the Pallas kernels become as machine code: `python -m benchmarks.kernels --offline`.
 
-Every kernel is compiled for every type, head dim and configuration of its config.py, for an A100
+Every kernel is compiled for every type, head dim and candidate of its configuration, for an A100
 and an H200 (sm_80, sm_90), without a GPU: registers, spills, shared memory, tensor-core
 instructions. A row is ok where nothing spills, the shared memory is within what a block of that GPU
 may have, and tensor cores are used where they should be. Speed needs a GPU: benchmarks.gpu_suite.
@@ -33,33 +33,17 @@ from pallas_kernels import (
     quantized_decode_attention,
     ragged_decode_attention,
     sample_tokens,
-    tiles,
     window_scores,
 )
-from pallas_kernels.add_rms_norm import config as norm_config
 from pallas_kernels.packing import per_word
-from pallas_kernels.prefill_attention import config as prefill_config
-from pallas_kernels.quantized_decode_attention import config as packed_config
-from pallas_kernels.ragged_decode_attention import config as decode_config
 from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
-from pallas_kernels.sample_tokens import config as sample_config
-from pallas_kernels.window_scores import config as window_config
+from pallas_kernels.tuning import CONFIGS, candidates
 
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200"}
 """What is compiled for, and a GPU that is one."""
 
 WITHOUT_PRODUCTS = ("merge_splits", "add_rms_norm")
 """Kernels whose code has no tensor-core instruction; of float32 none has any, all others do."""
-
-CONFIGS: dict[str, Any] = {
-    "prefill_attention": prefill_config,
-    "window_scores": window_config,
-    "ragged_decode_attention": decode_config,
-    "quantized_decode_attention": packed_config,
-    "add_rms_norm": norm_config,
-    "sample_tokens": sample_config,
-}
-"""The config.py of each operation."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -156,7 +140,7 @@ def _arrays(dtype: str, *shapes: tuple[int, ...]) -> tuple[Any, ...]:
 
 def _configs(operation: str, arch: str, dtype: str, size: int) -> tuple[Any, ...]:
     capability = int(arch.removeprefix("sm_"))
-    return CONFIGS[operation].candidates(capability, jnp.dtype(dtype), tiles.padded(size))
+    return candidates(operation, capability, dtype, size)
 
 
 def _prefill_cases(arch: str, dtype: str, head_dim: int) -> Iterator[Case]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_suite import checks
@@ -18,14 +17,11 @@ from benchmarks.gpu_suite.stages import Context
 from pallas_kernels import add_rms_norm as norm_op
 from pallas_kernels import prefill_attention as prefill_op
 from pallas_kernels import sample_tokens as sample_op
-from pallas_kernels import tiles
-from pallas_kernels.add_rms_norm import config as norm_config
 from pallas_kernels.add_rms_norm import reference as norm_reference
 from pallas_kernels.backends import current_device
-from pallas_kernels.prefill_attention import config as prefill_config
 from pallas_kernels.prefill_attention import reference as prefill_reference
-from pallas_kernels.sample_tokens import config as sample_config
 from pallas_kernels.sample_tokens import reference as sample_reference
+from pallas_kernels.tuning import candidates
 
 KV_HEADS, GROUP = 2, 4
 
@@ -63,12 +59,12 @@ def label(shape: Shape) -> str:
     return f"{dtype}, {KV_HEADS * group}/{KV_HEADS} heads of {head_dim}, length {length}"
 
 
-def configs(module: Any, dtype: str, size: int, every: bool) -> list[Any]:
+def configs(operation: str, dtype: str, size: int, every: bool) -> list[Any]:
     """The configurations to run: all of them, or that of the device (None)."""
     if not every:
         return [None]
     capability = current_device().capability or 90
-    return checks.variants_of(module.candidates(capability, jnp.dtype(dtype), size))
+    return checks.variants_of(candidates(operation, capability, dtype, size))
 
 
 def named(config: Any) -> str:
@@ -103,7 +99,7 @@ def _prefill_group(rng: np.random.Generator, shape: Shape, every: bool, *, causa
         f"triton, {named(config)}": functools.partial(
             prefill_op.triton.prefill_attention, causal=causal, scale=scale, config=config
         )
-        for config in configs(prefill_config, dtype, tiles.padded(head_dim), every)
+        for config in configs("prefill_attention", dtype, head_dim, every)
     }
     for backend in ("triton", "cudnn"):
         if (backend == "triton" and not every) or (backend == "cudnn" and dtype == "float32"):
@@ -143,7 +139,7 @@ def _norm_group(rng: np.random.Generator, dtype: str, width: int) -> Group:
     weight = 1 + host(rng, dtype, width)
     variants = {
         named(config): functools.partial(norm_op.triton.add_rms_norm, eps=1e-5, config=config)
-        for config in configs(norm_config, dtype, tiles.padded(width), True)
+        for config in configs("add_rms_norm", dtype, width, True)
     }
 
     def judge(results: list[np.ndarray], expected: tuple[np.ndarray, ...]) -> Errors:
@@ -180,7 +176,7 @@ def _sample_group(rng: np.random.Generator, vocabulary: int) -> Group:
     inputs = (logits, np.float32(temperature), np.int32(top_k), np.float32(top_p), uniform)
     variants: dict[str, Callable[..., Any]] = {
         named(config): functools.partial(sample_op.triton.sample_tokens, config=config)
-        for config in configs(sample_config, "float32", tiles.padded(vocabulary), True)
+        for config in configs("sample_tokens", "float32", vocabulary, True)
     }
     variants["xla"] = functools.partial(sample_op.sample_tokens, backend="xla")
 

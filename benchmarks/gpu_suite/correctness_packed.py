@@ -11,12 +11,11 @@ from benchmarks.gpu_suite.checks import Group
 from benchmarks.gpu_suite.correctness import KV_HEADS, Shape, configs, label, named, shapes
 from benchmarks.gpu_suite.correctness_cache import appended, judge_appended, layer, rotated
 from benchmarks.gpu_suite.stages import Context
-from pallas_kernels import hadamard, tiles
+from pallas_kernels import hadamard
 from pallas_kernels import quantized_decode_attention as op
 from pallas_kernels.packing import per_word
-from pallas_kernels.quantized_decode_attention import config as packed_config
 from pallas_kernels.quantized_decode_attention import reference
-from pallas_kernels.rows import PackedRows
+from pallas_kernels.rows import PackedRows, Tail
 
 RUNS = ((8,), (2,), (4, 2))
 """Widths of the runs: all of them where all configurations run, else the last ones; of a dry run
@@ -67,7 +66,8 @@ def _group(rng: np.random.Generator, shape: Shape, bits: tuple[int, ...], every:
     dtype, head_dim, _, rows = shape
     new, dense, tail = layer(rng, shape)
     runs, scale = _runs(rng, shape, bits), head_dim**-0.5
-    ways = [(config, 3) for config in configs(packed_config, dtype, tiles.padded(head_dim), every)]
+    operation = "quantized_decode_attention"
+    ways = [(config, 3) for config in configs(operation, dtype, head_dim, every)]
     variants = {
         f"splits {splits or 'default'}, {named(config)}": functools.partial(
             op.triton.append_and_attend,
@@ -85,12 +85,8 @@ def _group(rng: np.random.Generator, shape: Shape, bits: tuple[int, ...], every:
         turned = rotated(new).astype(np.float32)
         turned = turned @ hadamard.signs(head_dim).astype(np.float32) * hadamard.factor(head_dim)
         q, *rest = appended(new, turned.astype(new.qkv.dtype), tail)
-        arrays: Any = (
-            *(q, dense.k, dense.v, dense.offset, dense.length),
-            *(runs.words_k, runs.words_v, runs.affine_k, runs.affine_v, runs.first, runs.rows),
-            *(*rest, tail.fill + 1),
-        )
-        return reference.quantized_decode_attention(*arrays, bits=bits, scale=scale), *rest
+        grown: Any = Tail(*rest, tail.fill + 1)
+        return reference.quantized_decode_attention(q, dense, runs, grown, scale=scale), *rest
 
     words = f"{label(shape)}, runs of {' and '.join(map(str, bits))} bits"
     inputs, judge = (new, dense, runs, tail), judge_appended(dtype, tail.fill)

@@ -21,22 +21,17 @@ from benchmarks.environment import write_result
 from benchmarks.gpu_suite import checks, speed, speed_packed, speed_prompt
 from benchmarks.gpu_suite.stages import Context
 from pallas_kernels import tiles, tuning
-from pallas_kernels.add_rms_norm import config as norm_config
 from pallas_kernels.add_rms_norm import triton as norm_triton
 from pallas_kernels.backends import current_device
-from pallas_kernels.prefill_attention import config as prefill_config
 from pallas_kernels.prefill_attention import triton as prefill_triton
-from pallas_kernels.quantized_decode_attention import config as packed_config
 from pallas_kernels.quantized_decode_attention import triton as packed_triton
-from pallas_kernels.ragged_decode_attention import config as decode_config
 from pallas_kernels.ragged_decode_attention import triton as decode_triton
-from pallas_kernels.window_scores import config as scores_config
 from pallas_kernels.window_scores import triton as scores_triton
 
 GAIN = 0.99
 """A configuration takes the default's place if its time is below this share of the default's."""
 
-# More than config.py has; some may not fit. In the order of the fields of each Config.
+# More than the candidates; some may not fit. In the order of the fields of each Config.
 PREFILL = [
     (128, 64, 8, 2), (128, 64, 8, 4), (128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 3),
     (64, 64, 4, 2), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 8, 2), (128, 32, 4, 4),
@@ -163,12 +158,14 @@ def _write(context: Context, case: Case, config: Any) -> None:
     write_result(path, table)
 
 
-def _configs(context: Context, module: Any, dtype: str, size: int, wider: list[Any]) -> list[Any]:
+def _configs(
+    context: Context, operation: str, dtype: str, size: int, wider: list[Any]
+) -> list[Any]:
     """The candidates, the default first, and in bfloat16 the wider list."""
     capability = current_device().capability or 90
-    found = list(module.candidates(capability, jnp.dtype(dtype), size))
+    found = list(tuning.candidates(operation, capability, dtype, size))
     if dtype == "bfloat16":
-        found += [module.Config(*fields) for fields in wider]
+        found += [tuning.CONFIGS[operation](*fields) for fields in wider]
     return list(dict.fromkeys(found))[: 2 if context.dry else None]
 
 
@@ -205,7 +202,7 @@ def _prefill_case(context: Context, dtype: str, head_dim: int) -> Case:
     sets, _ = speed_prompt.prefill_sets(context, length, head_dim, dtype)
     lengths = jnp.array([length], jnp.int32)
     kernel = partial(prefill_triton.prefill_attention, causal=True, scale=head_dim**-0.5)
-    configs = _configs(context, prefill_config, dtype, tiles.padded(head_dim), PREFILL)
+    configs = _configs(context, "prefill_attention", dtype, head_dim, PREFILL)
     return _case("prefill_attention", dtype, head_dim, kernel, configs, sets, (lengths,))
 
 
@@ -218,7 +215,7 @@ def _scores_case(context: Context, dtype: str, head_dim: int) -> Case:
     length, window = (40, 9) if context.dry else (8192, 50)
     sets, _ = speed_prompt.scores_sets(context, length, window, head_dim, dtype)
     kernel = partial(scores_triton.window_scores, threshold=0.01, scale=head_dim**-0.5)
-    configs = _configs(context, scores_config, dtype, tiles.padded(head_dim), SCORES)
+    configs = _configs(context, "window_scores", dtype, head_dim, SCORES)
     return _case("window_scores", dtype, head_dim, kernel, configs, sets)
 
 
@@ -234,13 +231,13 @@ def _decode_case(context: Context, dtype: str, head_dim: int) -> Case:
     shape = speed.DecodeCase(*((2, 8, 40) if context.dry else (8, 8, 16384)))
     sets, shared, _ = speed.decode_sets(context, shape, head_dim, dtype)
     kernel = partial(DECODE_KERNEL, scale=head_dim**-0.5, most_rows=shape.rows)
-    configs = _configs(context, decode_config, dtype, tiles.padded(head_dim), DECODE)
     name = "ragged_decode_attention"
+    configs = _configs(context, name, dtype, head_dim, DECODE)
     return _case(name, dtype, head_dim, kernel, configs, sets, shared, carries=True)
 
 
 def _splits_case(context: Context, batch: int, rows: int) -> Case:
-    """What `SPLIT_PROGRAMS` should be: the kernel's own choice first."""
+    """What `splits.split_count` should be: the kernel's own choice first."""
     shape = speed.DecodeCase(batch, 8, rows)
     sets, shared, _ = speed.decode_sets(context, shape)
     head_dim = sets[0][0].qkv.shape[-1]
@@ -267,8 +264,8 @@ def _packed_case(context: Context, dtype: str, head_dim: int) -> Case:
         most_rows=speed_packed.SIDES[0],
         most_words=sum(shape.words),
     )
-    configs = _configs(context, packed_config, dtype, tiles.padded(head_dim), PACKED)
     name = "quantized_decode_attention"
+    configs = _configs(context, name, dtype, head_dim, PACKED)
     return _case(name, dtype, head_dim, kernel, configs, sets, shared, carries=True)
 
 
@@ -284,5 +281,5 @@ def _norm_case(context: Context, dtype: str, width: int) -> Case:
         for _ in range(measure.sets_for(4 * shape[0] * width * 2, dry=context.dry))
     ]
     kernel = partial(norm_triton.add_rms_norm, eps=1e-5)
-    configs = _configs(context, norm_config, dtype, tiles.padded(width), NORM)
+    configs = _configs(context, "add_rms_norm", dtype, width, NORM)
     return _case("add_rms_norm", dtype, width, kernel, configs, sets)

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from benchmarks.roofline import TAIL_ROWS
 from benchmarks.speed.cases import paper_sparsity
-from pallas_kernels.ragged_decode_attention import config as decode_config
-from pallas_kernels.splits import shares, trips
+from pallas_kernels.splits import shares, split_count, trips
+from pallas_kernels.tuning import candidates
 from vlcache_jax.cache.allocate import allocate
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.methods import VLCache
@@ -79,12 +79,15 @@ def trip_rows(text: TextConfig) -> list[dict[str, Any]]:
     "slowest" is the program with the most blocks of all layers, now and "before", with splits by
     the mean; "ratio" is the worst layer's share of its even split, "step" that of all layers.
     """
-    block = decode_config.candidates(90, jnp.dtype(jnp.bfloat16), text.head_dim)[0].block_keys
-    programs = -(-decode_config.SPLIT_PROGRAMS // text.num_kv_heads)
+    config, *_ = candidates("ragged_decode_attention", 90, jnp.bfloat16, text.head_dim)
+    block, programs = (
+        config.block_keys,
+        split_count(text.num_kv_heads, 2**31),
+    )  # of a GPU that is full
     found = []
     for (name, series), context in product(SERIES.items(), CONTEXTS):
         rows = layer_rows(series(text.num_layers), context)
-        splits = decode_config.splits(text.num_kv_heads, context + TAIL_ROWS, block)
+        splits = split_count(text.num_kv_heads, (context + TAIL_ROWS) // block)
         after = serial_blocks(rows, splits, block)
         before = serial_blocks_by_the_mean(rows, programs, block)
         even = trips(trips(rows, block) + trips(TAIL_ROWS, block), programs)

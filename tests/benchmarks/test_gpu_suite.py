@@ -20,7 +20,7 @@ from benchmarks.gpu_suite import bars, ceilings, checks, end_to_end, stages, sup
 from benchmarks.gpu_suite.stages import STAGES, Context, Order
 from benchmarks.roofline import WORKSPACE, Device
 from benchmarks.speed import cases, presets
-from pallas_kernels.prefill_attention.config import Config
+from pallas_kernels.tuning import PrefillConfig as Config
 from vlcache_jax.report import pool_bytes
 
 MODELS = cases.models()
