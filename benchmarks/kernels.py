@@ -1,6 +1,6 @@
 """What the Pallas kernels become as machine code: `python -m benchmarks.kernels --offline`.
 
-Every kernel is compiled for every type, head dim and configuration of its config.py, for an A100
+Every kernel is compiled for every type, head dim and candidate of its configuration, for an A100
 and an H200 (sm_80, sm_90), without a GPU: registers, spills, shared memory, tensor-core
 instructions. A row is ok where nothing spills, the shared memory is within what a block of that GPU
 may have, and tensor cores are used where they should be. Speed needs a GPU: benchmarks.gpu_suite.

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from convert.directory import whole_directory
 from PIL import Image
 
 import vlcache_jax
 from benchmarks.accuracy.tasks import IMAGE, TASKS, Item, make_item
 from benchmarks.command import bad_input
 from benchmarks.environment import environment, write_result, write_whole
-from convert.directory import whole_directory
 from vlcache_jax import demo
 from vlcache_jax.loading import describe
 

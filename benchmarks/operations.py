@@ -8,26 +8,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from pallas_kernels import (
     add_rms_norm,
     prefill_attention,
     quantized_decode_attention,
     ragged_decode_attention,
     sample_tokens,
-    tiles,
+    tuning,
     window_scores,
 )
-from pallas_kernels.add_rms_norm import config as norm_config
 from pallas_kernels.backends import current_device
 from pallas_kernels.packing import per_word
-from pallas_kernels.prefill_attention import config as prefill_config
-from pallas_kernels.quantized_decode_attention import config as packed_config
-from pallas_kernels.ragged_decode_attention import config as decode_config
 from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
-from pallas_kernels.sample_tokens import config as sample_config
-from pallas_kernels.window_scores import config as scores_config
 
 Draw = Callable[..., Any]
 """A function of a type and of the sides of an array: random numbers; "uint32" are random bits."""
@@ -37,33 +29,25 @@ class Operation(NamedTuple):
     """One operation.
 
     Attributes:
-        config: its config.py.
         kernel: its Triton version.
         fixed: arguments that every benchmark gives it.
         scaled: it takes the scale of logits: its size is a head's, else a row's.
     """
 
-    config: Any
     kernel: Callable[..., Any]
     fixed: dict[str, Any]
     scaled: bool = True
 
 
 OPERATIONS: dict[str, Operation] = {
-    "prefill_attention": Operation(prefill_config, prefill_attention.triton.prefill_attention, {}),
-    "window_scores": Operation(
-        scores_config, window_scores.triton.window_scores, {"threshold": 0.01}
-    ),
-    "ragged_decode_attention": Operation(
-        decode_config, ragged_decode_attention.triton.append_and_attend, {}
-    ),
+    "prefill_attention": Operation(prefill_attention.triton.prefill_attention, {}),
+    "window_scores": Operation(window_scores.triton.window_scores, {"threshold": 0.01}),
+    "ragged_decode_attention": Operation(ragged_decode_attention.triton.append_and_attend, {}),
     "quantized_decode_attention": Operation(
-        packed_config, quantized_decode_attention.triton.append_and_attend, {"transform": True}
+        quantized_decode_attention.triton.append_and_attend, {"transform": True}
     ),
-    "add_rms_norm": Operation(
-        norm_config, add_rms_norm.triton.add_rms_norm, {"eps": 1e-5}, scaled=False
-    ),
-    "sample_tokens": Operation(sample_config, sample_tokens.triton.sample_tokens, {}, scaled=False),
+    "add_rms_norm": Operation(add_rms_norm.triton.add_rms_norm, {"eps": 1e-5}, scaled=False),
+    "sample_tokens": Operation(sample_tokens.triton.sample_tokens, {}, scaled=False),
 }
 
 
@@ -79,13 +63,12 @@ def candidates(
         capability: of the GPU, in tenths; this device's by default, or Hopper's.
     """
     capability = capability or current_device().capability or 90
-    module = OPERATIONS[operation].config
-    return module.candidates(capability, jnp.dtype(dtype), tiles.padded(size))
+    return tuning.candidates(operation, capability, dtype, size)
 
 
 def kernel(operation: str, size: int, **settings: Any) -> Callable[..., Any]:
     """The Triton version of an operation: a function of inputs and of its `config`."""
-    _, function, fixed, scaled = OPERATIONS[operation]
+    function, fixed, scaled = OPERATIONS[operation]
     scale = {"scale": size**-0.5} if scaled else {}
     return partial(function, **fixed, **scale, **settings)
 

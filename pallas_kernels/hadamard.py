@@ -18,17 +18,13 @@ def block(size: int) -> int:
 
 
 def signs(size: int) -> np.ndarray:
-    """The transform without its factor: entries 1, -1 and, outside the blocks, 0, int8 [H, H].
-
-    Sylvester's order: the sign of (i, j) is the parity of the bits that i and j share.
+    """The transform without its factor, in Sylvester's order: 1, -1 and, outside the blocks, 0,
+    int8 [H, H].
     """
-    i = np.arange(size)
-    shared = i[:, None] & i[None, :] & (block(size) - 1)
-    parity = np.zeros_like(shared)
-    for bit in range(size.bit_length()):
-        parity ^= (shared >> bit) & 1
-    same = i[:, None] // block(size) == i[None, :] // block(size)
-    return (same * (1 - 2 * parity)).astype(np.int8)
+    matrix = np.ones((1, 1), np.int8)
+    while len(matrix) < block(size):
+        matrix = np.kron(np.array([[1, 1], [1, -1]], np.int8), matrix)
+    return np.kron(np.eye(size // block(size), dtype=np.int8), matrix)
 
 
 def factor(size: int) -> float:

@@ -91,18 +91,24 @@ def weigh(
     return weights, kept, Partial(maximum, total, seen.mixed)
 
 
-def mix(weights: jax.Array, v: jax.Array, readable: jax.Array) -> jax.Array:
-    """The weighted values of a block, float32 [B, K, R, H].
+def add(
+    query: jax.Array, k: jax.Array, v: jax.Array, readable: jax.Array, seen: Partial
+) -> Partial:
+    """Go on with one more block of rows, of which at least one is readable.
 
     Args:
-        weights: float32 [B, K, R, S].
+        query: float32 [B, K, H, R].
+        k: float32 [B, K, S, H], scaled.
         v: float32 [B, K, S, H].
         readable: rows that hold data, bool [S]; what the others hold (NaN) is never used.
+        seen: attention over the rows before.
     """
+    weights, kept, seen = weigh(query, k, readable, seen)
     # The product changes nothing. Without one LLVM unrolls the loop over as few as 64 channels
     # before it would vectorise it, and a core moves half as many bytes in a second.
     v = jnp.where(readable[:, None], v, 0) * readable[:, None]
-    return jnp.einsum("bkrs,bksh->bkrh", weights, v, precision=lax.Precision.HIGHEST)
+    mixed = jnp.einsum("bkrs,bksh->bkrh", weights, v, precision=lax.Precision.HIGHEST)
+    return seen._replace(mixed=seen.mixed * kept[..., None] + mixed)
 
 
 def merge(one: Partial, other: Partial) -> Partial:

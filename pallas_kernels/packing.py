@@ -76,33 +76,19 @@ def split_affine(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     return scale, shift
 
 
-def dequantize(codes: jax.Array, affine: jax.Array) -> jax.Array:
-    """The values of rows quantized in groups along H.
+def dequantize(codes: jax.Array, affine: jax.Array, *, by_channel: bool = False) -> jax.Array:
+    """The values of packed rows.
 
     Args:
         codes: uint32 [..., rows, H].
-        affine: uint32 [..., groups, rows].
+        affine: uint32 [..., groups, rows] of groups along H; by channel [..., rows / size, H].
+        by_channel: `size` rows share a scale per channel.
 
     Returns:
         float32 [..., rows, H].
     """
-    size = codes.shape[-1] // affine.shape[-2]
-    scale, shift = (
-        jnp.repeat(jnp.swapaxes(part, -1, -2), size, axis=-1) for part in split_affine(affine)
-    )
-    return codes.astype(jnp.float32) * scale + shift
-
-
-def dequantize_channels(codes: jax.Array, affine: jax.Array) -> jax.Array:
-    """The values of rows quantized by channel.
-
-    Args:
-        codes: uint32 [..., rows, H].
-        affine: uint32 [..., rows / size, H].
-
-    Returns:
-        float32 [..., rows, H].
-    """
-    size = codes.shape[-2] // affine.shape[-2]
-    scale, shift = (jnp.repeat(part, size, axis=-2) for part in split_affine(affine))
+    axis, parts = (-2 if by_channel else -1), split_affine(affine)
+    size = codes.shape[axis] // affine.shape[-2]
+    by_row = (part if by_channel else jnp.swapaxes(part, -1, -2) for part in parts)
+    scale, shift = (jnp.repeat(part, size, axis=axis) for part in by_row)
     return codes.astype(jnp.float32) * scale + shift

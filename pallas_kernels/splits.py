@@ -17,6 +17,18 @@ def trips(rows: Any, block: int) -> Any:
     return (rows + block - 1) // block
 
 
+def split_count(programs: int, blocks: int, *, per_core: int = 2, least: int = 2) -> int:
+    """Splits that fill the 132 cores of a Hopper GPU, as far as there are blocks for them.
+
+    Args:
+        programs: those there are without a split.
+        blocks: of the largest layer there can be.
+        per_core: programs that a core runs at once; as of decoding the shared memory holds two.
+        least: blocks that a split has at least.
+    """
+    return max(1, min(trips(132 * per_core, programs), blocks // least))
+
+
 def shares(blocks: Sequence[Any], split: Any, splits: int) -> list[tuple[Any, Any]]:
     """A split's share of the blocks of each section: the first one, and the one behind the last.
 

@@ -28,67 +28,57 @@ def padded(size: int) -> int:
     return max(SMALLEST, 1 << (size - 1).bit_length())
 
 
-Scalars = tuple[jax.Array | int, ...]
+Index = tuple[jax.Array | int, ...]
 
 
-def load(
-    ref: Any,
-    rows: jax.Array,
-    valid: jax.Array | None,
-    *,
-    lead: Scalars = (),
-    middle: Scalars = (),
-) -> jax.Array:
-    """Rows [R] of a reference as a tile [R, padded(H)]; zeros where not valid.
-
-    Args:
-        ref: [*lead, rows, *middle, H].
-        rows: which rows, int32 [R]; those that are not valid are never read.
-        valid: bool [R], or None where all of them are.
-        lead: where to read along the axes before the rows.
-        middle: the same of those after them.
-    """
-    columns, mask = _tile(ref, valid)
-    index = ref.at[(*lead, rows[:, None], *middle, columns[None, :])]
-    if mask is None:
-        return plgpu.load(index)
-    return plgpu.load(index, mask=jnp.broadcast_to(mask, (*rows.shape, *columns.shape)), other=0)
-
-
-def gather(ref: Any, index: tuple[jax.Array | int, ...], valid: jax.Array | None) -> jax.Array:
-    """Entries of a reference at index arrays that broadcast to `valid`; zeros where not valid.
+def gather(ref: Any, index: Index, valid: jax.Array | None) -> jax.Array:
+    """Entries of a reference; zeros where not valid, which are never read.
 
     Args:
         ref: where to read.
-        index: an array or a number for each axis.
-        valid: bool, or None where all of them are.
+        index: an integer or int32 array for each axis, which broadcast to the result's shape.
+        valid: bool, which broadcasts to it too; None where all of them are.
     """
     if valid is None:
         return plgpu.load(ref.at[index])
-    return plgpu.load(ref.at[index], mask=valid, other=0)
+    shape = jnp.broadcast_shapes(*map(jnp.shape, index))
+    return plgpu.load(ref.at[index], mask=jnp.broadcast_to(valid, shape), other=0)
 
 
-def scatter(
-    ref: Any, index: tuple[jax.Array | int, ...], valid: jax.Array, values: jax.Array
-) -> None:
-    """Write the valid entries of `values`, in the reference's type, at index arrays."""
-    plgpu.store(ref.at[index], values.astype(ref.dtype), mask=valid)
+def scatter(ref: Any, index: Index, valid: jax.Array, values: jax.Array) -> None:
+    """Write entries to a reference, in its type.
+
+    Args:
+        ref: where to write.
+        index: an integer or int32 array for each axis, which broadcast to the shape of `values`.
+        valid: which are written, bool, which broadcasts to it too.
+        values: the entries.
+    """
+    plgpu.store(ref.at[index], values.astype(ref.dtype), mask=jnp.broadcast_to(valid, values.shape))
+
+
+def load(ref: Any, rows: jax.Array, valid: jax.Array | None, *, middle: Index = ()) -> jax.Array:
+    """Rows [R] of a reference as a tile [R, padded(H)]; zeros where not valid.
+
+    Args:
+        ref: [rows, *middle, H].
+        rows: which rows, int32 [R]; those that are not valid are never read.
+        valid: bool [R], or None where all of them are.
+        middle: where to read along the axes between.
+    """
+    columns, mask = _tile(ref, valid)
+    return gather(ref, (rows[:, None], *middle, columns[None, :]), mask)
 
 
 def store(
-    ref: Any, rows: jax.Array, valid: jax.Array, tile: jax.Array, *, lead: Scalars = ()
+    ref: Any, rows: jax.Array, valid: jax.Array, tile: jax.Array, *, lead: Index = ()
 ) -> None:
     """Write a tile's valid rows to a reference [*lead, rows, H], in its type."""
     columns, mask = _tile(ref, valid)
-    assert mask is not None
-    plgpu.store(
-        ref.at[(*lead, rows[:, None], columns[None, :])],
-        tile.astype(ref.dtype),
-        mask=jnp.broadcast_to(mask, tile.shape),
-    )
+    scatter(ref, (*lead, rows[:, None], columns[None, :]), mask, tile)
 
 
-def _tile(ref: Any, valid: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+def _tile(ref: Any, valid: jax.Array | None) -> tuple[jax.Array, Any]:
     """Columns of a tile, and which of its entries are there: None where all are."""
     head_dim = ref.shape[-1]
     columns = jnp.arange(padded(head_dim))
@@ -97,18 +87,6 @@ def _tile(ref: Any, valid: jax.Array | None) -> tuple[jax.Array, jax.Array | Non
         inside = columns[None, :] < head_dim
         mask = inside if mask is None else mask & inside
     return columns, mask
-
-
-def load_vector(ref: Any, rows: jax.Array, valid: jax.Array, *, lead: Scalars = ()) -> jax.Array:
-    """Entries [R] of a reference [*lead, rows]; zeros where not valid."""
-    return plgpu.load(ref.at[(*lead, rows)], mask=valid, other=0)
-
-
-def store_vector(
-    ref: Any, rows: jax.Array, valid: jax.Array, values: jax.Array, *, lead: Scalars = ()
-) -> None:
-    """Write the valid entries of a vector [R] to a reference [*lead, rows]."""
-    plgpu.store(ref.at[(*lead, rows)], values.astype(ref.dtype), mask=valid)
 
 
 def dot(a: jax.Array, b: jax.Array, *, trans_a: bool = False, trans_b: bool = False) -> jax.Array:
@@ -127,8 +105,7 @@ def call(
     out_specs: Any,
     out_shape: Any,
     aliases: dict[int, int] | None = None,
-    num_warps: int,
-    num_stages: int,
+    config: Any,
     cost: pl.CostEstimate,
     **static: Any,
 ) -> Callable[..., Any]:
@@ -144,8 +121,7 @@ def call(
         out_specs: of the outputs.
         out_shape: of the outputs.
         aliases: input array's number to that of the output array that is the same memory.
-        num_warps: warps of one program.
-        num_stages: how many trips of a loop are loaded ahead.
+        config: has `num_warps` of one program, and `num_stages`: trips of a loop loaded ahead.
         cost: operations and bytes, for XLA's scheduler.
         static: compile-time arguments of the kernel.
     """
@@ -158,7 +134,9 @@ def call(
         out_specs=out_specs,
         out_shape=out_shape,
         input_output_aliases=aliases or {},
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
         cost_estimate=cost,
         interpret=current_device().platform == "cpu",
         name=name,

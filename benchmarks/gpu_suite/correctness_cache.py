@@ -178,9 +178,9 @@ def _decode_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
 
     def expected() -> tuple[np.ndarray, ...]:
         q, *rest = _appended(new, _rotated(new), tail)
-        segments: Any = pool.k, pool.v, pool.offset, pool.length, *rest, tail.fill + 1
+        grown: Any = Tail(*rest, tail.fill + 1)
         scale = head_dim**-0.5
-        return decode_reference.ragged_decode_attention(q, *segments, scale=scale), *rest
+        return decode_reference.ragged_decode_attention(q, pool, grown, scale=scale), *rest
 
     ways = _ways("ragged_decode_attention", shape, every, 4, most_rows=rows)
     judge = _judge_appended(dtype, tail.fill)
@@ -226,13 +226,9 @@ def _packed_group(
         turned = _rotated(new).astype(np.float32)
         turned = turned @ hadamard.signs(head_dim).astype(np.float32) * hadamard.factor(head_dim)
         q, *rest = _appended(new, turned.astype(new.qkv.dtype), tail)
-        arrays: Any = (
-            *(q, dense.k, dense.v, dense.offset, dense.length),
-            *(runs.words_k, runs.words_v, runs.affine_k, runs.affine_v, runs.first, runs.rows),
-            *(*rest, tail.fill + 1),
-        )
-        settings: Any = {"bits": bits, "scale": head_dim**-0.5}
-        return packed_reference.quantized_decode_attention(*arrays, **settings), *rest
+        arrays: Any = q, dense, runs, Tail(*rest, tail.fill + 1)
+        scale = head_dim**-0.5
+        return packed_reference.quantized_decode_attention(*arrays, scale=scale), *rest
 
     most = {"most_rows": rows, "most_words": -(-rows // per_word(min(bits)))}
     ways = _ways("quantized_decode_attention", shape, every, 3, **most)

@@ -22,7 +22,7 @@ from benchmarks.environment import write_result
 from benchmarks.gpu_suite import checks, inputs
 from benchmarks.gpu_suite.inputs import CacheCase, Sets
 from benchmarks.gpu_suite.stages import Context
-from benchmarks.operations import OPERATIONS, candidates, kernel, short
+from benchmarks.operations import candidates, kernel, short
 from benchmarks.roofline import Work
 from pallas_kernels import tiles, tuning
 
@@ -52,7 +52,7 @@ WIDER: dict[str, list[tuple[int, ...]]] = {
     ],
     "add_rms_norm": [(1,), (2,), (4,), (8,), (16,), (32,)],
 }  # fmt: skip
-"""More than config.py has; some may not fit. In the order of the fields of each Config."""
+"""More than the candidates; some may not fit. In the order of the fields of each Config."""
 
 SPLITS = (1, 2, 4, 8, 16, 33, 66)
 
@@ -175,7 +175,7 @@ def _stage(
         sets, settings = make(context, dtype, size)
         found = list(candidates(operation, dtype, size))
         if dtype == "bfloat16":
-            found += [OPERATIONS[operation].config.Config(*each) for each in WIDER[operation]]
+            found += [tuning.CONFIGS[operation](*each) for each in WIDER[operation]]
         found = list(dict.fromkeys(found))[: 2 if context.dry else None]
         configs = {short(config): config for config in found}
         run = kernel(operation, size, **settings)
@@ -226,7 +226,7 @@ def _norm_inputs(context: Context, dtype: str, size: int) -> tuple[Sets, dict[st
 
 
 def _splits_case(context: Context, batch: int, rows: int) -> Case:
-    """What `SPLIT_PROGRAMS` should be: the kernel's own choice first."""
+    """What `splits.split_count` should be: the kernel's own choice first."""
     operation, shape = "ragged_decode_attention", CacheCase(batch, 8, rows)
     sets = inputs.cache_sets(context, shape)
     head_dim = sets.sets[0][0].qkv.shape[-1]

@@ -24,6 +24,7 @@ from benchmarks.roofline import (
     tokens_per_second,
 )
 from benchmarks.roofline.packed import Caches, caches
+from benchmarks.roofline.trips import trip_rows, trip_table
 from vlcache_jax.cache.quantizers import QUANTIZERS
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.report import human_bytes
@@ -123,6 +124,7 @@ def text_of(result: dict[str, Any]) -> str:
             f"{device['flops'] / 1e12:.4g} TFLOP/s, {device['memory'] / 2**30:.4g} GiB):",
             table(["stage", "cache", "bytes", "operations", "at least", "of it"], stages),
             table(head, capacity),
+            trip_table(result["serial_trips"]),
         ]
     )  # fmt: skip
 
@@ -175,6 +177,7 @@ def main(
         "tail_rows_at_largest_batch": TAIL_ROWS,
         "rows": stage_rows(*size),
         "capacity": capacity_rows(*size),
+        "serial_trips": trip_rows(config.text),
     }
     finish(result, text_of(result), as_json=as_json, out=out)
 

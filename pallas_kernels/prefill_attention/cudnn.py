@@ -15,18 +15,7 @@ def prefill_attention(
     causal: bool,
     scale: float,
 ) -> jax.Array:
-    """Attention of whole sequences by cuDNN.
-
-    Args:
-        q: queries [B, T, N, H].
-        k: keys [B, T, K, H].
-        v: values [B, T, K, H].
-        lengths: true length of each row, int32 [B].
-        causal: position i sees the keys 0..i only.
-        scale: factor of the logits.
-
-    Returns:
-        [B, T, N, H] in q's type.
+    """See the package's public function.
 
     Raises:
         NotImplementedError: the case is none that cuDNN does, or its GPU is not here.

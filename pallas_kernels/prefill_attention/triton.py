@@ -16,8 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tiles
-from pallas_kernels.prefill_attention.config import Config, candidates
-from pallas_kernels.tuning import best
+from pallas_kernels.tuning import PrefillConfig, best
 
 
 def _kernel(
@@ -83,26 +82,12 @@ def prefill_attention(
     *,
     causal: bool,
     scale: float,
-    config: Config | None = None,
+    config: PrefillConfig | None = None,
 ) -> jax.Array:
-    """Attention of whole sequences by the kernel.
-
-    Args:
-        q: queries [B, T, N, H].
-        k: keys [B, T, K, H].
-        v: values [B, T, K, H].
-        lengths: true length of each row, int32 [B].
-        causal: position i sees the keys 0..i only.
-        scale: factor of the logits.
-        config: block sizes; those of the device by default.
-
-    Returns:
-        [B, T, N, H] in q's type.
-    """
+    """See the package's public function; `config` is that of the device by default."""
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
-    if config is None:
-        config = best("prefill_attention", candidates, q.dtype, tiles.padded(head_dim))
+    config = config or best("prefill_attention", q.dtype, head_dim)
     block_q = min(config.block_q, tiles.padded(length))
     block_k = min(config.block_k, tiles.padded(length))
     blocks = pl.cdiv(length, block_q)
@@ -116,8 +101,7 @@ def prefill_attention(
         in_specs=[pl.BlockSpec((batch,), lambda i, n, b: (0,)), of_head, of_kv_head, of_kv_head],
         out_specs=of_head,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        config=config,
         cost=pl.CostEstimate(
             flops=4 * pairs * head_dim,
             transcendentals=pairs,

@@ -24,19 +24,7 @@ def prefill_attention(
     causal: bool,
     scale: float,
 ) -> jax.Array:
-    """Attention of whole sequences, a block of queries and of keys at a time.
-
-    Args:
-        q: queries [B, T, N, H].
-        k: keys [B, T, K, H].
-        v: values [B, T, K, H].
-        lengths: true length of each row, int32 [B].
-        causal: position i sees the keys 0..i only.
-        scale: factor of the logits.
-
-    Returns:
-        [B, T, N, H] in q's type.
-    """
+    """See the package's public function."""
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads

@@ -30,6 +30,7 @@ from jax import lax
 from pallas_kernels import tiles
 from pallas_kernels.packing import per_word, split_affine
 from pallas_kernels.ragged_decode_attention.triton import Carry
+from pallas_kernels.splits import trips
 
 HEADS = 4
 """Query heads of a program; a kv head with more of them is read by several programs at a time."""
@@ -101,7 +102,13 @@ class _Block(NamedTuple):
             ref: the words [W, H].
             columns: which channels; there may be fewer of them.
         """
-        words = self._load(ref, columns)
+        valid = None
+        if ref.shape[0] < self.words.size:
+            valid = (self.words < ref.shape[0])[:, None]
+        if ref.shape[1] % columns.size:
+            inside = (columns < ref.shape[1])[None, :]
+            valid = inside if valid is None else valid & inside
+        words = tiles.gather(ref, (self.words[:, None], columns[None, :]), valid)
         found = []
         for pair in range(self.rows // 2):
             shift, place = pair // self._each * self._each, pair % self._each
@@ -111,17 +118,6 @@ class _Block(NamedTuple):
             numbers = [lax.bitcast_convert_type(side, jnp.float16) for side in sides]
             found.append(jnp.stack(numbers, axis=-1))
         return found
-
-    def _load(self, ref: Any, columns: jax.Array) -> jax.Array:
-        valid = None
-        if ref.shape[0] < self.words.size:
-            valid = (self.words < ref.shape[0])[:, None]
-        if ref.shape[1] % columns.size:
-            inside = (columns < ref.shape[1])[None, :]
-            valid = inside if valid is None else valid & inside
-        if valid is not None:
-            valid = jnp.broadcast_to(valid, (self.words.size, columns.size))
-        return tiles.gather(ref, (self.words[:, None], columns[None, :]), valid)
 
     def affine(self, ref: Any, group: int) -> list[tuple[jax.Array, jax.Array]]:
         """Of each pair, scale and shift [words, 2], left and right; 0 where there is no row.
@@ -142,11 +138,6 @@ class _Block(NamedTuple):
         """Whether the left and the right row of a pair are there, bool [words, 2]."""
         row = pair + jnp.arange(2) * (self.rows // 2)
         return row[None, :] < self.there[:, None]
-
-
-def first_rows(x: jax.Array, count: int) -> jax.Array:
-    """The first rows of an array."""
-    return lax.split(x, [count] * (x.shape[0] // count), axis=0)[0]
 
 
 def _parts(x: jax.Array, size: int, axis: int) -> tuple[jax.Array, ...]:
@@ -185,7 +176,7 @@ def packed_query(q: jax.Array, groups: int, factor: float) -> Query:
         groups: of channels that have a scale of their own.
         factor: of the logits.
     """
-    wide = first_rows(q, COLUMNS).astype(jnp.float32)
+    wide = _parts(q, COLUMNS, axis=0)[0].astype(jnp.float32)
     unit = _power_of_two(jnp.max(jnp.abs(wide), axis=1))
     wide = wide / unit[:, None]
     width = q.shape[1] // groups
@@ -247,7 +238,7 @@ def attend_run(
         mixed = tuple(x * decay[None, :] + own for x, own in zip(mixed, sums, strict=True))
         return new, total, mixed
 
-    return lax.fori_loop(0, (end - begin + block_words - 1) // block_words, add, carry)
+    return lax.fori_loop(0, trips(end - begin, block_words), add, carry)
 
 
 def _products(query: Query, refs: Any, block: _Block) -> list[jax.Array]:
@@ -310,7 +301,7 @@ def as_columns(carry: Carry, groups: int) -> Columns:
         carry: of the query heads [16], [16], [16, padded(H)].
         groups: of channels that have a scale of their own.
     """
-    maximum, total, mixed = (first_rows(x, COLUMNS) for x in carry)
+    maximum, total, mixed = (_parts(x, COLUMNS, axis=0)[0] for x in carry)
     right = _right()
     maximum, total = jnp.where(right, -jnp.inf, maximum), jnp.where(right, 0.0, total)
     mixed = jnp.where(right[None, :], 0.0, mixed.T)

@@ -1,62 +1,31 @@
 """Dense version, one sequence at a time, for tests only: every packed row spelled out."""
 
-from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
-from pallas_kernels.ragged_decode_attention.reference import ragged_decode_attention
+from pallas_kernels.ragged_decode_attention.reference import attend, segments
+from pallas_kernels.rows import PackedRows, Segment, Tail
 
 
 def quantized_decode_attention(
-    q: jax.Array,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
-    offset: jax.Array,
-    length: jax.Array,
-    words_k: jax.Array,
-    words_v: jax.Array,
-    affine_k: jax.Array,
-    affine_v: jax.Array,
-    first: jax.Array,
-    rows: jax.Array,
-    tail_k: jax.Array,
-    tail_v: jax.Array,
-    fill: jax.Array,
-    *,
-    bits: Sequence[int],
-    key_group: int | None = None,
-    scale: float,
+    q: Any, dense: Segment, packed: PackedRows, tail: Tail, *, scale: float
 ) -> np.ndarray:
     """Unpack the runs row by row, join them with the other segments, and attend in float64."""
     out = []
-    for b in range(q.shape[0]):
-        own = slice(int(offset[b]), int(offset[b] + length[b]))
-        new = slice(0, int(fill[b]))
-        joined = []
-        for dense, words, affine, tail, group in (
-            (dense_k, words_k, affine_k, tail_k, key_group),
-            (dense_v, words_v, affine_v, tail_v, None),
-        ):
-            parts = [np.asarray(dense[b, :, own]), np.asarray(tail[b, :, new])]
-            parts = [part.astype(np.float64) for part in parts]
-            for run, width in enumerate(bits):
-                begin = int(first[b, run])
-                packed = np.asarray(words[b]), np.asarray(affine[b])
-                parts += [
-                    _row(*packed, begin, row, width, min(bits), group)
-                    for row in range(int(rows[b, run]))
-                ]
-            joined.append(np.concatenate(parts, axis=1)[None])
-        k, v = joined
-        count = np.array([k.shape[2]])
-        nothing = np.zeros((1, k.shape[1], 1, k.shape[3]))
-        none = np.zeros(1, np.int64)
-        own_q = np.asarray(q[b : b + 1]).astype(np.float64)
-        out.append(
-            ragged_decode_attention(own_q, k, v, none, count, nothing, nothing, none, scale=scale)
+    for b in range(len(q)):
+        k, v = segments(dense, tail, b)
+        keys, values = (
+            [np.asarray(x[b]) for x in side]
+            for side in ((packed.words_k, packed.affine_k), (packed.words_v, packed.affine_v))
         )
-    return np.concatenate(out)
+        for run, bits in enumerate(packed.bits):
+            for row in range(int(packed.rows[b, run])):
+                place = int(packed.first[b, run]), row, bits, min(packed.bits)
+                k.append(_row(*keys, *place, packed.key_group))
+                v.append(_row(*values, *place, None))
+        out.append(attend(q[b], k, v, scale))
+    return np.stack(out)
 
 
 def _row(

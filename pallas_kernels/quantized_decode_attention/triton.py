@@ -16,8 +16,6 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import hadamard, tiles
 from pallas_kernels.packing import per_word
-from pallas_kernels.quantized_decode_attention import config as configs
-from pallas_kernels.quantized_decode_attention.config import Config
 from pallas_kernels.quantized_decode_attention.packed_tiles import (
     COLUMNS,
     HEADS,
@@ -28,8 +26,8 @@ from pallas_kernels.quantized_decode_attention.packed_tiles import (
 )
 from pallas_kernels.ragged_decode_attention.triton import append, attend, call, rotated
 from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
-from pallas_kernels.splits import shares, trips
-from pallas_kernels.tuning import best
+from pallas_kernels.splits import shares, split_count, trips
+from pallas_kernels.tuning import PackedConfig, best
 
 LEAST_GROUP = 64
 """Channels with a scale of their own, where a row has several: more scales take more registers than
@@ -40,9 +38,8 @@ class _Case(NamedTuple):
     """What is known when the kernel is compiled."""
 
     scale: float
-    config: Config
+    config: PackedConfig
     transform: bool
-    sets: int  # programs that share a kv head's query heads
 
 
 def _kernel(
@@ -69,9 +66,8 @@ def _kernel(
         case: the rest.
     """
     split, batch = pl.program_id(0), pl.program_id(2)
-    head = pl.program_id(1) % case.sets * HEADS
     group, groups = new.qkv.shape[0] - 2, packed.affine_k.shape[0]
-
+    head = pl.program_id(1) % trips(group, HEADS) * HEADS  # the first of the program's
     # Eight rows of query heads, every fourth the same; the others are the key.
     each = jnp.arange(tiles.SMALLEST)
     heads = jnp.where(each < COLUMNS, head + each % HEADS, group)
@@ -83,10 +79,8 @@ def _kernel(
     fill, sizes = tail.fill[batch], case.config
     # The last split has the fewest blocks.
     carry = append(new, grown, q, k, fill, split == splits - 1, case.scale)
-    wide = (
-        (dense, dense.offset[batch], dense.length[batch]),
-        (tail, 0, jnp.minimum(fill, tail.k.shape[0])),
-    )
+    offset, length = dense.offset[batch], dense.length[batch]
+    wide = (dense, offset, length), (tail, 0, jnp.minimum(fill, tail.k.shape[0]))
     runs = [
         (bits, packed.first[batch, run], packed.rows[batch, run])
         for run, bits in enumerate(packed.bits)
@@ -95,15 +89,13 @@ def _kernel(
     blocks = [trips(rows, sizes.block_keys) for *_, rows in wide]
     blocks += [trips(count, sizes.block_words) for count in words]
     share = shares(blocks, split, splits)
-    for (ref, first, rows), bounds in zip(wide, share, strict=False):
+    for (refs, first, rows), bounds in zip(wide, share, strict=False):
         begin, end = (first + jnp.minimum(x * sizes.block_keys, rows) for x in bounds)
-        carry = attend(
-            q, ref.k, ref.v, begin, end, carry, scale=case.scale, block_keys=sizes.block_keys
-        )
+        carry = attend(q, refs, begin, end, carry, case.scale, sizes.block_keys)
     columns = as_columns(carry, groups)
     query = packed_query(q, groups, case.scale * tiles.LOG2_E)
-    for (bits, first, rows), count, bounds in zip(runs, words, share[len(wide) :], strict=True):
-        begin, end = (jnp.minimum(x * sizes.block_words, count) for x in bounds)
+    for (bits, first, rows), stop, bounds in zip(runs, words, share[len(wide) :], strict=True):
+        begin, end = (jnp.minimum(x * sizes.block_words, stop) for x in bounds)
         columns = attend_run(
             query, packed, first, rows, begin, end, columns,
             bits=bits, lanes=per_word(min(packed.bits)), block_words=sizes.block_words,
@@ -114,9 +106,9 @@ def _kernel(
         _store(results[0], heads, heads < group, [x / total[None, :] for x in mixed])
         return
     maximum_ref, total_ref, mixed_ref = results
-    tiles.store_vector(maximum_ref, heads, heads < group, maximum, lead=(split,))
+    tiles.scatter(maximum_ref, (split, heads), heads < group, maximum)
     seen = (heads < group) & (maximum != -jnp.inf)
-    tiles.store_vector(total_ref, heads, seen, total, lead=(split,))
+    tiles.scatter(total_ref, (split, heads), seen, total)
     _store(mixed_ref, heads, seen, mixed, lead=(split,))
 
 
@@ -125,7 +117,7 @@ def _store(
     heads: jax.Array,
     valid: jax.Array,
     parts: Sequence[jax.Array],
-    lead: tiles.Scalars = (),
+    lead: tiles.Index = (),
 ) -> None:
     """Write parts of the channels [., HEADS] of valid heads to a reference [*lead, G, H]."""
     for number, part in enumerate(parts):
@@ -145,71 +137,46 @@ def append_and_attend(
     most_rows: int,
     most_words: int,
     together: bool = False,
-    config: Config | None = None,
+    config: PackedConfig | None = None,
     splits: int | None = None,
 ) -> tuple[jax.Array, Tail]:
-    """RoPE of a new token, the transform, its row into the tail, and its attention.
+    """See the package's public function: here it is one kernel, and a merge where rows are split.
 
-    Args:
-        new: the token's product, qkv [B, K, G + 2, H], and its angles, cos and sin [B, H / 2].
-        dense: the layer's rows of full width, k and v [B, K, capacity, H].
-        packed: its packed rows, words [B, K, W, H].
-        tail: the tokens before, k and v [B, K, R, H] with fill int32 [B].
-        transform: multiply query and key by the Walsh-Hadamard transform after RoPE.
-        scale: factor of the logits.
-        most_rows: rows of full width that one layer can have at most.
-        most_words: word-rows that one layer can have at most.
-        together: not used: each sequence's row is written by a program of its own.
-        config: block sizes; those of the device by default.
-        splits: parts that a layer's rows are cut into; by the device's size by default.
-
-    Returns:
-        The attention [B, K * G, H] in qkv's type, and the tail with the token.
+    `config` is that of the device by default, and `splits`, the programs that share a kv head's
+    rows, what fills it. `together` is not used: a program of its own writes each sequence's row.
 
     Raises:
         NotImplementedError: keys by channel, groups of few channels, or float32.
     """
-    del together
-    _check(dense, packed)
     batch, kv_heads, width, head_dim = new.qkv.shape
-    group = width - 2
-    if config is None:
-        size = tiles.padded(head_dim)
-        config = best("quantized_decode_attention", configs.candidates, dense.k.dtype, size)
-    case = _Case(scale, config, transform, sets=trips(group, HEADS))
-    wide, lanes = most_rows + tail.k.shape[2], most_words * per_word(min(packed.bits))
-    if splits is None:
+    if packed.key_group is not None:
+        raise NotImplementedError("keys quantized by channel")
+    if dense.k.dtype == jnp.float32:  # codes meet numbers of half that width
+        raise NotImplementedError("float32")
+    keys, values = packed.affine_k.shape[2], packed.affine_v.shape[2]
+    fits = head_dim == tiles.padded(head_dim) and head_dim // keys >= LEAST_GROUP
+    if keys != values or (keys > 1 and not fits):
+        raise NotImplementedError(f"{keys} and {values} groups of {head_dim} channels")
+    config = config or best("quantized_decode_attention", dense.k.dtype, head_dim)
+    group, pairs = width - 2, batch * kv_heads
+    sets, lanes = trips(group, HEADS), per_word(min(packed.bits))
+    wide, packed_rows = most_rows + tail.k.shape[2], most_words * lanes
+    if splits is None:  # eight warps are what the registers of a core hold at once
         blocks = trips(wide, config.block_keys) + trips(most_words, config.block_words)
-        splits = configs.splits(batch * kv_heads * case.sets, blocks, config.num_warps)
-    read = batch * kv_heads * (lanes + wide)
-    item = dense.k.dtype.itemsize
+        splits = split_count(pairs * sets, blocks, per_core=8 // config.num_warps)
+    read = pairs * (wide + packed_rows)
+    of_words = 4 * (most_words * head_dim + packed_rows)
     return call(
         _kernel,
         "quantized_append_and_attend",
         (new, dense, packed, tail),
         splits=splits,
-        sets=case.sets,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        sets=sets,
+        config=config,
         cost=pl.CostEstimate(
             flops=4 * read * group * head_dim,
             transcendentals=read * group,
-            bytes_accessed=2
-            * batch
-            * kv_heads
-            * (4 * most_words * head_dim + 4 * lanes + wide * head_dim * item),
+            bytes_accessed=2 * pairs * (of_words + wide * head_dim * dense.k.dtype.itemsize),
         ),
-        case=case,
+        case=_Case(scale, config, transform),
     )
-
-
-def _check(dense: Segment, packed: PackedRows) -> None:
-    if packed.key_group is not None:
-        raise NotImplementedError("keys quantized by channel")
-    if dense.k.dtype == jnp.float32:  # codes meet numbers of half that width
-        raise NotImplementedError("float32")
-    head_dim = dense.k.shape[3]
-    keys, values = packed.affine_k.shape[2], packed.affine_v.shape[2]
-    fits = head_dim == tiles.padded(head_dim) and head_dim // keys >= LEAST_GROUP
-    if keys != values or (keys > 1 and not fits):
-        raise NotImplementedError(f"{keys} and {values} groups of {head_dim} channels")

@@ -18,11 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tiles
-from pallas_kernels.ragged_decode_attention import config as configs
-from pallas_kernels.ragged_decode_attention.config import Config
 from pallas_kernels.rows import NewToken, Segment, Tail
-from pallas_kernels.splits import shares, trips
-from pallas_kernels.tuning import best
+from pallas_kernels.splits import shares, split_count, trips
+from pallas_kernels.tuning import DecodeConfig, RowConfig, best
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -32,29 +30,27 @@ MERGED_AT_ONCE = 32
 
 def attend(
     q: jax.Array,
-    k_ref: Any,
-    v_ref: Any,
+    refs: Any,
     begin: jax.Array,
     end: jax.Array,
     carry: Carry,
-    *,
     scale: float,
     block_keys: int,
 ) -> Carry:
-    """Go on with an online softmax over the rows begin..end of k, v [rows, H]."""
+    """Go on with an online softmax over the rows begin..end of refs' k, v [rows, H]."""
     lines = jnp.arange(block_keys)
 
     def add(index: jax.Array, carry: Carry) -> Carry:
         maximum, total, mixed = carry
         rows = begin + index * block_keys + lines
         valid = rows < end
-        logits = tiles.dot(q, tiles.load(k_ref, rows, valid), trans_b=True)
+        logits = tiles.dot(q, tiles.load(refs.k, rows, valid), trans_b=True)
         logits = jnp.where(valid[None, :], logits * (scale * tiles.LOG2_E), -jnp.inf)
         # Every block has a row that is there, so the new maximum is a number.
         new = jnp.maximum(maximum, jnp.max(logits, axis=1))
         weights = jnp.exp2(logits - new[:, None])
         decay = jnp.exp2(maximum - new)
-        v = tiles.load(v_ref, rows, valid)
+        v = tiles.load(refs.v, rows, valid)
         mixed = mixed * decay[:, None] + tiles.dot(weights.astype(v.dtype), v)
         return new, total * decay + jnp.sum(weights, axis=1), mixed
 
@@ -80,7 +76,7 @@ def rotated(new: NewToken, heads: jax.Array, there: jax.Array) -> jax.Array:
         tiles.gather(new.qkv, (heads[:, None], entry[None, :]), mask).astype(jnp.float32)
         for entry in (columns, partner)
     )
-    cos, sin = (tiles.load_vector(ref, angle, inside) for ref in (new.cos, new.sin))
+    cos, sin = (tiles.gather(ref, (angle,), inside) for ref in (new.cos, new.sin))
     turned = x * cos[None, :] + other * jnp.where(first, -sin, sin)[None, :]
     return turned.astype(new.qkv.dtype)
 
@@ -150,18 +146,17 @@ def _kernel(
     carry = append(new, grown, q, k, fill, split == splits - 1, scale)
     sections = (pool, offset, length), (tail, 0, jnp.minimum(fill, tail.k.shape[0]))
     blocks = [trips(rows, block_keys) for _, _, rows in sections]
-    for (ref, first, rows), share in zip(sections, shares(blocks, split, splits), strict=True):
+    for (refs, first, rows), share in zip(sections, shares(blocks, split, splits), strict=True):
         begin, end = (jnp.minimum(block * block_keys, rows) for block in share)
-        begin, end = first + begin, first + end
-        carry = attend(q, ref.k, ref.v, begin, end, carry, scale=scale, block_keys=block_keys)
+        carry = attend(q, refs, first + begin, first + end, carry, scale, block_keys)
     maximum, total, mixed = carry
     if splits == 1:
         tiles.store(results[0], heads, there, mixed / total[:, None])
         return
     maximum_ref, total_ref, mixed_ref = results
-    tiles.store_vector(maximum_ref, heads, there, maximum, lead=(split,))
+    tiles.scatter(maximum_ref, (split, heads), there, maximum)
     seen = there & (maximum != -jnp.inf)
-    tiles.store_vector(total_ref, heads, seen, total, lead=(split,))
+    tiles.scatter(total_ref, (split, heads), seen, total)
     tiles.store(mixed_ref, heads, seen, mixed, lead=(split,))
 
 
@@ -170,18 +165,18 @@ def _merge_kernel(
 ) -> None:
     """References of one query head: maximum, total [parts]; mixed [parts, H]; out [H]."""
     every = jnp.arange(tiles.padded(parts))
-    highest = tiles.load_vector(maximum_ref, every, every < parts)
+    highest = tiles.gather(maximum_ref, (every,), every < parts)
     highest = jnp.max(jnp.where(every < parts, highest, -jnp.inf), axis=0)
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)
     block = min(MERGED_AT_ONCE, every.size)
 
     def add(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         split = index * block + jnp.arange(block)
-        maximum = tiles.load_vector(maximum_ref, split, split < parts)
+        maximum = tiles.gather(maximum_ref, (split,), split < parts)
         maximum = jnp.where(split < parts, maximum, -jnp.inf)
         seen = maximum != -jnp.inf  # else nothing more was written
         weights = jnp.exp2(maximum - highest)
-        total = weights * tiles.load_vector(total_ref, split, seen)
+        total = weights * tiles.gather(total_ref, (split,), seen)
         mixed = weights[:, None] * tiles.load(mixed_ref, split, seen)
         return carry[0] + jnp.sum(total, axis=0), carry[1] + jnp.sum(mixed, axis=0)
 
@@ -189,7 +184,7 @@ def _merge_kernel(
     nothing = jnp.float32(0), jnp.zeros(columns.shape, jnp.float32)
     total, mixed = lax.fori_loop(0, trips(parts, block), add, nothing)
     mixed = mixed / jnp.where(total == 0.0, 1.0, total)
-    tiles.store_vector(out_ref, columns, columns < out_ref.shape[0], mixed)
+    tiles.scatter(out_ref, (columns,), columns < out_ref.shape[0], mixed)
 
 
 def append_and_attend(
@@ -200,40 +195,25 @@ def append_and_attend(
     scale: float,
     most_rows: int,
     together: bool = False,
-    config: Config | None = None,
+    config: DecodeConfig | None = None,
     splits: int | None = None,
 ) -> tuple[jax.Array, Tail]:
-    """RoPE of a new token, its row into the tail, and its attention, in one kernel and a merge.
+    """See the package's public function: here it is one kernel, and a merge where rows are split.
 
-    Args:
-        new: the token's product, qkv [B, K, G + 2, H], and its angles, cos and sin [B, H / 2].
-        pool: the layer's rows, k and v [B, K, capacity, H] with offset and length int32 [B].
-        tail: the tokens before, k and v [B, K, R, H] with fill int32 [B].
-        scale: factor of the logits.
-        most_rows: rows of the pool that one layer can have at most.
-        together: not used: each sequence's row is written by a program of its own.
-        config: block sizes; those of the device by default.
-        splits: parts that a layer's rows are cut into; by the device's size by default.
-
-    Returns:
-        The attention [B, K * G, H] in qkv's type, and the tail with the token.
+    `config` is that of the device by default, and `splits`, the programs that share a kv head's
+    rows, what fills it. `together` is not used: a program of its own writes each sequence's row.
     """
-    del together
     batch, kv_heads, width, head_dim = new.qkv.shape
-    if config is None:
-        size = tiles.padded(head_dim)
-        config = best("ragged_decode_attention", configs.candidates, pool.k.dtype, size)
+    config = config or best("ragged_decode_attention", pool.k.dtype, head_dim)
     most = most_rows + tail.k.shape[2]
-    if splits is None:
-        splits = configs.splits(batch * kv_heads, most, config.block_keys)
+    splits = splits or split_count(batch * kv_heads, most // config.block_keys)
     read = batch * kv_heads * most
     return call(
         _kernel,
         "append_and_attend",
         (new, pool, tail),
         splits=splits,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        config=config,
         cost=pl.CostEstimate(
             flops=4 * read * (width - 2) * head_dim,
             transcendentals=read * (width - 2),
@@ -335,8 +315,7 @@ def merge(maximum: jax.Array, total: jax.Array, mixed: jax.Array, *, dtype: jnp.
         in_specs=[of_query_head(), of_query_head(), of_query_head(head_dim)],
         out_specs=pl.BlockSpec((None, None, None, head_dim), lambda g, h, b: (b, h, g, 0)),
         out_shape=jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype),
-        num_warps=4,
-        num_stages=1,
+        config=RowConfig(4),
         cost=pl.CostEstimate(
             flops=2 * mixed.size, transcendentals=maximum.size, bytes_accessed=4 * mixed.size
         ),

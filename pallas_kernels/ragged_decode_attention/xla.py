@@ -105,7 +105,7 @@ def _attend_rows(
 
     def large_block(index: jax.Array, seen: online_softmax.Partial) -> online_softmax.Partial:
         start, step = first + index * large, large // PARTS
-        # Scaled while they are read: a mere copy is not vectorised, see `online_softmax.mix`.
+        # Scaled while they are read: a mere copy is not vectorised, see `online_softmax.add`.
         k = side_by_side(read(keys, start, large) * scale, PARTS)
         weights, kept, seen = online_softmax.weigh(query, k, jnp.ones(large, bool), seen)
         weights = weights.reshape(1, kv_heads, group, step, PARTS).swapaxes(2, 3)
@@ -136,9 +136,7 @@ def _attend_rows(
         start = jnp.minimum(begin, total - count)
         readable = (start + order >= begin) & (start + order < stop)
         k, v = (side_by_side(read(x, start, count), parts) for x in (keys, values))
-        weights, kept, seen = online_softmax.weigh(query, k * scale, readable, seen)
-        mixed = online_softmax.mix(weights, v, readable)
-        return seen._replace(mixed=seen.mixed * kept[..., None] + mixed)
+        return online_softmax.add(query, k * scale, v, readable, seen)
 
     return lax.fori_loop(0, (rows - done + count - 1) // count, small_block, seen)
 
@@ -170,20 +168,7 @@ def read_rows(
 def append_and_attend(
     new: NewToken, pool: Segment, tail: Tail, *, scale: float, most_rows: int, together: bool
 ) -> tuple[jax.Array, Tail]:
-    """RoPE of a new token, its row into the tail, and its attention.
-
-    Args:
-        new: the token's product, qkv [B, K, G + 2, H], and its angles, cos and sin [B, H / 2].
-        pool: the layer's rows, k and v [B, K, capacity, H] with offset and length int32 [B].
-        tail: the tokens before, k and v [B, K, R, H] with fill int32 [B].
-        scale: factor of the logits.
-        most_rows: not used: the blocks are those of the longest row.
-        together: all of `fill` are equal.
-
-    Returns:
-        The attention [B, K * G, H] in qkv's type, and the tail with the token.
-    """
-    del most_rows
+    """See the package's public function; `most_rows` is not used."""
     turned = rotate(new.qkv[:, :, :-1], new.cos[:, None, None], new.sin[:, None, None])
     tail = append(tail, turned[:, :, -1:], new.qkv[:, :, -1:], together)
     segments = pool.k, pool.v, pool.offset, pool.length, tail.k, tail.v, tail.fill

@@ -13,9 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tiles
-from pallas_kernels.sample_tokens.config import Config, candidates
 from pallas_kernels.sample_tokens.keys import LOWEST, key_of, value_of
-from pallas_kernels.tuning import best
+from pallas_kernels.tuning import RowConfig, best
 
 PER_THREAD = 16
 """Logits that a thread has in flight at once: a pass waits for the cache more than it computes."""
@@ -40,7 +39,7 @@ def _kernel(
         """Ids from a start on, and their logits, -inf beyond the vocabulary."""
         ids = start + jnp.arange(size)
         inside = ids < vocabulary
-        return ids, jnp.where(inside, tiles.load_vector(logits_ref, ids, inside), -jnp.inf)
+        return ids, jnp.where(inside, tiles.gather(logits_ref, (ids,), inside), -jnp.inf)
 
     def each_block(body: Callable[..., Any], state: Any) -> Any:
         def step(index: jax.Array, state: Any) -> Any:
@@ -174,14 +173,12 @@ def sample_tokens(
     top_p: jax.Array,
     uniform: jax.Array,
     *,
-    config: Config | None = None,
+    config: RowConfig | None = None,
 ) -> jax.Array:
     """See the package's public function; `config` is that of the device by default."""
     batch, vocabulary = logits.shape
-    size = tiles.padded(vocabulary)
-    if config is None:
-        config = best("sample_tokens", candidates, logits.dtype, size)
-    threads = 32 * config.num_warps
+    config = config or best("sample_tokens", logits.dtype, vocabulary)
+    size, threads = tiles.padded(vocabulary), 32 * config.num_warps
     whole = pl.BlockSpec((batch,), lambda i: (0,))
     return tiles.call(
         _kernel,
@@ -190,8 +187,7 @@ def sample_tokens(
         in_specs=[pl.BlockSpec((None, vocabulary), lambda i: (i, 0)), *[whole] * 4],
         out_specs=whole,
         out_shape=jax.ShapeDtypeStruct((batch,), jnp.int32),
-        num_warps=config.num_warps,
-        num_stages=1,
+        config=config,
         cost=pl.CostEstimate(flops=logits.size, transcendentals=0, bytes_accessed=logits.nbytes),
         block=min(PER_THREAD * threads, size),
         small_block=min(threads, size),

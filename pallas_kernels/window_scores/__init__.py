@@ -4,6 +4,8 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.backends import choose
 from pallas_kernels.window_scores import triton, xla
@@ -77,8 +79,14 @@ def window_scores(
         )
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     arrays = q, k, start, lengths
-    sums = choose("window_scores", backend, BACKENDS, *arrays, threshold=threshold, scale=scale)
-    return WindowScores(*sums)
+    scores, zeroed = choose(
+        "window_scores", backend, BACKENDS, *arrays, threshold=threshold, scale=scale
+    )
+    if zeroed is None:
+        return WindowScores(scores, None, None)
+    there = jnp.clip(lengths - start, 0, rows)  # rows, of which row i sees start + i + 1 keys
+    visible = there * start + there * (there + 1) // 2
+    return WindowScores(scores, zeroed, jnp.broadcast_to(visible[:, None], zeroed.shape))
 
 
 def average_pool(scores: jax.Array, last: jax.Array, kernel: int = 5) -> jax.Array:
@@ -94,4 +102,8 @@ def average_pool(scores: jax.Array, last: jax.Array, kernel: int = 5) -> jax.Arr
     """
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"{kernel=} must be odd and at least 1")
-    return xla.average_pool(scores, last, kernel)
+    inside = jnp.arange(scores.shape[-1]) < last[:, None, None]
+    scores = jnp.where(inside, scores, 0.0)
+    side = (0, 0), (0, 0), (kernel // 2, kernel // 2)
+    total = lax.reduce_window(scores, 0.0, lax.add, (1, 1, kernel), (1, 1, 1), side)
+    return jnp.where(inside, total / kernel, 0.0)

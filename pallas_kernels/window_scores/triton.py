@@ -7,6 +7,7 @@ columns   one pass over the keys: each program has a block of keys and goes over
           gives the same bits.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,11 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tiles
-from pallas_kernels.tuning import best
-from pallas_kernels.window_scores import config as configs
-from pallas_kernels.window_scores.config import Config
-
-Sums = tuple[jax.Array, jax.Array | None, jax.Array | None]
+from pallas_kernels.splits import split_count, trips
+from pallas_kernels.tuning import WindowConfig, best
 
 
 def _rows_kernel(
@@ -59,16 +57,16 @@ def _rows_kernel(
 
     last = jnp.minimum(start + (block + 1) * block_rows, length)
     last = jnp.where(start + block * block_rows < length, last, 0)
-    trips = (last + block_keys - 1) // block_keys
-    each = (trips + splits - 1) // splits
+    blocks = trips(last, block_keys)
+    each = trips(blocks, splits)
     first = split * each
     nothing = (
         jnp.full((block_rows,), -jnp.inf, jnp.float32),
         jnp.zeros((block_rows,), jnp.float32),
     )
-    maximum, total = lax.fori_loop(first, jnp.minimum(first + each, trips), add, nothing)
-    tiles.store_vector(maximum_ref, rows, inside, maximum, lead=(split,))
-    tiles.store_vector(total_ref, rows, inside, total, lead=(split,))
+    maximum, total = lax.fori_loop(first, jnp.minimum(first + each, blocks), add, nothing)
+    tiles.scatter(maximum_ref, (split, rows), inside, maximum)
+    tiles.scatter(total_ref, (split, rows), inside, total)
 
 
 def _columns_kernel(
@@ -106,8 +104,8 @@ def _columns_kernel(
             real = rows < stop_row
             q = tiles.load(q_ref, rows, real, middle=(head,))
             logits = tiles.dot(q, k, trans_b=True) * scale
-            maximum = tiles.load_vector(maximum_ref, rows, real, lead=(head,))
-            share = tiles.load_vector(share_ref, rows, real, lead=(head,))
+            maximum = tiles.gather(maximum_ref, (head, rows), real)
+            share = tiles.gather(share_ref, (head, rows), real)
             seen = real[:, None] & (keys[None, :] <= (start + rows)[:, None])
             logits = jnp.where(seen, logits - maximum[:, None], -jnp.inf)
             weights = jnp.exp(logits)  # 1 at the row's maximum
@@ -117,14 +115,14 @@ def _columns_kernel(
                 zeroed += jnp.sum(jnp.sum(small.astype(jnp.int32), axis=1), axis=0)
             return scores, zeroed
 
-        bounds = first_row // block_rows, (stop_row + block_rows - 1) // block_rows
+        bounds = first_row // block_rows, trips(stop_row, block_rows)
         scores, zeroed = lax.fori_loop(*bounds, add, (scores, jnp.int32(0)))
         for zeroed_ref in zeroed_refs:
             zeroed_ref[head, block] = zeroed
         return scores
 
     scores = lax.fori_loop(0, group, query_head, jnp.zeros((block_keys,), jnp.float32))
-    tiles.store_vector(scores_ref, keys, keys < scores_ref.shape[0], scores)
+    tiles.scatter(scores_ref, (keys,), keys < scores_ref.shape[0], scores)
 
 
 def window_scores(
@@ -135,50 +133,36 @@ def window_scores(
     *,
     threshold: float | None,
     scale: float,
-    config: Config | None = None,
-) -> Sums:
-    """Column sums and counts of a window of rows.
+    config: WindowConfig | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """See the package's public function, of which it gives the scores and `zeroed`.
 
-    Args:
-        q: queries of the window's rows [B, W, N, H].
-        k: keys of the whole prompt [B, T, K, H].
-        start: position of the window's first row, int32 [B].
-        lengths: true length of each prompt, int32 [B].
-        threshold: share of its row's maximum below which an entry is zeroed; None to count nothing.
-        scale: factor of the logits.
-        config: block sizes; those of the device by default.
-
-    Returns:
-        The scores float32 [B, K, T], and the counts of zeroed and visible entries, int32 [B, N] or
-        None.
+    `config` is that of the device by default.
     """
-    if config is None:
-        size = tiles.padded(q.shape[-1])
-        config = best("window_scores", configs.candidates, q.dtype, size)
-    maximum, share = _row_sums(q, k, start, lengths, scale, config)
-    return _column_sums(q, k, start, lengths, maximum, share, threshold, scale, config)
-
-
-def _row_sums(
-    q: jax.Array,
-    k: jax.Array,
-    start: jax.Array,
-    lengths: jax.Array,
-    scale: float,
-    config: Config,
-) -> tuple[jax.Array, jax.Array]:
-    """Each row's maximum and 1 / sum, [B, N, W]: an entry is exp(logit - maximum) times that."""
     batch, window, heads, head_dim = q.shape
-    keys, group = k.shape[1], heads // k.shape[2]
+    keys, kv_heads = k.shape[1:3]
+    group, pairs = heads // kv_heads, batch * heads * window * keys
+    config = config or best("window_scores", q.dtype, head_dim)
     block_rows = min(config.block_rows, tiles.padded(window))
     block_keys = min(config.block_keys, tiles.padded(keys))
+    call = functools.partial(
+        tiles.call,
+        config=config,
+        cost=pl.CostEstimate(
+            flops=2 * pairs * head_dim,
+            transcendentals=pairs,
+            bytes_accessed=(q.size + k.size) * q.dtype.itemsize,
+        ),
+        scale=scale,
+        block_rows=block_rows,
+        block_keys=block_keys,
+    )
+    whole = pl.BlockSpec((batch,), lambda *_: (0,))
+
     blocks = pl.cdiv(window, block_rows)
-    splits = configs.splits(blocks * heads * batch, keys, block_keys)
-    whole = pl.BlockSpec((batch,), lambda i, s, n, b: (0,))
-    part = pl.BlockSpec((None, None, splits, window), lambda i, s, n, b: (b, n, 0, 0))
-    part_shape = jax.ShapeDtypeStruct((batch, heads, splits, window), jnp.float32)
-    pairs = batch * heads * window * keys
-    maximum, total = tiles.call(
+    splits = split_count(blocks * heads * batch, keys // block_keys, per_core=4, least=4)
+    of_head = pl.BlockSpec((None, None, splits, window), lambda i, s, n, b: (b, n, 0, 0))
+    maximum, total = call(
         _rows_kernel,
         "window_rows",
         grid=(blocks, splits, heads, batch),
@@ -188,51 +172,21 @@ def _row_sums(
             pl.BlockSpec((None, window, None, head_dim), lambda i, s, n, b: (b, 0, n, 0)),
             pl.BlockSpec((None, keys, None, head_dim), lambda i, s, n, b: (b, 0, n // group, 0)),
         ],
-        out_specs=[part, part],
-        out_shape=[part_shape, part_shape],
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        cost=pl.CostEstimate(
-            flops=2 * pairs * head_dim,
-            transcendentals=pairs,
-            bytes_accessed=(q.size + k.size) * q.dtype.itemsize,
-        ),
-        scale=scale,
-        block_rows=block_rows,
-        block_keys=block_keys,
+        out_specs=[of_head] * 2,
+        out_shape=[jax.ShapeDtypeStruct((batch, heads, splits, window), jnp.float32)] * 2,
         splits=splits,
     )(start, lengths, q, k)
+    # An entry is exp(logit - maximum) times the row's share, 1 / sum.
     highest = jnp.max(maximum, axis=2)
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)
     total = jnp.sum(total * jnp.exp(maximum - highest[:, :, None]), axis=2)
-    return highest, 1.0 / jnp.where(total == 0.0, 1.0, total)
+    share = 1.0 / jnp.where(total == 0.0, 1.0, total)
 
-
-def _column_sums(
-    q: jax.Array,
-    k: jax.Array,
-    start: jax.Array,
-    lengths: jax.Array,
-    maximum: jax.Array,
-    share: jax.Array,
-    threshold: float | None,
-    scale: float,
-    config: Config,
-) -> Sums:
-    """Column sums of exp(logit - maximum) * share, and the counts."""
-    batch, window, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1:3]
-    group = heads // kv_heads
-    block_rows = min(config.block_rows, tiles.padded(window))
-    block_keys = min(config.block_keys, tiles.padded(keys))
-    blocks = pl.cdiv(keys, block_keys)
-    counted = threshold is not None
-    whole = pl.BlockSpec((batch,), lambda j, h, b: (0,))
-    of_row = pl.BlockSpec((None, None, group, window), lambda j, h, b: (b, h, 0, 0))
-    counts = pl.BlockSpec((None, None, group, blocks), lambda j, h, b: (b, h, 0, 0))
-    counts_shape = jax.ShapeDtypeStruct((batch, kv_heads, group, blocks), jnp.int32)
-    pairs = batch * heads * window * keys
-    scores, *zeroed = tiles.call(
+    blocks, counted = pl.cdiv(keys, block_keys), threshold is not None
+    shapes = [jax.ShapeDtypeStruct((batch, kv_heads, keys), jnp.float32)]
+    shapes += [jax.ShapeDtypeStruct((batch, kv_heads, group, blocks), jnp.int32)] * counted
+    by_head = pl.BlockSpec((None, None, group, window), lambda j, h, b: (b, h, 0, 0))
+    scores, *zeroed = call(
         _columns_kernel,
         "window_columns",
         grid=(blocks, kv_heads, batch),
@@ -241,40 +195,21 @@ def _column_sums(
             whole,
             pl.BlockSpec((None, window, None, group, head_dim), lambda j, h, b: (b, 0, h, 0, 0)),
             pl.BlockSpec((None, keys, None, head_dim), lambda j, h, b: (b, 0, h, 0)),
-            of_row,
-            of_row,
+            by_head,
+            by_head,
         ],
         out_specs=[
             pl.BlockSpec((None, None, keys), lambda j, h, b: (b, h, 0)),
-            *[counts] * counted,
+            *[pl.BlockSpec((None, None, group, blocks), lambda j, h, b: (b, h, 0, 0))] * counted,
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, kv_heads, keys), jnp.float32),
-            *[counts_shape] * counted,
-        ],
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        cost=pl.CostEstimate(
-            flops=2 * pairs * head_dim,
-            transcendentals=pairs,
-            bytes_accessed=(q.size + k.size) * q.dtype.itemsize,
-        ),
-        scale=scale,
+        out_shape=shapes,
         threshold=threshold,
-        block_rows=block_rows,
-        block_keys=block_keys,
     )(
         start,
         lengths,
         q.reshape(batch, window, kv_heads, group, head_dim),
         k,
-        maximum.reshape(batch, kv_heads, group, window),
+        highest.reshape(batch, kv_heads, group, window),
         share.reshape(batch, kv_heads, group, window),
     )
-    if not counted:
-        return scores, None, None
-    # Row i sees start + i + 1 keys.
-    rows = jnp.clip(lengths - start, 0, window)
-    visible = rows * start + rows * (rows + 1) // 2
-    visible = jnp.broadcast_to(visible[:, None], (batch, heads))
-    return scores, jnp.sum(zeroed[0], axis=-1).reshape(batch, heads), visible
+    return scores, jnp.sum(zeroed[0], axis=-1).reshape(batch, heads) if counted else None

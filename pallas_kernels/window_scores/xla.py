@@ -9,7 +9,7 @@ from jax import lax
 ROW_BLOCK = 128
 KEY_BLOCK = 512
 
-Sums = tuple[jax.Array, jax.Array | None, jax.Array | None]
+Sums = tuple[jax.Array, jax.Array | None]
 
 
 def window_scores(
@@ -21,20 +21,7 @@ def window_scores(
     threshold: float | None,
     scale: float,
 ) -> Sums:
-    """Column sums and counts of a window of rows.
-
-    Args:
-        q: queries of the window's rows [B, W, N, H].
-        k: keys of the whole prompt [B, T, K, H].
-        start: position of the window's first row, int32 [B].
-        lengths: true length of each prompt, int32 [B].
-        threshold: share of its row's maximum below which an entry is zeroed; None to count nothing.
-        scale: factor of the logits.
-
-    Returns:
-        The scores float32 [B, K, T], and the counts of zeroed and visible entries, int32 [B, N] or
-        None.
-    """
+    """See the package's public function, of which it gives the scores and `zeroed`."""
     batch, window, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
@@ -86,42 +73,22 @@ def window_scores(
         total = jnp.where(total == 0.0, 1.0, total)[..., None]
 
         def column_pass(index: jax.Array, sums: Sums) -> Sums:
-            scores, zeroed, visible = sums
+            scores, zeroed = sums
             logits, seen, at = logits_of(index)
             weights = jnp.exp(logits - highest)  # 1 at the row's maximum
             old = lax.dynamic_slice_in_dim(scores, at, columns, axis=2)
             new = old + jnp.sum(weights / total, axis=(2, 3))
             scores = lax.dynamic_update_slice_in_dim(scores, new, at, axis=2)
-            if threshold is None or zeroed is None or visible is None:
-                return scores, None, None
-            small = seen & (weights < threshold)
-            zeroed = zeroed + jnp.sum(small, axis=(3, 4), dtype=jnp.int32)
-            return scores, zeroed, visible + jnp.sum(seen, axis=(3, 4), dtype=jnp.int32)
+            if zeroed is not None:
+                small = seen & (weights < threshold)
+                zeroed += jnp.sum(small, axis=(3, 4), dtype=jnp.int32)
+            return scores, zeroed
 
         return lax.fori_loop(0, trips, column_pass, sums)
 
     counts = None if threshold is None else jnp.zeros((batch, kv_heads, group), jnp.int32)
-    sums = jnp.zeros((batch, kv_heads, keys), jnp.float32), counts, counts
+    sums = jnp.zeros((batch, kv_heads, keys), jnp.float32), counts
     true_rows = jnp.max(jnp.minimum(lengths - start, window))
     trips = (true_rows + rows - 1) // rows
-    scores, zeroed, visible = lax.fori_loop(0, trips, row_block, sums)
-    if zeroed is None or visible is None:
-        return scores, None, None
-    return scores, zeroed.reshape(batch, heads), visible.reshape(batch, heads)
-
-
-def average_pool(scores: jax.Array, last: jax.Array, kernel: int) -> jax.Array:
-    """The mean over `kernel` neighbours, zeros counted at both ends.
-
-    Args:
-        scores: float32 [B, K, T].
-        last: keys that take part, the first `last[b]` of each row, int32 [B].
-        kernel: odd number of neighbours.
-    """
-    inside = jnp.arange(scores.shape[-1]) < last[:, None, None]
-    scores = jnp.where(inside, scores, 0.0)
-    side = kernel // 2
-    total = lax.reduce_window(
-        scores, 0.0, lax.add, (1, 1, kernel), (1, 1, 1), ((0, 0), (0, 0), (side, side))
-    )
-    return jnp.where(inside, total / kernel, 0.0)
+    scores, zeroed = lax.fori_loop(0, trips, row_block, sums)
+    return scores, None if zeroed is None else zeroed.reshape(batch, heads)

@@ -29,7 +29,7 @@ from benchmarks.peers.process import PeerError, Process
 from benchmarks.roofline import WORKSPACE, Device
 from benchmarks.speed import __main__ as speed_command
 from benchmarks.speed import cases, presets
-from pallas_kernels.prefill_attention.config import Config
+from pallas_kernels.tuning import PrefillConfig as Config
 from vlcache_jax.report import pool_bytes
 
 MODELS = cases.models()

@@ -3,7 +3,6 @@
 import warnings
 from dataclasses import astuple, fields
 from functools import partial
-from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -305,16 +304,12 @@ def test_cudnn_is_told_which_keys_are_there(dtype, causal, on, monkeypatch):
     assert_close(np.asarray(out)[there], expected[there], dtype)
 
 
-def config_of(operation) -> Any:
-    return import_module(f"pallas_kernels.{operation}.config")
-
-
-@pytest.mark.parametrize("operation", FACTORS)
+@pytest.mark.parametrize("operation", tuning.CONFIGS)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_block_sizes_are_powers_of_two(operation, capability):
     for dtype in SHAPES["dtype"]:
         for size in (16, 32, 64, 128, 4096, 8192):
-            candidates = config_of(operation).candidates(capability, jnp.dtype(dtype), size)
+            candidates = tuning.candidates(operation, capability, dtype, size)
             assert len(set(candidates)) == len(candidates) >= 1
             for candidate in candidates:
                 sizes = {f.name: getattr(candidate, f.name) for f in fields(candidate)}
@@ -322,13 +317,6 @@ def test_block_sizes_are_powers_of_two(operation, capability):
                 assert sizes.pop("num_warps") in (1, 2, 4, 8, 16)
                 # A side of a product on tensor cores is 16 or more.
                 assert set(sizes.values()) <= {16, 32, 64, 128, 256}
-
-
-@pytest.mark.parametrize("operation", ["window_scores", "ragged_decode_attention"])
-def test_keys_are_split_for_few_programs_and_long_prompts_only(operation):
-    splits = config_of(operation).splits
-    assert splits(1, 1, 64) == splits(10**6, 10**6, 64) == 1
-    assert splits(1, 10**6, 64) > splits(100, 10**6, 64) > 1
 
 
 def test_cases_have_names():
@@ -339,26 +327,25 @@ def test_the_measured_block_sizes_of_a_device_are_used(monkeypatch, on):
     row = {"block_q": 16, "block_k": 32, "num_warps": 2, "num_stages": 5}
     table = {"NVIDIA H200": {"prefill_attention": {"bfloat16/128": row}}}
     monkeypatch.setattr(tuning, "table", lambda: table)
-    name = "prefill_attention"
-    assert tuning.measured(name, "NVIDIA H200", jnp.bfloat16, 128) == row
-    assert tuning.measured(name, "NVIDIA H200", jnp.float16, 128) is None
-    assert tuning.measured(name, "NVIDIA H200", jnp.bfloat16, 64) is None
-    assert tuning.measured("window_scores", "NVIDIA H200", jnp.bfloat16, 128) is None
-    assert tuning.measured(name, "NVIDIA A1", jnp.bfloat16, 128) is None
-    candidates = config_of(name).candidates
+    case = "prefill_attention", jnp.bfloat16, 128
+
+    def default(operation, dtype, size, capability=90):
+        return tuning.candidates(operation, capability, dtype, size)[0]
+
     on(H200)
-    assert astuple(tuning.best(name, candidates, jnp.bfloat16, 128)) == (16, 32, 2, 5)
-    assert tuning.best(name, candidates, jnp.float16, 128) == candidates(90, jnp.float16, 128)[0]
+    assert astuple(tuning.best(*case)) == (16, 32, 2, 5)
+    for other in ((case[0], jnp.float16, 128), (*case[:2], 64), ("window_scores", *case[1:])):
+        assert tuning.best(*other) == default(*other)
     on(Device("gpu", "NVIDIA A1", 80, present=True))
-    assert tuning.best(name, candidates, jnp.bfloat16, 128) == candidates(80, jnp.bfloat16, 128)[0]
+    assert tuning.best(*case) == default(*case, capability=80)
     on(CPU)  # which interprets the code of the newest
-    assert tuning.best(name, candidates, jnp.bfloat16, 128) == candidates(90, jnp.bfloat16, 128)[0]
+    assert tuning.best(*case) == default(*case)
 
 
 def test_the_committed_table_fits_the_kernels():
     for operations in tuning.table().values():
         for operation, rows in operations.items():
-            names = {f.name for f in fields(config_of(operation).Config)}
+            names = {f.name for f in fields(tuning.CONFIGS[operation])}
             for case, row in rows.items():
                 dtype, size = case.split("/")
                 assert tuning.key(dtype, int(size)) == case

@@ -90,12 +90,8 @@ def expect(new, dense, packed, tail, *, scale, turned=False) -> Any:
     tail_k = put(tail.k, tail.fill, rows[:, :, -1])
     tail_v = put(tail.v, tail.fill, new.qkv[:, :, -1])
     q = rows[:, :, :-1].reshape(BATCH, -1, rows.shape[-1])
-    out = reference.quantized_decode_attention(
-        q, dense.k, dense.v, dense.offset, dense.length,
-        packed.words_k, packed.words_v, packed.affine_k, packed.affine_v, packed.first, packed.rows,
-        tail_k, tail_v, tail.fill + 1,
-        bits=packed.bits, key_group=packed.key_group, scale=scale,
-    )  # fmt: skip
+    grown = Tail(tail_k, tail_v, tail.fill + 1)
+    out = reference.quantized_decode_attention(q, dense, packed, grown, scale=scale)
     return out, tail_k, tail_v
 
 

@@ -12,7 +12,6 @@ import pytest
 from pallas_kernels import online_softmax
 from pallas_kernels.ragged_decode_attention import (
     append_and_attend,
-    config,
     reference,
     triton,
     xla,
@@ -79,8 +78,8 @@ def make(dtype, head_dim, group, capacity, splits) -> Any:
     turned = rotate(qkv[:, :, : group + 1], *table)
     q = turned[:, :, :group].reshape(5, -1, head_dim)
     new_tails = put(tails[0], fill, turned[:, :, -1]), put(tails[1], fill, qkv[:, :, -1])
-    given = pool_k, pool_v, offset, length
-    expected = expect(q, *given, *new_tails, fill + 1, scale=head_dim**-0.5)
+    given = Segment(pool_k, pool_v, offset, length), Tail(*new_tails, fill + 1)
+    expected = expect(q, *given, scale=head_dim**-0.5)
     rows = Segment(*pools, offset=offset, length=length)
     return (NewToken(qkv, *table), rows, Tail(*tails, fill=fill)), expected, new_tails
 
@@ -166,12 +165,6 @@ def test_a_layer_is_one_kernel_and_at_most_a_merge(splits, kernels):
     assert str(jax.make_jaxpr(run)(*small())).count("pallas_call") == kernels
 
 
-def test_the_largest_layer_decides_how_many_splits_there_are():
-    assert config.splits(8, 2048 + 128, 64) == 17  # two blocks each
-    assert config.splits(8, 8192 + 128, 64) == 33  # what fills the GPU
-    assert config.splits(8, 255, 64) == config.splits(1000, 10**6, 64) == 1
-
-
 @pytest.mark.parametrize("parts", [1, 4, 17, 70])
 @pytest.mark.parametrize("empty", ["none", "first", "last", "all but one", "all"])
 def test_merging_parts_of_which_some_are_empty(parts, empty):
@@ -234,7 +227,8 @@ def test_segments_end_beside_the_blocks(dtype, head_dim, group, together, monkey
     given = pool_k, pool_v, offset, length, tail_k, tail_v, fill
     heads = q.reshape(batch, -1, head_dim)
     run = jax.jit(lambda *x: finished(*x))  # its own: what is traced differs
-    assert_close(run(q, *given), expect(heads, *given, scale=head_dim**-0.5), dtype)
+    expected = expect(heads, Segment(*given[:4]), Tail(*given[4:]), scale=head_dim**-0.5)
+    assert_close(run(q, *given), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

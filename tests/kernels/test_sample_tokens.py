@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.sample_tokens import reference, sample_tokens, triton
-from pallas_kernels.sample_tokens.config import Config
+from pallas_kernels.tuning import RowConfig
 from tests.kernels.cases import both_backends, compiled, covering
 
 RUN = {
     "xla": functools.partial(compiled(sample_tokens, "backend"), backend="xla"),
     # Blocks of 512 ids, so that there is more than one.
-    "triton": functools.partial(compiled(triton.sample_tokens, "config"), config=Config(1)),
+    "triton": functools.partial(compiled(triton.sample_tokens, "config"), config=RowConfig(1)),
 }
 BELOW_ONE = 1 - 2**-24
 INF, NAN = np.inf, np.nan

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.splits import shares, trips
+from pallas_kernels.splits import shares, split_count, trips
 
 
 @settings(max_examples=50, deadline=None)
@@ -34,3 +34,18 @@ def test_shares_of_many_layers_at_once(module):
 
 def test_trips_are_whole_blocks():
     assert [trips(rows, 64) for rows in (0, 1, 64, 65)] == [0, 1, 1, 2]
+
+
+def test_the_largest_layer_decides_how_many_splits_there_are():
+    assert split_count(8, (2048 + 128) // 64) == 17  # two blocks each
+    assert split_count(8, (8192 + 128) // 64) == 33  # what fills the GPU
+    assert split_count(8, 255 // 64) == split_count(1000, 10**6 // 64) == 1
+
+
+@pytest.mark.parametrize(("per_core", "least"), [(2, 2), (4, 4), (1, 2)])
+def test_keys_are_split_for_few_programs_and_long_prompts_only(per_core, least):
+    sizes = {"per_core": per_core, "least": least}
+    assert split_count(1, 0, **sizes) == split_count(10**6, 10**4, **sizes) == 1
+    assert split_count(1, 10**4, **sizes) > split_count(100, 10**4, **sizes) > 1
+    assert split_count(1, 10**4, **sizes) == 132 * per_core
+    assert split_count(1, 10 * least, **sizes) == 10
