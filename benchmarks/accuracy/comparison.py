@@ -17,7 +17,7 @@ from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
 from benchmarks.roofline.packed import kept_bytes
 from pallas_kernels.hadamard import transform
 from vlcache_jax.cache.budget import Budget, Prompt
-from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan, watch
+from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
 from vlcache_jax.cache.score import LastRows, Layer
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.cache.trace import attention_mass_recall, cache_hit_rate
@@ -70,18 +70,18 @@ class Together(CacheMethod):
     def observe(self, layer: Layer) -> Any:
         """What each method saw, in their order; what no budget changes is watched once for all."""
 
-        def under(method: CacheMethod) -> Layer:
-            return replace(layer, prompt=replace(layer.prompt, budget=method.limit.data))
+        def counts(method: CacheMethod) -> bool:
+            """Whether zeroed entries are counted: what does so first has the scores for all."""
+            return not method.limit.keeps_all and method.rules()[1].window is not None
 
-        groups: dict[Budget | None, list[CacheMethod]] = defaultdict(list)
-        for method in self.methods:
-            windows = () if method.limit.keeps_all else method.watches
-            moving = any(isinstance(window, LastRows) for window, _ in windows)
-            groups[method.limit if moving else None].append(method)
+        seen: dict[Budget | None, dict[Any, Any]] = defaultdict(dict)
         found = {}
-        for methods in groups.values():
-            seen = watch(methods, under(methods[0]))
-            found |= {method: method.judge(under(method), seen) for method in methods}
+        for method in sorted(self.methods, key=counts, reverse=True):
+            rules = () if method.limit.keeps_all else method.rules()
+            moving = any(isinstance(rule.window, LastRows) for rule in rules)
+            prompt = replace(layer.prompt, budget=method.limit.data)
+            own = seen[method.limit if moving else None]
+            found[method] = method.observe(replace(layer, prompt=prompt, seen=own))
         return tuple(found[method] for method in self.methods)
 
 

@@ -11,11 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.window_scores import WindowScores
 from vlcache_jax.cache.allocate import Allocation, Uniform
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod, Observation
-from vlcache_jax.cache.score import Layer, RecentScore, Score
+from vlcache_jax.cache.score import RecentScore, Score
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.config import TextConfig
 from vlcache_jax.models.llama import Attend, Residual, rope_table, rotated
@@ -96,12 +95,9 @@ def attention_of_answer(
 
 @dataclass(frozen=True)
 class AnswerAttention(RecentScore):
-    """What the answer attends to: known after it was given, and so not a score of a prompt."""
+    """What the answer attends to: known after it was given, and so said by `Oracle.told` alone."""
 
     recent_ratio: float = 0.0
-
-    def __call__(self, layer: Layer, seen: WindowScores | None) -> None:
-        """Nothing yet: `Oracle.told` says it."""
 
 
 @dataclass(frozen=True)

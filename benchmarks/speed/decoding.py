@@ -18,7 +18,7 @@ from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
 from pallas_kernels.packing import join_affine
 from vlcache_jax.cache.method import AnyPool
-from vlcache_jax.cache.packed import PackedPool, runs_of
+from vlcache_jax.cache.packed import PackedPool, first_words
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.models.llava import Params
 from vlcache_jax.stages import DecodeState
@@ -90,9 +90,9 @@ def divided(pool: AnyPool, case: Case, variant: Variant, seed: int) -> AnyPool:
     offset = jnp.cumsum(rows[..., 0], axis=1, dtype=jnp.int32) - rows[..., 0]
     if isinstance(pool, Pool):
         return replace(pool, offset=offset, length=rows[..., 0])
-    first, runs = runs_of(pool.quantizer, rows[..., 1:])
+    first = first_words(pool.quantizer, rows[..., 1:])
     dense = replace(pool.dense, offset=offset, length=rows[..., 0])
-    return replace(pool, dense=dense, first=first, rows=runs)
+    return replace(pool, dense=dense, first=first, rows=rows[..., 1:])
 
 
 class Decoding:

@@ -197,7 +197,7 @@ def test_rows_of_each_width_are_those_of_the_librarys_arrangement(quantizer):
         kept = (position < lengths[:, None] - text) | (position >= rows - text)
         prompt = Prompt(jnp.array([rows]), visual[None], 4, Budget.parse(budget).data)
         given = jnp.array(kept)[None, :, None], jnp.array(lengths)[None]
-        found = arrange(quantizer, *given, prompt, salience, budget < 1).counts[0]
+        found = arrange(quantizer, *given, prompt, salience, budget < 1)[1][0]
         expected = rows_by_width(quantizer, lengths, evicts=budget < 1, text=text)
         np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(expected.sum(axis=-1), lengths)

@@ -15,34 +15,34 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.window_scores import WindowScores
 from vlcache_jax.cache.budget import FLOOR, Limits, Prompt
-from vlcache_jax.cache.score import PostVisionRows, Window
+from vlcache_jax.cache.score import Layer, PostVisionRows, Window
 
-_ROUNDING = 0.5 + 1e-3
 _MOST = 2**23  # sizes beyond any prompt's length; whole numbers up to here are exact in float32
 
 
 class Allocation:
-    """A rule that gives every layer a size. Subclass it, or give `Custom` a function.
-
-    Subclasses are frozen dataclasses, so that equal settings are equal programs.
+    """A rule that gives every layer a size. Subclass it as a frozen dataclass, or write a function.
 
     Attributes:
         window: the rows whose attention is measured; None where nothing is.
-        threshold: share of its row's maximum below which an entry of the window counts as zeroed.
+        threshold: p, the share of its row's maximum below which an entry counts as zeroed.
     """
 
     window: Window | None = None
-    threshold: float | None = None
+    threshold: float = 0.01
 
-    def measure(self, seen: WindowScores | None) -> jax.Array | None:
-        """What `sizes` needs to know of each layer, float32 [B], called while the prompt runs.
+    def measure(self, layer: Layer) -> jax.Array | None:
+        """The sparsity gamma' of a layer of the running prompt, float32 [B]; None without a window.
 
-        Args:
-            seen: `layer.watch(self.window, self.threshold)`; None without a window.
+        The share of zeroed entries among the visible ones, the mean over the query heads.
         """
-        return None
+        if self.window is None:
+            return None
+        seen = layer.watch(self.window, self.threshold)
+        assert seen.zeroed is not None  # a threshold was given
+        assert seen.visible is not None
+        return jnp.mean(seen.zeroed / jnp.maximum(seen.visible, 1), axis=-1, dtype=jnp.float32)
 
     def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
         """The layers' sizes in tokens, float32 [B, L]; `measured` stacks the layers' measures."""
@@ -59,8 +59,6 @@ class Sparsity(Allocation):
     Attributes:
         renormalize: hand out again what the clip cut off, so that the shares add up to alpha * L
             (not in the paper).
-        window: the rows whose attention is measured.
-        threshold: p, the share of its row's maximum below which an entry counts as zeroed.
 
     Raises:
         ValueError: the threshold is out of range.
@@ -74,13 +72,6 @@ class Sparsity(Allocation):
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold={self.threshold} must be between 0 and 1")
 
-    def measure(self, seen: WindowScores | None) -> jax.Array:
-        """gamma': the share of zeroed entries among the visible ones, mean over the query heads."""
-        assert seen is not None  # there is a window
-        assert seen.zeroed is not None  # and a threshold
-        assert seen.visible is not None
-        return jnp.mean(seen.zeroed / jnp.maximum(seen.visible, 1), axis=-1, dtype=jnp.float32)
-
     def beta(self, prompt: Prompt, measured: jax.Array) -> jax.Array:
         """Each layer's share of the prompt, float32 [B, L], from the sparsity gamma' [B, L]."""
         dense = 1.0 - measured.astype(jnp.float32)
@@ -92,9 +83,8 @@ class Sparsity(Allocation):
             return _renormalized(part, wanted)
         return jnp.clip(part * wanted, FLOOR, 1.0)
 
-    def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
+    def sizes(self, prompt: Prompt, measured: jax.Array) -> jax.Array:
         """The shares times m."""
-        assert measured is not None  # `measure` gives it
         return self.beta(prompt, measured) * prompt.length[:, None].astype(jnp.float32)
 
 
@@ -147,23 +137,18 @@ class Pyramid(Allocation):
 
 @dataclass(frozen=True)
 class AllocationFunction(Allocation):
-    """A user's function of (prompt, sparsity [B, L]) that returns sizes [B, L].
+    """A user's rule, which is shown the sparsity as VL-Cache measures it.
 
     Attributes:
-        function: the rule; the sizes are whole-numbered, bounded and fitted to the budget's pool
-            by `allocate`.
-        window: as VL-Cache measures the sparsity.
-        threshold: likewise.
+        function: of (prompt, sparsity [B, L]); gives sizes in tokens [B, L], of which `allocate`
+            makes whole numbers that fit the budget's pool.
     """
 
     function: Callable[[Prompt, jax.Array], jax.Array]
-    window = Sparsity.window
-    threshold = Sparsity.threshold
-    measure = Sparsity.measure
+    window = PostVisionRows()
 
-    def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
+    def sizes(self, prompt: Prompt, measured: jax.Array) -> jax.Array:
         """What the function says."""
-        assert measured is not None
         sizes = self.function(prompt, measured)
         expected = (*prompt.length.shape, prompt.layers)
         if sizes.shape != expected:
@@ -218,7 +203,8 @@ def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:
     lo, most, whole, m = (
         each[:, None] for each in (budget.least(m), budget.most(m), budget.shares(m) >= 1, m)
     )
-    total = jnp.floor(jnp.sum(x, axis=-1, keepdims=True) + jnp.float32(_ROUNDING))
+    # To the nearest whole number; a half that the sum's own rounding made smaller is one still.
+    total = jnp.floor(jnp.sum(x, axis=-1, keepdims=True) + jnp.float32(0.501))
     total = jnp.maximum(layers * lo, total.astype(jnp.int32))
     total = jnp.minimum(total, layers * most)
     k = jnp.clip(jnp.floor(x).astype(jnp.int32), lo, m)
@@ -234,13 +220,8 @@ def _hand_out(x: jax.Array, k: jax.Array, limit: jax.Array, count: jax.Array) ->
 
     Without a loop over tokens: layer l would receive its tokens at the values x - k, x - k - 1, ...
     Every value interval (s - 1, s] holds one token of each layer. So all tokens above the right
-    whole number s are given at once, and the rest, at most one per layer, by one sort.
-
-    Args:
-        x: float32 [B, L].
-        k: int32 [B, L].
-        limit: largest k, int32 [B, 1].
-        count: tokens to give, int32 [B, 1]; none where it is 0 or less.
+    whole number s are given at once, and the rest, at most one per layer, by one sort. x and k are
+    [B, L], `limit` and `count` [B, 1]; nothing is given where the latter is 0 or less.
     """
     above = jnp.ceil(x).astype(jnp.int32)
 

@@ -77,18 +77,13 @@ class Budget:
 
         The floor of 1 % can lift the sum of the budgets above the share asked for, by at most 1 %.
         """
-        if self.share is not None:
-            return min(prompt_rows, math.ceil((self.share + FLOOR) * prompt_rows) + 1)
-        assert self.tokens is not None  # one of the two is given
-        return min(prompt_rows, self.tokens + math.ceil(FLOOR * prompt_rows) + 1)
+        share, tokens = self.share or 0.0, self.tokens or 0
+        return min(prompt_rows, tokens + math.ceil((share + FLOOR) * prompt_rows) + 1)
 
     def bucket(self, prompt_rows: int) -> "Budget":
-        """The budget that pools are made for: the least of `POOL_SHARES` that has room for this.
+        """The least of `POOL_SHARES` that has room for this, with a bucket of T prompt rows.
 
-        One program serves all budgets of a bucket. `keeps_all` stays as it is.
-
-        Args:
-            prompt_rows: the prompts' bucket, T.
+        Pools are made for it: one program serves all budgets of a bucket. `keeps_all` stays.
         """
         if self.keeps_all:
             return Budget(share=1.0)
@@ -103,8 +98,7 @@ class Budget:
     @property
     def data(self) -> "Limits":
         """The same as numbers that a compiled program takes."""
-        tokens = self.tokens or 0
-        share = 0.0 if self.share is None else min(self.share, 1.0)
+        share, tokens = min(self.share or 0.0, 1.0), self.tokens or 0
         return Limits(np.float32(share), np.float32(share + FLOOR), np.int32(tokens))
 
 
@@ -147,8 +141,7 @@ class Limits:
     def window(self, m: jax.Array, most: int) -> jax.Array:
         """w: the rows that SnapKV and PyramidKV watch by and always keep, int32 [B].
 
-        min(most, max(1, C // 2)): a small budget is not spent on the window alone, which is a
-        choice of this library.
+        min(most, max(1, C // 2)): half of a small budget at most (a choice of this library).
         """
         return jnp.minimum(most, jnp.maximum(1, self.even_rows(m) // 2))
 

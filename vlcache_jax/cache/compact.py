@@ -25,28 +25,28 @@ def compact(
 
     Args:
         k: keys of all layers, [B, K, >= L * T, H], layer l at rows l * T.
-        v: values, likewise.
-        order: positions by worth, int32 [B, L, K, T].
+        v: values, in the shape of the keys.
+        order: positions by worth, int32 [B, L, K or 1, T].
         budgets: kept rows of each layer, int32 [B, L]; a row's sum is at most `capacity`.
-        visual: as in `Pool`.
+        visual: visual tokens among them, the mean over the kv heads, float32 [B, L].
         capacity: rows of the pool.
 
     Returns:
         The pool; a layer's rows stand in the order of their worth. Slots behind the last layer hold
         copies of some row and are never read.
     """
-    layers, _, rows = order.shape[1:]
+    batch, layers, _, rows = order.shape
     end = jnp.cumsum(budgets, axis=-1)  # [B, L]
     offset = end - budgets
     slot = jnp.arange(capacity)
     layer = jnp.sum(slot[:, None] >= end[:, None, :], axis=-1)  # [B, capacity]
     layer = jnp.minimum(layer, layers - 1)
     rank = jnp.minimum(slot - jnp.take_along_axis(offset, layer, axis=-1), rows - 1)
-    flat = order.swapaxes(1, 2).reshape(*order.shape[:1], order.shape[2], layers * rows)
+    order = jnp.broadcast_to(order, (batch, layers, k.shape[1], rows))
+    flat = order.swapaxes(1, 2).reshape(batch, k.shape[1], layers * rows)
     source = (layer * rows + rank)[:, None, :]  # [B, 1, capacity]: where `order` is read
     position = jnp.take_along_axis(flat, source, axis=-1)  # [B, K, capacity]
     row = (layer * rows)[:, None, :] + position
-    gathered = [jnp.take_along_axis(x, row[..., None], axis=2) for x in (k, v)]
-    offset = offset.astype(jnp.int32)
+    k, v = (jnp.take_along_axis(x, row[..., None], axis=2) for x in (k, v))
     most = min(round_up(rows), capacity)
-    return Pool(*gathered, offset=offset, length=budgets, visual=visual, most=most)
+    return Pool(k, v, offset.astype(jnp.int32), budgets, visual, most)

@@ -5,20 +5,19 @@
 The methods themselves are in methods.py.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.window_scores import WindowScores
 from vlcache_jax.cache.allocate import Allocation, allocate
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
 from vlcache_jax.cache.quantize import Quantizer
-from vlcache_jax.cache.score import Layer, Score, Window
+from vlcache_jax.cache.score import Layer, Score
 from vlcache_jax.cache.select import kept_rows, rank_rows
 from vlcache_jax.cache.state import Pool, whole_capacity
 from vlcache_jax.config import TextConfig
@@ -58,7 +57,8 @@ class Plan:
         budgets: k, rows of each layer, int32 [B, L].
         order: positions by worth, of which each kv head keeps the first k, int32 [B, L, K, T], or
             [B, L, 1, T] where the heads keep the same ones; None where every row is kept.
-        salience: as in `Observation`: by it a quantizer finds its pivots.
+        salience: largest activation of each token in front of each layer, float32 [B, L, T], by
+            which a quantizer finds its pivots.
     """
 
     budgets: jax.Array
@@ -109,13 +109,6 @@ class CacheMethod:
         raise NotImplementedError(f"{type(self).__name__} has no rules")
 
     @property
-    def watches(self) -> "tuple[Watched, Watched]":
-        """What the score and the allocation look at; where that is one window, it is one thing."""
-        score, allocation = self.rules()
-        measured = allocation.window, allocation.threshold
-        return (measured if score.window == allocation.window else (score.window, None)), measured
-
-    @property
     def label(self) -> str:
         """The name, with that of the quantizer behind it: "vl-cache+akvq"."""
         return self.name if self.quantize is None else f"{self.name}+{self.quantize.name}"
@@ -136,40 +129,32 @@ class CacheMethod:
         """
         if self.quantize is None:
             return self
-        filled = self.quantize.for_decoder(config.kind, config.num_layers, tsa_layers)
-        return self if filled == self.quantize else replace(self, quantize=filled)
+        kind, layers = config.kind, config.num_layers
+        return replace(self, quantize=self.quantize.for_decoder(kind, layers, tsa_layers))
 
     def in_bucket(self, prompt_rows: int) -> "CacheMethod":
-        """This method with the budget that its pool is made for (`Budget.bucket`).
+        """This method with the budget that its pool is made for, in a bucket of T prompt rows.
 
         Methods that differ in their budgets alone are then equal, and share programs.
-
-        Args:
-            prompt_rows: the prompts' bucket, T.
         """
         return replace(self, budget=self.limit.bucket(prompt_rows).share)
 
     def observe(self, layer: Layer) -> Observation:
-        """Look at one layer of the running prompt."""
-        return self.judge(layer, watch([self], layer))
+        """What is to be remembered of one layer of the running prompt.
 
-    def judge(self, layer: Layer, seen: "Seen") -> Observation:
-        """What is to be remembered of one layer.
-
-        Args:
-            layer: a decoder layer of the running prompt.
-            seen: what `watch` saw of it, for this method and perhaps for others.
+        Raises:
+            ValueError: a quantizer has pivots, and the layer lacks the stream that enters it.
         """
         salience = None
-        if self.quantize is not None and self.quantize.watches_stream:
+        if self.quantize is not None and self.quantize.pivots:
             if layer.entering is None:
                 raise ValueError("pivots are found by the stream that enters a layer: give it")
             salience = jnp.max(jnp.abs(layer.entering), axis=-1).astype(jnp.float32)
         if self.limit.keeps_all:
             return Observation(salience=salience)
         score, allocation = self.rules()
-        scored, measured = (seen.get(each) for each in self.watches)
-        return Observation(score(layer, scored), allocation.measure(measured), salience)
+        measured = allocation.measure(layer)  # before the score, as `Layer.watch` has it
+        return Observation(score(layer), measured, salience)
 
     def plan(self, seen: Observation, prompt: Prompt) -> Plan:
         """Decide what is kept: budgets by the allocation, tokens by the score.
@@ -201,25 +186,25 @@ class CacheMethod:
         dtype: jnp.dtype,
         new_rows: int = 0,
     ) -> AnyPool:
-        """What `build` makes for a bucket of T prompt rows, as shapes; nothing is allocated."""
+        """What `build` makes for a batch, as shapes; nothing is allocated.
+
+        Args:
+            config: the decoder.
+            batch: sequences, B.
+            prompt_rows: the prompts' bucket, T.
+            dtype: type of the cache.
+            new_rows: rows of a layer's packed pool that are left free for new tokens.
+        """
+
+        def array(kind: jax.typing.DTypeLike, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct((batch, *shape), kind)
+
         layers, heads = config.num_layers, config.num_kv_heads
-        shape = batch, heads, whole_capacity(layers, prompt_rows), config.head_dim
-        evicts = not self.limit.keeps_all
-
-        def make() -> AnyPool:
-            rows = jnp.zeros(shape, dtype)
-            prompt = Prompt(
-                jnp.zeros((batch,), jnp.int32),
-                jnp.zeros((batch, prompt_rows), bool),
-                layers,
-                self.limit.data,
-            )
-            order = jnp.zeros((batch, layers, heads, prompt_rows), jnp.int32) if evicts else None
-            salience = jnp.zeros((batch, layers, prompt_rows))
-            plan = Plan(jnp.zeros((batch, layers), jnp.int32), order, salience)
-            return self.build(rows, rows, plan, prompt, new_rows)
-
-        return jax.eval_shape(make)
+        rows = array(dtype, heads, whole_capacity(layers, prompt_rows), config.head_dim)
+        order = None if self.limit.keeps_all else array("int32", layers, heads, prompt_rows)
+        plan = Plan(array("int32", layers), order, array("float32", layers, prompt_rows))
+        prompt = Prompt(array("int32"), array("bool", prompt_rows), layers, self.limit.data)
+        return jax.eval_shape(partial(self.build, new_rows=new_rows), rows, rows, plan, prompt)
 
     def build(
         self, k: jax.Array, v: jax.Array, plan: Plan, prompt: Prompt, new_rows: int = 0
@@ -228,7 +213,7 @@ class CacheMethod:
 
         Args:
             k: keys of all layers [B, K, >= L * T, H], layer l at row l * T.
-            v: values, likewise.
+            v: values, in the shape of the keys.
             plan: what is kept.
             prompt: the prompts.
             new_rows: rows of a layer's packed pool that are left free for new tokens.
@@ -239,11 +224,10 @@ class CacheMethod:
         """
         visual = prompt.visual[:, None, None, :]
         if self.quantize is not None:
-            kept = plan.kept(prompt)
-            evicts = not self.limit.keeps_all
-            arrangement = arrange(self.quantize, kept, plan.budgets, prompt, plan.salience, evicts)
+            kept, evicts = plan.kept(prompt), not self.limit.keeps_all
+            rows = arrange(self.quantize, kept, plan.budgets, prompt, plan.salience, evicts)
             size = self.quantize.capacity(self.limit, prompt.layers, prompt.rows, new_rows)
-            return build_packed(self.quantize, k, v, arrangement, _count(kept & visual), size)
+            return build_packed(self.quantize, k, v, *rows, _count(kept & visual), size)
         if plan.order is None:
             offset = jnp.arange(prompt.layers, dtype=jnp.int32) * prompt.rows
             offset = jnp.broadcast_to(offset, plan.budgets.shape)
@@ -251,35 +235,8 @@ class CacheMethod:
             return Pool(k, v, offset, plan.budgets, _count(visual), prompt.rows)
         visual = jnp.take_along_axis(visual, plan.order, axis=-1)
         visual = visual & (jnp.arange(prompt.rows) < plan.budgets[:, :, None, None])
-        order = jnp.broadcast_to(
-            plan.order, (*plan.order.shape[:2], k.shape[1], plan.order.shape[3])
-        )
         capacity = self.limit.capacity(prompt.layers, prompt.rows)
-        return compact(k, v, order, plan.budgets, _count(visual), capacity)
-
-
-Watched = tuple[Window | None, float | None]
-"""A window, and the threshold below which an entry counts as zeroed; None for none."""
-
-Seen = dict[Watched, WindowScores]
-"""What the windows of a layer attend to."""
-
-
-def watch(methods: Sequence[CacheMethod], layer: Layer) -> Seen:
-    """The attention of each window that a rule of some methods looks at, observed once.
-
-    Args:
-        methods: those that keep a part of the cache look, the others do not.
-        layer: a decoder layer of the running prompt.
-    """
-    looking = [method for method in methods if not method.limit.keeps_all]
-    watched = dict.fromkeys(each for method in looking for each in method.watches)
-    seen: Seen = {}
-    for window, threshold in sorted(watched, key=lambda each: each[1] is None):
-        if window is not None:  # what counts zeroed entries has the scores too
-            known = (seen[each] for each in seen if each[0] == window and threshold is None)
-            seen[window, threshold] = next(known, None) or layer.watch(window, threshold)
-    return seen
+        return compact(k, v, plan.order, plan.budgets, _count(visual), capacity)
 
 
 def _count(tokens: jax.Array) -> jax.Array:

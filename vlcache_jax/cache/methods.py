@@ -11,12 +11,12 @@ Every method is a pair of a token score and a layer allocation, so that any pair
     streaming-llm   Ends                        Uniform                    first 4, last rest
     random          Noise                       Uniform                    last 10 % of the budget
 
-How such a pair becomes a cache is in method.py. Any of them may also quantize what it keeps
-(quantize.py); alone, a quantizer stands for the full cache, quantized. A method is a frozen
-dataclass: equal settings share one compiled program.
+How such a pair becomes a cache is in method.py, as are the settings of all methods: budget,
+shared_heads and quantize. A method is a frozen dataclass: equal settings share one compiled
+program.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import ClassVar, TypeVar
@@ -74,8 +74,6 @@ class VLCache(CacheMethod):
     the full cache, or a new prefill.
 
     Attributes:
-        budget: as in `CacheMethod`.
-        shared_heads: likewise.
         recent_ratio: share of each layer's budget that goes to the prompt's last tokens.
         renormalize: hand out again what the clip of the layers' shares cut off (not in the paper).
         fallback_window: rows to look from where no text follows the last image, or there is none.
@@ -103,8 +101,6 @@ class H2O(CacheMethod):
     """H2O (Zhang et al., 2023) at the end of a prefill: half heavy hitters, half recent tokens.
 
     Attributes:
-        budget: as in `CacheMethod`.
-        shared_heads: likewise.
         recent_ratio: share of each layer's budget that goes to the prompt's last tokens.
     """
 
@@ -122,8 +118,6 @@ class SnapKV(CacheMethod):
     """SnapKV (Li et al., 2024): what the last rows attend to, smoothed over neighbours.
 
     Attributes:
-        budget: as in `CacheMethod`.
-        shared_heads: likewise.
         window: rows to look from, always kept; at most half of the budget.
         kernel: neighbours of the smoothing, an odd number.
     """
@@ -139,35 +133,27 @@ class SnapKV(CacheMethod):
 
 
 @dataclass(frozen=True)
-class PyramidKV(CacheMethod):
+class PyramidKV(SnapKV):
     """PyramidKV (Cai et al., 2024): SnapKV's score, sizes that fall from the first layer on.
 
     Attributes:
-        budget: as in `CacheMethod`.
-        shared_heads: likewise.
-        window: as in `SnapKV`.
-        kernel: as in `SnapKV`.
         slope: the last layer's size is the mean divided by this.
     """
 
     name: ClassVar[str] = "pyramidkv"
 
-    window: int = 32
-    kernel: int = 5
     slope: int = 20
 
     def rules(self) -> tuple[Score, Allocation]:
         """See the class."""
-        return PooledWindow(LastRows(self.window), self.kernel), Pyramid(self.window, self.slope)
+        return super().rules()[0], Pyramid(self.window, self.slope)
 
 
 @dataclass(frozen=True)
 class StreamingLLM(CacheMethod):
-    """StreamingLLM (Xiao et al., 2023): the first tokens and the last ones.
+    """StreamingLLM (Xiao et al., 2023): the first tokens and the last ones, for all heads.
 
     Attributes:
-        budget: as in `CacheMethod`.
-        shared_heads: without effect: the heads keep the same tokens anyway.
         sinks: first tokens; at most half of the budget.
     """
 
@@ -185,8 +171,6 @@ class RandomKV(CacheMethod):
     """Random tokens: the control.
 
     Attributes:
-        budget: as in `CacheMethod`.
-        shared_heads: likewise.
         recent_ratio: share of each layer's budget that goes to the prompt's last tokens.
         seed: of the draws.
     """
@@ -205,11 +189,7 @@ class RandomKV(CacheMethod):
 class Custom(CacheMethod):
     """Any score with any allocation, or your own.
 
-    The budgets that an allocation gives are lengths per layer, the same for all kv heads of it.
-
     Attributes:
-        budget: as in `CacheMethod`.
-        shared_heads: likewise.
         score: a name of `SCORES`, a `Score`, or a function of a `Layer` that returns the worth of
             each token, [B, K, T].
         allocation: a name of `ALLOCATIONS`, an `Allocation`, or a function of (prompt, sparsity
@@ -229,11 +209,12 @@ class Custom(CacheMethod):
 
     def rules(self) -> tuple[Score, Allocation]:
         """See the class."""
-        score, allocation = self.score, self.allocation
-        if isinstance(score, str):
-            score = _named(score, SCORES, "score")
+        score = _named(self.score, SCORES, "score")
+        allocation = _named(self.allocation, ALLOCATIONS, "allocation")
         if not isinstance(score, Score):
             score = ScoreFunction(score)
+        if not isinstance(allocation, Allocation):
+            allocation = AllocationFunction(allocation)
         if self.recent_ratio is not None:
             if not isinstance(score, RecentScore):
                 raise ValueError(
@@ -241,20 +222,19 @@ class Custom(CacheMethod):
                     f"recent_ratio={self.recent_ratio} out"
                 )
             score = replace(score, recent_ratio=self.recent_ratio)
-        if isinstance(allocation, str):
-            allocation = _named(allocation, ALLOCATIONS, "allocation")
-        if not isinstance(allocation, Allocation):
-            allocation = AllocationFunction(allocation)
         return score, allocation
 
 
 _Rule = TypeVar("_Rule")
 
 
-def _named(name: str, table: dict[str, _Rule], what: str) -> _Rule:
-    if name not in table:
-        raise ValueError(f"there is no {what} {name!r}: choose one of {', '.join(table)}")
-    return table[name]
+def _named(rule: str | _Rule, table: Mapping[str, _Rule], what: str) -> _Rule:
+    """The rule that a name stands for; one that is no name is itself."""
+    if not isinstance(rule, str):
+        return rule
+    if rule not in table:
+        raise ValueError(f"there is no {what} {rule!r}: choose one of {', '.join(table)}")
+    return table[rule]
 
 
 METHODS: dict[str, type[CacheMethod]] = {
@@ -267,42 +247,31 @@ CacheLike = CacheMethod | Quantizer | type[CacheMethod] | type[Quantizer] | str 
 """What `as_method` takes."""
 
 
-def find_method(name: str) -> type[CacheMethod]:
-    """The class of a method: one of `METHODS`, or of another package.
-
-    Those of other packages are found by their entry points in the group `vlcache.methods`, each
-    a class like those above.
-
-    Raises:
-        ValueError: there is no such method.
-        NotImplementedError: the method is known and not implemented.
-    """
-    if name == "fastv":
-        raise NotImplementedError("method fastv, which prunes tokens, is not implemented")
-    if name in METHODS:
-        return METHODS[name]
-    others = {entry.name: entry for entry in metadata.entry_points(group="vlcache.methods")}
-    if name not in others:
-        names = ", ".join([*METHODS, *others])
-        raise ValueError(f"method {name!r} is not implemented: choose one of {names}")
-    return others[name].load()
-
-
 def make_method(
     name: str, budget: float | str | None = None, quantize: Quantizer | None = None
 ) -> CacheMethod:
     """A method by its name, with its other settings at their defaults.
 
     Args:
-        name: as in `find_method`.
-        budget: see `CacheMethod`; the method's own default where it is None.
-        quantize: see `CacheMethod`.
+        name: one of `METHODS`, or the name of an entry point of another package, in the group
+            `vlcache.methods`, that is a class like those above.
+        budget: the share of the whole cache to keep (0.1 is 10 %), or tokens per layer ("256tok");
+            the method's own default where it is None.
+        quantize: how what is kept is quantized; None for not at all.
 
     Raises:
         ValueError: there is no such method, or the budget does not fit it.
         NotImplementedError: the method is known and not implemented.
     """
-    method = find_method(name)
+    if name == "fastv":
+        raise NotImplementedError("method fastv, which prunes tokens, is not implemented")
+    method = METHODS.get(name)
+    if method is None:
+        others = {entry.name: entry for entry in metadata.entry_points(group="vlcache.methods")}
+        if name not in others:
+            names = ", ".join([*METHODS, *others])
+            raise ValueError(f"method {name!r} is not implemented: choose one of {names}")
+        method = others[name].load()
     made = method() if budget is None else method(budget=budget)
     return made if quantize is None else replace(made, quantize=quantize)
 

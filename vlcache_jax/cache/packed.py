@@ -11,10 +11,10 @@ have, and the runs of a layer are as long for all of its heads.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.hadamard import transform
@@ -23,23 +23,14 @@ from pallas_kernels.quantized_decode_attention import append_and_attend
 from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.compact import compact
-from vlcache_jax.cache.quantize import Capacity, Quantizer, grid, groups, round_to
+from vlcache_jax.cache.quantize import CLIP, Capacity, Quantizer, grid, groups, round_to
 from vlcache_jax.cache.state import Pool, Tails
 
 PACKED_AT_ONCE = 512
 """Most word-rows that are packed at a time: enough to keep a GPU busy, and few beside a cache."""
 
-
-class PackedSegment(NamedTuple):
-    """One layer's part of a packed pool.
-
-    Attributes:
-        dense: its rows of full width.
-        packed: its runs of packed rows.
-    """
-
-    dense: Segment
-    packed: PackedRows
+Packed = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""The words and the scales of keys and values: words_k, words_v, affine_k, affine_v."""
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +41,7 @@ class PackedPool:
     Attributes:
         dense: rows of full width; its `visual` counts all kept rows.
         words_k: packed keys, uint32 [B, K, W, H].
-        words_v: packed values, likewise.
+        words_v: packed values, uint32 [B, K, W, H].
         affine_k: scales and shifts of the keys, uint32 [B, K, groups, W * lanes], or by channel
             [B, K, W * lanes / key_group, H].
         affine_v: of the values, uint32 [B, K, groups, W * lanes].
@@ -71,6 +62,11 @@ class PackedPool:
     most_words: int = field(metadata={"static": True})
 
     @property
+    def packed(self) -> Packed:
+        """The packed rows of all layers."""
+        return self.words_k, self.words_v, self.affine_k, self.affine_v
+
+    @property
     def length(self) -> jax.Array:
         """Rows of the prompt in each layer, int32 [B, L]."""
         return jnp.sum(self.counts, axis=-1)
@@ -86,30 +82,25 @@ class PackedPool:
         packed = self.rows[..., : len(self.quantizer.widths)]
         return jnp.concatenate([self.dense.length[..., None], packed], axis=-1)
 
-    def segments(self) -> tuple[PackedSegment, ...]:
-        """Each layer's rows."""
+    def segments(self) -> tuple[tuple[Segment, PackedRows], ...]:
+        """Each layer's rows of full width, and its runs of packed ones."""
 
         def packed(layer: int) -> PackedRows:
-            words = self.words_k, self.words_v, self.affine_k, self.affine_v
-            runs = self.first[:, layer], self.rows[:, layer]
-            return PackedRows(*words, *runs, self.quantizer.runs(layer), self.quantizer.key_group)
+            runs = self.first[:, layer], self.rows[:, layer], self.quantizer.runs(layer)
+            return PackedRows(*self.packed, *runs, self.quantizer.key_group)
 
-        dense = self.dense.segments()
-        return tuple(PackedSegment(rows, packed(layer)) for layer, rows in enumerate(dense))
+        return tuple((rows, packed(layer)) for layer, rows in enumerate(self.dense.segments()))
 
     def append_and_attend(
-        self, new: NewToken, segment: PackedSegment, tail: Tail, backend: str | None
+        self, new: NewToken, segment: tuple[Segment, PackedRows], tail: Tail, backend: str | None
     ) -> tuple[jax.Array, Tail]:
-        """Attention of a new token to one layer's rows, to its tail and to itself.
+        """Attention of a new token to one layer's rows, to its tail and to itself: [B, N, H].
 
         Args:
             new: the layer's product of the token, qkv [B, K, G + 2, H], and its position's angles.
             segment: the layer's rows, of `segments`.
-            tail: the tokens before, k and v [B, K, R, H].
+            tail: the tokens before, k and v [B, K, R, H]; it comes back with the new one.
             backend: of the kernel.
-
-        Returns:
-            [B, N, H], and the tail with the token.
         """
         return append_and_attend(
             new,
@@ -123,19 +114,6 @@ class PackedPool:
         )
 
 
-class Arrangement(NamedTuple):
-    """Which rows are given which bits.
-
-    Attributes:
-        order: positions, those of full width first, then run by run, each in the order of the
-            prompt; int32 [B, L, K or 1, T].
-        counts: rows of full width and of each run, int32 [B, L, 1 + runs].
-    """
-
-    order: jax.Array
-    counts: jax.Array
-
-
 def arrange(
     quantizer: Quantizer,
     kept: jax.Array,
@@ -143,7 +121,7 @@ def arrange(
     prompt: Prompt,
     salience: jax.Array | None,
     evicts: bool,
-) -> Arrangement:
+) -> tuple[jax.Array, jax.Array]:
     """Give every kept row its bits.
 
     A layer's runs are as long as the head that needs most of a width needs it: with the other heads
@@ -156,6 +134,10 @@ def arrange(
         prompt: the prompts.
         salience: largest activation of each token in front of each layer, float32 [B, L, T].
         evicts: whether the kept tokens are what an eviction method chose.
+
+    Returns:
+        Positions, those of full width first, then run by run, each in the order of the prompt,
+        int32 [B, L, K or 1, T]; and the rows of full width and of each run, int32 [B, L, 1 + runs].
     """
     runs, position = len(quantizer.widths), jnp.arange(prompt.rows, dtype=jnp.int32)
     rank = jnp.cumsum(kept, axis=-1, dtype=jnp.int32) - 1
@@ -175,14 +157,15 @@ def arrange(
     # One number to sort by: the kind, then the position. What is not kept comes last.
     key = jnp.where(kept, kind, runs + 1) * prompt.rows + position
     order = lax.sort(key, dimension=-1, is_stable=False) % prompt.rows
-    return Arrangement(order, counts)
+    return order, counts
 
 
 def build_packed(
     quantizer: Quantizer,
     k: jax.Array,
     v: jax.Array,
-    arrangement: Arrangement,
+    order: jax.Array,
+    counts: jax.Array,
     visual: jax.Array,
     capacity: Capacity,
 ) -> PackedPool:
@@ -191,19 +174,52 @@ def build_packed(
     Args:
         quantizer: the rule.
         k: keys of all layers, [B, K, >= L * T, H], layer l at rows l * T.
-        v: values, likewise.
-        arrangement: which rows are given which bits.
+        v: values, in the shape of the keys.
+        order: positions by their bits, of `arrange`, int32 [B, L, K or 1, T].
+        counts: rows of full width and of each run, int32 [B, L, 1 + runs].
         visual: visual tokens among the kept ones, float32 [B, L].
         capacity: its size.
     """
-    order, counts = arrangement
-    order = jnp.broadcast_to(order, (*order.shape[:2], k.shape[1], order.shape[3]))
+    (batch, kv_heads, _, head_dim), (layers, prompt_rows) = k.shape, order.shape[1::2]
     dense = compact(k, v, order, counts[..., 0], visual, capacity.dense)
     dense = replace(dense, most=capacity.layer_dense)
     if quantizer.transform:
         dense = replace(dense, k=transform(dense.k))
-    first, rows = runs_of(quantizer, counts[..., 1:])
-    packed = _pack(quantizer, k, v, order, counts, first, capacity)
+    rows, lanes = counts[..., 1:], quantizer.lanes
+    first = first_words(quantizer, rows)
+    order = jnp.broadcast_to(order, (batch, layers, kv_heads, prompt_rows))
+    order = order.swapaxes(1, 2).reshape(batch, kv_heads, layers * prompt_rows)
+    # Some word-rows at a time, never all at once.
+    block = min(PACKED_AT_ONCE, capacity.words)
+
+    def pack_block(index: jax.Array, made: Packed) -> Packed:
+        # The last ones may be packed twice.
+        start = jnp.minimum(index * block, capacity.words - block)
+        bits, layer, rank, inside = _slots(quantizer, counts, first, start + jnp.arange(block))
+        rank = jnp.minimum(rank, prompt_rows - 1)
+        base = jnp.broadcast_to((layer * prompt_rows)[..., None], rank.shape)
+        base, rank = (part.reshape(batch, 1, -1) for part in (base, rank))
+        row = base + jnp.take_along_axis(order, base + rank, axis=-1)  # [B, K, block * lanes]
+
+        def read(x: jax.Array) -> jax.Array:
+            """The slots' rows, [B, K, block, lanes, H]; zeros where there is none."""
+            found = jnp.take_along_axis(x, row[..., None], axis=2)  # [B, K, block * lanes, H]
+            found = found.reshape(batch, kv_heads, block, lanes, head_dim)
+            return jnp.where(inside[:, None, :, :, None], found, 0)
+
+        keys = transform(read(k)) if quantizer.transform else read(k)
+        return _write(quantizer, made, keys, read(v), bits, inside, start)
+
+    words = capacity.words + layers * capacity.reserved
+    by_token = groups(head_dim, quantizer.group), words * lanes
+    size = quantizer.key_group
+    by_key = by_token if size is None else (words * lanes // size, head_dim)
+    empty, affine_k, affine_v = (
+        jnp.zeros((batch, kv_heads, *shape), jnp.uint32)
+        for shape in ((words, head_dim), by_key, by_token)
+    )
+    packed: Packed = empty, empty, affine_k, affine_v
+    packed = lax.fori_loop(0, -(-capacity.words // block), pack_block, packed)
     if quantizer.residual is not None:
         own = capacity.words + jnp.arange(rows.shape[1]) * capacity.reserved
         own = jnp.broadcast_to(own.astype(jnp.int32)[:, None], (*rows.shape[:2], 1))
@@ -212,25 +228,23 @@ def build_packed(
     return PackedPool(dense, *packed, first, rows, quantizer, capacity.layer_words)
 
 
-def runs_of(quantizer: Quantizer, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where runs of that many rows [B, L, runs] begin, layer after layer, in word-rows."""
+def first_words(quantizer: Quantizer, rows: jax.Array) -> jax.Array:
+    """Word-rows at which runs of so many rows begin, layer after layer, int32 [B, L, runs]."""
     each = jnp.array([per_word(bits) for bits in quantizer.widths])
     words = -(-rows // (each * quantizer.align)) * quantizer.align
     end = jnp.cumsum(words.reshape(rows.shape[0], -1), axis=-1, dtype=jnp.int32)
-    return end.reshape(rows.shape) - words.astype(jnp.int32), rows
+    return end.reshape(rows.shape) - words.astype(jnp.int32)
 
 
-class _Slots(NamedTuple):
-    """What some word-rows of the pool hold: arrays [B, slots], and [B, slots, lanes]."""
+def _slots(
+    quantizer: Quantizer, counts: jax.Array, first: jax.Array, words: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What the word-rows `words` [slots] hold, from the runs alone.
 
-    bits: jax.Array  # their width, uint32
-    rank: jax.Array  # of each row in its layer's order
-    layer: jax.Array
-    inside: jax.Array  # which rows are there
-
-
-def _slots(quantizer: Quantizer, counts: jax.Array, first: jax.Array, words: jax.Array) -> _Slots:
-    """What the word-rows `words` [slots] hold, from the runs alone."""
+    Returns:
+        Bits uint32 and layer of each, [B, slots]; of their rows, [B, slots, lanes], the rank in the
+        layer's order, and which are there.
+    """
     batch, _, runs = first.shape
     starts = first.reshape(batch, -1)  # [B, L * runs], ascending
     # Empty runs begin where the next one does: the last run that begins at or before the word.
@@ -245,82 +259,53 @@ def _slots(quantizer: Quantizer, counts: jax.Array, first: jax.Array, words: jax
     row = (inner * each)[..., None] + lane  # [B, slots, lanes]
     inside = (row < jnp.take_along_axis(rows, run, axis=-1)[..., None]) & (lane < each[..., None])
     rank = jnp.take_along_axis(before, run, axis=-1)[..., None] + row
-    return _Slots(bits, rank, run // runs, inside)
-
-
-def _pack(
-    quantizer: Quantizer,
-    k: jax.Array,
-    v: jax.Array,
-    order: jax.Array,
-    counts: jax.Array,
-    first: jax.Array,
-    capacity: Capacity,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Words and scales of keys and values: some word-rows at a time, never all at once."""
-    batch, kv_heads, _, head_dim = k.shape
-    layers, prompt_rows = order.shape[1], order.shape[3]
-    words, whole = capacity.words, capacity.words + layers * capacity.reserved
-    lanes, block = quantizer.lanes, min(PACKED_AT_ONCE, words)
-    flat = order.swapaxes(1, 2).reshape(batch, kv_heads, layers * prompt_rows)
-
-    def read(x: jax.Array, slots: _Slots) -> jax.Array:
-        """The slots' rows, float32 [B, K, block, lanes, H]; zeros where there is none."""
-        rank = jnp.minimum(slots.rank, prompt_rows - 1)
-        base = jnp.broadcast_to((slots.layer * prompt_rows)[..., None], rank.shape)
-        base, rank = (part.reshape(batch, 1, -1) for part in (base, rank))
-        row = base + jnp.take_along_axis(flat, base + rank, axis=-1)  # [B, K, block * lanes]
-        rows = jnp.take_along_axis(x, row[..., None], axis=2)  # [B, K, block * lanes, H]
-        rows = rows.reshape(batch, kv_heads, block, lanes, head_dim)
-        return jnp.where(slots.inside[:, None, :, :, None], rows, 0)
-
-    def one(index: jax.Array, made: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        start = jnp.minimum(index * block, words - block)  # the last ones may be packed twice
-        slots = _slots(quantizer, counts, first, start + jnp.arange(block))
-        keys = read(k, slots)
-        if quantizer.transform:
-            keys = transform(keys)
-        words_k, affine_k = _quantize_block(quantizer, keys, slots, quantizer.key_group)
-        words_v, affine_v = _quantize_block(quantizer, read(v, slots), slots, None)
-        return _write(quantizer, made, (words_k, words_v, affine_k, affine_v), start)
-
-    count = groups(head_dim, quantizer.group)
-    shape, affine = (batch, kv_heads, whole, head_dim), (batch, kv_heads, count, whole * lanes)
-    size = quantizer.key_group
-    by_key = affine if size is None else (batch, kv_heads, whole * lanes // size, head_dim)
-    empty = tuple(jnp.zeros(each, jnp.uint32) for each in (shape, shape, by_key, affine))
-    return lax.fori_loop(0, -(-words // block), one, empty)
+    return bits, run // runs, rank, inside
 
 
 def _write(
     quantizer: Quantizer,
-    whole: tuple[jax.Array, ...],
-    parts: tuple[jax.Array, ...],
+    whole: Packed,
+    k: jax.Array,
+    v: jax.Array,
+    bits: jax.Array,
+    inside: jax.Array,
     word: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Words and scales of some word-rows, written into the pool's from word-row `word` on."""
-    axes, block = (2, 2, 2 if quantizer.key_group else 3, 3), parts[0].shape[2]
-    return tuple(
-        lax.dynamic_update_slice_in_dim(one, part, word * part.shape[axis] // block, axis)
-        for one, part, axis in zip(whole, parts, axes, strict=True)
-    )
+) -> Packed:
+    """Quantize rows [B, K, block, lanes, H] into word-rows of `whole`, from `word` on.
+
+    `bits` are their widths, uint32 [B, block]; `inside` are the rows that are there, bool
+    [B, block, lanes].
+    """
+    words_k, affine_k = _quantize_block(quantizer, k, bits, inside, quantizer.key_group)
+    words_v, affine_v = _quantize_block(quantizer, v, bits, inside, None)
+    parts, axes = (words_k, words_v, affine_k, affine_v), (2, 2, 2 if quantizer.key_group else 3, 3)
+
+    def write(one: jax.Array, part: jax.Array, axis: int) -> jax.Array:
+        start = word * part.shape[axis] // k.shape[2]
+        return lax.dynamic_update_slice_in_dim(one, part, start, axis)
+
+    return jax.tree.map(write, whole, parts, axes)
 
 
 def _quantize_block(
-    quantizer: Quantizer, rows: jax.Array, slots: _Slots, key_group: int | None
+    quantizer: Quantizer,
+    rows: jax.Array,
+    bits: jax.Array,
+    inside: jax.Array,
+    key_group: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Words [B, K, block, H] and scales of rows [B, K, block, lanes, H]."""
     batch, kv_heads, block, lanes, head_dim = rows.shape
     x = rows.astype(jnp.float32)
-    of_bits = [(quantizer.clip_of(bits), max(2**bits - 1, 1)) for bits in range(max(BITS) + 1)]
-    tables = zip(*((clip, clip / levels, levels) for clip, levels in of_bits), strict=True)
-    clip, step, levels = (  # [B, 1, block, 1]
-        jnp.array(table, jnp.float32)[slots.bits][:, None, :, None] for table in tables
-    )
+    tables = np.zeros((3, max(BITS) + 1), np.float32)  # clip, step and levels by width
+    for each in BITS:
+        share, most = quantizer.clip or CLIP.get(each, 1.0), 2**each - 1
+        tables[:, each] = share, share / most, most
+    clip, step, levels = (jnp.asarray(table)[bits][:, None, :, None] for table in tables)
     if key_group is not None:
         # One width: these are the same everywhere. Rows that are not there do not count.
         clip, step, levels = (each[:1, :, :1] for each in (clip, step, levels))
-        inside = slots.inside.reshape(batch, 1, -1, key_group, 1)
+        inside = inside.reshape(batch, 1, -1, key_group, 1)
         grouped = x.reshape(batch, kv_heads, -1, key_group, head_dim)
         low = jnp.min(jnp.where(inside, grouped, jnp.inf), axis=3)
         high = jnp.max(jnp.where(inside, grouped, -jnp.inf), axis=3)
@@ -335,7 +320,7 @@ def _quantize_block(
         codes = round_to(parts, scale[..., None], shift[..., None], levels[..., None, None])
         affine = join_affine(scale, shift)  # [B, K, block, lanes, groups]
         affine = affine.reshape(batch, kv_heads, block * lanes, -1).swapaxes(2, 3)
-    return pack(codes.reshape(rows.shape), slots.bits[:, None]), affine
+    return pack(codes.reshape(rows.shape), bits[:, None]), affine
 
 
 def spill(pool: PackedPool, tail: Tails) -> tuple[PackedPool, Tails]:
@@ -354,29 +339,20 @@ def spill(pool: PackedPool, tail: Tails) -> tuple[PackedPool, Tails]:
     assert quantizer.residual is not None
     steps = pool.rows[0, 0, -1] + tail.fill[0]
     due = (steps % count == 0) & (tail.fill[0] >= quantizer.residual + count)
-    packed = pool.words_k, pool.words_v, pool.affine_k, pool.affine_v
-    for layer, (k, v) in enumerate(zip(tail.k, tail.v, strict=True)):
+    lanes, packed = quantizer.lanes, pool.packed
+    for layer, parts in enumerate(zip(tail.k, tail.v, strict=True)):
         bits = quantizer.new_width(layer)
-        blocks = []
-        for x, key_group in ((k, quantizer.key_group), (v, None)):
-            rows = x[:, :, :count].reshape(*x.shape[:2], -1, per_word(bits), x.shape[3])
-            room = quantizer.lanes - per_word(bits)
-            rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
-            shape = (rows.shape[0], *rows.shape[2:4])
-            slots = _Slots(
-                bits=jnp.full(shape[:2], bits, jnp.uint32),
-                rank=jnp.zeros(shape, jnp.int32),
-                layer=jnp.full(shape[:2], layer),
-                inside=jnp.broadcast_to(jnp.arange(quantizer.lanes) < per_word(bits), shape),
-            )
-            blocks.append(_quantize_block(quantizer, rows, slots, key_group))
-        (words_k, affine_k), (words_v, affine_v) = blocks
+        each = per_word(bits)
+        k, v = (x[:, :, :count].reshape(*x.shape[:2], -1, each, x.shape[3]) for x in parts)
+        k, v = (jnp.pad(x, [*[(0, 0)] * 3, (0, lanes - each), (0, 0)]) for x in (k, v))
+        shape = k.shape[0], k.shape[2]
+        inside = jnp.broadcast_to(jnp.arange(lanes) < each, (*shape, lanes))
         # As many for every sequence: the whole batch began to decode at once.
-        word = pool.first[0, layer, -1] + pool.rows[0, layer, -1] // per_word(bits)
-        packed = _write(quantizer, packed, (words_k, words_v, affine_k, affine_v), word)
+        word = pool.first[0, layer, -1] + pool.rows[0, layer, -1] // each
+        widths = jnp.full(shape, bits, jnp.uint32)
+        packed = _write(quantizer, packed, k, v, widths, inside, word)
     moved = jnp.where(due, count, 0)
     rows = pool.rows.at[..., -1].add(moved)
-    names = "words_k", "words_v", "affine_k", "affine_v"
-    pool = replace(pool, rows=rows, **dict(zip(names, packed, strict=True)))
+    pool = PackedPool(pool.dense, *packed, pool.first, rows, quantizer, pool.most_words)
     k, v = (tuple(jnp.roll(x, -moved, axis=2) for x in part) for part in (tail.k, tail.v))
     return pool, Tails(k, v, tail.fill - moved)

@@ -8,7 +8,7 @@ quantizers themselves are in quantizers.py.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,12 @@ from jax import lax
 
 from pallas_kernels.packing import BITS, per_word
 from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.select import Rows
 from vlcache_jax.cache.state import round_up
 
 WORD_BLOCK = 32
 """Word-rows that the packed part of a pool is rounded up to, and its rows of full width: coarser
 ones would be a tenth of a small cache."""
-
-Rows = TypeVar("Rows", jax.Array, np.ndarray)
-"""Counts of rows, on the device or on the host."""
 
 CLIP = {2: 0.8}
 """Share of a group's range that is represented, by width; 1 for the others (AKVQ-VL, section 4)."""
@@ -47,9 +45,12 @@ def grid(
     """
     # As written it rounds the same everywhere: no product and sum that could be fused, and no
     # division by something broadcast, of which XLA makes a product with the reciprocal, or not.
-    scale = _bfloat16_up((high - low) * step)
+    bits = lax.bitcast_convert_type((high - low) * step, jnp.uint32) + jnp.uint32(0xFFFF)
+    scale = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
     constant = scale == 0  # or a range below what the type can hold
-    shift = _bfloat16(jnp.where(constant, low, clip * low))
+    shift = jnp.where(constant, low, clip * low)
+    # Not a conversion to bfloat16 and back, which XLA may leave out.
+    shift = lax.reduce_precision(shift, exponent_bits=8, mantissa_bits=7)
     return jnp.where(constant, 1.0, scale), shift
 
 
@@ -71,17 +72,6 @@ def groups(head_dim: int, group: int) -> int:
     if head_dim % group:
         raise ValueError(f"{head_dim=} must be a multiple of {group=}, or at most that")
     return head_dim // group
-
-
-def _bfloat16(x: jax.Array) -> jax.Array:
-    # Not a conversion there and back, which XLA may leave out.
-    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-
-
-def _bfloat16_up(x: jax.Array) -> jax.Array:
-    """The least bfloat16 that is no less, of values from 0."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0xFFFF)
-    return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -129,8 +119,10 @@ class Quantizer:
     """How the kept rows of a cache are quantized; the base of all quantizers.
 
     Attributes:
+        bits: width of a packed row's numbers, 2, 4 or 8.
+        recent: last tokens of the prompt that stay at full width.
         group: values of one row and head that share a scale; a smaller head dim is one group.
-        clip: share of a group's range that is represented; by the width by default.
+        clip: share of a group's range that is represented; by the width by default (`CLIP`).
         transform: multiply queries and keys by the Walsh-Hadamard transform after RoPE, and fold
             it into the weights of the values.
         residual: new tokens are quantized too, the oldest first, so that about this many stay at
@@ -142,6 +134,8 @@ class Quantizer:
 
     name: ClassVar[str] = ""
 
+    bits: int = 2
+    recent: int = 0
     group: int = 128
     clip: float | None = None
     transform: bool = False
@@ -149,6 +143,8 @@ class Quantizer:
     pivots = 0  # no field of the base: `AKVQ` has one
 
     def __post_init__(self):
+        if self.recent < 0:
+            raise ValueError(f"recent={self.recent} must be at least 0")
         if self.group < 1:
             raise ValueError(f"group={self.group} must be at least 1")
         if self.clip is not None and not 0 < self.clip <= 1:
@@ -161,7 +157,7 @@ class Quantizer:
     @property
     def widths(self) -> tuple[int, ...]:
         """Bits of the packed runs, the widest first."""
-        raise NotImplementedError(f"{type(self).__name__} has no widths")
+        return (self.bits,)
 
     @property
     def key_group(self) -> int | None:
@@ -177,11 +173,6 @@ class Quantizer:
     def align(self) -> int:
         """Word-rows that a run is rounded up to."""
         return 1 if self.key_group is None else max(1, self.key_group // self.lanes)
-
-    @property
-    def watches_stream(self) -> bool:
-        """Whether the activations of the residual stream are looked at."""
-        return False
 
     @property
     def unit(self) -> int:
@@ -209,12 +200,7 @@ class Quantizer:
             layers: L.
             tsa_layers: text-salient layers that were calibrated for the checkpoint, if any were.
         """
-        del kind, layers, tsa_layers
         return self
-
-    def clip_of(self, bits: int) -> float:
-        """Share of a group's range that is represented at a width."""
-        return CLIP.get(bits, 1.0) if self.clip is None else self.clip
 
     def recent_rows(self, kept: Rows, evicts: bool) -> Rows:
         """How many of a layer's kept rows, the latest, have full width.
@@ -226,7 +212,7 @@ class Quantizer:
             kept: rows of each layer, int32 of any shape, on the host (numpy) or the device.
             evicts: whether these are what an eviction method kept.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no recent rows")
+        return kept.clip(max=self.recent)
 
     def dense(self, prompt: Prompt, salience: jax.Array | None) -> jax.Array | None:
         """Other tokens of full width, bool [B, L, T]; None where there are none.
@@ -235,7 +221,6 @@ class Quantizer:
             prompt: the prompts.
             salience: largest activation of each token, float32 [B, L, T].
         """
-        del prompt, salience
         return None
 
     def columns(self, prompt: Prompt) -> jax.Array:
@@ -243,20 +228,15 @@ class Quantizer:
         return jnp.zeros((1, prompt.layers, 1), jnp.int32)
 
     def new_width(self, layer: int) -> int:
-        """Bits of the new tokens of a layer, where they are quantized at all."""
-        del layer
-        return self.widths[0]
+        """Bits of a layer's text, and so of its new tokens, where they are quantized at all."""
+        return self.bits
 
     def runs(self, layer: int) -> tuple[int, ...]:
         """Bits of a layer's runs: those of the prompt, and that of its new tokens."""
         return self.widths if self.residual is None else (*self.widths, self.new_width(layer))
 
-    def wide_layers(self, layers: int) -> int:
-        """Layers that may have rows of the widest width; the others only have the narrowest."""
-        return layers
-
     def capacity(self, limit: Budget, layers: int, prompt_rows: int, new_rows: int = 0) -> Capacity:
-        """Room that serves every prompt of a bucket.
+        """Room for what is kept of any prompt of a bucket of T rows, and for new tokens.
 
         Args:
             limit: what is kept.
@@ -270,17 +250,19 @@ class Quantizer:
         recent = np.asarray(self.recent_rows(kept, not limit.keeps_all))
         dense = min(total, layers * self.pivots + most_of_layers(recent, layers, rows))
         packed = min(total, most_of_layers(kept - recent, layers, rows))
-        wide = min(packed, self.wide_layers(layers) * prompt_rows)
-        words = -(-wide // per_word(self.widths[0])) - (-(packed - wide) // self.lanes)
+        # Nothing has more bits than text: in some layers no row may have the widest width.
+        wide_layers = sum(self.new_width(layer) == self.widths[0] for layer in range(layers))
+        wide = min(packed, wide_layers * prompt_rows)
+        each = per_word(self.widths[0])
+        words = -(-wide // each) - (-(packed - wide) // self.lanes)
         # Each run of a layer may end inside of a word-row, or of a group of keys.
-        ends = layers * len(self.widths) * self.align + 2
-        unit = per_word(self.widths[0]) * self.align
-        reserved = -(-new_rows // unit) * self.align
-        longest = -(-prompt_rows // per_word(self.widths[0])) + len(self.widths) * self.align
+        ends = len(self.widths) * self.align
+        words += layers * ends + 2
+        reserved = -(-new_rows // (each * self.align)) * self.align
         return Capacity(
             round_up(dense, WORD_BLOCK),
-            round_up(words + ends, WORD_BLOCK),
+            round_up(words, WORD_BLOCK),
             reserved,
             layer_dense=min(dense, self.pivots + int(recent.max())),
-            layer_words=min(words + ends, longest) + reserved,
+            layer_words=min(words, -(-prompt_rows // each) + ends) + reserved,
         )

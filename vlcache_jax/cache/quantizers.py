@@ -5,26 +5,26 @@
     KIVI   keys by channel, values by token, the latest rows in full: a control
 
 A quantizer is a setting of a cache method. Alone it stands for the full cache, quantized; with a
-method that evicts, what is kept is quantized.
+method that evicts, what is kept is quantized. Their common settings, and how rows are rounded:
+quantize.py.
 
 AKVQ-VL (Su et al. 2025, arXiv 2501.15021) has no public code. Choices of this library, where the
 paper leaves it open: pivots are the prompt's tokens with the largest activation in the residual
 stream that enters the layer; of what an eviction method keeps, a tenth of each layer's rows (the
-latest) and the surviving pivots have full width. How rows are rounded: quantize.py.
+latest) and the surviving pivots have full width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.packing import BITS
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.quantize import WORD_BLOCK, Quantizer, Rows
+from vlcache_jax.cache.quantize import WORD_BLOCK, Quantizer
+from vlcache_jax.cache.select import Rows, recent_rows
 
 TSA_LAYERS: dict[str, tuple[int, ...]] = {"llama": (0, 1), "mistral": ()}
 """Text-salient layers by the kind of decoder, as the paper found them."""
@@ -38,11 +38,7 @@ class AKVQ(Quantizer):
     (pivot-salient, PSA): recent and pivot tokens 16 bit, everything else 2.
 
     Attributes:
-        group: as in `Quantizer`.
-        clip: likewise; the paper's by default, 0.8 at 2 bits and 1 at 4.
-        transform: likewise, on by default.
-        residual: likewise.
-        bits: of what is not salient.
+        bits: width of what is not salient.
         text_bits: of the text in TSA layers.
         recent: last tokens of the prompt at full width, where nothing is evicted.
         recent_ratio: the same as a share of each layer's rows, where a method evicts.
@@ -54,7 +50,6 @@ class AKVQ(Quantizer):
     name: ClassVar[str] = "akvq"
 
     transform: bool = True
-    bits: int = 2
     text_bits: int = 4
     recent: int = 128
     recent_ratio: float = 0.1
@@ -63,10 +58,10 @@ class AKVQ(Quantizer):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.recent < 0 or self.pivots < 0 or not 0 <= self.recent_ratio <= 1:
+        if self.pivots < 0 or not 0 <= self.recent_ratio <= 1:
             raise ValueError(
-                f"recent={self.recent} and pivots={self.pivots} must be at least 0, "
-                f"recent_ratio={self.recent_ratio} from 0 to 1"
+                f"pivots={self.pivots} must be at least 0, recent_ratio={self.recent_ratio} from "
+                "0 to 1"
             )
         if self.text_bits not in BITS or self.text_bits < self.bits:
             raise ValueError(
@@ -75,15 +70,10 @@ class AKVQ(Quantizer):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """See the base."""
+        """One for text where there are TSA layers, and one for the others."""
         if not self.tsa_layers or self.text_bits == self.bits:
             return (self.bits,)
         return self.text_bits, self.bits
-
-    @property
-    def watches_stream(self) -> bool:
-        """For the pivots."""
-        return self.pivots > 0
 
     def for_decoder(
         self, kind: str, layers: int, tsa_layers: tuple[int, ...] | None = None
@@ -101,12 +91,8 @@ class AKVQ(Quantizer):
         return replace(self, tsa_layers=chosen)
 
     def recent_rows(self, kept: Rows, evicts: bool) -> Rows:
-        """A tenth of what a method kept, or so many of all; see the base."""
-        if evicts:
-            # The product may fall just below the whole number that it stands for.
-            share = kept.astype(np.float32) * np.float32(self.recent_ratio)
-            return (share + np.float32(1e-4)).astype(np.int32)
-        return kept.clip(max=self.recent)
+        """A tenth of what a method kept, or so many of all."""
+        return recent_rows(kept, self.recent_ratio) if evicts else kept.clip(max=self.recent)
 
     def dense(self, prompt: Prompt, salience: jax.Array | None) -> jax.Array | None:
         """The pivots of the PSA layers."""
@@ -122,55 +108,24 @@ class AKVQ(Quantizer):
     def columns(self, prompt: Prompt) -> jax.Array:
         """Text of TSA layers in the first column, all else in the last."""
         if len(self.widths) == 1:
-            return jnp.zeros((1, prompt.layers, 1), jnp.int32)
+            return super().columns(prompt)
         wide = self._tsa(prompt)[:, None] & ~prompt.visual[:, None, :]  # [B, L, T]
         return jnp.where(wide, 0, 1)
 
     def new_width(self, layer: int) -> int:
-        """New tokens are text."""
+        """Those of text in a TSA layer."""
         return self.text_bits if layer in (self.tsa_layers or ()) else self.bits
-
-    def wide_layers(self, layers: int) -> int:
-        """The TSA layers."""
-        return layers if len(self.widths) == 1 else len(self.tsa_layers or ())
 
     def _tsa(self, prompt: Prompt) -> jax.Array:
         """Which layers are text-salient, bool [L]."""
-        layers: Sequence[int] = self.tsa_layers or ()
-        return jnp.array([i in layers for i in range(prompt.layers)])
+        return jnp.array([i in (self.tsa_layers or ()) for i in range(prompt.layers)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class RTN(Quantizer):
-    """Round to nearest: every row the same bits. A control; with `transform`, a plain alternative.
-
-    Attributes:
-        group: as in `Quantizer`.
-        clip: likewise.
-        transform: likewise.
-        residual: likewise.
-        bits: of every row.
-        recent: last tokens of the prompt at full width.
-    """
+    """Round to nearest, all rows alike. A control; with `transform`, a plain alternative."""
 
     name: ClassVar[str] = "rtn"
-
-    bits: int = 2
-    recent: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.recent < 0:
-            raise ValueError(f"recent={self.recent} must be at least 0")
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """See the base."""
-        return (self.bits,)
-
-    def recent_rows(self, kept: Rows, evicts: bool) -> Rows:
-        """So many, whether or not a method evicts; see the base."""
-        return kept.clip(max=self.recent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +136,6 @@ class KIVI(Quantizer):
 
     Attributes:
         group: rows of a group of keys, and values of a group of values.
-        clip: as in `Quantizer`; 1 by default.
-        transform: likewise.
-        residual: likewise.
-        bits: of every packed row.
         recent: rows at full width, at least (KIVI's residual length).
     """
 
@@ -192,13 +143,10 @@ class KIVI(Quantizer):
 
     group: int = 32
     clip: float | None = 1.0
-    bits: int = 2
     recent: int = 128
 
     def __post_init__(self):
         super().__post_init__()
-        if self.recent < 0:
-            raise ValueError(f"recent={self.recent} must be at least 0")
         # Whole word-rows, and a part of those that are packed at a time.
         if self.group % self.lanes or WORD_BLOCK % self.align:
             most = WORD_BLOCK * self.lanes
@@ -207,17 +155,12 @@ class KIVI(Quantizer):
             )
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """See the base."""
-        return (self.bits,)
-
-    @property
-    def key_group(self) -> int | None:
-        """See the base."""
+    def key_group(self) -> int:
+        """A group's rows."""
         return self.group
 
     def recent_rows(self, kept: Rows, evicts: bool) -> Rows:
-        """So many, and what fills no group of keys; see the base."""
+        """So many, and what fills no group of keys."""
         return kept - (kept - self.recent).clip(min=0) // self.group * self.group
 
 

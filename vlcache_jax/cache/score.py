@@ -2,15 +2,15 @@
 
 A score is called once for every layer while the prompt runs, with a `Layer`: its queries, keys and
 values. Most scores watch a window of rows: the attention that those rows pay to each key, summed
-block by block, never as a T x T matrix. The method observes each window once and hands what was
-seen to its score and to its allocation.
+block by block, never as a T x T matrix. A layer observes each window once, for the score and for
+the allocation.
 
     keys     0 . . . . . . . . . . . . . m      a window is the last rows of a prompt:
     window                  [ - - - - - ]       how many is data, the most there may be is static
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,21 @@ from vlcache_jax.cache.select import recent_rows
 
 
 class Window:
-    """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses."""
+    """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses.
+
+    Attributes:
+        maximum: the most rows of a prompt that it can have; None for all of them.
+    """
+
+    maximum: int | None = None
 
     def most(self, prompt: Prompt) -> int:
         """The most rows that a prompt of this bucket can have in the window: static."""
-        raise NotImplementedError
+        return min(self.maximum or prompt.rows, prompt.rows)
 
     def rows(self, prompt: Prompt) -> jax.Array:
         """How many rows each prompt has in the window, int32 [B], from 1 to m."""
-        raise NotImplementedError
+        return prompt.length
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,6 @@ class PostVisionRows(Window):
                 "must be at least 1"
             )
 
-    def most(self, prompt: Prompt) -> int:
-        """`maximum`, or the bucket where it is shorter."""
-        return min(self.maximum, prompt.rows)
-
     def rows(self, prompt: Prompt) -> jax.Array:
         """See the class."""
         position = jnp.arange(prompt.rows, dtype=jnp.int32)
@@ -73,34 +75,22 @@ class PostVisionRows(Window):
 
 @dataclass(frozen=True)
 class LastRows(Window):
-    """SnapKV's window: the last `count` rows, fewer where the budget is small (`Budget.window`)."""
+    """SnapKV's window: `maximum` last rows, fewer where the budget is small (`Limits.window`)."""
 
-    count: int = 32
+    maximum: int = 32
 
     def __post_init__(self):
-        if self.count < 1:
-            raise ValueError(f"window={self.count} must be at least 1")
-
-    def most(self, prompt: Prompt) -> int:
-        """`count`, or the bucket where it is shorter."""
-        return min(self.count, prompt.rows)
+        if self.maximum < 1:
+            raise ValueError(f"window={self.maximum} must be at least 1")
 
     def rows(self, prompt: Prompt) -> jax.Array:
         """See the class."""
-        return prompt.budget.window(prompt.length, self.count)
+        return prompt.budget.window(prompt.length, self.maximum)
 
 
 @dataclass(frozen=True)
 class AllRows(Window):
     """Every row of the prompt."""
-
-    def most(self, prompt: Prompt) -> int:
-        """T."""
-        return prompt.rows
-
-    def rows(self, prompt: Prompt) -> jax.Array:
-        """The whole length, m."""
-        return prompt.length
 
 
 @dataclass(frozen=True)
@@ -115,6 +105,7 @@ class Layer:
         prompt: the prompts; what stands beyond their lengths has no meaning.
         backend: backend of the window scores.
         entering: the residual stream in front of the layer, [B, T, D].
+        seen: what was watched so far, by window and threshold.
     """
 
     index: int
@@ -124,33 +115,33 @@ class Layer:
     prompt: Prompt
     backend: str | None = None
     entering: jax.Array | None = None
+    seen: dict[tuple[Window, float | None], WindowScores] = field(default_factory=dict)
 
     def watch(self, window: Window, threshold: float | None = None) -> WindowScores:
         """The attention that a window's rows pay to each token.
 
         Args:
             window: the rows.
-            threshold: also count the entries below that share of their row's maximum.
+            threshold: also count the entries below that share of their row's maximum. What counts
+                them has the scores too: ask for it first.
         """
-        prompt, most = self.prompt, window.most(self.prompt)
+        for (known, counted), found in self.seen.items():
+            if known == window and threshold in (counted, None):
+                return found
+        prompt, q = self.prompt, self.q
         start = prompt.length - window.rows(prompt)
-        q = self.q
-        if not isinstance(window, AllRows):
-            row = jnp.minimum(start[:, None] + jnp.arange(most), prompt.rows - 1)
+        if window.maximum is not None:
+            row = jnp.minimum(start[:, None] + jnp.arange(window.most(prompt)), prompt.rows - 1)
             q = jnp.take_along_axis(q, row[:, :, None, None], axis=1)  # [B, W, N, H]
-        return window_scores(
+        found = window_scores(
             q, self.k, start, prompt.length, threshold=threshold, backend=self.backend
         )
-
-
-Always = tuple[jax.Array, jax.Array]
-"""Tokens kept whatever their score: the first ones and the last ones, int32 [B, L] each."""
+        self.seen[window, threshold] = found
+        return found
 
 
 class Score:
-    """A rule of what each token is worth. Subclass it, or give `Custom` a function.
-
-    Subclasses are frozen dataclasses, so that equal settings are equal programs.
+    """A rule of what each token is worth. Subclass it as a frozen dataclass, or write a function.
 
     Attributes:
         window: the rows that the score watches; None where it watches none.
@@ -158,17 +149,15 @@ class Score:
 
     window: Window | None = None
 
-    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array | None:
+    def __call__(self, layer: Layer) -> jax.Array | None:
         """The score of each token, float32 [B, K, T]; None where position alone decides.
 
-        Args:
-            layer: a decoder layer of the running prompt.
-            seen: `layer.watch(self.window)`; None without a window.
+        By default it is the attention that the rows of the window pay to each token, summed.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not score")
+        return None if self.window is None else layer.watch(self.window).scores
 
-    def always(self, rows: jax.Array, prompt: Prompt) -> Always:
-        """How many of a layer's `rows` [B, L] kept tokens are the prompt's first and last ones."""
+    def always(self, rows: jax.Array, prompt: Prompt) -> tuple[jax.Array, jax.Array]:
+        """How many of the `rows` [B, L] that layers keep are a prompt's first and its last ones."""
         return jnp.zeros_like(rows), jnp.zeros_like(rows)
 
 
@@ -189,7 +178,7 @@ class RecentScore(Score):
         if not 0 <= self.recent_ratio <= 1:
             raise ValueError(f"recent_ratio={self.recent_ratio} must be from 0 to 1")
 
-    def always(self, rows: jax.Array, prompt: Prompt) -> Always:
+    def always(self, rows: jax.Array, prompt: Prompt) -> tuple[jax.Array, jax.Array]:
         """The last tokens."""
         return jnp.zeros_like(rows), recent_rows(rows, self.recent_ratio)
 
@@ -207,11 +196,6 @@ class ColumnSum(RecentScore):
     """
 
     window: Window = PostVisionRows()
-
-    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array:
-        """What was seen of the window."""
-        assert seen is not None  # there is a window
-        return seen.scores
 
 
 @dataclass(frozen=True)
@@ -236,13 +220,12 @@ class PooledWindow(Score):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel={self.kernel} must be odd and at least 1")
 
-    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array:
-        """What was seen of the window, averaged over neighbours."""
-        assert seen is not None  # there is a window
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
         before = layer.prompt.length - self.window.rows(layer.prompt)
-        return average_pool(seen.scores, before, self.kernel)
+        return average_pool(layer.watch(self.window).scores, before, self.kernel)
 
-    def always(self, rows: jax.Array, prompt: Prompt) -> Always:
+    def always(self, rows: jax.Array, prompt: Prompt) -> tuple[jax.Array, jax.Array]:
         """The window."""
         return jnp.zeros_like(rows), jnp.minimum(rows, self.window.rows(prompt)[:, None])
 
@@ -264,10 +247,7 @@ class Ends(Score):
         if self.sinks < 0:
             raise ValueError(f"sinks={self.sinks} must not be negative")
 
-    def __call__(self, layer: Layer, seen: WindowScores | None) -> None:
-        """Position alone decides."""
-
-    def always(self, rows: jax.Array, prompt: Prompt) -> Always:
+    def always(self, rows: jax.Array, prompt: Prompt) -> tuple[jax.Array, jax.Array]:
         """The sinks, and the rest of the budget at the end."""
         first = jnp.minimum(self.sinks, rows // 2)
         return first, rows - first
@@ -275,7 +255,7 @@ class Ends(Score):
 
 @dataclass(frozen=True)
 class Noise(RecentScore):
-    """Random scores: the control of every comparison.
+    """Random scores in [0, 1): the control of every comparison.
 
     The draw depends on the layer, the head and the position alone, so that a prompt keeps the same
     tokens in any batch and any bucket.
@@ -286,8 +266,8 @@ class Noise(RecentScore):
 
     seed: int = 0
 
-    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array:
-        """Uniform in [0, 1)."""
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
         batch, rows, heads, _ = layer.k.shape
         key = jax.random.fold_in(jax.random.key(self.seed), layer.index)
         keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(jnp.arange(rows))
@@ -297,20 +277,16 @@ class Noise(RecentScore):
 
 @dataclass(frozen=True)
 class ScoreFunction(RecentScore):
-    """A user's function of a `Layer` that returns scores [B, K, T].
+    """A user's score.
 
     Attributes:
-        function: the score; the higher, the better.
+        function: of a `Layer`; gives scores [B, K, T], the higher the better.
     """
 
     function: Callable[[Layer], jax.Array]
 
-    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array:
-        """What the function says of the layer.
-
-        Raises:
-            ValueError: the result is not [B, K, T].
-        """
+    def __call__(self, layer: Layer) -> jax.Array:
+        """What the function says of the layer."""
         batch, rows, heads, _ = layer.k.shape
         scores = self.function(layer)
         if scores.shape != (batch, heads, rows):

@@ -7,26 +7,30 @@ Nothing here depends on the budgets' values in its shapes: `order` ranks all T r
 only says how far down the ranking is read.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+Rows = TypeVar("Rows", jax.Array, np.ndarray)
+"""Counts of rows, on the device or on the host."""
 
-def recent_rows(budgets: jax.Array, recent_ratio: float) -> jax.Array:
-    """How many of a layer's kept tokens are the last ones of the prompt.
+
+def recent_rows(kept: Rows, recent_ratio: float) -> Rows:
+    """How many of a layer's kept tokens are the last ones of the prompt: floor(recent_ratio * k).
 
     VL-Cache keeps a tenth of each layer's budget for them (paper, section 5.1: said of all methods
     that are compared). That they are taken from inside the budget is a choice of this library.
 
     Args:
-        budgets: k, int32 [B, L].
-        recent_ratio: their share of the budget, 0 to 1.
-
-    Returns:
-        floor(recent_ratio * k), int32 [B, L].
+        kept: k, int32 of any shape.
+        recent_ratio: their share of k, 0 to 1.
     """
     # The product may fall just below the whole number that it stands for (0.29 * 100).
-    return jnp.floor(recent_ratio * budgets.astype(jnp.float32) + 1e-4).astype(jnp.int32)
+    share = kept.astype(np.float32) * np.float32(recent_ratio)
+    return (share + np.float32(1e-4)).astype(np.int32)
 
 
 def rank_rows(scores: jax.Array, first: jax.Array, last: jax.Array, m: jax.Array) -> jax.Array:

@@ -57,16 +57,13 @@ class Pool:
     def append_and_attend(
         self, new: NewToken, segment: Segment, tail: Tail, backend: str | None
     ) -> tuple[jax.Array, Tail]:
-        """Attention of a new token to one layer's rows, to its tail and to itself.
+        """Attention of a new token to one layer's rows, to its tail and to itself: [B, N, H].
 
         Args:
             new: the layer's product of the token, qkv [B, K, G + 2, H], and its position's angles.
             segment: the layer's rows, of `segments`.
-            tail: the tokens before, k and v [B, K, R, H].
+            tail: the tokens before, k and v [B, K, R, H]; it comes back with the new one.
             backend: of the kernel.
-
-        Returns:
-            [B, N, H], and the tail with the token.
         """
         return append_and_attend(
             new,
@@ -115,10 +112,6 @@ def whole_capacity(layers: int, prompt_rows: int) -> int:
 
 def empty_tail(config: TextConfig, batch: int, rows: int, dtype: jnp.dtype) -> Tails:
     """Tails with room for `rows` new tokens. Zeros: uninitialised rows could hold NaN."""
-    shape = (batch, config.num_kv_heads, rows, config.head_dim)
-    layers = range(config.num_layers)
-    return Tails(
-        tuple(jnp.zeros(shape, dtype) for _ in layers),
-        tuple(jnp.zeros(shape, dtype) for _ in layers),
-        jnp.zeros((batch,), jnp.int32),
-    )
+    shape, layers = (batch, config.num_kv_heads, rows, config.head_dim), range(config.num_layers)
+    k, v = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
+    return Tails(k, v, jnp.zeros((batch,), jnp.int32))

@@ -6,12 +6,13 @@ is freed, gives the attention that this token pays to the prompt.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.cache.allocate import AllocationFunction, Sparsity
+from vlcache_jax.cache.allocate import Sparsity
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod, Observation, Plan
 from vlcache_jax.files import check_file, whole_file
@@ -47,7 +48,7 @@ def cache_hit_rate(weights: jax.Array, kept: jax.Array, count: jax.Array) -> jax
     Args:
         weights: attention to each key, float32 [..., T], 0 for keys that are not there.
         kept: which keys are kept, bool [..., T].
-        count: int32 [...], at least 1.
+        count: int32 [...], at least 1; broadcast to these.
     """
     order = jnp.argsort(-weights, axis=-1, stable=True)
     best = jnp.argsort(order, axis=-1) < count[..., None]
@@ -65,29 +66,14 @@ def attention_mass_recall(weights: jax.Array, kept: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BatchTrace:
-    """The trace of a batch, on the device; None stands for what a method does not have.
+    """The traces of a batch, on the device.
 
     Attributes:
-        kept: bool [B, L, K, T].
-        budget: int32 [B, L].
-        hit_rate: float32 [B, L, K].
-        mass_recall: float32 [B, L, K].
-        scores: float32 [B, L, K, T].
-        sparsity: float32 [B, L].
-        beta: float32 [B, L].
-        window: rows of the scoring window, int32 [B].
-        recent: kept tokens that are the prompt's last ones by rule, int32 [B, L].
+        arrays: the fields of `Trace` that the method has, with an axis B in front and T in place of
+            m; but `kept` tells which tokens are kept, bool [B, L, K, T].
     """
 
-    kept: jax.Array
-    budget: jax.Array
-    hit_rate: jax.Array
-    mass_recall: jax.Array
-    scores: jax.Array | None
-    sparsity: jax.Array | None
-    beta: jax.Array | None
-    window: jax.Array | None
-    recent: jax.Array | None
+    arrays: dict[str, jax.Array]
 
     def row(self, row: int, method: CacheMethod, visual: np.ndarray) -> "Trace":
         """The trace of one prompt, with host arrays.
@@ -97,33 +83,19 @@ class BatchTrace:
             method: what was run.
             visual: which tokens are visual, bool [m].
         """
-        m, budget = visual.shape[0], np.asarray(self.budget[row])
-        mask = np.asarray(self.kept[row])[..., :m]
-        kept = np.full((*mask.shape[:2], int(budget.max())), -1, np.int32)
-        for layer, head in np.ndindex(*mask.shape[:2]):
-            positions = np.flatnonzero(mask[layer, head])
-            kept[layer, head, : positions.size] = positions
-
-        def pick(values: jax.Array | None) -> np.ndarray | None:
-            return None if values is None else np.asarray(values[row])
-
-        scores, window = pick(self.scores), pick(self.window)
-        return Trace(
-            method=method.label,
-            budget_requested=str(method.limit),
-            m=m,
-            prompt_is_visual=visual,
-            budget=budget,
-            kept=kept,
-            hit_rate=np.asarray(self.hit_rate[row]),
-            mass_recall=np.asarray(self.mass_recall[row]),
-            scores=None if scores is None else scores[..., :m],
-            sparsity=pick(self.sparsity),
-            beta=pick(self.beta),
-            tau=None if window is None else int(window),
-            window_start=None if window is None else m - int(window),
-            recent=pick(self.recent),
-        )
+        m = visual.shape[0]
+        own: dict[str, Any] = {name: np.asarray(part[row]) for name, part in self.arrays.items()}
+        mask = own["kept"][..., :m]
+        own["kept"] = kept = np.full((*mask.shape[:2], int(own["budget"].max())), -1, np.int32)
+        for place in np.ndindex(*mask.shape[:2]):
+            positions = np.flatnonzero(mask[place])
+            kept[place][: positions.size] = positions
+        if "scores" in own:
+            own["scores"] = own["scores"][..., :m]
+        if "tau" in own:
+            own["tau"] = int(own["tau"])
+            own["window_start"] = m - own["tau"]
+        return Trace(method.label, str(method.limit), m, visual, **own)
 
 
 def trace_batch(
@@ -139,28 +111,22 @@ def trace_batch(
         weights: attention of the first decoded token, float32 [B, L, K, T].
     """
     kept = jnp.broadcast_to(plan.kept(prompt), weights.shape)
-    count = jnp.broadcast_to(plan.budgets[:, :, None], weights.shape[:3])
-    sparsity = beta = window = recent = None
+    found: dict[str, jax.Array | None] = {
+        "budget": plan.budgets,
+        "kept": kept,
+        "hit_rate": cache_hit_rate(weights, kept, plan.budgets[..., None]),
+        "mass_recall": attention_mass_recall(weights, kept),
+        "scores": seen.scores,
+        "sparsity": seen.measured,
+    }
     if not method.limit.keeps_all:
         score, allocation = method.rules()
-        _, recent = score.always(plan.budgets, prompt)
+        _, found["recent"] = score.always(plan.budgets, prompt)
         if score.window is not None:
-            window = score.window.rows(prompt)
-        if isinstance(allocation, Sparsity | AllocationFunction):
-            sparsity = seen.measured
+            found["tau"] = score.window.rows(prompt)
         if isinstance(allocation, Sparsity) and seen.measured is not None:
-            beta = allocation.beta(prompt, seen.measured)
-    return BatchTrace(
-        kept=kept,
-        budget=plan.budgets,
-        hit_rate=cache_hit_rate(weights, kept, count),
-        mass_recall=attention_mass_recall(weights, kept),
-        scores=seen.scores,
-        sparsity=sparsity,
-        beta=beta,
-        window=window,
-        recent=recent,
-    )
+            found["beta"] = allocation.beta(prompt, seen.measured)
+    return BatchTrace({name: part for name, part in found.items() if part is not None})
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.window_scores import WindowScores, average_pool
+from pallas_kernels.window_scores import average_pool
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.score import Always, Layer, PostVisionRows, RecentScore
+from vlcache_jax.cache.score import Layer, PostVisionRows, RecentScore
 from vlcache_jax.cache.select import recent_rows
 
 
@@ -61,8 +61,8 @@ class RowScore(RecentScore):
         """The rows behind the last picture."""
         return PostVisionRows(maximum=self.last)
 
-    def __call__(self, layer: Layer, seen: WindowScores | None) -> jax.Array:
-        """See the class; what was seen of the window is a sum already."""
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class; `Layer.watch` would give a sum already."""
         weights, age = row_attention(layer, self.window)
         if self.half_life is not None:
             weight = 0.5 ** (jnp.maximum(age, 0) / self.half_life)  # [B, W]
@@ -72,7 +72,7 @@ class RowScore(RecentScore):
             scores = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), scores.shape)
         return average_pool(scores, layer.prompt.length, self.pool) if self.pool > 1 else scores
 
-    def always(self, rows: jax.Array, prompt: Prompt) -> Always:
+    def always(self, rows: jax.Array, prompt: Prompt) -> tuple[jax.Array, jax.Array]:
         """The last tokens: the recent ones, or as much of the question as may be kept."""
         first, last = super().always(rows, prompt)
         if self.question:
