@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
+import jax
 import numpy as np
 
 from vlcache_jax.answer import Answer
@@ -308,7 +309,9 @@ class Progress:
         """The whole answers, once all pieces were read."""
         generate, groups, run = self._request.generate, self._request.groups, self._run
         stages, timings = generate.stages, run.timings
-        counts, kept_visual = np.asarray(run.pool.counts), np.asarray(run.pool.visual)
+        # On the host, where no operation is a program: all but keys and values, [B, K, rows, H].
+        pool = jax.tree.map(lambda leaf: np.asarray(leaf) if leaf.ndim < 4 else leaf, run.pool)
+        counts, kept_visual = np.asarray(pool.counts), pool.visual
         answers = []
         for row, (text, tokens) in enumerate(zip(self._texts, self._tokens, strict=True)):
             group, place = divmod(row, len(groups[0].length))

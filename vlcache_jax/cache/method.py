@@ -19,7 +19,7 @@ from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.score import Layer, Score
 from vlcache_jax.cache.select import kept_rows, rank_rows
-from vlcache_jax.cache.state import Pool, whole_capacity
+from vlcache_jax.cache.state import Pool, round_up, whole_capacity
 from vlcache_jax.config import TextConfig
 
 AnyPool = Pool | PackedPool
@@ -232,7 +232,8 @@ class CacheMethod:
             offset = jnp.arange(prompt.layers, dtype=jnp.int32) * prompt.rows
             offset = jnp.broadcast_to(offset, plan.budgets.shape)
             visual = jnp.broadcast_to(visual, (*plan.budgets.shape, 1, prompt.rows))
-            return Pool(k, v, offset, plan.budgets, _count(visual), prompt.rows)
+            most = min(round_up(prompt.rows), k.shape[2])
+            return Pool(k, v, offset, plan.budgets, _count(visual), most)
         visual = jnp.take_along_axis(visual, plan.order, axis=-1)
         visual = visual & (jnp.arange(prompt.rows) < plan.budgets[:, :, None, None])
         capacity = self.limit.capacity(prompt.layers, prompt.rows)
