@@ -33,8 +33,7 @@ def plot_file(name: str, folder: Path = ROOT / "docs") -> Path:
 def part(name: str, result: Result) -> str:
     """The text of an experiment, with its plot where it has one."""
     text = EXPERIMENTS[name].section(result)
-    plot = EXPERIMENTS[name].draw and f"![{name}]({plot_file(name).name})\n\n"
-    return f"{plot or ''}{text}"
+    return f"![{name}]({plot_file(name).name})\n\n{text}" if EXPERIMENTS[name].draw else text
 
 
 SECTIONS = tuple(
