@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from convert.directory import whole_directory
 from PIL import Image
 
 import vlcache_jax
@@ -23,6 +22,7 @@ from benchmarks.accuracy.tasks import IMAGE, TASKS, Item, make_item
 from benchmarks.command import bad_input
 from benchmarks.environment import environment, write_result, write_whole
 from vlcache_jax import demo
+from vlcache_jax.files import whole_directory
 from vlcache_jax.loading import describe
 
 RESULTS = Path(__file__).parent / "results" / "training"
@@ -153,7 +153,7 @@ def make_demo(run: Path, names: list[str], *, package: Path, results: Path, forc
             "has saved its state"
         ) from None
     package.mkdir(parents=True, exist_ok=True)
-    with whole_directory((package / demo.CHECKPOINT.name).resolve(), force) as folder:
+    with whole_directory((package / demo.CHECKPOINT.name).resolve(), force=force) as folder:
         # What is checked is the copy: a training that goes on may replace its model at any time.
         shutil.copytree(run / "model", folder, dirs_exist_ok=True)
         found = facts(folder)

@@ -73,8 +73,7 @@ def convert(
         raise ValueError(f"{path} and {target} must not contain each other: give another place")
     checkpoint = open_checkpoint(path)
     kind = checkpoint.target_dtype(dtype)
-    kept = "model directory", (MANIFEST, "config.json")
-    with _quiet_threads(), whole_directory(target, *kept, force=force) as directory:
+    with _quiet_threads(), whole_directory(target, force=force) as directory:
         check_space(checkpoint.num_bytes(kind), directory)
         pieces = checkpoint.read_all(kind, progress)
         if to_hf:

@@ -14,7 +14,6 @@ from vlcache_jax import files
 from vlcache_jax.files import check_directory, check_file, whole_directory, whole_file
 
 ROOT = Path(__file__).parent.parent
-MARKS = ("mark",)
 
 
 def entries(folder):
@@ -27,10 +26,10 @@ def write_file(target, content="new", *, force=False):
 
 
 def write_directory(target, content="new", *, force=False):
-    with whole_directory(target, "model directory", MARKS, force=force) as directory:
+    with whole_directory(target, force=force) as directory:
         (directory / "part").mkdir()
         (directory / "part" / "values").write_text(content)
-        (directory / "mark").touch()
+        (directory / "config.json").touch()
 
 
 def content_of(target):
@@ -71,7 +70,7 @@ def test_nothing_is_written_through_a_symbolic_link(write, points_to, force, tmp
         elsewhere.write_text("precious")
     elif points_to == "directory":
         elsewhere.mkdir()
-        (elsewhere / "mark").write_text("precious")
+        (elsewhere / "config.json").write_text("precious")
     target.symlink_to(elsewhere)
     with pytest.raises(FileExistsError, match="symbolic link"):
         write(target, force=force)
@@ -80,7 +79,7 @@ def test_nothing_is_written_through_a_symbolic_link(write, points_to, force, tmp
     if points_to == "file":
         assert elsewhere.read_text() == "precious"
     elif points_to == "directory":
-        assert (elsewhere / "mark").read_text() == "precious"
+        assert (elsewhere / "config.json").read_text() == "precious"
 
 
 @pytest.mark.parametrize("name", [".out.partial", ".out.old", ".out.0123abcd.partial"])
@@ -155,7 +154,7 @@ def test_it_is_on_the_disk_before_it_is_renamed(write, tmp_path, monkeypatch):
     assert last == (tmp_path.name, True)
     assert not any(exists for _, exists in before)
     if write is write_directory:
-        assert {"values", "part", "mark"} < {name for name, _ in before}
+        assert {"values", "part", "config.json"} < {name for name, _ in before}
     else:
         assert len(before) == 1
 
@@ -183,12 +182,12 @@ def test_where_nothing_can_be_exchanged_two_renames_do(tmp_path, monkeypatch):
 
 
 def test_two_runs_do_not_fill_one_directory(tmp_path):
-    with whole_directory(tmp_path / "out", "thing", MARKS, force=False) as directory:
-        (directory / "mark").touch()
+    with whole_directory(tmp_path / "out", force=False) as directory:
+        (directory / "config.json").touch()
         with pytest.raises(ValueError, match="another process is writing"):
             write_directory(tmp_path / "out")
     assert entries(tmp_path) == ["out"]
-    assert entries(tmp_path / "out") == ["mark"]
+    assert entries(tmp_path / "out") == ["config.json"]
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
@@ -206,7 +205,7 @@ def test_a_killed_run_leaves_what_was_there_and_the_next_succeeds(kind, tmp_path
                 file.write(b"half")
                 file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-        with whole_directory(target, "thing", ("mark",), force=True) as directory:
+        with whole_directory(target, force=True) as directory:
             (directory / "half").touch()
             os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -227,7 +226,7 @@ def test_only_a_directory_of_the_same_kind_is_replaced(tmp_path):
         with pytest.raises(FileExistsError, match="is not a model directory"):
             write_directory(target, force=True)
         with pytest.raises(FileExistsError, match="is not a model directory"):
-            check_directory(target, "model directory", MARKS, force=True)
+            check_directory(target, force=True)
     assert entries(tmp_path) == ["note", "photos"]
     assert entries(photos) == ["cat.png"]
 

@@ -12,14 +12,13 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux' renameat2
 _HERE = -100  # AT_FDCWD: paths are relative to the working directory
-
 
 KINDS = {
     "trace file": {".npz": ""},
@@ -80,13 +79,15 @@ def whole_file(target: Path, *, force: bool) -> Iterator[IO[bytes]]:
     _sync(target.parent)
 
 
-def check_directory(target: Path, what: str, marks: Sequence[str], *, force: bool) -> None:
-    """Raise unless a directory may be made, or replaced; to be asked before any work is done.
+MARKS = ("MANIFEST.json", "config.json")
+"""Files of which a model directory has one: no other directory is ever replaced."""
+
+
+def check_directory(target: Path, *, force: bool) -> None:
+    """Raise unless a model directory may be made or replaced; to be asked before any work is done.
 
     Args:
         target: the directory.
-        what: what is to be written, for messages.
-        marks: files of which a directory that is replaced must have one: so it is of the same kind.
         force: whether it may be replaced.
 
     Raises:
@@ -94,33 +95,29 @@ def check_directory(target: Path, what: str, marks: Sequence[str], *, force: boo
         FileNotFoundError: there is no directory to make it in.
         PermissionError: nothing may be written there.
     """
-    _check_place(target, what, force)
-    if os.path.lexists(target) and not any((target / mark).is_file() for mark in marks):
+    _check_place(target, "model directory", force)
+    if os.path.lexists(target) and not any((target / mark).is_file() for mark in MARKS):
         raise FileExistsError(
-            f"{target} is not a {what} (it has no {' or '.join(marks)}), so --force does not "
-            "replace it: remove it yourself"
+            f"{target} is not a model directory (it has no {' or '.join(MARKS)}), so --force does "
+            "not replace it: remove it yourself"
         )
 
 
 @contextmanager
-def whole_directory(
-    target: Path, what: str, marks: Sequence[str], *, force: bool
-) -> Iterator[Path]:
-    """A directory to fill, which takes its place when the block ends well; else nothing changes.
+def whole_directory(target: Path, *, force: bool) -> Iterator[Path]:
+    """A model directory to fill: it takes its place when the block ends well, else all stays.
 
     What killed runs have left of the same directory is removed.
 
     Args:
         target: its place, absolute.
-        what: what is written, for messages.
-        marks: files of which a directory that is replaced must have one.
         force: whether a directory that is there is replaced; it stays until the new one is whole.
 
     Raises:
         OSError: as `check_directory`, or it cannot be written.
         ValueError: another process is writing the same directory.
     """
-    check_directory(target, what, marks, force=force)
+    check_directory(target, force=force)
     partial = _beside(target)
     partial.mkdir()
     try:
@@ -133,7 +130,7 @@ def whole_directory(
             for folder, _, names in os.walk(partial, topdown=False):
                 for path in (*(Path(folder, name) for name in names), Path(folder)):
                     _sync(path)
-            check_directory(target, what, marks, force=force)  # it may have come meanwhile
+            check_directory(target, force=force)  # it may have come meanwhile
             _move(partial, target)
             _sync(target.parent)
     finally:

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from convert.directory import whole_directory
 
 from benchmarks.processor import IMAGE_TOKEN_ID, TILE, make_processor, make_tokenizer
 from convert.safetensors_writer import write_tensors
+from vlcache_jax.files import whole_directory
 from vlcache_jax.models.llava import Params
 from vlcache_jax.weights import parameter_name, parse_dtype, split, tensors_of
 

@@ -122,21 +122,21 @@ def _rotated(new: NewToken) -> np.ndarray:
     return turned.astype(qkv.dtype)
 
 
-def _appended(
-    new: NewToken, turned: np.ndarray, tail: Tail
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The queries [B, N, H], and the tail's rows with the new token in it, where there is room.
+def _appended(new: NewToken, turned: np.ndarray, tail: Tail) -> tuple[np.ndarray, Tail]:
+    """The queries [B, N, H], and the tail with the new token in it, where there is room.
 
     Args:
         new: the new token.
         turned: its queries and key as they meet the cache.
         tail: the tail without it.
     """
-    tail_k, tail_v = (np.array(x) for x in (tail.k, tail.v))
+    tail_k, tail_v, fill = (np.array(x) for x in (tail.k, tail.v, tail.fill))
     for b in np.flatnonzero(np.asarray(tail.fill) < TAIL):
         row = int(tail.fill[b])
         tail_k[b, :, row], tail_v[b, :, row] = turned[b, :, -1], new.qkv[b, :, -1]
-    return turned[:, :, :-1].reshape(len(turned), -1, turned.shape[-1]), tail_k, tail_v
+    rows: Any = tail_k, tail_v, fill + 1
+    grown = Tail(*rows)
+    return turned[:, :, :-1].reshape(len(turned), -1, turned.shape[-1]), grown
 
 
 def _judge_appended(dtype: str, fill: Any) -> Callable[[list[np.ndarray], Any], Errors]:
@@ -176,11 +176,10 @@ def _decode_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
     dtype, head_dim, _, rows = shape
     inputs = new, pool, tail = _layer(rng, shape)
 
-    def expected() -> tuple[np.ndarray, ...]:
-        q, *rest = _appended(new, _rotated(new), tail)
-        grown: Any = Tail(*rest, tail.fill + 1)
-        scale = head_dim**-0.5
-        return decode_reference.ragged_decode_attention(q, pool, grown, scale=scale), *rest
+    def expected() -> tuple[Any, ...]:
+        q, grown = _appended(new, _rotated(new), tail)
+        mixed = decode_reference.ragged_decode_attention(q, pool, grown, scale=head_dim**-0.5)
+        return mixed, grown.k, grown.v
 
     ways = _ways("ragged_decode_attention", shape, every, 4, most_rows=rows)
     judge = _judge_appended(dtype, tail.fill)
@@ -222,13 +221,13 @@ def _packed_group(
     new, dense, tail = _layer(rng, shape)
     runs = _runs(rng, shape, bits)
 
-    def expected() -> tuple[np.ndarray, ...]:
+    def expected() -> tuple[Any, ...]:
         turned = _rotated(new).astype(np.float32)
         turned = turned @ hadamard.signs(head_dim).astype(np.float32) * hadamard.factor(head_dim)
-        q, *rest = _appended(new, turned.astype(new.qkv.dtype), tail)
-        arrays: Any = q, dense, runs, Tail(*rest, tail.fill + 1)
-        scale = head_dim**-0.5
-        return packed_reference.quantized_decode_attention(*arrays, scale=scale), *rest
+        q, grown = _appended(new, turned.astype(new.qkv.dtype), tail)
+        arrays, scale = (q, dense, runs, grown), head_dim**-0.5
+        mixed = packed_reference.quantized_decode_attention(*arrays, scale=scale)
+        return mixed, grown.k, grown.v
 
     most = {"most_rows": rows, "most_words": -(-rows // per_word(min(bits)))}
     ways = _ways("quantized_decode_attention", shape, every, 3, **most)

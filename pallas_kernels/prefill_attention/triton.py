@@ -87,9 +87,9 @@ def prefill_attention(
     """See the package's public function; `config` is that of the device by default."""
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
-    config = config or best("prefill_attention", q.dtype, head_dim)
-    block_q = min(config.block_q, tiles.padded(length))
-    block_k = min(config.block_k, tiles.padded(length))
+    launch: PrefillConfig = config or best("prefill_attention", q.dtype, head_dim)
+    block_q = min(launch.block_q, tiles.padded(length))
+    block_k = min(launch.block_k, tiles.padded(length))
     blocks = pl.cdiv(length, block_q)
     of_head = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n, 0))
     of_kv_head = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
@@ -101,7 +101,7 @@ def prefill_attention(
         in_specs=[pl.BlockSpec((batch,), lambda i, n, b: (0,)), of_head, of_kv_head, of_kv_head],
         out_specs=of_head,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        config=config,
+        config=launch,
         cost=pl.CostEstimate(
             flops=4 * pairs * head_dim,
             transcendentals=pairs,

@@ -15,15 +15,16 @@ def quantized_decode_attention(
     out = []
     for b in range(len(q)):
         k, v = segments(dense, tail, b)
-        keys, values = (
+        sides: Any = (
             [np.asarray(x[b]) for x in side]
             for side in ((packed.words_k, packed.affine_k), (packed.words_v, packed.affine_v))
         )
+        keys, values = sides
         for run, bits in enumerate(packed.bits):
             for row in range(int(packed.rows[b, run])):
-                place = int(packed.first[b, run]), row, bits, min(packed.bits)
-                k.append(_row(*keys, *place, packed.key_group))
-                v.append(_row(*values, *place, None))
+                place: Any = int(packed.first[b, run]), row, bits, min(packed.bits)
+                k.append(_row(*keys, *place, key_group=packed.key_group))
+                v.append(_row(*values, *place, key_group=None))
         out.append(attend(q[b], k, v, scale))
     return np.stack(out)
 

@@ -157,13 +157,13 @@ def append_and_attend(
     fits = head_dim == tiles.padded(head_dim) and head_dim // keys >= LEAST_GROUP
     if keys != values or (keys > 1 and not fits):
         raise NotImplementedError(f"{keys} and {values} groups of {head_dim} channels")
-    config = config or best("quantized_decode_attention", dense.k.dtype, head_dim)
+    launch: PackedConfig = config or best("quantized_decode_attention", dense.k.dtype, head_dim)
     group, pairs = width - 2, batch * kv_heads
     sets, lanes = trips(group, HEADS), per_word(min(packed.bits))
     wide, packed_rows = most_rows + tail.k.shape[2], most_words * lanes
     if splits is None:  # eight warps are what the registers of a core hold at once
-        blocks = trips(wide, config.block_keys) + trips(most_words, config.block_words)
-        splits = split_count(pairs * sets, blocks, per_core=8 // config.num_warps)
+        blocks = trips(wide, launch.block_keys) + trips(most_words, launch.block_words)
+        splits = split_count(pairs * sets, blocks, per_core=8 // launch.num_warps)
     read = pairs * (wide + packed_rows)
     of_words = 4 * (most_words * head_dim + packed_rows)
     return call(
@@ -172,11 +172,11 @@ def append_and_attend(
         (new, dense, packed, tail),
         splits=splits,
         sets=sets,
-        config=config,
+        config=launch,
         cost=pl.CostEstimate(
             flops=4 * read * group * head_dim,
             transcendentals=read * group,
             bytes_accessed=2 * pairs * (of_words + wide * head_dim * dense.k.dtype.itemsize),
         ),
-        case=_Case(scale, config, transform),
+        case=_Case(scale, launch, transform),
     )

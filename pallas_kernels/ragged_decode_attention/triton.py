@@ -204,23 +204,23 @@ def append_and_attend(
     rows, what fills it. `together` is not used: a program of its own writes each sequence's row.
     """
     batch, kv_heads, width, head_dim = new.qkv.shape
-    config = config or best("ragged_decode_attention", pool.k.dtype, head_dim)
+    launch: DecodeConfig = config or best("ragged_decode_attention", pool.k.dtype, head_dim)
     most = most_rows + tail.k.shape[2]
-    splits = splits or split_count(batch * kv_heads, most // config.block_keys)
+    splits = splits or split_count(batch * kv_heads, most // launch.block_keys)
     read = batch * kv_heads * most
     return call(
         _kernel,
         "append_and_attend",
         (new, pool, tail),
         splits=splits,
-        config=config,
+        config=launch,
         cost=pl.CostEstimate(
             flops=4 * read * (width - 2) * head_dim,
             transcendentals=read * (width - 2),
             bytes_accessed=2 * read * head_dim * pool.k.dtype.itemsize,
         ),
         scale=scale,
-        block_keys=config.block_keys,
+        block_keys=launch.block_keys,
     )
 
 

@@ -177,8 +177,8 @@ def sample_tokens(
 ) -> jax.Array:
     """See the package's public function; `config` is that of the device by default."""
     batch, vocabulary = logits.shape
-    config = config or best("sample_tokens", logits.dtype, vocabulary)
-    size, threads = tiles.padded(vocabulary), 32 * config.num_warps
+    launch: RowConfig = config or best("sample_tokens", logits.dtype, vocabulary)
+    size, threads = tiles.padded(vocabulary), 32 * launch.num_warps
     whole = pl.BlockSpec((batch,), lambda i: (0,))
     return tiles.call(
         _kernel,
@@ -187,7 +187,7 @@ def sample_tokens(
         in_specs=[pl.BlockSpec((None, vocabulary), lambda i: (i, 0)), *[whole] * 4],
         out_specs=whole,
         out_shape=jax.ShapeDtypeStruct((batch,), jnp.int32),
-        config=config,
+        config=launch,
         cost=pl.CostEstimate(flops=logits.size, transcendentals=0, bytes_accessed=logits.nbytes),
         block=min(PER_THREAD * threads, size),
         small_block=min(threads, size),

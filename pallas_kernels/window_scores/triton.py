@@ -142,12 +142,12 @@ def window_scores(
     batch, window, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group, pairs = heads // kv_heads, batch * heads * window * keys
-    config = config or best("window_scores", q.dtype, head_dim)
-    block_rows = min(config.block_rows, tiles.padded(window))
-    block_keys = min(config.block_keys, tiles.padded(keys))
+    launch: WindowConfig = config or best("window_scores", q.dtype, head_dim)
+    block_rows = min(launch.block_rows, tiles.padded(window))
+    block_keys = min(launch.block_keys, tiles.padded(keys))
     call = functools.partial(
         tiles.call,
-        config=config,
+        config=launch,
         cost=pl.CostEstimate(
             flops=2 * pairs * head_dim,
             transcendentals=pairs,

@@ -79,7 +79,7 @@ def window_scores(
             old = lax.dynamic_slice_in_dim(scores, at, columns, axis=2)
             new = old + jnp.sum(weights / total, axis=(2, 3))
             scores = lax.dynamic_update_slice_in_dim(scores, new, at, axis=2)
-            if zeroed is not None:
+            if zeroed is not None and threshold is not None:
                 small = seen & (weights < threshold)
                 zeroed += jnp.sum(small, axis=(3, 4), dtype=jnp.int32)
             return scores, zeroed

@@ -218,14 +218,16 @@ def build_packed(
         jnp.zeros((batch, kv_heads, *shape), jnp.uint32)
         for shape in ((words, head_dim), by_key, by_token)
     )
-    packed: Packed = empty, empty, affine_k, affine_v
-    packed = lax.fori_loop(0, -(-capacity.words // block), pack_block, packed)
+    made: Packed = empty, empty, affine_k, affine_v
+    made = lax.fori_loop(0, -(-capacity.words // block), pack_block, made)
+    words_k, words_v, affine_k, affine_v = made
     if quantizer.residual is not None:
         own = capacity.words + jnp.arange(rows.shape[1]) * capacity.reserved
         own = jnp.broadcast_to(own.astype(jnp.int32)[:, None], (*rows.shape[:2], 1))
         first = jnp.concatenate([first, own], axis=-1)
         rows = jnp.concatenate([rows, jnp.zeros_like(own)], axis=-1)
-    return PackedPool(dense, *packed, first, rows, quantizer, capacity.layer_words)
+    packed = words_k, words_v, affine_k, affine_v, first, rows
+    return PackedPool(dense, *packed, quantizer, capacity.layer_words)
 
 
 def first_words(quantizer: Quantizer, rows: jax.Array) -> jax.Array:

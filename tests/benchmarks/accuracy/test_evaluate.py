@@ -1,6 +1,7 @@
 """The engine's answers are the library's own; the oracle keeps what numpy says it should."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ TEXT = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
-METHODS_RUN = {
+METHODS_RUN: Any = {
     "vl-cache": VLCache(0.1),
     "snapkv": SnapKV(0.1),
     "snapkv, more": SnapKV(0.3),
