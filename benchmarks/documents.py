@@ -40,9 +40,12 @@ def write_figure(
     if source is None:
         path.unlink(missing_ok=True)
         return
+    save_svg(draw(), path, salt=salt, Description=source)
+
+
+def save_svg(figure: "Figure", path: Path, *, salt: str, **metadata: str) -> None:
+    """Write a figure, in a file that does not depend on when or where it was drawn."""
     import matplotlib as mpl
 
-    figure = draw()
-    # Nothing in the file depends on when or where it was drawn.
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None, "Description": source})
+        figure.savefig(path, format="svg", metadata={"Date": None, **metadata})

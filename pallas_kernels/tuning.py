@@ -141,7 +141,7 @@ def candidates(operation: str, capability: int, dtype: Any, size: int) -> tuple[
         case "add_rms_norm":
             sizes = [(8,), (16,), (4,)] if size <= 4096 else [(16,)]
         case _:
-            sizes = [(16,), (8,)]
+            sizes = [(16,), (8,)] if size <= 2**15 else [(8,)]
     return tuple(CONFIGS[operation](*each) for each in sizes)
 
 

@@ -152,7 +152,7 @@ def _kernel(
         last = lax.cond(
             cut,
             lambda: first_beyond(lambda _, x: equal(x, border), needed - 1),
-            lambda: jnp.int32(vocabulary),
+            lambda: jnp.maximum(greedy, vocabulary),  # a constant does not lower
         )
         reached = jnp.where(cut, reached - (equals - needed) * each, reached)
 

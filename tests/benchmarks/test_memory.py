@@ -4,22 +4,26 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
 import benchmarks
 from benchmarks import memory
-from benchmarks.ahead_of_time import plugin_version
+from benchmarks.ahead_of_time import GPUS, plugin_version
+from benchmarks.device import NoGpu
 from benchmarks.memory import (
     ALL,
     Program,
     cache_parts,
     dequantized,
     known,
+    largest_batch,
     run,
 )
 from benchmarks.models import MODELS
+from tests.tiny import tiny_config
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import RTN
 from vlcache_jax.cache.state import Pool
@@ -191,3 +195,45 @@ def app():
     app = typer.Typer()
     app.command()(memory.main)
     return app
+
+
+@pytest.mark.parametrize("start", [1, 3, 700])
+@pytest.mark.parametrize(
+    ("fixed", "each", "bend"), [(15e9, 1e9, 0), (15e9, 3e8, 2e4), (15e9, 80e9, 0)]
+)
+def test_the_largest_batch_is_found_in_a_few_compilations(start, fixed, each, bend):
+    def compiled(program):
+        peak = int(fixed + program.batch * each + program.batch**2 * bend)
+        return {"peak_bytes": peak, "fits": peak <= GPUS["h200"].memory}
+
+    found, rows = largest_batch(Program(batch=start), compiled)
+    peaks = [fixed + batch * each + batch**2 * bend for batch in (found, found + found // 100 + 1)]
+    assert peaks[0] <= GPUS["h200"].memory < peaks[1]
+    assert len(rows) <= 12
+
+
+def test_where_not_even_one_sequence_fits():
+    found, rows = largest_batch(Program(), lambda program: {"peak_bytes": 10**12, "fits": False})
+    assert found == 0
+    assert len(rows) == 1
+
+
+def test_the_measured_peak_is_that_of_the_allocator(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", tiny_config("llava_next"))
+    asked = []
+
+    def statistics():
+        asked.append(len(jax.live_arrays()))
+        return {"peak_bytes_in_use": 1000 + len(asked)}
+
+    before = len(jax.live_arrays())
+    for stage in ("decode", "generate"):
+        program = memory.Program(model="tiny", context=64, new_tokens=3, stage=stage)
+        assert memory.peak(program, statistics) == 1000 + len(asked)
+    assert len(asked) == 4
+    assert asked[1] > before  # the second time with weights and cache in memory
+
+
+def test_without_a_gpu_nothing_is_run_on_one():
+    with pytest.raises(NoGpu, match="no GPU here"):
+        memory.peak(memory.Program())
