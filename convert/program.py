@@ -28,7 +28,8 @@ from vlcache_jax.checkpoint import (
     quiet_orbax,
     resolve,
 )
-from vlcache_jax.config import first_line, read_json
+from vlcache_jax.errors import reason
+from vlcache_jax.fields import read_json
 from vlcache_jax.files import whole_directory
 from vlcache_jax.weights import piece_of, split, tensors_of
 
@@ -97,10 +98,10 @@ def _write_orbax(pieces: Pieces, directory: Path) -> None:
                 checkpointer.save(piece_directory(directory, piece), arrays)
                 checkpointer.wait_until_finished()
         except (ValueError, OSError) as error:
-            reason = first_line(error)
-            if "No space left" in reason:
-                reason = "no space left on the disk"
-            raise OSError(f"could not write {piece} to {directory.parent}: {reason}") from None
+            why = reason(error)
+            if "No space left" in why:
+                why = "no space left on the disk"
+            raise OSError(f"could not write {piece} to {directory.parent}: {why}") from None
 
 
 @contextmanager

@@ -173,11 +173,17 @@ def test_impossible_values_are_refused(config, message):
         LlavaConfig.from_hf(config)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "null"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1, 2]", b"null", b"\xef\xbb\xbf{}", b"\x00\xff\xfe", b"[" * 100_000, b"{}x"],
+    ids=["empty", "open", "list", "null", "BOM", "binary", "deep", "more"],
+)
 def test_a_damaged_file_is_named(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json"):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json (is not valid|must hold)") as error:
         LlavaConfig.from_file(tmp_path)
+    assert len(str(error.value)) <= 400
+    assert "\n" not in str(error.value)
 
 
 def test_files_and_directories(tmp_path):
@@ -200,3 +206,117 @@ def test_defaults_are_those_of_transformers(family):
     }})  # fmt: skip
     assert config.text.intermediate_size == theirs.text_config.intermediate_size
     assert config.vision.image_size == theirs.vision_config.image_size
+
+
+def test_null_is_the_default():
+    """Every field that is null means what it means where it is left out, but for two."""
+    text = MISTRAL["text_config"]
+    names = (
+        *("vocab_size", "hidden_size", "rms_norm_eps", "rope_theta", "hidden_act"),
+        *("intermediate_size", "num_hidden_layers", "head_dim", "rope_scaling"),
+        *("rope_parameters", "tie_word_embeddings", "eos_token_id", "attention_bias"),
+    )
+    for name in names:
+        left_out = {key: value for key, value in text.items() if key != name}
+        assert LlavaConfig.from_hf(with_text(**{name: None})) == LlavaConfig.from_hf(
+            {**MISTRAL, "text_config": left_out}
+        )
+    for name in MISTRAL["vision_config"]:
+        tower = {key: value for key, value in MISTRAL["vision_config"].items() if key != name}
+        if name not in ("num_attention_heads", "image_size"):  # 12 and 224 do not divide
+            assert LlavaConfig.from_hf(
+                {**MISTRAL, "vision_config": {**tower, name: None}}
+            ) == LlavaConfig.from_hf({**MISTRAL, "vision_config": tower})
+    for name in {*MISTRAL} - {"model_type", "text_config"}:
+        left_out = {key: value for key, value in MISTRAL.items() if key != name}
+        assert LlavaConfig.from_hf({**left_out, name: None}) == LlavaConfig.from_hf(left_out)
+    assert LlavaConfig.from_hf(with_text(num_key_value_heads=None)).text.num_kv_heads == 32
+
+
+WRONG = ("x", [], [1], {}, {"a": 1}, True, -1, 0, 1.5, 10**400, float("nan"), float("-inf"), "")
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+FIELDS = {
+    **{f"text_config.{name}": () for name in (*SIZES, "vocab_size", "num_key_value_heads")},
+    **{f"text_config.{name}": () for name in ("max_position_embeddings", "head_dim")},
+    **{f"vision_config.{name}": () for name in (*SIZES, "image_size", "patch_size")},
+    "text_config.sliding_window": (),
+    "text_config.rms_norm_eps": (1.5,),
+    "text_config.rope_theta": (1.5,),
+    "text_config.hidden_act": (),
+    "text_config.model_type": (),
+    "text_config.attention_bias": (),
+    "text_config.tie_word_embeddings": (True,),
+    "text_config.rope_scaling": ({}, {"a": 1}),
+    "text_config.rope_parameters": ({}, {"a": 1}),
+    "text_config.eos_token_id": ([], [1], 0),
+    "vision_config.layer_norm_eps": (1.5,),
+    "vision_config.hidden_act": (),
+    "text_config": ({}, {"a": 1}),
+    "vision_config": ({}, {"a": 1}),
+    "model_type": (),
+    "image_token_index": (0,),
+    "image_token_id": (0,),
+    "image_grid_pinpoints": (),
+    "vision_feature_layer": ([1], -1, 0),
+    "vision_feature_select_strategy": (),
+    "projector_hidden_act": (),
+    "multimodal_projector_bias": (True,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_of_another_type_is_named(name, tmp_path):
+    section, _, key = name.rpartition(".")
+    for value in WRONG:
+        if any(value == right and type(value) is type(right) for right in FIELDS[name]):
+            continue
+        config = {k: v for k, v in MISTRAL.items() if k != "image_token_index"}
+        config |= {section: {**config[section], key: value}} if section else {key: value}
+        with pytest.raises((ValueError, NotImplementedError)) as error:
+            LlavaConfig.from_hf(config)
+        text = str(error.value)
+        assert text.startswith(f"config.json: {name}"), text
+        assert len(text) <= 400
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_type", 5),
+        ("type", ["linear"]),
+        ("factor", None),
+        ("factor", "x"),
+        ("factor", 0),
+        ("rope_theta", "x"),
+        ("low_freq_factor", [1]),
+        ("high_freq_factor", True),
+        ("low_freq_factor", 4),
+        ("original_max_position_embeddings", 1.5),
+        ("partial_rotary_factor", 0.5),
+    ],
+)
+@pytest.mark.parametrize("section", ["rope_scaling", "rope_parameters"])
+def test_fields_of_rope_are_named(section, field, value):
+    rope = {"rope_type": "llama3", "factor": 8.0, field: value}
+    if field == "type":
+        del rope["rope_type"]
+    with pytest.raises(
+        (ValueError, NotImplementedError), match=rf"json: text_config\.{section}\.{field}"
+    ):
+        LlavaConfig.from_hf(with_text(**{section: rope}))
+
+
+@pytest.mark.parametrize("value", [["a"], 1.5, True, -1, 32064, [2, 32064], "2", {"a": 1}])
+def test_ids_beyond_the_vocabulary_are_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"text_config\.eos_token_id=.* vocabulary, .* to 32063"):
+        LlavaConfig.from_hf(with_text(eos_token_id=value))
+    assert LlavaConfig.from_hf(with_text(pad_token_id=10**9, bos_token_id="x", unknown=[{}]))
+
+
+@pytest.mark.parametrize("config", [None, 5, "x", [], [("model_type", "llava")]])
+def test_a_config_that_is_no_object_is_refused(config):
+    with pytest.raises(ValueError, match=r"config\.json must hold an object"):
+        LlavaConfig.from_hf(config)

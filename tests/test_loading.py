@@ -46,6 +46,34 @@ def test_then_the_text_configs_then_the_tokenizers(copy):
     assert stop_ids(copy) == (5, 6)
 
 
+@pytest.mark.parametrize("value", [["a"], 1.5, True, 264, -1, "2", {"a": 2}, 10**30])
+def test_ids_of_generation_config_are_of_the_vocabulary(value, copy):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=r"^generation_config\.json: eos_token_id=.*vocabulary"):
+        stop_ids(copy)
+    wrong = {"eos_token_id": 3, "pad_token_id": 10**9, "bos_token_id": "x"}
+    (copy / "generation_config.json").write_text(json.dumps(wrong))
+    assert stop_ids(copy) == (3,)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", [5, "float64", [], True, "x" * 500])
+def test_an_unknown_type_of_config_json_is_named(name, value, copy):
+    config = json.loads((copy / "config.json").read_text()) | {name: value}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"^config\.json: {name}=.* must be \"float32\" or"):
+        describe(copy)
+    assert describe(copy, "bfloat16")["dtype"] == "bfloat16"
+
+
+def test_64_bits_do_not_break_loading(copy):
+    plain = vlcache_jax.load(copy)
+    with jax.enable_x64(True):
+        wide = vlcache_jax.load(copy, transform=True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(wide.params)} == {np.dtype(np.float32)}
+    assert jax.tree.structure(wide.params) == jax.tree.structure(plain.params)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{"])
 def test_a_damaged_generation_config_is_named(copy, content):
     (copy / "generation_config.json").write_text(content)

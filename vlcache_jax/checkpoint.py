@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,10 +30,13 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from vlcache_jax import demo
-from vlcache_jax.config import LlavaConfig, first_line, read_json
+from vlcache_jax.config import LlavaConfig
+from vlcache_jax.errors import reason, short
+from vlcache_jax.fields import COUNT, SECTION, local_path, read_field, read_json, shown
 from vlcache_jax.models.fold import fold_layer
 from vlcache_jax.models.llava import Params, abstract_params
 from vlcache_jax.weights import (
+    DTYPE,
     DTYPES,
     EMBEDDING,
     FLOAT_KINDS,
@@ -85,16 +89,19 @@ def resolve(model: str | Path, *, weights: bool = True, revision: str | None = N
         FileNotFoundError: there is no such directory, nor such a model or revision on the hub.
         ConnectionError: the hub cannot be reached and the model is not in the local cache.
     """
-    path, name = Path(model).expanduser(), str(model)
+    path, name = local_path(model), str(model)
     if path.is_dir() or (name == "demo" and not path.exists()):
         if revision is not None:
-            raise ValueError(f"{name} is not on the hub and has no {revision=}: leave that out")
+            raise ValueError(
+                f"{short(name)} is not on the hub and has no revision={shown(revision)}: leave "
+                "that out"
+            )
         return path if path.is_dir() else demo.CHECKPOINT
     if path.exists():
-        raise ValueError(f"{path} is a file: give the model's directory")
+        raise ValueError(f"{short(path)} is a file: give the model's directory")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(
-            f"no directory {name}: give a model's directory or a hub id such as "
+            f"no directory {short(name)}: give a model's directory or a hub id such as "
             "llava-hf/llava-1.5-7b-hf"
         )
     files = [*CONFIG_PATTERNS, "*.safetensors"] if weights else [*CONFIG_PATTERNS]
@@ -102,15 +109,17 @@ def resolve(model: str | Path, *, weights: bool = True, revision: str | None = N
         found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)
     except RepositoryNotFoundError:
         raise FileNotFoundError(
-            f"no directory {name}, and no model of that name on the Hugging Face hub: check the "
-            "spelling, or log in with `hf auth login` if the model is private or gated"
+            f"no directory {short(name)}, and no model of that name on the Hugging Face hub: check "
+            "the spelling, or log in with `hf auth login` if the model is private or gated"
         ) from None
     except RevisionNotFoundError:
-        raise FileNotFoundError(f"{name} has no {revision=} on the hub: check it") from None
+        raise FileNotFoundError(
+            f"{short(name)} has no revision={shown(revision)} on the hub: check it"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(
-            f"no directory {name}, and no reply from the hub ({first_line(error)}): go online, or "
-            "download the model elsewhere and give its directory"
+            f"no directory {short(name)}, and no reply from the hub ({reason(error)}): go online, "
+            "or download the model elsewhere and give its directory"
         ) from None
     return Path(found)
 
@@ -144,7 +153,7 @@ class Checkpoint(ABC):
             return parse_dtype(dtype)
         if self.dtype is None:
             raise ValueError(
-                f"the weights in {self.path} have different number types: choose one, "
+                f"the weights in {short(self.path)} have different number types: choose one, "
                 f"dtype={' or '.join(DTYPES)}"
             )
         return self.dtype
@@ -221,7 +230,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 tensors: Any = safe_open(file, framework="numpy")
             except SafetensorError as error:
                 raise ValueError(
-                    f"{file} is truncated or damaged ({first_line(error)}): download it again"
+                    f"{short(file)} is truncated or damaged ({reason(error)}): download it again"
                 ) from None
             for key in tensors.keys():  # noqa: SIM118 (not a mapping)
                 part = tensors.get_slice(key)
@@ -259,21 +268,21 @@ class ConvertedCheckpoint(Checkpoint):
         super().__init__(path, config)
         file = path / MANIFEST
         manifest = read_json(file)
-        if manifest.get("format") != FORMAT:
+        given = partial(read_field, manifest, file=file)
+        if (version := given("format", COUNT)) != FORMAT:
             raise ValueError(
-                f"{file} has format {manifest.get('format')!r}, this version reads {FORMAT}: "
-                "convert the model again"
+                f"{short(file)} has format {version}, this version reads {FORMAT}: convert the "
+                "model again"
             )
-        try:
-            self.dtype = parse_dtype(manifest["dtype"])
-            listed = {
-                name: f"{entry['dtype']}{list(entry['shape'])}"
-                for name, entry in manifest["parameters"].items()
-            }
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{file} is damaged: convert the model again") from None
+        self.dtype = DTYPES[given("dtype", DTYPE)]
+        listed = {
+            name: f"{entry['dtype']}{entry['shape']}"
+            if isinstance(entry, dict) and {"dtype", "shape"} <= entry.keys()
+            else short(entry)
+            for name, entry in given("parameters", SECTION).items()
+        }
         expected = {name: f"{self.dtype}{list(shape)}" for name, shape in self.shapes.items()}
-        refuse_differences(f"{file} does not fit config.json", expected, listed)
+        refuse_differences(f"{short(file)} does not fit config.json", expected, listed)
         # Orbax itself restores another shape than the one asked for without a word.
         found: dict[str, str] = {}
         with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
@@ -282,7 +291,7 @@ class ConvertedCheckpoint(Checkpoint):
                 for leaf, array in arrays.tree.items() if arrays is not None else ():
                     found[f"{piece}/{leaf}"] = f"{np.dtype(array.dtype)}{list(array.shape)}"
         refuse_differences(
-            f"{path / 'params'} does not hold what {MANIFEST} says; convert the model again",
+            f"{short(path / 'params')} does not hold what {MANIFEST} says; convert the model again",
             {"/".join(piece_of(name)): spec for name, spec in expected.items()},
             found,
         )
@@ -298,7 +307,7 @@ class ConvertedCheckpoint(Checkpoint):
                 arrays = checkpointer.restore(directory, like)
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"{directory} is damaged ({first_line(error)}): convert the model again"
+                f"{short(directory)} is damaged ({reason(error)}): convert the model again"
             ) from None
         del like
         for name in names:
@@ -314,16 +323,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             pickles, or the conversion that made the directory was interrupted.
         NotImplementedError: the configuration describes another kind of model.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"no model directory at {path}")
+        raise FileNotFoundError(f"no model directory at {short(path)}")
     config = LlavaConfig.from_file(path)
     if (path / MANIFEST).is_file():
         return ConvertedCheckpoint(path, config)
     if (path / "params").is_dir():
         raise ValueError(
-            f"{path} has params but no {MANIFEST}: its conversion was interrupted; delete the "
-            "directory and convert the model again"
+            f"{short(path)} has params but no {MANIFEST}: its conversion was interrupted; delete "
+            "the directory and convert the model again"
         )
     return SafetensorsCheckpoint(path, config)
 
@@ -347,29 +356,31 @@ def quiet_orbax() -> Iterator[None]:
 
 def _weight_files(path: Path) -> list[Path]:
     """A Hugging Face checkpoint's weight files."""
+    if (path / WEIGHTS).is_file():  # an index beside it is older, as transformers takes it too
+        return [path / WEIGHTS]
     index = path / INDEX
     if index.is_file():
         where = read_json(index).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-            raise ValueError(f"{index} has no weight_map: download it again")
+            raise ValueError(f"{short(index)} has no weight_map: download it again")
         names = sorted(set(where.values()))
         if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} names files outside of its directory: {names}")
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
+            raise ValueError(f"{short(index)} names files outside of its directory: {short(names)}")
+        missing = sorted(set(names) - {file.name for file in path.iterdir()})
+        if missing or not names:
             raise FileNotFoundError(
-                f"{index} names {len(missing)} of {len(names)} files that are not there "
-                f"({', '.join(missing[:3])}): download them again"
+                f"{short(index)} is stale or its download incomplete: it names {len(missing)} of "
+                f"{len(names)} files that are not there ({short(', '.join(missing))}): download "
+                "the checkpoint again"
             )
         return [path / name for name in names]
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise ValueError(
-            f"{path} has only pickled weights ({pickles[0]}), which can run any code and are never "
-            "opened: use a safetensors checkpoint"
+            f"{short(path)} has only pickled weights ({short(pickles[0])}), which can run any code "
+            "and are never opened: use a safetensors checkpoint"
         )
     raise FileNotFoundError(
-        f"no weights in {path}: expected {WEIGHTS}, {INDEX} or a converted checkpoint's {MANIFEST}"
+        f"no weights in {short(path)}: expected {WEIGHTS}, {INDEX} or a converted checkpoint's "
+        f"{MANIFEST}"
     )

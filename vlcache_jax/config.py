@@ -5,11 +5,30 @@ the Hugging Face class. A value that would change the mathematics and is not imp
 `NotImplementedError` naming the field, so that no model is ever run almost right.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from vlcache_jax.errors import short
+from vlcache_jax.fields import (
+    COUNT,
+    FLAG,
+    ID,
+    NUMBER,
+    PAIRS,
+    SECTION,
+    SIZE,
+    TEXT,
+    Kind,
+    local_path,
+    one_of,
+    read_field,
+    read_json,
+    shown,
+    token_ids,
+    whole,
+)
 
 REMOTE_CODE = (
     "asks for remote code (auto_map), which is never run: use a checkpoint of the plain "
@@ -149,66 +168,118 @@ class LlavaConfig:
     def from_file(cls, path: str | Path) -> "LlavaConfig":
         """Read a `config.json`, or the one inside a model directory.
 
+        Args:
+            path: the file or the directory.
+
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not a JSON object, or a value in it is impossible.
             NotImplementedError: it describes a model that this library does not implement.
         """
-        path = Path(path)
+        path = local_path(path)
         if path.is_dir():
             path = path / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"no config.json at {path}: is this a model directory?")
+            raise FileNotFoundError(f"no config.json at {short(path)}: is this a model directory?")
         return cls.from_hf(read_json(path))
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> "LlavaConfig":
         """Read the content of a Hugging Face `config.json`.
 
+        Args:
+            data: its fields.
+
         Raises:
             ValueError: a value is impossible, or the file asks for remote code.
-            NotImplementedError: an unknown architecture, or a field that changes the mathematics.
+            NotImplementedError: an unknown architecture, quantised weights, or a field that changes
+                the mathematics.
         """
-        if "auto_map" in data:
-            raise ValueError(f"config.json {REMOTE_CODE}")
-        family = _one_of("model_type", data.get("model_type"), "llava", "llava_next")
-        _refuse(
-            data,
-            "",
-            projector_hidden_act="gelu",
-            vision_feature_select_strategy="default",
-            use_image_newline_parameter=True,
-        )
-        vision = _read_vision(data.get("vision_config"))
-        text = _read_text(data.get("text_config") or {}, tied=data.get("tie_word_embeddings"))
-        layer = data.get("vision_feature_layer", -2)
-        if isinstance(layer, list) and len(layer) == 1:
-            layer = layer[0]
-        if not isinstance(layer, int):
-            raise NotImplementedError(
-                f"vision_feature_layer={layer!r}: features of several layers are not supported"
-            )
+        if not isinstance(data, Mapping):
+            raise ValueError(f"config.json must hold an object, not {shown(data)}")
+        _refuse_formats(data)
+        family = read_field(data, "model_type", one_of("llava", "llava_next"))
+        for name, only in _ONLY.items():
+            read_field(data, name, one_of(only), only)
+        vision = _read_vision(data)
+        layer = read_field(data, "vision_feature_layer", _LAYER, -2)
         vision_layers = layer if layer >= 0 else vision.num_layers + 1 + layer
         if not 0 <= vision_layers <= vision.num_layers:
-            raise ValueError(f"vision_feature_layer={layer} of {vision.num_layers} vision layers")
-        given = data.get("image_grid_pinpoints") or _DEFAULT_PINPOINTS
-        pinpoints = tuple((h, w) for h, w in given) if family == "llava_next" else ()
+            raise ValueError(
+                f"config.json: vision_feature_layer={shown(layer)} of {vision.num_layers} layers"
+            )
+        pinpoints = ()
+        if family == "llava_next":
+            pinpoints = read_field(data, "image_grid_pinpoints", PAIRS, _DEFAULT_PINPOINTS)
         for pair in pinpoints:
             if any(side % vision.image_size for side in pair):
                 raise ValueError(
-                    f"image_grid_pinpoints entry {pair} must be multiples of the vision tower's "
-                    f"image_size {vision.image_size}"
+                    f"config.json: image_grid_pinpoints entry {pair} must be multiples of the "
+                    f"vision tower's image_size {vision.image_size}"
                 )
+        token = read_field(data, "image_token_id", ID, 32000)
         return cls(
             family=family,
             vision=vision,
-            text=text,
-            image_token_id=_first(data, "image_token_index", "image_token_id", default=32000),
+            text=_read_text(data),
+            image_token_id=read_field(data, "image_token_index", ID, token),
             vision_layers=vision_layers,
-            projector_bias=data.get("multimodal_projector_bias", True),
+            projector_bias=read_field(data, "multimodal_projector_bias", FLAG, True),
             grid_pinpoints=pinpoints,
         )
 
+
+# Every field that changes the mathematics, with the one value that is implemented.
+_ONLY = {
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "use_image_newline_parameter": True,
+    "vision_config.model_type": "clip_vision_model",
+    "vision_config.num_channels": 3,
+    "text_config.hidden_act": "silu",
+    "text_config.attention_bias": False,
+    "text_config.mlp_bias": False,
+    "text_config.partial_rotary_factor": 1.0,
+    "text_config.attn_logit_softcapping": None,
+    "text_config.final_logit_softcapping": None,
+    "text_config.query_pre_attn_scalar": None,
+    "text_config.embedding_multiplier": 1.0,
+    "text_config.residual_multiplier": 1.0,
+    "text_config.attention_multiplier": None,
+    "text_config.logits_scaling": 1.0,
+    "text_config.logit_scale": None,
+    "text_config.use_qk_norm": False,
+    "text_config.num_local_experts": None,
+}
+
+# Fields whose names in config.json are not those of the dataclasses.
+_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings",
+    "activation": "hidden_act",
+    "kind": "model_type",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+# What a field may hold, by its name in config.json or else by its type in the dataclass.
+_KINDS: dict[Any, Kind] = {
+    "num_hidden_layers": whole(1, 512),
+    "max_position_embeddings": COUNT,
+    "hidden_act": one_of("quick_gelu", "gelu"),
+    "model_type": one_of("llama", "mistral"),
+    int: SIZE,
+    float: NUMBER,
+    bool: FLAG,
+}
+_ROPE = one_of("default", "linear", "llama3")
+_LAYER = Kind(
+    "a whole number (features of several layers are not supported)",
+    lambda x: type(x[0] if isinstance(x, list) and len(x) == 1 else x) is int,
+    lambda x: x if isinstance(x, int) else x[0],
+    NotImplementedError,
+)
 
 # Where a config.json leaves fields out: the tower of a file without vision_config, and what of
 # Mistral's defaults are not Llama's. Else they are those of the dataclasses above.
@@ -220,167 +291,133 @@ _MISTRAL = {
     "sliding_window": 4096,
 }
 
-# Sizes whose names in config.json are not those of the dataclasses.
-_NAMES = {
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "max_positions": "max_position_embeddings",
-}
+
+def _refuse_formats(data: Mapping[str, Any]) -> None:
+    """Refuse files of which no field means what it says, or that describe other weights."""
+    if "auto_map" in data:
+        raise ValueError(f"config.json {REMOTE_CODE}")
+    marks = [name for name in data if str(name).startswith("mm_")]
+    own = data.get("model_type") in ("llava_llama", "llava_mistral")
+    if own or (marks and data.get("text_config") is None):
+        mark = "model_type" if own else marks[0]
+        raise NotImplementedError(
+            f"config.json: {short(mark)}={shown(data[mark])} is the LLaVA authors' own format, "
+            "which is not supported: use the llava-hf conversion of the same model from the hub, "
+            "such as llava-hf/llava-v1.6-vicuna-13b-hf"
+        )
+    for section in ("", "text_config.", "vision_config."):
+        for name in (f"{section}quantization_config", f"{section}compression_config"):
+            config = read_field(data, name, SECTION, None)
+            if config is None:
+                continue
+            bits = any(config.get(f"load_in_{bits}bit") for bits in (4, 8))
+            method = "bitsandbytes" if bits else "an unnamed method"
+            method = read_field(data, f"{name}.quant_method", TEXT, method)
+            raise NotImplementedError(
+                f"config.json: {name} says that the weights are quantised by {short(method)}, "
+                "which is not supported: use the checkpoint that was quantised"
+            )
 
 
-def _read_vision(data: Mapping[str, Any] | None) -> VisionConfig:
-    if data is None:
+def _fields(
+    data: Mapping[str, Any], section: str, kind: type, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of a dataclass, read from a section; defaults go by their names there."""
+    found = {}
+    for each in fields(kind):
+        name = _NAMES.get(each.name, each.name)
+        wanted = _KINDS.get(name) or _KINDS.get(each.type)
+        if wanted is not None:
+            default = defaults.get(name, each.default)
+            found[each.name] = read_field(data, f"{section}.{name}", wanted, default)
+    return found
+
+
+def _read_vision(data: Mapping[str, Any]) -> VisionConfig:
+    if data.get("vision_config") is None:
         return _LLAVA_TOWER
-    clip = "clip_vision_model"
-    _one_of("vision_config.model_type", data.get("model_type", clip), clip)
-    _refuse(data, "vision_config.", num_channels=3)
-    activation = data.get("hidden_act", "quick_gelu")
-    config = VisionConfig(
-        **_sizes(data, VisionConfig),
-        layer_norm_eps=data.get("layer_norm_eps", 1e-5),
-        activation=_one_of("vision_config.hidden_act", activation, "quick_gelu", "gelu"),
-    )
+    config = VisionConfig(**_fields(data, "vision_config", VisionConfig, {}))
     if config.hidden_size % config.num_heads:
         raise ValueError(
-            f"vision hidden_size={config.hidden_size} must be a multiple of {config.num_heads=}"
+            f"config.json: vision_config.hidden_size={config.hidden_size} must be a multiple of "
+            f"num_attention_heads={config.num_heads}"
         )
     if config.patch_size > config.image_size:
-        raise ValueError(f"{config.patch_size=} must not exceed {config.image_size=}")
+        raise ValueError(
+            f"config.json: vision_config.patch_size={config.patch_size} must not exceed "
+            f"image_size={config.image_size}"
+        )
     return config
 
 
-def _read_text(data: Mapping[str, Any], tied: bool | None) -> TextConfig:
-    kind = _one_of("text_config.model_type", data.get("model_type", "llama"), "llama", "mistral")
-    # Every field that changes the mathematics, with the one value that is implemented.
-    _refuse(
-        data,
-        "text_config.",
-        hidden_act="silu",
-        attention_bias=False,
-        mlp_bias=False,
-        partial_rotary_factor=1.0,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=None,
-        query_pre_attn_scalar=None,
-        embedding_multiplier=1.0,
-        residual_multiplier=1.0,
-        attention_multiplier=None,
-        logits_scaling=1.0,
-        logit_scale=None,
-        use_qk_norm=False,
-        num_local_experts=None,
-        quantization_config=None,
-    )
-    data = {**(_MISTRAL if kind == "mistral" else {}), **data}
-    heads = _size(data, "num_attention_heads", TextConfig.num_heads)
-    hidden = _size(data, "hidden_size", TextConfig.hidden_size)
-    if data.get("num_key_value_heads") is None:
-        data["num_key_value_heads"] = heads
-    if data.get("head_dim") is None:
-        if hidden % heads:
-            raise ValueError(f"hidden_size={hidden} must be a multiple of {heads} heads")
-        data["head_dim"] = hidden // heads
+def _read_text(data: Mapping[str, Any]) -> TextConfig:
+    text = read_field(data, "text_config", SECTION, {})
+    heads = read_field(data, "text_config.num_attention_heads", SIZE, TextConfig.num_heads)
+    hidden = read_field(data, "text_config.hidden_size", SIZE, TextConfig.hidden_size)
+    # Of these null is a value of its own, not the default of the class.
+    null = {"num_key_value_heads": heads, "sliding_window": None}
+    defaults = {
+        "head_dim": hidden // heads,
+        **null,
+        **(_MISTRAL if text.get("model_type") == "mistral" else {}),
+        **{name: value for name, value in null.items() if name in text},
+    }
+    if text.get("head_dim") is None and hidden % heads:
+        raise ValueError(
+            f"config.json: text_config.hidden_size={hidden} must be a multiple of {heads} heads"
+        )
+    values = _fields(data, "text_config", TextConfig, defaults)
+    values["tie_embeddings"] |= read_field(data, "tie_word_embeddings", FLAG, False)
+    ids = token_ids(values["vocab_size"])
     config = TextConfig(
-        **_sizes(data, TextConfig),
-        rms_norm_eps=data.get("rms_norm_eps", 1e-6),
-        rope=_read_rope(data),
-        tie_embeddings=bool(tied or data.get("tie_word_embeddings", False)),
-        eos_token_ids=token_ids(data.get("eos_token_id")),
-        kind=kind,
+        **values,
+        rope=_read_rope(data, values["max_positions"]),
+        eos_token_ids=read_field(data, "text_config.eos_token_id", ids, ()),
     )
-    window = data.get("sliding_window")
+    window = read_field(data, "text_config.sliding_window", COUNT, defaults["sliding_window"])
     if window is not None and window < config.max_positions:
         raise NotImplementedError(
-            f"text_config.sliding_window={window} binds below {config.max_positions} positions and "
-            "is not supported: set it to null if the model was not trained with it"
+            f"config.json: text_config.sliding_window={window} binds below {config.max_positions} "
+            "positions and is not supported: set it to null if the model was not trained with it"
         )
     if heads % config.num_kv_heads:
         raise ValueError(
-            f"num_attention_heads={heads} must be a multiple of {config.num_kv_heads} kv heads"
+            f"config.json: text_config.num_attention_heads={heads} must be a multiple of "
+            f"num_key_value_heads={config.num_kv_heads}"
         )
     if config.head_dim % 2:
-        raise ValueError(f"head_dim={config.head_dim} must be even for rotary positions")
+        raise ValueError(
+            f"config.json: text_config.head_dim={config.head_dim} must be even for rotary positions"
+        )
     return config
 
 
-def _read_rope(data: Mapping[str, Any]) -> RopeConfig:
+def _read_rope(data: Mapping[str, Any], max_positions: int) -> RopeConfig:
     """Rope fields: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
-    kind = _first(rope, "rope_type", "type", default="default")
-    _one_of("text_config.rope_type", kind, "default", "linear", "llama3")
-    _refuse(rope, "rope_parameters.", partial_rotary_factor=1.0)
-    theta = float(rope.get("rope_theta") or data.get("rope_theta") or 10000.0)
+    old = read_field(data, "text_config.rope_scaling", SECTION, {})
+    at = "text_config.rope_scaling" if old else "text_config.rope_parameters"
+    kind = read_field(
+        data, f"{at}.rope_type", _ROPE, read_field(data, f"{at}.type", _ROPE, "default")
+    )
+    read_field(data, f"{at}.partial_rotary_factor", one_of(1.0), 1.0)
+    theta = read_field(data, "text_config.rope_theta", NUMBER, RopeConfig.theta)
+    theta = read_field(data, f"{at}.rope_theta", NUMBER, theta)
     if kind == "default":
         return RopeConfig(theta)
-    if not rope.get("factor"):
-        raise ValueError(f"rope type {kind!r} needs a factor")
-    factor = float(rope["factor"])
+    factor = read_field(data, f"{at}.factor", NUMBER)
     if kind == "linear":
         return RopeConfig(theta, kind, factor)
-    known = _size(data, "max_position_embeddings", TextConfig.max_positions)
-    return RopeConfig(
+    rope = RopeConfig(
         theta,
         kind,
         factor,
-        low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
-        original_max_positions=int(rope.get("original_max_position_embeddings") or known),
+        read_field(data, f"{at}.low_freq_factor", NUMBER, RopeConfig.low_freq_factor),
+        read_field(data, f"{at}.high_freq_factor", NUMBER, RopeConfig.high_freq_factor),
+        read_field(data, f"{at}.original_max_position_embeddings", COUNT, max_positions),
     )
-
-
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """`eos_token_id` of a Hugging Face file: one id, a list of them, or null."""
-    return (value,) if isinstance(value, int) else tuple(value or ())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model directory.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): get the file again") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}")
-    return data
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or what it is where it says nothing."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _one_of(name: str, value: Any, *known: Any) -> Any:
-    """The value, if it is one of those that are implemented."""
-    if value not in known:
-        expected = " or ".join(map(repr, known))
-        raise NotImplementedError(f"{name}={value!r} is not supported: expected {expected}")
-    return value
-
-
-def _refuse(data: Mapping[str, Any], prefix: str, **supported: Any) -> None:
-    """Refuse fields that have another value than the one that is implemented, or null."""
-    for name, only in supported.items():
-        if data.get(name) is not None:
-            _one_of(prefix + name, data[name], only)
-
-
-def _first(data: Mapping[str, Any], *names: str, default: Any) -> Any:
-    return next((data[name] for name in names if data.get(name) is not None), default)
-
-
-def _sizes(data: Mapping[str, Any], section: type[VisionConfig | TextConfig]) -> dict[str, int]:
-    """The whole numbers among the fields of a section; those left out have their defaults."""
-    names = {f.name: _NAMES.get(f.name, f.name) for f in fields(section) if f.type is int}
-    return {ours: _size(data, theirs) for ours, theirs in names.items() if theirs in data}
-
-
-def _size(data: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = data.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"config.json: {name}={value!r} must be a positive whole number")
-    return value
+    if rope.low_freq_factor >= rope.high_freq_factor:
+        raise ValueError(
+            f"config.json: {at}.low_freq_factor={rope.low_freq_factor} must be below "
+            f"high_freq_factor={rope.high_freq_factor}"
+        )
+    return rope

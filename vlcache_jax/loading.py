@@ -12,11 +12,12 @@ from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.calibration import KV_LAYERS, Calibration
 from vlcache_jax.checkpoint import Progress, open_checkpoint, resolve
-from vlcache_jax.config import LlavaConfig, read_json, token_ids
+from vlcache_jax.config import LlavaConfig
+from vlcache_jax.fields import read_field, read_json, token_ids
 from vlcache_jax.processing import Processor
 from vlcache_jax.report import count_parameters, kv_bits, memory_need, token_bytes
 from vlcache_jax.vlm import VLM
-from vlcache_jax.weights import parse_dtype
+from vlcache_jax.weights import DTYPE, parse_dtype
 
 
 def load(
@@ -84,9 +85,14 @@ def load(
 
 def _stop_ids(path: Path, config: LlavaConfig, processor: Processor) -> tuple[int, ...]:
     """Tokens that end an answer, of generation_config.json, config.json or the tokenizer."""
-    file = path / "generation_config.json"
-    given = token_ids(read_json(file).get("eos_token_id")) if file.is_file() else ()
-    return given or config.text.eos_token_ids or token_ids(processor.eos_token_id)
+    file, ids = path / "generation_config.json", token_ids(config.text.vocab_size)
+    given = read_json(file) if file.is_file() else {}
+    own = {"eos_token_id": processor.eos_token_id}
+    return (
+        read_field(given, "eos_token_id", ids, (), file=file.name)
+        or config.text.eos_token_ids
+        or read_field(own, "eos_token_id", ids, (), file="the tokenizer")
+    )
 
 
 def describe(
@@ -122,7 +128,10 @@ def describe(
     path = resolve(model, weights=False, revision=revision)
     config = LlavaConfig.from_file(path)
     stored = read_json(path / "config.json")
-    kind = parse_dtype(dtype or stored.get("dtype") or stored.get("torch_dtype") or "float32")
+    if dtype is None:
+        old = read_field(stored, "torch_dtype", DTYPE, "float32")
+        dtype = read_field(stored, "dtype", DTYPE, old)
+    kind = parse_dtype(dtype)
     limit = config.text.max_positions
     if context is None:
         context = max(1, min(4096, limit + 1 - new_tokens))

@@ -9,6 +9,7 @@ tensor's name is spelled as on the Hugging Face hub; the other spellings are tra
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import jax
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.config import LlavaConfig
+from vlcache_jax.errors import short
+from vlcache_jax.fields import one_of, shown
 from vlcache_jax.models.llava import abstract_params
 
 Shape = tuple[int, ...]
@@ -23,13 +26,16 @@ Shape = tuple[int, ...]
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 """The number types that parameters may have."""
 
+DTYPE = one_of(*DTYPES)._replace(error=ValueError)
+"""A field of a file that names one of them."""
+
 FLOAT_KINDS: dict[str, np.dtype] = dict(zip(("F32", "BF16", "F16"), DTYPES.values(), strict=True))
 """The same by the name that safetensors gives them."""
 
 LM_HEAD = "language_model.lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
 
-_REPORTED = 8  # problems of one kind listed in full; a wholly foreign checkpoint has hundreds
+_REPORT = 380  # characters of a report; a wholly foreign checkpoint has hundreds of problems
 _BLOCK_BYTES = 1 << 20  # of a transposed copy: what stays in a core's cache
 
 
@@ -41,10 +47,10 @@ def parse_dtype(dtype: Any) -> np.dtype:
     """
     try:
         name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in DTYPES:
-        raise ValueError(f"dtype={name!r} is not supported: expected {', '.join(DTYPES)}")
+    except (TypeError, ValueError, SyntaxError):  # of numpy's own little language of types
+        name = dtype
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"dtype={shown(name)} is not supported: expected {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -290,7 +296,7 @@ def refuse_differences(
         problems: what else is wrong, by the kind of problem.
 
     Raises:
-        ValueError: all that is wrong, up to a bound for each kind, and how much it is.
+        ValueError: in one line how much is wrong and, as far as it has room, what.
     """
     problems = {
         "missing": [f"{name} {expected[name]}" for name in expected if name not in found],
@@ -305,9 +311,11 @@ def refuse_differences(
     count = sum(map(len, problems.values()))
     if not count:
         return
-    lines = [f"{what}: {count} problem{'s' if count > 1 else ''}"]
-    for kind, listed in problems.items():
-        lines += [f"  {kind}: {problem}" for problem in listed[:_REPORTED]]
-        if len(listed) > _REPORTED:
-            lines.append(f"  {kind}: and {len(listed) - _REPORTED} more")
-    raise ValueError("\n".join(lines))
+    report, left = f"{what}: {count} problem{'s' if count > 1 else ''}", count
+    # The first of each kind before the second of any.
+    for rank in zip_longest(*([(kind, each) for each in problems[kind]] for kind in problems)):
+        for kind, problem in filter(None, rank):
+            text = f"; {kind}: {short(problem, 72)}"
+            if len(report) + len(text) <= _REPORT:
+                report, left = report + text, left - 1
+    raise ValueError(report + (f"; and {left} more" if left else ""))

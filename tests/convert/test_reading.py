@@ -19,6 +19,8 @@ from convert.program import convert
 from tests.checkpoints import SPELLINGS, config_json, random_tensors, respell, write_model
 from vlcache_jax.checkpoint import open_checkpoint, resolve
 from vlcache_jax.config import LlavaConfig
+from vlcache_jax.errors import short
+from vlcache_jax.loading import describe
 from vlcache_jax.models.llava import abstract_params
 from vlcache_jax.weights import join, parameter_name, tensors_of
 
@@ -192,8 +194,11 @@ def test_a_conversion_without_manifest_is_refused(converted, tmp_path):
     ("edit", "message"),
     [
         (lambda m: m.update(format=99), "has format 99, this version reads 1"),
-        (lambda m: m.pop("parameters"), "is damaged"),
-        (lambda m: m.update(dtype="int8"), "is not supported"),
+        (
+            lambda m: m.pop("parameters"),
+            r"MANIFEST\.json: parameters, which is missing, must be an",
+        ),
+        (lambda m: m.update(dtype="int8"), r"MANIFEST\.json: dtype='int8' must be"),
         (lambda m: m["parameters"].pop("projector.newline"), r"missing: projector\.newline"),
         (
             lambda m: m["parameters"]["head.kernel"].update(shape=[32, 63]),
@@ -218,8 +223,10 @@ def test_pieces_that_are_not_those_of_the_manifest_are_refused(converted, tmp_pa
         open_checkpoint(directory)
     text = str(error.value)
     assert "missing: embed/embedding bfloat16[64, 32]" in text
-    assert "unknown: embed/newline bfloat16[32]" in text
-    assert "missing: layer_001/qkv" in text
+    assert "unknown: embed/linear_1.bias bfloat16[32]" in text
+    assert text.endswith(" more")
+    assert len(text) <= 400
+    assert "missing: layer_001/down" in text
 
 
 def test_arrays_of_another_shape_are_refused(converted, tensors, tmp_path):
@@ -316,7 +323,9 @@ def test_resolve_says_what_to_do(raised, expected, message, monkeypatch):
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_revision_is_of_the_hub(weights, tmp_path):
     for model in (tmp_path, "demo"):
-        with pytest.raises(ValueError, match=f"{model} is not on the hub and has no revision='v1'"):
+        with pytest.raises(
+            ValueError, match=f"{short(model)} is not on the hub and has no revision='v1'"
+        ):
             resolve(model, weights=weights, revision="v1")
 
 
@@ -331,3 +340,95 @@ def test_weights_are_read_when_they_are_asked_for(tensors, tmp_path):
         "head.kernel",
         "head.norm.scale",
     ]
+
+
+def test_one_file_wins_over_an_older_index_beside_it(tensors, tmp_path):
+    """As transformers takes them: the index is not even read."""
+    write_model(tmp_path, CONFIG, tensors)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone"}}')
+    _check_params(open_checkpoint(tmp_path).load(), tensors, ml_dtypes.bfloat16)
+
+
+def test_a_stale_index_is_called_so(tensors, tmp_path):
+    write_model(tmp_path, CONFIG, tensors, shards=2)
+    for file in tmp_path.glob("*.safetensors"):
+        file.rename(tmp_path / f"other-{file.name}")
+    with pytest.raises(
+        FileNotFoundError, match=r"index\.json is stale .* 2 of 2 files .*model-000"
+    ):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("section", ["", "text_config", "vision_config"])
+@pytest.mark.parametrize(
+    ("quantization", "method"),
+    [
+        ({"load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, "bitsandbytes"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "gptq"}, "gptq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({}, "an unnamed method"),
+    ],
+)
+def test_quantised_weights_are_refused_before_tensors_are_looked_at(
+    section, quantization, method, tmp_path
+):
+    config = config_json()
+    (config[section] if section else config)["quantization_config"] = quantization
+    (tmp_path / "config.json").write_text(json.dumps(config))  # no weights at all
+    name = f"{section}.quantization_config" if section else "quantization_config"
+    for read in (open_checkpoint, describe):
+        with pytest.raises(NotImplementedError, match=f"json: {name} .* quantised by {method},"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336"},
+        {"model_type": "llava_mistral", "hidden_size": 5120},
+        {"model_type": "llava", "mm_projector_type": "mlp2x_gelu", "hidden_size": 5120},
+    ],
+)
+def test_the_authors_own_format_is_refused_by_name(own, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    for read in (open_checkpoint, describe):
+        with pytest.raises(NotImplementedError, match=r"authors' own format.* use the llava-hf"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("format", value) for value in (None, True, "1", [1], 1.0)),
+        *(("dtype", value) for value in (None, 5, ["float32"], "bf16")),
+        *(("parameters", value) for value in (None, 5, "x", [["head.kernel"]])),
+    ],
+)
+def test_fields_of_a_manifest_are_named(field, value, converted, tmp_path):
+    directory = _copy(converted, tmp_path)
+    _edit_manifest(directory, lambda manifest: manifest.update({field: value}))
+    with pytest.raises(ValueError, match=rf"MANIFEST\.json: {field}.* must be") as error:
+        open_checkpoint(directory)
+    assert len(str(error.value)) <= 400
+
+
+@pytest.mark.parametrize(
+    "entry", [None, 5, "x", {}, {"dtype": "bfloat16"}, {"shape": 5, "dtype": 5}]
+)
+def test_an_entry_of_a_manifest_is_named(entry, converted, tmp_path):
+    directory = _copy(converted, tmp_path)
+    _edit_manifest(directory, lambda m: m["parameters"].update({"head.kernel": entry}))
+    with pytest.raises(ValueError, match=r"MANIFEST\.json .*; different: head\.kernel is "):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize("model", [5, None, ["x"], b"x", "a\0b", "~nobody-here/x", "x" * 5000])
+def test_what_is_no_path_is_refused(model):
+    for read in (resolve, open_checkpoint, LlavaConfig.from_file):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            read(model)
+        assert len(str(error.value)) <= 400
+        assert "\n" not in str(error.value)
