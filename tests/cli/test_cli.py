@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from PIL import Image
 import vlcache_jax
 from tests.cli.program import refused, run
 from vlcache_jax import demo
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_json_is_one_object_and_nothing_else(model_dir, image):
@@ -416,38 +413,6 @@ def test_compiled_programs_are_kept_between_runs(model_dir, tmp_path):
     assert hits() == len(kept) > 0
     assert hits("--no-compilation-cache") == 0
     assert sorted(folder.iterdir()) == kept
-
-
-def program(cwd, *arguments, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "vlcache_jax.cli", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_a_command_that_fails_to_import_costs_one_warning(tmp_path):
-    (tmp_path / "broken-1.0.dist-info").mkdir()
-    (tmp_path / "broken-1.0.dist-info" / "METADATA").write_text("Name: broken\nVersion: 1.0\n")
-    entries = "[vlcache.commands]\nbroken = broken_package.module:command\n"
-    (tmp_path / "broken-1.0.dist-info" / "entry_points.txt").write_text(entries)
-    (tmp_path / "broken_package.py").write_text("1 / 0")
-    done = program(tmp_path, "--help", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
-    assert done.returncode == 0
-    assert "generate" in done.stdout
-    assert done.stderr.count("\n") == 1
-    assert "broken of broken_package.module:command is left out: division by zero" in done.stderr
-
-
-def test_a_module_of_the_working_directory_does_not_stand_in_for_conversion(tmp_path):
-    (tmp_path / "convert.py").write_text("raise SystemExit('the wrong module')")
-    done = program(tmp_path, "convert", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "Convert a checkpoint to Orbax" in done.stdout
-    assert not done.stderr
 
 
 def test_a_prompt_in_the_templates_own_form_gets_one_line_of_warning(model_dir, image):
