@@ -88,7 +88,7 @@ def _tokens(
     row = {"kernel": "model", "case": f"{words}, {varied} different tokens", "bound": 0.0}
     pairs = {
         "tokens": (ours.tokens, expected.tokens),
-        "kept rows": (ours.trace.kept, expected.trace.kept),
+        "kept rows": (ours.trace.arrays["kept"], expected.trace.arrays["kept"]),
     }
     return [
         {**row, "what": what, "error": float((a != b).mean()), "ok": bool((a == b).all())}

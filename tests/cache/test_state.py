@@ -30,7 +30,7 @@ def test_the_full_pool_has_room_for_every_layer(layers, rows):
     pool = method.build(buffer, buffer, method.plan(Observation(), prompt), prompt)
     assert isinstance(pool, Pool)
     assert pool.k is buffer
-    assert pool.most == rows
+    assert pool.most == min(-(-rows // BLOCK) * BLOCK, capacity)  # whole blocks
     assert pool.offset.tolist() == [[layer * rows for layer in range(layers)]] * 2
     assert pool.length.tolist() == [[rows] * layers, [1] * layers]
     assert pool.visual.tolist() == [[1.0] * layers] * 2
