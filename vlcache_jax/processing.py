@@ -102,11 +102,15 @@ class Processor:
                 "tokenizer files of the same checkpoint"
             )
         if config.family == "llava_next":
-            pinpoints = tuple((h, w) for h, w in self.image_processor.image_grid_pinpoints)
-            if pinpoints != config.grid_pinpoints:
+            given = self.image_processor.image_grid_pinpoints
+            pairs = given if isinstance(given, list | tuple) else ()
+            if [tuple(p) if isinstance(p, list | tuple) else p for p in pairs] != [
+                *config.grid_pinpoints
+            ]:
                 raise ValueError(
-                    f"the processor's image_grid_pinpoints {pinpoints} differ from the model's "
-                    f"{config.grid_pinpoints}: use the processor files of the same checkpoint"
+                    f"the processor's image_grid_pinpoints {short(repr(given))} differ from the "
+                    f"model's {short(repr(config.grid_pinpoints))}: use the processor files of the "
+                    "same checkpoint"
                 )
 
     @classmethod
