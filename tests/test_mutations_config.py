@@ -116,10 +116,10 @@ def files(model_dir):
     return found | {"generation_config.json": json.dumps(generation).encode()}
 
 
-def answer(path):
-    """The facts of an answer, or the one line on stderr."""
-    options = ("--max-new-tokens", 2, "--method", "full", "--json")  # the smallest programs
-    result = run("generate", path, "--prompt", "x", *options)
+def answer(path, *options, prompt="x"):
+    """The text of an answer, or the one line on stderr."""
+    options += ("--max-new-tokens", 2, "--method", "full", "--json")  # the smallest programs
+    result = run("generate", path, "--prompt", prompt, *options)
     assert isinstance(result.exception, SystemExit | None), result.exception
     if result.exit_code == 0:
         facts = json.loads(result.stdout)
