@@ -21,8 +21,9 @@ SMALL = 2**16 - 1
 CPU read it, although starting one takes longer (40 us) than reading it (20 us)."""
 
 MOST_ROWS = 256
-"""Rows of a small block at most: where heads are few and narrow a larger one reads far more rows than
-there are. With half or twice as many decoding from 1,024 rows of 2 x 32 costs 6 or 14 % more."""
+"""Rows of a small block at most: where heads are few and narrow a larger one reads far more rows
+than there are. With half or twice as many decoding from 1,024 rows of 2 x 32 costs 6 or 14 % more.
+"""
 
 PARTS = 16
 """Of a block, read side by side: a core reads several streams faster than one."""
