@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vlcache_jax.files import whole_file
+
 _PACKAGES = (
     "jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safetensors", "numpy", "triton",
 )  # fmt: skip
@@ -60,9 +62,8 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file, which appears whole or not at all; folders are made where they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with whole_file(path, force=True) as file:
+        file.write(content)
 
 
 def _module() -> str:

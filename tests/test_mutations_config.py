@@ -8,7 +8,6 @@ import math
 import random
 from typing import Any
 
-import jax
 import pytest
 
 from tests.cli.program import run
@@ -90,22 +89,6 @@ def changed(draw: random.Random, files: dict[str, bytes]) -> tuple[str, bytes, s
         except (ValueError, NotImplementedError):
             same = False
     return name, json.dumps(data).encode(), SAME if same else what
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Compiled programs are kept for the cases whose shapes and numbers are the same."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_mutations_config import answer, marks, programs  # noqa: F401
+from tests.test_mutations_config import answer, marks
 from tests.tiny import picture
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff", "WEBP": "webp"}

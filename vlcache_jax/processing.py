@@ -197,8 +197,7 @@ class Processor:
 
         Args:
             images: for one prompt: None, an image or a list of images; for a list of prompts:
-                None, or a list that holds one of these for each prompt. An image is a local file,
-                a PIL image or a uint8 array [height, width, 3].
+                None, or a list that holds one of these for each prompt (see `images.ImageLike`).
             text: one prompt or a list of them. A prompt is a string, what the user says, or a
                 conversation: a list of `{"role": ..., "content": ...}` (see `messages.Messages`).
                 `<image>` marks or `{"type": "image"}` parts say where the images go; without
@@ -291,9 +290,9 @@ class Processor:
         """An image, within Pillow's limit even when LLaVA-1.5's processor has enlarged it."""
         picture, limit = load_image(source), Image.MAX_IMAGE_PIXELS
         if self.config.family == "llava" and limit is not None:
-            short, long = sorted(picture.size)
+            narrow, long = sorted(picture.size)
             pixels = long * long if self.image_processor.do_pad else 0
-            pixels = max(pixels, self.config.vision.image_size**2 * long // short)
+            pixels = max(pixels, self.config.vision.image_size**2 * long // narrow)
             if pixels > limit:
                 raise ValueError(
                     f"{name_of(source)} of {picture.width} x {picture.height} pixels is too thin: "

@@ -157,7 +157,7 @@ class VLM:
 
         Args:
             images: for one prompt: None, an image or a list of images; for a batch: a list with
-                one such entry per prompt. An image is a path, a PIL image or uint8 [H, W, 3].
+                one such entry per prompt. `vlcache_jax.images.ImageLike` has the forms of an image.
             text: the prompt, or a list of prompts. `<image>` marks say where the images go;
                 without marks they come first.
             **options: see `Options`.
@@ -277,9 +277,8 @@ class Progress:
     def __init__(self, vlm: VLM, request: Request):
         self._vlm, self._request = vlm, request
         generate = request.generate
-        params = vlm._folded if generate.cache.transforms else vlm.params
-        stages, settings = generate.stages, request.settings
-        self._run = Run(vlm._programs, params, stages, request.groups, settings)
+        params, settings = vlm._params_for(generate), request.settings
+        self._run = Run(vlm._programs, params, generate.stages, request.groups, settings)
         batch = len(settings.max_new_tokens)
         self._tokens: list[list[int]] = [[] for _ in range(batch)]
         self._texts = [""] * batch
