@@ -6,7 +6,6 @@ overwritten if `force` says so, and never through a symbolic link.
 """
 
 import ctypes
-import fcntl
 import os
 import re
 import secrets
@@ -163,6 +162,8 @@ def _partials(target: Path) -> list[Path]:
 @contextmanager
 def _held(directory: Path) -> Iterator[None]:
     """Hold a directory: the system lets go of it when this process dies."""
+    import fcntl  # here: not every system has it, and only conversion needs it
+
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
