@@ -14,7 +14,6 @@ from benchmarks.roofline.trips import (
     SERIES,
     layer_rows,
     serial_blocks,
-    serial_blocks_by_the_mean,
     trip_rows,
 )
 from pallas_kernels.ragged_decode_attention import triton
@@ -39,9 +38,7 @@ def test_the_slowest_program_is_near_an_even_split():
     for row in rows:
         assert row["ratio"] <= 2
         assert row["step"] <= 1.2
-        assert row["slowest"] <= row["slowest_before"]
-        assert row["step"] < row["step_before"]
-    assert (rows[0]["slowest_before"], rows[0]["slowest"]) == (34, 2)
+    assert rows[0]["slowest"] == 2
 
 
 def test_serial_blocks_by_hand():
@@ -49,8 +46,6 @@ def test_serial_blocks_by_hand():
     rows = np.array([0, 1, 64, 65, 1000])  # 0, 1, 1, 2, 16 blocks
     assert serial_blocks(rows, 1, 64).tolist() == [tail, 1 + tail, 1 + tail, 2 + tail, 16 + tail]
     assert serial_blocks(rows, 4, 64).tolist() == [1, 1, 1, 1, 5]
-    assert serial_blocks_by_the_mean(rows, 33, 64).tolist() == [2, 3, 3, 4, 18]  # 226 rows: one
-    assert serial_blocks_by_the_mean(2 * rows, 33, 64).tolist() == [2, 2, 2, 2, 11]  # three
 
 
 @pytest.mark.parametrize(("context", "splits"), [(100, 1), (2048, 17), (8192, 33)])
