@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.documents import ROOT
+from benchmarks.documents import RESULTS, ROOT, Part, measured, table
 from benchmarks.environment import environment, write_result
 from convert.safetensors_writer import SHARD_BYTES, write_tensors
 from vlcache_jax.checkpoint import open_checkpoint
@@ -37,7 +37,7 @@ CONVERT_LIMIT = 4e9
 LOAD_LIMIT = 2e9
 """Most anonymous memory of a loading process beside the parameters, in bytes."""
 
-RESULT = ROOT / "benchmarks" / "results" / "cpu" / "conversion.json"
+RESULT = RESULTS / "cpu" / "conversion.json"
 _SAMPLE_S = 0.01
 
 
@@ -212,6 +212,28 @@ def measure(folder: Path, tiny: bool, bar: Progress) -> dict[str, Any]:
             "both loads give the same parameters": first == second,
         },
     }
+
+
+@measured
+def part(result: dict[str, Any]) -> str:
+    """The part of the README."""
+    rows = []
+    for key, name in (
+        ("convert", "convert to Orbax"),
+        ("load_safetensors", "load the Hugging Face directory"),
+        ("load_converted", "load the converted directory"),
+    ):
+        step = result[key]
+        peak = step["peak_rss_anon_bytes"] / 1e9
+        rows.append([name, f"{step['process_s']:.0f} s", f"{peak:.1f} GB"])
+    size, machine = result["parameter_bytes"] / 1e9, result["machine"]
+    return (
+        f"{result['model']}, {size:.1f} GB of parameters, on {machine['cores']} cores "
+        f"({machine['cpu']}):\n\n{table(['step', 'time', 'peak anonymous memory'], rows)}"
+    )
+
+
+SECTION = Part("conversion", part, (RESULT,))
 
 
 def main(

@@ -19,7 +19,8 @@ import typer
 
 from benchmarks import device, measure
 from benchmarks.command import AsJson, Force, Out, bad_input, check_out, finish
-from benchmarks.documents import NOT_MEASURED, table
+from benchmarks.documents import RESULTS, Part, table
+from benchmarks.documents import measured as where_measured
 from benchmarks.environment import commit_of, environment
 from pallas_kernels.ragged_decode_attention import xla
 
@@ -76,10 +77,9 @@ def measured(case: dict[str, Any], modules: dict[str, ModuleType], repeats: int)
     return {**case, "bytes": round(pool * share), "pool_bytes": pool, "times": times}
 
 
-def part(result: dict[str, Any] | None) -> str:
+@where_measured
+def part(result: dict[str, Any]) -> str:
     """The table of docs/performance.md: the median of each time, and the least in brackets."""
-    if result is None:
-        return NOT_MEASURED
     names = list(result["rows"][0]["times"])
     lines = []
     for row in result["rows"]:
@@ -89,6 +89,9 @@ def part(result: dict[str, Any] | None) -> str:
         cells = [f"{1e3 * t['seconds']:.2f} ({1e3 * t['spread'][0]:.2f}) ms" for t in times]
         lines.append([size, kept, *cells, f"{row['bytes'] / times[0]['seconds'] / 1e9:.1f} GB/s"])
     return table(["context x batch", "kept", *names, f"read by the {OWN}"], lines)
+
+
+SECTION = Part("decode-attention", part, (RESULTS / "cpu" / "decode_attention.json",))
 
 
 def main(

@@ -15,21 +15,30 @@ from rich.console import Console
 
 import vlcache_jax
 from benchmarks.accuracy.metrics import METRICS, exact_match
-from benchmarks.accuracy.report import measured
-from benchmarks.documents import NOT_MEASURED, ROOT, source_of, table, write_figure
+from benchmarks.accuracy.report import BUDGETS
+from benchmarks.documents import (
+    DOCS,
+    NOT_MEASURED,
+    RESULTS,
+    ROOT,
+    Part,
+    Plot,
+    Result,
+    measured,
+    table,
+)  # fmt: skip
 from benchmarks.environment import environment
 from benchmarks.make_demo import RESULTS as TRAINING
-from benchmarks.make_demo import fingerprint, read_log
+from benchmarks.make_demo import fingerprint
 from vlcache_jax import demo
 from vlcache_jax.display import comparison_tables
 
 RECIPE, LOG, MODEL = (TRAINING / name for name in ("recipe.json", "log.jsonl", "model.json"))
-PLOT = ROOT / "docs" / "demo-training.svg"
+RESULT = RESULTS / "cpu" / "demo.json"
+PLOT_FILE = DOCS / "demo-training.svg"
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Result = dict[str, Any]
 
 
 def run_demo() -> Result:
@@ -59,6 +68,7 @@ def run_demo() -> Result:
     }
 
 
+@measured
 def demo_part(result: Result, model: Result | None) -> str:
     """What `make demo` prints, for the README."""
     console = Console(width=80, color_system=None)
@@ -89,6 +99,7 @@ def _right(result: Result) -> str:
     )
 
 
+@measured
 def pictures_part(result: Result) -> str:
     """The answers to all pictures of the package."""
 
@@ -181,7 +192,7 @@ def log_part(log: list[Result] | None, recipe: Result | None) -> str:
     values = "; ".join(f"{name} {_shown(value)}" for name, value in _curves(last).items())
     return (
         f"{done}. The last line of the log: {values}.\n\n"
-        f"![Losses and accuracies over the steps]({PLOT.name})\n\n"
+        f"![Losses and accuracies over the steps]({PLOT_FILE.name})\n\n"
         "Held-out pictures are of seeds that are never trained on, as hard as those of the stage: "
         "where a stage begins, the curve may fall."
     )
@@ -232,22 +243,10 @@ def _listed(words: Any) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def plot_source() -> str | None:
-    """A fingerprint of what the plot is made of, which is written into it; None without a log."""
-    return source_of(RECIPE, LOG)
-
-
-def write_plot() -> None:
-    """Draw the curves of the training; without a log there is no plot."""
-    write_figure(PLOT, [RECIPE, LOG], draw_training, salt="demo")
-
-
-def draw_training() -> "Figure":
+def draw_training(recipe: Result, log: list[Result]) -> "Figure":
     """Losses and accuracies over the steps, with the ends of the stages."""
     from matplotlib.figure import Figure
 
-    log = read_log(LOG.read_text(encoding="utf-8"))
-    stages = json.loads(RECIPE.read_text(encoding="utf-8"))["stages"]
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in log:
         for name, value in _curves(line).items():
@@ -259,7 +258,7 @@ def draw_training() -> "Figure":
             if ("loss" in name) == (title == "loss"):
                 axes.plot(*zip(*points, strict=True), label=name)
         end = 0
-        for stage in stages[:-1]:
+        for stage in recipe["stages"][:-1]:
             end += stage["steps"]
             if end < log[-1]["step"]:
                 axes.axvline(end, color="0.85", linewidth=1, zorder=0)
@@ -268,3 +267,18 @@ def draw_training() -> "Figure":
     losses.set_yscale("log")
     shares.set_ylim(0, 1.02)
     return figure
+
+
+DEMO = Part("demo", demo_part, (RESULT, MODEL))
+"""Of the README."""
+
+SECTIONS = (
+    Part("model", model_part, (MODEL,)),
+    Part("recipe", recipe_part, (RECIPE,)),
+    Part("log", log_part, (LOG, RECIPE)),
+    Part("accuracy", accuracy_part, (BUDGETS,)),
+    Part("pictures", pictures_part, (RESULT,)),
+)
+"""Of docs/demo-model.md."""
+
+PLOT = Plot(PLOT_FILE, (RECIPE, LOG), draw_training, "demo")

@@ -1,15 +1,22 @@
-"""Tables and figures of the documents, which are made of result files."""
+"""Parts and plots of the documents, which are made of result files."""
 
+import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "Not measured."
+
+Result = dict[str, Any]
+"""What a result file holds."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -18,34 +25,78 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def source_of(*files: Path) -> str | None:
-    """A fingerprint of what a figure is made of; None where a file is missing."""
-    if not all(file.is_file() for file in files):
+def read(file: Path) -> Any:
+    """What a result file holds, JSON or a log; None if it is not there."""
+    if not file.is_file():
         return None
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    text = file.read_text(encoding="utf-8")
+    return read_log(text) if file.suffix == ".jsonl" else json.loads(text)
 
 
-def write_figure(
-    path: Path, files: Sequence[Path], draw: "Callable[[], Figure]", *, salt: str
-) -> None:
-    """Draw a figure into a file that says what it is made of; without its results there is none.
+def read_log(text: str) -> list[Result]:
+    """The lines of a training's log; of a step that was done twice the later one."""
+    lines = {line["step"]: line for line in map(json.loads, text.splitlines())}
+    return [lines[step] for step in sorted(lines)]
 
-    Args:
-        path: an SVG file.
-        files: the results; `source_of` them stands in the figure.
-        draw: makes the figure.
-        salt: of the ids in the file.
+
+def measured(make: Callable[..., str]) -> Callable[..., str]:
+    """Of a part whose results are all missing nothing is said but that."""
+
+    @functools.wraps(make)
+    def part(*results: Any) -> str:
+        return make(*results) if any(results) else NOT_MEASURED
+
+    return part
+
+
+class Part(NamedTuple):
+    """A generated part of a document.
+
+    Attributes:
+        name: what the comments around it call it.
+        make: the text, of what each file holds; None in place of one that is not there.
+        files: of results.
     """
-    source = source_of(*files)
-    if source is None:
-        path.unlink(missing_ok=True)
-        return
-    save_svg(draw(), path, salt=salt, Description=source)
+
+    name: str
+    make: Callable[..., str]
+    files: tuple[Path, ...] = ()
+
+    def text(self) -> str:
+        """The part, made anew."""
+        return self.make(*map(read, self.files))
 
 
-def save_svg(figure: "Figure", path: Path, *, salt: str, **metadata: str) -> None:
-    """Write a figure, in a file that does not depend on when or where it was drawn."""
-    import matplotlib as mpl
+class Plot(NamedTuple):
+    """A figure that says what it is made of.
 
-    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
-        figure.savefig(path, format="svg", metadata={"Date": None, **metadata})
+    Attributes:
+        path: an SVG file.
+        files: of results.
+        draw: makes the figure, of what each file holds.
+        salt: of the ids in the SVG file.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    draw: "Callable[..., Figure]"
+    salt: str
+
+    def source(self) -> str | None:
+        """A fingerprint of what it is made of, which stands in it; None where a file is missing."""
+        if not all(file.is_file() for file in self.files):
+            return None
+        return hashlib.sha256(b"".join(file.read_bytes() for file in self.files)).hexdigest()
+
+    def write(self) -> None:
+        """Draw it the same at any time and place; without its results there is none."""
+        import matplotlib as mpl
+
+        source = self.source()
+        if source is None:
+            self.path.unlink(missing_ok=True)
+            return
+        with mpl.rc_context({"svg.hashsalt": self.salt, "svg.fonttype": "none"}):
+            figure = self.draw(*map(read, self.files))
+            metadata = {"Date": None, "Description": source}
+            figure.savefig(self.path, format="svg", metadata=metadata)

@@ -20,12 +20,14 @@ from PIL import Image
 import vlcache_jax
 from benchmarks.accuracy.tasks import IMAGE, TASKS, Item, make_item
 from benchmarks.command import bad_input
+from benchmarks.documents import RESULTS as ALL_RESULTS
+from benchmarks.documents import read_log
 from benchmarks.environment import environment, write_result, write_whole
 from vlcache_jax import demo
 from vlcache_jax.files import whole_directory
 from vlcache_jax.loading import describe
 
-RESULTS = Path(__file__).parent / "results" / "training"
+RESULTS = ALL_RESULTS / "training"
 COUNT = 12
 """Pictures, equally many of each task."""
 
@@ -83,12 +85,6 @@ def write_pictures(names: list[str], folder: Path) -> None:
         write_whole(folder / entry["file"], png.getvalue())
     index = json.dumps([entry for entry, _ in drawn], indent=1) + "\n"
     write_whole(folder / demo.INDEX.name, index.encode())
-
-
-def read_log(text: str) -> list[dict[str, Any]]:
-    """The lines of a run's log; of a step that was done twice the later one."""
-    lines = {line["step"]: line for line in map(json.loads, text.splitlines())}
-    return [lines[step] for step in sorted(lines)]
 
 
 def facts(model: Path) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from jax import lax
 from rich.console import Console
 
 from benchmarks.accuracy.options import AsJson, Force, Out, check_json, give
-from benchmarks.accuracy.report import RESULTS, Section, measured
+from benchmarks.accuracy.report import RESULTS
 from benchmarks.command import bad_input, check_known, counting_bar
-from benchmarks.documents import table
+from benchmarks.documents import Part, measured, table
 from benchmarks.environment import environment
 from pallas_kernels.hadamard import transform
 from pallas_kernels.rows import NewToken, Tail
@@ -257,6 +257,7 @@ def bits_of(quantizer: Quantizer | None, counts: np.ndarray) -> dict[str, float]
     }
 
 
+@measured
 def part(result: dict[str, Any]) -> str:
     """The table for docs/accuracy.md, and what it is of."""
     rows = [
@@ -280,8 +281,7 @@ def part(result: dict[str, Any]) -> str:
     )
 
 
-SECTION = Section("quantization", RESULTS / "quantization.json", measured(part))
-"""As those of `accuracy.report.SECTIONS`."""
+SECTION = Part("quantization", part, (RESULTS / "quantization.json",))
 
 PARTS = tuple(asdict(Structure()))
 

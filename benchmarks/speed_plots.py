@@ -1,31 +1,19 @@
 """The figures of docs/benchmarks.md, drawn from result files."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.documents import ROOT, write_figure
+from benchmarks.documents import DOCS, Plot, Result, read
 from benchmarks.models import MODELS
 from benchmarks.roofline import decode_step
 from benchmarks.speed.rows import cache_of
-from benchmarks.speed_sections import CPU, DEVICE, GPU, PROGRAMS, SHOWN, Result
+from benchmarks.speed_sections import CPU, DEVICE, GPU, PROGRAMS, SHOWN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CONTEXTS = tuple(2**power for power in range(11, 18))
-
-
-def write_plots() -> None:
-    """Draw all figures; one whose results are missing is removed."""
-    for plot, (files, draw) in PLOTS.items():
-        write_figure(plot, files, draw, salt=plot.stem)
-
-
-def _rows(file: Path, part: str = "rows") -> list[Result]:
-    return json.loads(file.read_text(encoding="utf-8"))[part]
 
 
 def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
@@ -35,15 +23,14 @@ def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
     return figure, figure.subplots()
 
 
-def _draw_decode() -> "Figure":
+def _draw_decode(programs: Result) -> "Figure":
     """The limit of a decode step against the context, and what was measured."""
     figure, axes = _figure(6.4, 4)
     config = MODELS[SHOWN[0]]
     measured = [
         row
         for file in (GPU / "paper_decode.json", GPU / "model_decode.json")
-        if file.is_file()
-        for row in _rows(file)
+        for row in (read(file) or {"rows": []})["rows"]
         if row.get("seconds") and row["batch"] == 1
     ]
     for share, label, style in ((1.0, "full", "-"), (0.1, "a tenth", "--")):
@@ -60,10 +47,10 @@ def _draw_decode() -> "Figure":
     return figure
 
 
-def _draw_bytes() -> "Figure":
+def _draw_bytes(programs: Result) -> "Figure":
     """Where a decode program's bytes go."""
     figure, axes = _figure(6.4, 4)
-    shown = [row for row in _rows(PROGRAMS) if row["stage"] == "decode" and row["batch"] > 1]
+    shown = [row for row in programs["rows"] if row["stage"] == "decode" and row["batch"] > 1]
     names = [
         f"{row['model'].removeprefix('llava-')}\n{row['context']} x {row['batch']}, "
         f"{row['budget']:.0%}{'' if row.get('kv_bits', '16') == '16' else ' ' + row['kv_bits']}"
@@ -90,9 +77,9 @@ def _stack(axes: "Axes", names: Sequence[str], parts: Mapping[str, Sequence[floa
         left = [a + b for a, b in zip(left, widths, strict=True)]
 
 
-def _draw_profile() -> "Figure":
+def _draw_profile(result: Result) -> "Figure":
     """Where the time of each program goes."""
-    traced = [row for row in _rows(CPU / "profile.json", "profiles") if "scopes" in row]
+    traced = [row for row in result["profiles"] if "scopes" in row]
     names = [f"{row['stage']}, {cache_of(row)}" for row in traced]
     shares = [{scope["scope"]: scope["share"] for scope in row["scopes"]} for row in traced]
     figure, axes = _figure(6.4, 3.2)
@@ -103,9 +90,9 @@ def _draw_profile() -> "Figure":
     return figure
 
 
-def _draw_throughput() -> "Figure":
+def _draw_throughput(result: Result) -> "Figure":
     """Tokens per second at the largest batch, and the limit."""
-    rows = [row for row in _rows(CPU / "throughput.json") if "sequences" in row]
+    rows = [row for row in result["rows"] if "sequences" in row]
     names = [f"{cache_of(row)}\n{row['sequences']:,} sequences" for row in rows]
     figure, axes = _figure(4.8, 3.2)
     axes.bar(names, [row["tokens_per_s"] for row in rows], label="measured")
@@ -119,10 +106,13 @@ def _draw_throughput() -> "Figure":
     return figure
 
 
-PLOTS: dict[Path, tuple[list[Path], Callable[[], "Figure"]]] = {
-    ROOT / "docs" / "decode.svg": ([PROGRAMS], _draw_decode),
-    ROOT / "docs" / "memory.svg": ([PROGRAMS], _draw_bytes),
-    ROOT / "docs" / "profile.svg": ([CPU / "profile.json"], _draw_profile),
-    ROOT / "docs" / "throughput.svg": ([CPU / "throughput.json"], _draw_throughput),
-}
-"""The figures of docs/benchmarks.md, and what they are made of."""
+PLOTS = tuple(
+    Plot(DOCS / f"{name}.svg", (file,), draw, name)
+    for name, file, draw in (
+        ("decode", PROGRAMS, _draw_decode),
+        ("memory", PROGRAMS, _draw_bytes),
+        ("profile", CPU / "profile.json", _draw_profile),
+        ("throughput", CPU / "throughput.json", _draw_throughput),
+    )
+)
+"""The figures of docs/benchmarks.md."""

@@ -3,44 +3,25 @@
 Every number comes from a result file; the limits alone are computed, by `benchmarks.roofline`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-from benchmarks.documents import NOT_MEASURED, ROOT, table
+from benchmarks.documents import RESULTS, Part, Result, measured, table
 from benchmarks.models import MODELS
 from benchmarks.roofline import DEVICES, decode_step, largest_batch
 from benchmarks.roofline.packed import caches
 from benchmarks.speed.rows import cache_of
 from vlcache_jax.report import human_bytes
 
-RESULTS = ROOT / "benchmarks" / "results"
 CPU = RESULTS / "cpu"
 GPU = RESULTS / "nvidia-h200"
 """Written by `python -m benchmarks.gpu_suite` on that device."""
 
 PROGRAMS = RESULTS / "offline" / "programs-h200.json"
-SUMMARY = (PROGRAMS, CPU / "speed.json", CPU / "peers.json", GPU / "paper_decode.json")
-"""What the README's part is made of."""
-
 SIZES = ((2048, 1), (2048, 64), (8192, 8), (8192, 64), (32768, 8), (131072, 1))
 """Context and batch of the rows of limits."""
 
 SHOWN = ("llava-v1.6-mistral-7b", "llava-1.5-7b", "llava-v1.6-34b")
 DEVICE = DEVICES["h200"]
-
-Result = dict[str, Any]
-
-
-def _where_measured(make: Callable[..., str]) -> Callable[..., str]:
-    """Of a part whose results are all missing nothing is said but that."""
-
-    @functools.wraps(make)
-    def part(*results: Result | None) -> str:
-        return make(*results) if any(results) else NOT_MEASURED
-
-    return part
 
 
 def milliseconds(seconds: float) -> str:
@@ -139,7 +120,7 @@ def _caches(model: str, context: int) -> list[tuple[float, float]]:
     return [cache.kept(config, context) for cache in caches(config, 0.1, "akvq").values()]
 
 
-@_where_measured
+@measured
 def programs_part(result: Result) -> str:
     """Whole programs compiled for a GPU that is not there."""
     head = [
@@ -191,7 +172,7 @@ def _speed_rows(rows: Sequence[Result]) -> str:
     return f"{_rows(head, rows, about, cells)}\n\n‡ more positions than the model was made for."
 
 
-@_where_measured
+@measured
 def speed_part(result: Result) -> str:
     """All that `benchmarks.speed` measured: the stages' times, and what a preset compares."""
     limit = result["limit"]
@@ -213,7 +194,7 @@ def speed_part(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-@_where_measured
+@measured
 def peers_part(result: Result) -> str:
     """Hugging Face transformers beside ours."""
     first = result["rows"][0]
@@ -240,7 +221,7 @@ def peers_part(result: Result) -> str:
     )
 
 
-@_where_measured
+@measured
 def paper_part(*results: Result | None) -> str:
     """The paper's five rows beside ours: decode steps, then prefill and whole answers."""
     found = [result for result in results if result is not None]
@@ -264,14 +245,14 @@ def _scope_rows(profiles: Sequence[Result]) -> str:
     return table(["program", "cache", "context x batch", *scopes], rows)
 
 
-@_where_measured
+@measured
 def profile_part(result: Result) -> str:
     """Where the time goes, by scope."""
     rows = _scope_rows(result["profiles"])
     return f"{_made_by(result)}. Shares of the time of all instructions:\n\n{rows}"
 
 
-@_where_measured
+@measured
 def throughput_part(result: Result) -> str:
     """Tokens per second of as many sequences as the memory holds."""
     head = [
@@ -347,17 +328,24 @@ def summary_part(
     return table(["what", "result"], lines)
 
 
-PARTS: dict[str, tuple[Callable[..., str], tuple[Path, ...]]] = {
-    "limits": (limits_part, ()),
-    "paper": (paper_part, (GPU / "paper_decode.json", GPU / "paper_whole.json")),
-    "decode-gpu": (speed_part, (GPU / "model_decode.json",)),
-    "decode-cpu": (speed_part, (CPU / "speed.json",)),
-    "peers-gpu": (peers_part, (GPU / "peers.json",)),
-    "peers-cpu": (peers_part, (CPU / "peers.json",)),
-    "throughput-gpu": (throughput_part, (GPU / "throughput.json",)),
-    "throughput-cpu": (throughput_part, (CPU / "throughput.json",)),
-    "profile-gpu": (profile_part, (GPU / "profile.json",)),
-    "profile-cpu": (profile_part, (CPU / "profile.json",)),
-    "programs": (programs_part, (PROGRAMS,)),
-}
-"""The generated parts of docs/benchmarks.md, and what they are made of."""
+SUMMARY = Part(
+    "speed",
+    summary_part,
+    (PROGRAMS, CPU / "speed.json", CPU / "peers.json", GPU / "paper_decode.json"),
+)
+"""Of the README."""
+
+SECTIONS = (
+    Part("limits", limits_part),
+    Part("paper", paper_part, (GPU / "paper_decode.json", GPU / "paper_whole.json")),
+    Part("decode-gpu", speed_part, (GPU / "model_decode.json",)),
+    Part("decode-cpu", speed_part, (CPU / "speed.json",)),
+    Part("peers-gpu", peers_part, (GPU / "peers.json",)),
+    Part("peers-cpu", peers_part, (CPU / "peers.json",)),
+    Part("throughput-gpu", throughput_part, (GPU / "throughput.json",)),
+    Part("throughput-cpu", throughput_part, (CPU / "throughput.json",)),
+    Part("profile-gpu", profile_part, (GPU / "profile.json",)),
+    Part("profile-cpu", profile_part, (CPU / "profile.json",)),
+    Part("programs", programs_part, (PROGRAMS,)),
+)
+"""Of docs/benchmarks.md."""

@@ -11,8 +11,8 @@ from PIL import Image
 import vlcache_jax
 from benchmarks.accuracy.packing import render
 from benchmarks.demo_model import MODEL
+from benchmarks.documents import RESULTS
 from benchmarks.make_demo import COUNT, MOST_BYTES, draw, fingerprint
-from benchmarks.report import RESULTS
 from vlcache_jax import demo
 
 ROOT = Path(__file__).parent.parent

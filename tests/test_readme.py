@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import vlcache_jax
-from benchmarks import demo_model
-from benchmarks.report import DOCUMENTS, fill
+from benchmarks.report import DOCUMENTS, PLOTS, fill
 from vlcache_jax.cache.methods import make_method
 from vlcache_jax.cache.quantizers import make_quantizer
 from vlcache_jax.config import TextConfig
@@ -24,11 +23,12 @@ def test_generated_parts_are_up_to_date(document):
     assert fill(document) == text, "run `python -m benchmarks.report`"
 
 
-def test_the_plot_of_the_training_is_up_to_date():
-    source = demo_model.plot_source()
-    assert demo_model.PLOT.exists() == (source is not None), "run `python -m benchmarks.report`"
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.path.stem)
+def test_plots_are_up_to_date(plot):
+    source = plot.source()
+    assert plot.path.exists() == (source is not None), "run `python -m benchmarks.report`"
     if source:
-        assert source in demo_model.PLOT.read_text(encoding="utf-8")
+        assert source in plot.path.read_text(encoding="utf-8"), "run `python -m benchmarks.report`"
 
 
 METHODS = ROOT / "docs" / "methods.md"

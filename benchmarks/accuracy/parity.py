@@ -20,11 +20,11 @@ from benchmarks.accuracy import options
 from benchmarks.accuracy.budgets import Plan, tile_of
 from benchmarks.accuracy.metrics import mean_interval, score
 from benchmarks.accuracy.packing import render
-from benchmarks.accuracy.report import RESULTS, Section, measured, per_cent
+from benchmarks.accuracy.report import RESULTS, per_cent
 from benchmarks.accuracy.scoring import plain, rows_by_task
 from benchmarks.accuracy.tasks import Item
 from benchmarks.command import bad_input, counting_bar
-from benchmarks.documents import table
+from benchmarks.documents import Part, measured, table
 from benchmarks.environment import environment
 from vlcache_jax.vlm import VLM
 
@@ -124,6 +124,7 @@ def compare(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str, 
     }
 
 
+@measured
 def parity_part(result: dict[str, Any]) -> str:
     """The part of docs/accuracy.md."""
     count = len(result["rows"])
@@ -140,7 +141,7 @@ def parity_part(result: dict[str, Any]) -> str:
     )
 
 
-SECTION = Section("parity", RESULTS / "parity.json", measured(parity_part))
+SECTION = Part("parity", parity_part, (RESULTS / "parity.json",))
 
 
 def main(

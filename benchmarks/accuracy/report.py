@@ -4,21 +4,20 @@
 measured says so.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.documents import NOT_MEASURED, ROOT, table, write_figure
+from benchmarks import documents
+from benchmarks.documents import DOCS, NOT_MEASURED, Part, Plot, Result, measured, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
+RESULTS = documents.RESULTS / "accuracy"
 BUDGETS = RESULTS / "budgets.json"
 """What `python -m benchmarks.accuracy --out` wrote."""
 
-PLOT = ROOT / "docs" / "accuracy-budgets.svg"
+PLOT_FILE = DOCS / "accuracy-budgets.svg"
 SHOWN = "0.1"
 """The budget that the paper reports most, and of which most is told here."""
 
@@ -26,27 +25,7 @@ FULL = "full"
 NEAR = 0.02
 """So far below the full cache counts as near it."""
 
-Result = dict[str, Any]
 Facts = dict[str, Any]
-
-
-class Section(NamedTuple):
-    """A generated part of the document.
-
-    Attributes:
-        name: what the comments around it call it.
-        file: its result file.
-        make: the text, of what the file holds, or of None where it is not there.
-    """
-
-    name: str
-    file: Path
-    make: Callable[[Result | None], str]
-
-
-def measured(make: Callable[[Result], str]) -> Callable[[Result | None], str]:
-    """What makes a text of a result, or says that there is none."""
-    return lambda result: NOT_MEASURED if result is None else make(result)
 
 
 def scored(facts: Facts | None) -> str:
@@ -174,7 +153,7 @@ def score_tables(result: Result) -> str:
 
 def scores_part(result: Result) -> str:
     """The tables, and the plot."""
-    plot = f"![Scores and kept attention by budget]({PLOT.name})"
+    plot = f"![Scores and kept attention by budget]({PLOT_FILE.name})"
     return "\n\n".join([plot, score_tables(result), " ".join(result["notes"])])
 
 
@@ -256,7 +235,7 @@ def layers_part(result: Result) -> str:
 
 
 SECTIONS = tuple(
-    Section(name, BUDGETS, measured(make))
+    Part(name, measured(make), (BUDGETS,))
     for name, make in (
         ("run", run_part),
         ("scores", scores_part),
@@ -267,15 +246,6 @@ SECTIONS = tuple(
     )
 )
 """The generated parts of docs/accuracy.md."""
-
-
-def write_plot(file: Path = BUDGETS, plot: Path = PLOT) -> None:
-    """Draw scores and kept attention by budget; without a result there is no plot."""
-
-    def draw() -> "Figure":
-        return draw_budgets(json.loads(file.read_text(encoding="utf-8"))["details"])
-
-    write_figure(plot, [file], draw, salt="accuracy")
 
 
 def draw_band(
@@ -294,10 +264,11 @@ def draw_band(
     return line
 
 
-def draw_budgets(details: Result) -> "Figure":
+def draw_budgets(result: Result) -> "Figure":
     """Scores and kept attention by budget, a column for each task."""
     from matplotlib.figure import Figure
 
+    details = result["details"]
     figure = Figure(figsize=(3.2 * len(details), 6), layout="constrained")
     grid = figure.subplots(2, len(details), sharex=True, sharey="row", squeeze=False)
     for column, (task, of_task) in enumerate(details.items()):
@@ -322,3 +293,6 @@ def draw_budgets(details: Result) -> "Figure":
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
     return figure
+
+
+PLOT = Plot(PLOT_FILE, (BUDGETS,), draw_budgets, "accuracy")

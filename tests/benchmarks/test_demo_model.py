@@ -26,36 +26,29 @@ def test_accuracy_is_that_of_every_budget():
     assert "| document | anls | 99.0% | 97.3% | 50.0% |" in text
 
 
-@pytest.fixture
-def training(tmp_path, monkeypatch):
-    for name in ("RECIPE", "LOG"):
-        file = tmp_path / getattr(demo_model, name).name
-        monkeypatch.setattr(demo_model, name, file)
-    monkeypatch.setattr(demo_model, "PLOT", tmp_path / "plot.svg")
-    return tmp_path
-
-
-def test_the_plot_says_what_it_is_made_of(training):
+def test_the_plot_says_what_it_is_made_of(tmp_path):
     pytest.importorskip("matplotlib")
-    demo_model.write_plot()
-    assert not list(training.iterdir())
+    recipe, log = (tmp_path / file.name for file in demo_model.PLOT.files)
+    plot = demo_model.PLOT._replace(path=tmp_path / "plot.svg", files=(recipe, log))
+    plot.write()
+    assert not list(tmp_path.iterdir())
     lines = [
         {"step": 10 * i, "time": "2030-01-01T00:00:00Z", "loss": 1 / i, "exact": i / 10,
          "held_out_exact": {"document": i / 10}}
         for i in range(1, 6)
     ]  # fmt: skip
-    demo_model.LOG.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    demo_model.RECIPE.write_text(json.dumps({"stages": [{"steps": 20}, {"steps": 40}]}))
-    demo_model.write_plot()
-    first = demo_model.PLOT.read_text()
-    source = demo_model.plot_source()
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe.write_text(json.dumps({"stages": [{"steps": 20}, {"steps": 40}]}))
+    plot.write()
+    first = plot.path.read_text()
+    source = plot.source()
     assert source is not None
     assert source in first
     assert "held out exact, document" in first
-    demo_model.write_plot()
-    assert demo_model.PLOT.read_text() == first
-    demo_model.LOG.write_text(json.dumps(lines[0]) + "\n")
-    assert demo_model.plot_source() != source
-    demo_model.LOG.unlink()
-    demo_model.write_plot()
-    assert not demo_model.PLOT.exists()
+    plot.write()
+    assert plot.path.read_text() == first
+    log.write_text(json.dumps(lines[0]) + "\n")
+    assert plot.source() != source
+    log.unlink()
+    plot.write()
+    assert not plot.path.exists()

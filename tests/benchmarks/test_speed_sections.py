@@ -1,9 +1,9 @@
-"""What docs/benchmarks.md and the README say of result files, and the figures."""
+"""What docs/benchmarks.md and the README say of result files."""
 
 import pytest
 
-from benchmarks import speed_plots, speed_sections
-from benchmarks.documents import NOT_MEASURED, source_of
+from benchmarks import speed_sections
+from benchmarks.documents import NOT_MEASURED
 
 ABOUT = {
     "command": "python -m benchmarks.some",
@@ -41,11 +41,10 @@ CPU = {
 PAPER = {**ABOUT, "paper": [{**ROW, "paper": 7.08, "ours": 1.9, "ideal": 1.95}]}
 
 
-@pytest.mark.parametrize("name", speed_sections.PARTS)
-def test_what_was_not_measured_says_so(name):
-    make, files = speed_sections.PARTS[name]
-    if files:
-        assert make(*[None] * len(files)) == NOT_MEASURED
+@pytest.mark.parametrize("part", speed_sections.SECTIONS, ids=lambda part: part.name)
+def test_what_was_not_measured_says_so(part):
+    if part.files:
+        assert part.make(*[None] * len(part.files)) == NOT_MEASURED
 
 
 def test_times_are_told_beside_their_limit():
@@ -101,11 +100,3 @@ def test_the_summary_has_a_line_for_what_is_known():
     text = speed_sections.summary_part(None, None, None, PAPER)
     assert "1.90 times as fast; ideal 1.95" in text
     assert "not measured" not in text
-
-
-@pytest.mark.parametrize("plot", speed_plots.PLOTS, ids=lambda path: path.stem)
-def test_the_figures_are_up_to_date(plot):
-    source = source_of(*speed_plots.PLOTS[plot][0])
-    assert plot.exists() == (source is not None), "run `python -m benchmarks.report`"
-    if source:
-        assert source in plot.read_text(encoding="utf-8"), "run `python -m benchmarks.report`"

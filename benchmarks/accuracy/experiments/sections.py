@@ -1,12 +1,11 @@
 """The experiments, their parts of docs/accuracy.md, and their plots."""
 
-import json
 from functools import partial
 from pathlib import Path
 
 from benchmarks.accuracy.experiments import compared, long, rare, scores
-from benchmarks.accuracy.report import RESULTS, Result, Section, measured
-from benchmarks.documents import ROOT, write_figure
+from benchmarks.accuracy.report import RESULTS
+from benchmarks.documents import DOCS, Part, Plot, Result, measured
 
 EXPERIMENTS = {
     "ablation": compared.ABLATION,
@@ -25,7 +24,7 @@ def result_file(name: str) -> Path:
     return RESULTS / f"experiment-{name}.json"
 
 
-def plot_file(name: str, folder: Path = ROOT / "docs") -> Path:
+def plot_file(name: str, folder: Path = DOCS) -> Path:
     """Where its plot is."""
     return folder / f"accuracy-{name}.svg"
 
@@ -37,20 +36,16 @@ def part(name: str, result: Result) -> str:
 
 
 SECTIONS = tuple(
-    Section(f"experiment-{name}", result_file(name), measured(partial(part, name)))
+    Part(f"experiment-{name}", measured(partial(part, name)), (result_file(name),))
     for name in EXPERIMENTS
 )
 """Further parts of docs/accuracy.md, as those of `report.SECTIONS`."""
 
 
-def write_plots(folder: Path = ROOT / "docs") -> None:
-    """Draw each experiment that has a plot; without a result there is none."""
-    for name, experiment in EXPERIMENTS.items():
-        file, draw = result_file(name), experiment.draw
-        if draw:
-            write_figure(
-                plot_file(name, folder),
-                [file],
-                lambda file=file, draw=draw: draw(json.loads(file.read_text(encoding="utf-8"))),
-                salt=name,
-            )
+def plots(folder: Path = DOCS) -> list[Plot]:
+    """The plots of the experiments that have one."""
+    return [
+        Plot(plot_file(name, folder), (result_file(name),), experiment.draw, name)
+        for name, experiment in EXPERIMENTS.items()
+        if experiment.draw
+    ]

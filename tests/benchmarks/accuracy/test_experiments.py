@@ -29,7 +29,7 @@ from benchmarks.accuracy.experiments.row_score import RowScore
 from benchmarks.accuracy.oracle import attention_of_answer
 from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import FULL, per_cent, points, scored
-from benchmarks.documents import NOT_MEASURED, source_of
+from benchmarks.documents import NOT_MEASURED
 from tests.benchmarks.accuracy.test_evaluate import make_vlm
 from vlcache_jax import SnapKV, VLCache, programs
 from vlcache_jax.cache.methods import METHODS
@@ -252,25 +252,17 @@ def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
         (best,) = result["choice"]["chosen"]
         facts = result["details"][task][best]["0.1"]
         assert f"| {best} | {per_cent(facts['score'])}; " in text
-    plot = sections.plot_file(name, small)
-    sections.write_plots(small)
-    assert plot.exists() == (sections.EXPERIMENTS[name].draw is not None)
-    if plot.exists():
-        source = source_of(sections.result_file(name))
+    plots = {plot.path: plot for plot in sections.plots(small)}
+    path = sections.plot_file(name, small)
+    assert (path in plots) == (sections.EXPERIMENTS[name].draw is not None)
+    if plot := plots.get(path):
+        plot.write()
+        source = plot.source()
         assert source is not None
-        assert source in plot.read_text()
+        assert source in path.read_text()
         sections.result_file(name).unlink()
-        sections.write_plots(small)
-        assert not plot.exists()
-
-
-@pytest.mark.parametrize("name", [n for n, each in sections.EXPERIMENTS.items() if each.draw])
-def test_the_plots_are_up_to_date(name):
-    source = source_of(sections.result_file(name))
-    plot = sections.plot_file(name)
-    assert plot.exists() == (source is not None), "run `python -m benchmarks.report`"
-    if source:
-        assert source in plot.read_text(encoding="utf-8")
+        plot.write()
+        assert not path.exists()
 
 
 def test_what_was_not_measured_says_so():
