@@ -19,7 +19,9 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 
 
 def check_out(out: Path | None, *, force: bool) -> None:
-    """Refuse a result file that would be overwritten."""
+    """Refuse a result file that would be overwritten, or that is called something else."""
+    if out is not None and out.suffix != ".json":
+        raise typer.BadParameter(f"the file {out} must end in .json")
     if out is not None and out.exists() and not force:
         raise typer.BadParameter(f"{out} exists: choose another name, or overwrite it with --force")
 
@@ -44,8 +46,14 @@ def check_known(kind: str, names: Iterable[str], known: Collection[str]) -> None
             raise ValueError(f"{kind} {name!r} is not one of {', '.join(known)}")
 
 
-def counting_bar(console: Console, *, transient: bool = False) -> Progress:
-    """A bar with a count and the time; nothing where the console is no terminal."""
+def counting_bar(console: Console | None = None, *, transient: bool = True) -> Progress:
+    """A bar with a count and the time; nothing where the console is no terminal.
+
+    Args:
+        console: where it is shown; the standard error stream by default.
+        transient: it goes where it ends.
+    """
+    console = console or Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -73,5 +81,6 @@ def finish(result: dict[str, Any], text: str, *, as_json: bool, out: Path | None
     else:
         Console(width=max(130, Console().width)).print(Markdown(text))
     failed = (row.get("exception") or row.get("error") for row in result.get("rows", ()))
-    for reason in dict.fromkeys(filter(None, failed)):
-        Console(stderr=True).print(reason, style="red", markup=False)
+    for reason in dict.fromkeys(failed):
+        if isinstance(reason, str):  # not the size of an error
+            Console(stderr=True).print(reason, style="red", markup=False)

@@ -23,13 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from jax import lax
-from rich.console import Console
 
-from benchmarks.accuracy.options import AsJson, Force, Out, check_json, give
 from benchmarks.accuracy.report import RESULTS
-from benchmarks.command import bad_input, check_known, counting_bar
+from benchmarks.command import (
+    AsJson,
+    Force,
+    Out,
+    bad_input,
+    check_known,
+    check_out,
+    counting_bar,
+    finish,
+)  # fmt: skip
 from benchmarks.documents import Part, measured, table
 from benchmarks.environment import environment
+from benchmarks.roofline import packed
 from pallas_kernels.hadamard import transform
 from pallas_kernels.rows import NewToken, Tail
 from vlcache_jax.cache.budget import Prompt
@@ -38,7 +46,6 @@ from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.config import TextConfig
-from vlcache_jax.report import packed_bytes, row_bytes
 
 SHAPE = TextConfig(num_layers=4, num_heads=32, num_kv_heads=2, head_dim=128)
 """Of what is planted; the rest of it is without meaning."""
@@ -247,13 +254,9 @@ def bits_of(quantizer: Quantizer | None, counts: np.ndarray) -> dict[str, float]
         counts: rows of each width, [B, L, 1 + widths].
     """
     widths = (16, *(quantizer.widths if quantizer else ()))
-    total = counts.sum()
-    each = [packed_bytes(SHAPE, quantizer, of[:, 1:].astype(int)) for of in counts]
-    whole = counts[..., 0].sum() * row_bytes(SHAPE, jnp.dtype(jnp.bfloat16)) + np.sum(each)
-    values = 2 * SHAPE.num_kv_heads * SHAPE.head_dim * total
     return {
-        "payload_bits": float((counts @ widths).sum() / total),
-        "bits": float(8 * whole / values),
+        "payload_bits": float((counts @ widths).sum() / counts.sum()),
+        "bits": packed.bits_of(SHAPE, quantizer, counts.astype(int)),
     }
 
 
@@ -311,12 +314,12 @@ def main(
 
     Example: python -m benchmarks.quantization --without outliers --seeds 1
     """
-    check_json(out, force=force)
+    check_out(out, force=force)
     with bad_input():
         check_known("structure", without or [], PARTS)
     structure = replace(Structure(), **dict.fromkeys(without or [], 0.0))
     chosen, wanted = list(range(seed, seed + seeds)), {**stages(), **OTHERS}
-    with counting_bar(Console(stderr=True), transient=True) as bar:
+    with counting_bar() as bar:
         task = bar.add_task("measuring", total=len(wanted))
         rows = ablation(structure, chosen, wanted, lambda: bar.advance(task))
     result = {
@@ -337,7 +340,7 @@ def main(
         "quantizers": {name: repr(quantizer) for name, quantizer in wanted.items()},
         "rows": rows,
     }
-    give(result, part, out, as_json)
+    finish(result, part(result), as_json=as_json, out=out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from rich.console import Console
 
 from benchmarks import command, measure
 from benchmarks import device as devices
@@ -203,7 +202,7 @@ def main(
         size = memory or devices.memory_limit() or CPU_MEMORY
         case = Case(model, context, group, kind, new_tokens=new_tokens)
         load = Load(case, size, batch)
-    with command.counting_bar(Console(stderr=True), transient=True) as bar:
+    with command.counting_bar() as bar:
         task = bar.add_task("measuring", total=len(variants))
         device, ceilings = limit.measured(kind, measure.BRIEF)
         device = replace(device, memory=size)

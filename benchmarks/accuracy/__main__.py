@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
+from benchmarks import command
 from benchmarks.accuracy import options
 from benchmarks.accuracy.report import score_tables
-from benchmarks.command import bad_input
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -42,9 +42,9 @@ def main(
     split: options.Split = "report",
     batch: options.Batch = 16,
     dtype: options.Dtype = None,
-    as_json: options.AsJson = False,
-    out: options.Out = None,
-    force: options.Force = False,
+    as_json: command.AsJson = False,
+    out: command.Out = None,
+    force: command.Force = False,
 ) -> None:
     """Ask a model about drawn pictures, with every cache method at every budget.
 
@@ -62,20 +62,20 @@ def main(
 
     Example: python -m benchmarks.accuracy --tasks document --methods vl-cache,snapkv --budgets 0.05
     """
-    options.check_json(out, force=force)
+    command.check_out(out, force=force)
     # A heavy import: --help need not wait for it.
     from benchmarks.accuracy.budgets import Plan, conduct, measure
 
     if budgets is None:
         budgets = "0.1,1.0" if quick else "0.01,0.05,0.1,0.2,0.4,1.0"
-    with bad_input():
+    with command.bad_input():
         plan = Plan(
             options.names(tasks), options.names(methods), options.shares(budgets),
             options.names(extra.replace("none", "")),
             n=(64 if quick else 500) if n is None else n, seed=seed, split=split,
         )  # fmt: skip
     result = conduct(plan, measure, model, dtype, batch)
-    options.give(result, score_tables, out, as_json)
+    command.finish(result, score_tables(result), as_json=as_json, out=out)
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def conduct(
     with errors.status("loading ..."), bad_input():
         programs.keep_programs()
         evaluation = evaluate.Evaluation(vlcache_jax.load(model, dtype), batch=batch)
-    with counting_bar(errors, transient=True) as bar:
+    with counting_bar(errors) as bar:
 
         def begin(what: str, total: int) -> Callable[[int], object]:
             task = bar.add_task(what, total=total)

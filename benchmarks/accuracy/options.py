@@ -1,15 +1,10 @@
-"""What the commands of this benchmark have in common: options, and what becomes of a result."""
+"""Options that the commands of this benchmark have in common."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from benchmarks.accuracy.tasks import SPLITS, TASKS
-from benchmarks.command import check_out
-from benchmarks.environment import write_result
 
 Model = Annotated[
     str,
@@ -31,35 +26,6 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(dir_okay=False, metavar="FILE.json", help="Also write the JSON to this file."),
-]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
-
-
-def check_json(out: Path | None, *, force: bool) -> None:
-    """Refuse a result file that would be overwritten, or that is called something else."""
-    check_out(out, force=force)
-    if out is not None and out.suffix != ".json":
-        raise typer.BadParameter(f"the file {out} must end in .json")
-
-
-def give(
-    result: dict[str, Any], text: Callable[[dict[str, Any]], str], out: Path | None, as_json: bool
-) -> None:
-    """Write a result to its file, if it is to have one, and print it.
-
-    Args:
-        result: what was found.
-        text: makes of it what people read.
-        out: the file.
-        as_json: print it as JSON instead.
-    """
-    if out is not None:
-        write_result(out, result)
-    print(json.dumps(result) if as_json else text(result))
 
 
 def names(text: str) -> tuple[str, ...]:

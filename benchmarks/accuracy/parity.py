@@ -23,7 +23,7 @@ from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import RESULTS, per_cent
 from benchmarks.accuracy.scoring import plain, rows_by_task
 from benchmarks.accuracy.tasks import Item
-from benchmarks.command import bad_input, counting_bar
+from benchmarks.command import AsJson, Force, Out, bad_input, check_out, counting_bar, finish
 from benchmarks.documents import Part, measured, table
 from benchmarks.environment import environment
 from vlcache_jax.vlm import VLM
@@ -150,9 +150,9 @@ def main(
     n: options.Items = 32,
     seed: options.Seed = 0,
     split: options.Split = "report",
-    as_json: options.AsJson = False,
-    out: options.Out = None,
-    force: options.Force = False,
+    as_json: AsJson = False,
+    out: Out = None,
+    force: Force = False,
 ) -> None:
     """Ask the same LLaVA-NeXT the same questions by transformers and by this package.
 
@@ -160,7 +160,7 @@ def main(
 
     Example: python -m benchmarks.accuracy.parity --n 8
     """
-    options.check_json(out, force=force)
+    check_out(out, force=force)
     errors = Console(stderr=True, highlight=False)
     with errors.status("loading ..."), bad_input():
         import vlcache_jax
@@ -180,7 +180,7 @@ def main(
     most = 1 + max(len(tokenizer(item.answer).input_ids) for item in items)
     began = time.perf_counter()
     answers = {}
-    with counting_bar(errors, transient=True) as bar:
+    with counting_bar(errors) as bar:
         for side, ask in (
             (HUGGING_FACE, partial(hugging_face_answers, path, items, exact.stop_ids)),
             (OURS, partial(our_answers, exact, items)),
@@ -193,7 +193,7 @@ def main(
         "seed": seed, "split": split, **compare(items, answers),
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
-    options.give(result, parity_part, out, as_json)
+    finish(result, parity_part(result), as_json=as_json, out=out)
     raise typer.Exit(0 if result["same_tokens"][OURS] == len(items) else 1)
 
 

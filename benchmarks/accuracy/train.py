@@ -330,7 +330,7 @@ def main(
     if trainer.restore(out):
         errors.print(f"going on at step {trainer.step}")
     until = time.monotonic() + minutes * 60
-    with counting_bar(errors) as bar:
+    with counting_bar(errors, transient=False) as bar:
         task = bar.add_task("", total=what.steps, completed=trainer.step)
         for batch in drawn_ahead(trainer.batch, trainer.step, what.steps):
             scores = trainer.advance(batch)

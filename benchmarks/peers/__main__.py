@@ -64,15 +64,14 @@ def main(
         VLCache(budget)
         plan = Plan(model, context, batch, dtype, budget, new_tokens, repeats, static, limit)
         make_prompt(plan.config, context)
-    errors = Console(stderr=True)
     # A waiting OpenMP thread spins: beside other work PyTorch loses many times what XLA loses.
     load = os.getloadavg()
-    with command.counting_bar(errors, transient=True) as bar:
+    with command.counting_bar() as bar:
         task = bar.add_task("taking turns, behind compiling", total=plan.steps)
         try:
             found = compare(plan, step=lambda: bar.advance(task))
         except (Differs, PeerError) as error:
-            errors.print(f"Error: {error}", style="red", markup=False)
+            Console(stderr=True).print(f"Error: {error}", style="red", markup=False)
             raise typer.Exit(1) from None
     device = found["about"]["ours"].pop("device")
     result = {**environment(), **device, "load_average_before": load, **found}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from benchmarks import command, measure
 from benchmarks import device as devices
@@ -90,7 +89,7 @@ def main(
         if preset:
             cases, stages, effort = {0: presets.cpu_case(kind)}, ("decode",), CPU_EFFORT
     plan = Plan(cases, variants, stages, effort)
-    with command.counting_bar(Console(stderr=True), transient=True) as bar:
+    with command.counting_bar() as bar:
         steps = len(cases) * (len(stages) + (profile is not None) + (dump_hlo is not None))
         task = bar.add_task("measuring", total=steps + 1)
         device, ceilings = limit.measured(kind, measure.BRIEF)

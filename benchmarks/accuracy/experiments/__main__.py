@@ -9,7 +9,7 @@ import typer
 from benchmarks.accuracy import options
 from benchmarks.accuracy.budgets import Plan, conduct
 from benchmarks.accuracy.experiments.sections import EXPERIMENTS, result_file
-from benchmarks.command import bad_input
+from benchmarks.command import AsJson, Force, bad_input, check_out, finish
 
 app = typer.Typer(
     add_completion=False,
@@ -56,14 +56,14 @@ def command_of(name: str) -> Callable[..., None]:
         ] = None,
         batch: options.Batch = 16,
         dtype: options.Dtype = None,
-        as_json: options.AsJson = False,
+        as_json: AsJson = False,
         out: Annotated[
             Path,
             typer.Option(dir_okay=False, metavar="FILE.json", help="Where the result is written."),
         ] = file,
-        force: options.Force = False,
+        force: Force = False,
     ) -> None:
-        options.check_json(out, force=force)
+        check_out(out, force=force)
         with bad_input():
             kept = options.shares(budgets)
             if not all(0 < share < 1 for share in kept):
@@ -71,7 +71,7 @@ def command_of(name: str) -> Callable[..., None]:
                                  "is always run")  # fmt: skip
             plan = Plan(options.names(tasks), (), kept, (), n, seed, split)
         result = conduct(plan, EXPERIMENTS[name], model, dtype, batch, turns)
-        options.give({"experiment": name, **result}, experiment.section, out, as_json)
+        finish({"experiment": name, **result}, experiment.section(result), as_json=as_json, out=out)
 
     return command
 
