@@ -42,6 +42,7 @@ VOCABULARIES = (4096, 32000, 151936)
 """A row's `head_dim` for the draw of a token."""
 BATCH, HEADS, KV_HEADS, LENGTH, WINDOW, TAIL = 2, 32, 8, 4096, 512, 128
 MEAN_ROWS = LENGTH // 10
+NUMBERS = ("registers", "spill_bytes", "shared_bytes", "tensor_core_ops")
 
 
 class Packed(NamedTuple):
@@ -198,10 +199,7 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
             {
                 "kernel": found.name,
                 **case.row,
-                "registers": found.registers,
-                "spill_bytes": found.spill_bytes,
-                "shared_bytes": found.shared_bytes,
-                "tensor_core_ops": found.tensor_core_ops,
+                **{name: getattr(found, name) for name in NUMBERS},
                 "ok": (found.tensor_core_ops > 0) == products and fits and found.spill_bytes == 0,
             }
         )
@@ -210,7 +208,6 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
 
 def text_of(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    numbers = ("registers", "spill_bytes", "shared_bytes", "tensor_core_ops")
     return table(
         ["kernel", "variant", "type", "H", "block sizes", "arch", "registers", "spilt B",
          "shared B", "tensor cores", "ok"],
@@ -219,7 +216,7 @@ def text_of(rows: list[dict[str, Any]]) -> str:
                 *(str(row[name]) for name in ("kernel", "variant", "dtype", "head_dim")),
                 " ".join(map(str, row["config"].values())),
                 row["arch"],
-                *(str(row.get(name, "-")) for name in numbers),
+                *(str(row.get(name, "-")) for name in NUMBERS),
                 "yes" if row["ok"] else "**NO**",
             ]
             for row in rows

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import typer
 
 from benchmarks import command, measure
@@ -139,13 +138,9 @@ def _hold_and_decode(load: Load, variant: Variant, params: Params, count: int) -
         steps.append((run.timings.decode_s or 0.0) / generate.chunk_steps - sum(steps))
     if not (run.counts == case.new_tokens).all():
         raise ArithmeticError(f"not every sequence has its tokens: {run.counts}")
-    share = float(run.pool.length.mean()) / case.context
-    bits = case.stored_bits(variant, np.asarray(run.pool.counts))
     row = token_bytes(case.config.text, jnp.dtype(case.dtype))
     return {
-        "kept_share": share,
-        "stored_bits": bits,
-        "kept_bytes_share": share * bits / 16,
+        **case.kept(variant, run.pool),
         "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(run.pool) if leaf.ndim == 4),
         "tail_bytes": count * generate.stages.tail_rows * row,
         "prefilled_at_once": case.batch,

@@ -10,6 +10,10 @@ What counts, everywhere: all weights of the language model once (its embedding t
 step reads one row of it for each token), keys and values once, products at two operations for each
 weight and token, causal attention at the entries that the mask leaves. What a program stores and
 reads again in between is no part of the limit, and no rows are padded.
+
+Everywhere `context` are the tokens of a prompt, m, `batch` are prompts or their sequences, `budget`
+is the share of their cache that is kept (1 keeps all), and `bits` are those of a value of the pool
+with its scales: 16, or 2.5 rather than 2.
 """
 
 import functools
@@ -135,13 +139,7 @@ def scoring(
 ) -> Stage:
     """What a method adds to the prefill: score by the prompt's last rows, select, compact.
 
-    Args:
-        config: the model.
-        context: tokens of a prompt, m.
-        batch: prompts.
-        budget: share of the cache that is kept.
-        bits: of a value of the pool, with its scales.
-        window: rows that the score watches; 50 in the paper's table of speeds.
+    The score watches `window` rows, 50 in the paper's table of speeds.
     """
     text, window = config.text, min(window, context)
     heads = batch * text.num_layers * text.num_kv_heads
@@ -159,14 +157,7 @@ def scoring(
 
 
 def packing(config: LlavaConfig, context: int, batch: int = 1, bits: float = 16) -> Stage:
-    """What a quantizer adds to the prefill where nothing is evicted: it reads and writes it all.
-
-    Args:
-        config: the model.
-        context: tokens of a prompt, m.
-        batch: prompts.
-        bits: of a value of the pool, with its scales.
-    """
+    """What a quantizer adds to the prefill where nothing is evicted: it reads and writes it all."""
     cache = batch * context * token_bytes(config.text, BFLOAT16)
     return Stage({"packing": Work(cache * (1 + bits / 16))})
 
@@ -180,16 +171,7 @@ def decode_step(
     *,
     tail: int = 0,
 ) -> Stage:
-    """One token for every sequence.
-
-    Args:
-        config: the model.
-        context: tokens of a prompt, m.
-        batch: sequences.
-        budget: share of the prompts' cache that is kept; 1 is the full cache.
-        bits: of a value of the pool with its scales: 16, or 2.5 rather than 2.
-        tail: rows of new tokens that a sequence has by now, in bfloat16.
-    """
+    """One token for every sequence, which has `tail` rows of new tokens by now, in bfloat16."""
     layers, head = _multiplied(config)
     entries = batch * (context * budget + tail)
     return Stage(

@@ -48,8 +48,8 @@ def kept_bytes(
     Args:
         config: the decoder.
         quantizer: how they are quantized; None where all have full width.
-        rows: of each width, int [..., L, 1 + widths], as of `rows_by_width`.
-        dtype: of those of full width.
+        rows: of each width, int [..., 1 + widths], as of `rows_by_width`.
+        dtype: of those of full width, 16 bits whatever it is.
     """
     flat = rows.reshape(-1, rows.shape[-1])
     return int(flat[:, 0].sum()) * row_bytes(config, dtype) + sum(
@@ -60,14 +60,7 @@ def kept_bytes(
 def bits_of(
     config: TextConfig, quantizer: Quantizer | None, rows: np.ndarray, dtype: jnp.dtype = BFLOAT16
 ) -> float:
-    """Bits of a value with the scales that belong to it, where one of full width has 16.
-
-    Args:
-        config: the decoder.
-        quantizer: how they are quantized; None where all have full width.
-        rows: of each width, int [..., L, 1 + widths], as of `rows_by_width`.
-        dtype: of those of full width, 16 bits whatever it is.
-    """
+    """Bits of a value with the scales that belong to it, of the rows that `kept_bytes` takes."""
     full = int(rows.sum()) * row_bytes(config, dtype)
     return 16 * kept_bytes(config, quantizer, rows, dtype) / full
 

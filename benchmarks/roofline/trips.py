@@ -15,11 +15,9 @@ import numpy as np
 
 from benchmarks.documents import table
 from benchmarks.roofline import TAIL_ROWS
-from benchmarks.speed.cases import paper_sparsity
+from benchmarks.speed.cases import layer_rows, paper_sparsity
 from pallas_kernels.splits import shares, split_count, trips
 from pallas_kernels.tuning import candidates
-from vlcache_jax.cache.allocate import allocate
-from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.methods import VLCache
 from vlcache_jax.config import TextConfig
 
@@ -36,20 +34,6 @@ SERIES: Mapping[str, Callable[[int], np.ndarray]] = {
 
 CONTEXTS = (2048, 8192, 32768)
 BUDGET = 0.1
-
-
-def layer_rows(sparsity: np.ndarray, context: int, budget: float = BUDGET) -> np.ndarray:
-    """Rows of each layer as VL-Cache divides a budget by the layers' sparsities, int [L].
-
-    Args:
-        sparsity: of each layer, float [L].
-        context: tokens of the prompt.
-        budget: share of the whole cache.
-    """
-    method, m = VLCache(budget), jnp.array([context], jnp.int32)
-    prompt = Prompt(m, jnp.zeros((1, context), bool), len(sparsity), method.limit.data)
-    sizes = method.rules()[1].sizes(prompt, jnp.asarray(sparsity[None], jnp.float32))
-    return np.asarray(allocate(sizes, prompt.budget, m))[0]
 
 
 def serial_blocks(rows: np.ndarray, splits: int, block: int) -> np.ndarray:
@@ -77,7 +61,7 @@ def trip_rows(text: TextConfig) -> list[dict[str, Any]]:
     programs = split_count(text.num_kv_heads, 2**31)  # of a GPU that is full
     found = []
     for (name, series), context in product(SERIES.items(), CONTEXTS):
-        rows = layer_rows(series(text.num_layers), context)
+        rows = np.asarray(layer_rows(VLCache(BUDGET), series(text.num_layers)[None], context))[0]
         splits = split_count(text.num_kv_heads, (context + TAIL_ROWS) // block)
         blocks = serial_blocks(rows, splits, block)
         even = trips(trips(rows, block) + trips(TAIL_ROWS, block), programs)

@@ -14,7 +14,7 @@ from vlcache_jax import demo
 from vlcache_jax.anyres import max_tiles
 from vlcache_jax.cache.allocate import allocate
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.generate import CHUNK, Generate
@@ -114,15 +114,10 @@ class Case:
 
         The sizes are those of the method's own division, by the sparsities that the paper reports.
         """
-        text, cache = self.config.text, variant.cache
-        m = jnp.full((self.batch,), self.context, jnp.int32)
-        if cache.limit.keeps_all:
-            return jnp.broadcast_to(m[:, None], (self.batch, text.num_layers))
-        prompt = Prompt(
-            m, jnp.zeros((self.batch, self.context), bool), text.num_layers, cache.limit.data
-        )
-        sparsity = jnp.asarray(paper_sparsity(self.batch, text.num_layers, seed))
-        return allocate(cache.rules()[1].sizes(prompt, sparsity), prompt.budget, m)
+        shape = self.batch, self.config.text.num_layers
+        if variant.cache.limit.keeps_all:
+            return jnp.full(shape, self.context, jnp.int32)
+        return layer_rows(variant.cache, paper_sparsity(*shape, seed), self.context)
 
     def rows_by_width(self, variant: Variant, seed: int = 0) -> np.ndarray:
         """The same rows by their width: full width, then the quantizer's; int [B, L, 1 + widths].
@@ -148,6 +143,12 @@ class Case:
         rows = self.rows_by_width(variant) if rows is None else rows
         return bits_of(self.config.text, quantizer, rows, jnp.dtype(self.dtype))
 
+    def kept(self, variant: Variant, pool: AnyPool) -> dict[str, float]:
+        """Rows in a pool as a share of all, bits of a value of it, and its bytes as a share."""
+        share = float(pool.length.mean()) / self.context
+        bits = self.stored_bits(variant, np.asarray(pool.counts))
+        return {"kept_share": share, "stored_bits": bits, "kept_bytes_share": share * bits / 16}
+
     def inputs(self, seed: int = 0, length: int | None = None) -> ModelInputs:
         """Random prompts: a picture's tokens, then 50 of text.
 
@@ -172,6 +173,21 @@ class Case:
             visual_index=np.where(visual, table, -1).astype(np.int32),
             tiles=rng.standard_normal((self.batch * tiles, 3, side, side), np.float32),
         )
+
+
+def layer_rows(cache: CacheMethod, sparsity: np.ndarray, context: int) -> jax.Array:
+    """Rows of each layer as a method divides its budget, int32 [B, L].
+
+    Args:
+        cache: the method.
+        sparsity: of the layers, float [B, L].
+        context: tokens of each prompt.
+    """
+    batch, layers = sparsity.shape
+    m, visual = jnp.full((batch,), context, jnp.int32), jnp.zeros((batch, context), bool)
+    prompt = Prompt(m, visual, layers, cache.limit.data)
+    sizes = cache.rules()[1].sizes(prompt, jnp.asarray(sparsity, jnp.float32))
+    return allocate(sizes, prompt.budget, m)
 
 
 def paper_sparsity(batch: int, layers: int, seed: int = 0) -> np.ndarray:

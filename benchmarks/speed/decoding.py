@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from benchmarks import measure
@@ -108,24 +107,15 @@ class Decoding:
         self.start = jax.jit(lambda: stages.start(token, length, settings, dtype))
         self.program = jax.jit(stages.decode_chunk, donate_argnums=2)
         self.pool = random_pool(case, variant)
-
-    @property
-    def kept_share(self) -> float:
-        """Rows in the cache, as a share of all."""
-        return float(self.pool.length.mean()) / self.case.context
-
-    @property
-    def stored_bits(self) -> float:
-        """Of a value of the cache."""
-        return self.case.stored_bits(self.variant, np.asarray(self.pool.counts))
+        self.kept = case.kept(variant, self.pool)
 
     @property
     def work(self) -> Stage:
         """What one of the steps that are timed must do at least."""
         first, last = (count * self.case.chunk for count in CHUNKS)
         tail = round((first + last + 1) / 2)  # rows on average, the token's own among them
-        case, kept = self.case, (self.kept_share, self.stored_bits)
-        step = decode_step(case.config, case.context, case.batch, *kept, tail=tail)
+        case, (share, bits, _) = self.case, self.kept.values()
+        step = decode_step(case.config, case.context, case.batch, share, bits, tail=tail)
         return in_type(step, case.dtype)
 
     def run(self, chunks: int, pool: AnyPool | None = None) -> jax.Array:
@@ -167,9 +157,7 @@ class Decoding:
         self.check()
         steps = [count * self.case.chunk for count in CHUNKS]
         return measure.difference(long, short, steps[1] - steps[0]), {
-            "kept_share": self.kept_share,
-            "stored_bits": self.stored_bits,
-            "kept_bytes_share": self.kept_share * self.stored_bits / 16,
+            **self.kept,
             "programs": self.programs(),
             "program_samples": {"steps": steps, "seconds": [short.samples, long.samples]},
         }

@@ -193,7 +193,7 @@ def test_a_packed_steps_work_is_that_of_its_bytes(tiny, params):
     kept = dense * row * 4 + (four * row // 2 + two * row // 4) + (four + two) * 2 * heads * 4
     assert decoding.work.parts["attention"].bytes == pytest.approx(kept + tail * row * 4)
     share = kept / (tiny.batch * text.num_layers * tiny.context * row * 4)
-    assert decoding.kept_share * decoding.stored_bits / 16 == pytest.approx(share)
+    assert decoding.kept["kept_bytes_share"] == pytest.approx(share)
 
 
 def test_what_packing_adds_to_a_prefill(tiny):

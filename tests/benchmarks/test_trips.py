@@ -12,12 +12,13 @@ from benchmarks.roofline import TAIL_ROWS
 from benchmarks.roofline.trips import (
     CONTEXTS,
     SERIES,
-    layer_rows,
     serial_blocks,
     trip_rows,
 )
+from benchmarks.speed.cases import layer_rows
 from pallas_kernels.ragged_decode_attention import triton
 from pallas_kernels.rows import NewToken, Segment, Tail
+from vlcache_jax.cache.methods import VLCache
 
 TEXT = replace(MODELS["llava-v1.6-mistral-7b"].text, num_layers=30)
 
@@ -25,7 +26,7 @@ TEXT = replace(MODELS["llava-v1.6-mistral-7b"].text, num_layers=30)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("name", SERIES)
 def test_layers_have_all_of_the_budget_and_no_more_than_the_prompt(name, context):
-    rows = layer_rows(SERIES[name](30), context)
+    rows = np.asarray(layer_rows(VLCache(0.1), SERIES[name](30)[None], context))[0]
     assert len(rows) == 30
     assert rows.sum() == pytest.approx(0.1 * 30 * context, rel=1e-3)
     assert 1 <= rows.min() < rows.max() <= context
