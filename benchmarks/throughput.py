@@ -20,11 +20,12 @@ from benchmarks.environment import environment
 from benchmarks.models import empty_cache
 from benchmarks.roofline import WORKSPACE, Device, decode_step
 from benchmarks.speed import limit
-from benchmarks.speed.cases import Case, Variant, models
+from benchmarks.speed.cases import Case, models, name_of
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.options import Budgets, Dtype, KvBits, Methods, dtype_of, variants_of
 from benchmarks.speed.rows import described
 from benchmarks.speed_sections import throughput_part
+from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.driver import Run
 from vlcache_jax.models.llava import Params, init_params
 from vlcache_jax.programs import Programs
@@ -37,7 +38,7 @@ FEWER = 7 / 8
 """Of the sequences that did not fit, how many are tried next. A half would be a coarse answer."""
 
 
-def held_bytes(case: Case, variant: Variant, new_tokens: int) -> int:
+def held_bytes(case: Case, variant: CacheMethod, new_tokens: int) -> int:
     """Bytes of one sequence: its cache and the tail of so many new tokens, as allocated."""
     generate, dtype = case.generate(variant, new_tokens), jnp.dtype(case.dtype)
     pool, state = jax.eval_shape(lambda: empty_cache(generate, 1, case.context, dtype))
@@ -58,7 +59,7 @@ class Load:
     memory: int
     sequences: int | None = None
 
-    def first_guess(self, variant: Variant, weights: int) -> int:
+    def first_guess(self, variant: CacheMethod, weights: int) -> int:
         """Sequences that should fit beside the weights, in whole groups of those prefilled at once.
 
         Room is left for all keys and values of one group, twice over for the full cache (once as
@@ -79,12 +80,13 @@ class Load:
         if count < group:
             raise ValueError(
                 f"{human_bytes(self.memory)} do not hold the weights and {group} sequences of "
-                f"{case.context} tokens, {variant}: give more --memory, or a smaller --group"
+                f"{case.context} tokens, {name_of(variant)}: give more --memory, or a smaller "
+                "--group"
             )
         return count
 
 
-def run(load: Load, variant: Variant, params: Params, device: Device) -> dict[str, Any]:
+def run(load: Load, variant: CacheMethod, params: Params, device: Device) -> dict[str, Any]:
     """Hold as many sequences as fit, and decode them: the row of a variant.
 
     Args:
@@ -126,7 +128,9 @@ def run(load: Load, variant: Variant, params: Params, device: Device) -> dict[st
     }
 
 
-def _hold_and_decode(load: Load, variant: Variant, params: Params, count: int) -> dict[str, Any]:
+def _hold_and_decode(
+    load: Load, variant: CacheMethod, params: Params, count: int
+) -> dict[str, Any]:
     """Prefill `count` sequences into one cache, then decode all of them to the end."""
     case = load.case
     generate = case.generate(variant, case.new_tokens)

@@ -28,6 +28,7 @@ from benchmarks.accuracy.comparison import Comparison, Measures, pool_shape
 from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import FULL
 from benchmarks.accuracy.tasks import Item
+from benchmarks.speed.cases import is_full
 from vlcache_jax.anyres import max_tiles, num_tiles, visual_rows
 from vlcache_jax.buckets import Buckets
 from vlcache_jax.cache.method import AnyPool, CacheMethod
@@ -134,7 +135,7 @@ class Evaluation:
         """
         if not items:
             raise ValueError("no items to run")
-        if WHOLE in methods and not _is_full(methods[WHOLE]):
+        if WHOLE in methods and not is_full(methods[WHOLE]):
             raise ValueError(f"{WHOLE} is the full cache's, not one of {methods[WHOLE]}")
         limits, vlm = self._limits(items, max_new_tokens), self.vlm
         most = round_up(limits.max(), 16)
@@ -143,7 +144,7 @@ class Evaluation:
         some = {
             cell: method.for_model(vlm.config.text, vlm.tsa_layers)
             for cell, method in methods.items()
-            if not _is_full(method)
+            if not is_full(method)
         }
         way = Comparison(vlm.config, vlm.backend)
         attend = partial(self.do, way, "attend", vlm.params)
@@ -307,11 +308,6 @@ class Evaluation:
         self.seconds["compile"] += compiling
         self.seconds[name] += time.perf_counter() - began
         return result
-
-
-def _is_full(method: CacheMethod) -> bool:
-    """Whether a method keeps everything as it is."""
-    return method.limit.keeps_all and method.quantize is None
 
 
 def prompt_tokens(item: Item, vlm: VLM) -> int:

@@ -19,7 +19,7 @@ from benchmarks.peers.compare import Plan as Peers
 from benchmarks.peers.compare import compare
 from benchmarks.roofline import WORKSPACE, Device
 from benchmarks.speed import presets
-from benchmarks.speed.cases import FULL, Case, Variant
+from benchmarks.speed.cases import FULL, Case, Variants
 from benchmarks.speed.decoding import CHUNKS
 from benchmarks.speed.presets import PACKED, PACKED_TENTH, PAPER_MODEL, TENTH
 from benchmarks.speed.rows import cache_of
@@ -94,7 +94,7 @@ def packed_decode(context: Context) -> dict[str, Any]:
     return {**result, "headline": f"{size}: {'; '.join(found) or 'nothing to compare'}"}
 
 
-def fitting(case: Case, variants: Sequence[Variant], limit: Device) -> int:
+def fitting(case: Case, variants: Variants, limit: Device) -> int:
     """Most sequences whose caches fit beside the weights, those of all variants; at least one."""
     weights = count_parameters(case.config)["total"] * jnp.dtype(case.dtype).itemsize
     steps = CHUNKS[-1] * case.chunk + 1
@@ -151,7 +151,7 @@ def _measure(
     stages: Sequence[str],
     limit: Device,
     trace: Path | None = None,
-    variants: tuple[Variant, ...] = (FULL, TENTH),
+    variants: Variants = (FULL, TENTH),
 ) -> dict[str, Any]:
     """Run cases one by one while there is time: "rows", "profiles", how many were "not_run"."""
     plan, about = Plan(cases, variants, tuple(stages), context.effort), {"limit": asdict(limit)}

@@ -1,6 +1,6 @@
 """What is timed: a model at one size, and the ways to keep its cache."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -46,30 +46,20 @@ def models() -> Mapping[str, LlavaConfig]:
     }
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to keep the cache.
+Variants = Sequence[CacheMethod]
+"""Ways to keep the cache."""
 
-    Attributes:
-        cache: the method with its budget.
-    """
 
-    cache: CacheMethod
+def is_full(cache: CacheMethod) -> bool:
+    """Whether everything is kept as it is: what the others are compared with."""
+    return cache.limit.keeps_all and cache.quantize is None
 
-    @property
-    def full(self) -> bool:
-        """Whether everything is kept as it is: what the others are compared with."""
-        return self.cache.limit.keeps_all and self.cache.quantize is None
 
-    @property
-    def kv_bits(self) -> str | None:
-        """How what is kept is quantized, as the command line says it; None for not at all."""
-        return kv_bits(self.cache.quantize)
-
-    def __str__(self) -> str:
-        """For tables and files."""
-        words = self.cache.name + ("" if self.kv_bits is None else f"+{self.kv_bits}")
-        return words if self.cache.limit.keeps_all else f"{words} {self.cache.limit}"
+def name_of(cache: CacheMethod) -> str:
+    """For tables and files: the method, the bits as the command line says them, and the budget."""
+    bits = kv_bits(cache.quantize)
+    words = cache.name + ("" if bits is None else f"+{bits}")
+    return words if cache.limit.keeps_all else f"{words} {cache.limit}"
 
 
 @dataclass(frozen=True)
@@ -105,45 +95,45 @@ class Case:
         """The model was not made for so many positions."""
         return self.config != models()[self.model]
 
-    def generate(self, variant: Variant, new_tokens: int) -> Generate:
+    def generate(self, variant: CacheMethod, new_tokens: int) -> Generate:
         """How a variant answers with so many tokens."""
-        return Generate(self.config, variant.cache, new_tokens, chunk=self.chunk)
+        return Generate(self.config, variant, new_tokens, chunk=self.chunk)
 
-    def lengths(self, variant: Variant, seed: int = 0) -> jax.Array:
+    def lengths(self, variant: CacheMethod, seed: int = 0) -> jax.Array:
         """Rows of each layer in the cache, int32 [B, L]; another seed is another batch of prompts.
 
         The sizes are those of the method's own division, by the sparsities that the paper reports.
         """
         shape = self.batch, self.config.text.num_layers
-        if variant.cache.limit.keeps_all:
+        if variant.limit.keeps_all:
             return jnp.full(shape, self.context, jnp.int32)
-        return layer_rows(variant.cache, paper_sparsity(*shape, seed), self.context)
+        return layer_rows(variant, paper_sparsity(*shape, seed), self.context)
 
-    def rows_by_width(self, variant: Variant, seed: int = 0) -> np.ndarray:
+    def rows_by_width(self, variant: CacheMethod, seed: int = 0) -> np.ndarray:
         """The same rows by their width: full width, then the quantizer's; int [B, L, 1 + widths].
 
         All text of `inputs` and all pivots are among them, see `roofline.packed`.
         """
         lengths = np.asarray(self.lengths(variant, seed))
-        quantizer = variant.cache.for_model(self.config.text).quantize
+        quantizer = variant.for_model(self.config.text).quantize
         if quantizer is None:
             return lengths[..., None]
-        return rows_by_width(quantizer, lengths, evicts=not variant.cache.limit.keeps_all)
+        return rows_by_width(quantizer, lengths, evicts=not variant.limit.keeps_all)
 
-    def stored_bits(self, variant: Variant, rows: np.ndarray | None = None) -> float:
+    def stored_bits(self, variant: CacheMethod, rows: np.ndarray | None = None) -> float:
         """Bits of a value of the cache, with the scales that belong to it.
 
         Args:
             variant: how the cache is kept.
             rows: by their width; those of `rows_by_width` by default.
         """
-        quantizer = variant.cache.for_model(self.config.text).quantize
+        quantizer = variant.for_model(self.config.text).quantize
         if quantizer is None:
             return 16.0
         rows = self.rows_by_width(variant) if rows is None else rows
         return bits_of(self.config.text, quantizer, rows, jnp.dtype(self.dtype))
 
-    def kept(self, variant: Variant, pool: AnyPool) -> dict[str, float]:
+    def kept(self, variant: CacheMethod, pool: AnyPool) -> dict[str, float]:
         """Rows in a pool as a share of all, bits of a value of it, and its bytes as a share."""
         share = float(pool.length.mean()) / self.context
         bits = self.stored_bits(variant, np.asarray(pool.counts))
@@ -202,4 +192,4 @@ def paper_sparsity(batch: int, layers: int, seed: int = 0) -> np.ndarray:
     return np.clip(1 - (1 - sparsity) * spread, 0.70, 0.99).astype(np.float32)
 
 
-FULL = Variant(FullCache())
+FULL = FullCache()

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +12,11 @@ from jax import lax
 
 from benchmarks import measure
 from benchmarks.roofline import Device, Stage, decode_step
-from benchmarks.speed.cases import Case, Variant
+from benchmarks.speed.cases import Case, Variants, name_of
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
 from pallas_kernels.packing import join_affine
-from vlcache_jax.cache.method import AnyPool
+from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.packed import PackedPool, first_words
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.models.llava import Params
@@ -58,10 +58,10 @@ def random_scales(seed: int, shape: Shape, bits: int) -> jax.Array:
     return join_affine(2 * half / (2**bits - 1), -half)
 
 
-def random_pool(case: Case, variant: Variant) -> AnyPool:
+def random_pool(case: Case, variant: CacheMethod) -> AnyPool:
     """A pool of random rows, as many as the method keeps of prompts of the case's length."""
     text = case.config.text
-    cache = variant.cache.for_model(text)
+    cache = variant.for_model(text)
     shapes = cache.pool_shapes(text, case.batch, case.context, jnp.dtype(case.dtype))
     dense = shapes.dense if isinstance(shapes, PackedPool) else shapes
     k, v = (random_rows(seed, dense.k.shape, case.dtype) for seed in (1, 2))
@@ -83,7 +83,7 @@ def random_pool(case: Case, variant: Variant) -> AnyPool:
     return divided(pool, case, variant, seed=0)
 
 
-def divided(pool: AnyPool, case: Case, variant: Variant, seed: int) -> AnyPool:
+def divided(pool: AnyPool, case: Case, variant: CacheMethod, seed: int) -> AnyPool:
     """The same pool with as many rows in each layer as prompts of that seed have: numbers alone."""
     rows = jnp.asarray(case.rows_by_width(variant, seed))
     offset = jnp.cumsum(rows[..., 0], axis=1, dtype=jnp.int32) - rows[..., 0]
@@ -97,7 +97,7 @@ def divided(pool: AnyPool, case: Case, variant: Variant, seed: int) -> AnyPool:
 class Decoding:
     """A cache of random rows, and the program that decodes from it."""
 
-    def __init__(self, case: Case, variant: Variant, params: Params):
+    def __init__(self, case: Case, variant: CacheMethod, params: Params):
         self.case, self.variant, self.params = case, variant, params
         self.generate = case.generate(variant, CHUNKS[-1] * case.chunk + 1)
         stages, settings = self.generate.stages, self.generate.settings(case.batch)
@@ -178,10 +178,14 @@ class Decoding:
 
 
 def decode_rows(
-    case: Case, variants: Sequence[Variant], params: Params, limit: Device, effort: measure.Effort
+    case: Case,
+    variants: Variants,
+    params: Params,
+    limit: Device,
+    effort: measure.Effort,
 ) -> list[dict[str, Any]]:
     """A decode step of every variant, all in turns: a row each."""
-    made: dict[Variant, Decoding | Exception] = {}
+    made: dict[CacheMethod, Decoding | Exception] = {}
     programs: dict[str, Callable[[], Any]] = {}
     for variant in variants:
         try:
@@ -191,14 +195,14 @@ def decode_rows(
             made[variant] = error.with_traceback(None)  # which would keep what was allocated
             continue
         for chunks in CHUNKS:
-            programs[f"{variant}, {chunks}"] = functools.partial(decoding.run, chunks)
+            programs[f"{name_of(variant)}, {chunks}"] = functools.partial(decoding.run, chunks)
     found = measure.compare(programs, calls=1, effort=effort)
     rows = []
     for variant, decoding in made.items():
         step, work, more = decoding, Stage({}), {}
         try:
             if isinstance(decoding, Decoding):
-                short, long = (found[f"{variant}, {chunks}"] for chunks in CHUNKS)
+                short, long = (found[f"{name_of(variant)}, {chunks}"] for chunks in CHUNKS)
                 step, more = decoding.step(short, long)
                 work = decoding.work
         except Exception as error:  # the check's, or the memory's

@@ -7,7 +7,7 @@ import jax
 import typer
 
 from benchmarks.command import check_known
-from benchmarks.speed.cases import FULL, Variant
+from benchmarks.speed.cases import FULL
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import METHODS, as_method, make_method
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
@@ -33,7 +33,7 @@ def variants_of(
     methods: Sequence[str] | None,
     budgets: Sequence[str] | None,
     kv_bits: Sequence[str] | None = None,
-) -> tuple[Variant, ...]:
+) -> tuple[CacheMethod, ...]:
     """The full cache, and every method (VL-Cache) at every budget (0.1).
 
     With `kv_bits` each of these in every one of them, and the full cache as it is besides.
@@ -46,11 +46,11 @@ def variants_of(
     caches += [
         make_method(name, budget, quantizer)
         for name in methods or ["vl-cache"]
-        if name != FULL.cache.name
+        if name != FULL.name
         for budget in budgets or ["0.1"]
         for quantizer in quantizers
     ]
-    return FULL, *map(Variant, caches)
+    return FULL, *caches
 
 
 def dtype_of(dtype: str | None) -> str:

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.roofline import Device, Stage, decode_step
-from benchmarks.speed.cases import FULL, Case, Variant
+from benchmarks.speed.cases import FULL, Case
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.prompts import answer_work, method_work, prefill_work
 from vlcache_jax.cache.methods import FullCache, VLCache
 from vlcache_jax.cache.quantizers import AKVQ
 
-TENTH = Variant(VLCache(0.1))
-PACKED = Variant(FullCache(quantize=AKVQ()))
-PACKED_TENTH = Variant(VLCache(0.1, quantize=AKVQ()))
+TENTH = VLCache(0.1)
+PACKED = FullCache(quantize=AKVQ())
+PACKED_TENTH = VLCache(0.1, quantize=AKVQ())
 
 PAPER_MODEL = "llava-v1.6-mistral-7b"
 PAPER: dict[tuple[int, int], dict[str, float]] = {

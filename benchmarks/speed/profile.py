@@ -17,9 +17,10 @@ from jax.profiler import ProfileData
 
 from benchmarks.hlo import Instruction, parse
 from benchmarks.measure import reason
-from benchmarks.speed.cases import Case, Variant
+from benchmarks.speed.cases import Case, Variants, name_of
 from benchmarks.speed.decoding import Decoding
 from benchmarks.speed.rows import described
+from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.models.llava import Params
 
 SCOPES = (
@@ -198,12 +199,12 @@ class Program:
     """
 
     stage: str
-    variant: Variant
+    variant: CacheMethod
     function: Any
     arguments: Callable[[], tuple[Any, ...]]
 
     def __str__(self) -> str:
-        return f"{self.stage} {self.variant}".replace(" ", "-")
+        return f"{self.stage} {name_of(self.variant)}".replace(" ", "-")
 
     def compile(self) -> Any:
         """Compiled, as XLA optimised it."""
@@ -215,7 +216,7 @@ STAGES = ("prefill", "decode")
 
 
 def programs_of(
-    case: Case, variants: Sequence[Variant], params: Params, stages: Sequence[str]
+    case: Case, variants: Variants, params: Params, stages: Sequence[str]
 ) -> Iterator[Program]:
     """The programs of some of `STAGES` of every variant; no more than one is kept in memory."""
     inputs = jax.device_put(case.inputs())
@@ -261,7 +262,7 @@ def profile(program: Program, folder: Path) -> dict[str, Any]:
 
 def profile_rows(
     case: Case,
-    variants: Sequence[Variant],
+    variants: Variants,
     params: Params,
     folder: Path,
     stages: Sequence[str] = STAGES,
@@ -281,7 +282,7 @@ def profile_rows(
 
 def dump_hlo(
     case: Case,
-    variants: Sequence[Variant],
+    variants: Variants,
     params: Params,
     folder: Path,
     stages: Sequence[str] = STAGES,

@@ -1,7 +1,6 @@
 """The stages with a prompt in them: prefill, what a method adds to it, and a whole answer."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,9 +8,10 @@ import jax
 from benchmarks import measure
 from benchmarks.models import WINDOW
 from benchmarks.roofline import Device, Stage, decode_step, packing, prefill, scoring
-from benchmarks.speed.cases import Case, Variant
+from benchmarks.speed.cases import Case, Variants, is_full, name_of
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
+from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.driver import Run
 from vlcache_jax.models.llava import Params
 from vlcache_jax.processing import ModelInputs
@@ -23,24 +23,24 @@ def prefill_work(case: Case) -> Stage:
     return in_type(prefill(case.config, case.context, case.batch), case.dtype)
 
 
-def method_work(case: Case, variant: Variant) -> Stage:
+def method_work(case: Case, variant: CacheMethod) -> Stage:
     """What the method adds to a prefill, counted in bfloat16: in float32 it must do more."""
-    if variant.full:
+    if is_full(variant):
         return Stage({})
     size, bits = (case.config, case.context, case.batch), case.stored_bits(variant)
-    if variant.cache.limit.keeps_all:
+    if variant.limit.keeps_all:
         return packing(*size, bits)
     return scoring(*size, _budget(case, variant), bits, window=WINDOW)
 
 
-def _budget(case: Case, variant: Variant) -> float:
+def _budget(case: Case, variant: CacheMethod) -> float:
     """Share of the rows that there is room for."""
-    return variant.cache.limit.layer_rows(case.context) / case.context
+    return variant.limit.layer_rows(case.context) / case.context
 
 
-def answer_work(case: Case, variant: Variant) -> Stage:
+def answer_work(case: Case, variant: CacheMethod) -> Stage:
     """Of a whole answer."""
-    budget = 1.0 if variant.cache.limit.keeps_all else _budget(case, variant)
+    budget = 1.0 if variant.limit.keeps_all else _budget(case, variant)
     steps, kept = case.new_tokens - 1, (budget, case.stored_bits(variant))
     step = decode_step(case.config, case.context, case.batch, *kept, tail=case.new_tokens // 2)
     decoding = {
@@ -51,7 +51,11 @@ def answer_work(case: Case, variant: Variant) -> Stage:
 
 
 def prefill_rows(
-    case: Case, variants: Sequence[Variant], params: Params, limit: Device, effort: measure.Effort
+    case: Case,
+    variants: Variants,
+    params: Params,
+    limit: Device,
+    effort: measure.Effort,
 ) -> list[dict[str, Any]]:
     """Prefill up to the first token, and what each method adds to that of the full cache.
 
@@ -64,8 +68,8 @@ def prefill_rows(
         works, more = {**prefill_work(case).parts, **method_work(case, variant).parts}, {}
         own = row_of("prefill", case, variant, timing, Stage(works), limit, **programs[variant])
         rows.append(own)
-        full = next((found[v] for v in variants if v.full), None)
-        if variant.full or not isinstance(full, measure.Timing):
+        full = next((found[v] for v in variants if is_full(v)), None)
+        if is_full(variant) or not isinstance(full, measure.Timing):
             continue
         if isinstance(timing, measure.Timing):
             more = {
@@ -80,7 +84,11 @@ def prefill_rows(
 
 
 def answer_rows(
-    case: Case, variants: Sequence[Variant], params: Params, limit: Device, effort: measure.Effort
+    case: Case,
+    variants: Variants,
+    params: Params,
+    limit: Device,
+    effort: measure.Effort,
 ) -> list[dict[str, Any]]:
     """From prompt to all tokens."""
     found, programs = _timed(case, variants, case.new_tokens, params, effort)
@@ -95,11 +103,11 @@ def answer_rows(
 
 def _timed(
     case: Case,
-    variants: Sequence[Variant],
+    variants: Variants,
     new_tokens: int,
     params: Params,
     effort: measure.Effort,
-) -> tuple[dict[Variant, measure.Timing | Exception], dict[Variant, dict[str, int]]]:
+) -> tuple[dict[CacheMethod, measure.Timing | Exception], dict[CacheMethod, dict[str, int]]]:
     """Time answers of so many tokens in turns, by the driver.
 
     Returns:
@@ -108,16 +116,16 @@ def _timed(
     eighth, programs = case.context // 8, Programs()
     batches = [jax.device_put(case.inputs(seed, case.context - seed * eighth)) for seed in range(3)]
 
-    def answer(variant: Variant, inputs: ModelInputs) -> None:
+    def answer(variant: CacheMethod, inputs: ModelInputs) -> None:
         generate = case.generate(variant, new_tokens)
         settings = generate.settings(case.batch)
         for _ in Run(programs, params, generate.stages, [inputs], settings):
             pass
 
-    launches = {str(each): functools.partial(answer, each, batches[0]) for each in variants}
+    launches = {name_of(each): functools.partial(answer, each, batches[0]) for each in variants}
     timings = measure.compare(launches, calls=1, effort=effort)
-    found = {variant: timings[str(variant)] for variant in variants}
-    counts: dict[Variant, dict[str, int]] = {variant: {} for variant in variants}
+    found = {variant: timings[name_of(variant)] for variant in variants}
+    counts: dict[CacheMethod, dict[str, int]] = {variant: {} for variant in variants}
     for variant, timing in found.items():
         if isinstance(timing, measure.Timing):
             with measure.compilations() as seen:

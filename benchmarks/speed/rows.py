@@ -5,18 +5,20 @@ from typing import Any
 
 from benchmarks.measure import L2_BYTES, Timing, reason
 from benchmarks.roofline import Device, Stage
-from benchmarks.speed.cases import Case, Variant
+from benchmarks.speed.cases import Case
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.report import kv_bits
 
 
-def described(case: Case, variant: Variant) -> dict[str, Any]:
+def described(case: Case, variant: CacheMethod) -> dict[str, Any]:
     """What a row is about."""
     return {
         "model": case.model,
         "context": case.context,
         "batch": case.batch,
-        "method": variant.cache.label,
-        "budget": str(variant.cache.limit),
-        "kv_bits": variant.kv_bits,
+        "method": variant.label,
+        "budget": str(variant.limit),
+        "kv_bits": kv_bits(variant.quantize),
         "dtype": case.dtype,
         "images": case.images,
         "synthetic_positions": case.synthetic_positions,
@@ -34,7 +36,7 @@ def cache_of(row: dict[str, Any]) -> str:
 def row_of(
     stage: str,
     case: Case,
-    variant: Variant,
+    variant: CacheMethod,
     found: Timing | Exception,
     work: Stage,
     limit: Device,

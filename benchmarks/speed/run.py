@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from benchmarks.roofline import Device
-from benchmarks.speed.cases import Case, Variant
+from benchmarks.speed.cases import Case, Variants
 from benchmarks.speed.decoding import decode_rows
 from benchmarks.speed.profile import STAGES as TRACED
 from benchmarks.speed.profile import dump_hlo, profile_rows
@@ -36,7 +36,7 @@ class Plan:
     """
 
     cases: dict[Any, Case]
-    variants: tuple[Variant, ...]
+    variants: Variants
     stages: tuple[str, ...]
     effort: measure.Effort
 

@@ -128,9 +128,7 @@ def test_the_batch_of_packed_caches_is_what_the_memory_holds():
     variants = (presets.TENTH, presets.PACKED_TENTH)
     case = cases.Case(presets.PAPER_MODEL, 32768, 24, "bfloat16")
     text, dtype = case.config.text, jnp.dtype("bfloat16")
-    each = sum(
-        pool_bytes(text, variant.cache, dtype, batch=1, prompt_rows=32768) for variant in variants
-    )
+    each = sum(pool_bytes(text, variant, dtype, batch=1, prompt_rows=32768) for variant in variants)
     for memory in (80e9, 139 * 2**30):
         found = end_to_end.fitting(case, variants, Device("a GPU", 1, 1, memory, "given"))
         weights = 15.1e9 + WORKSPACE

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.speed import cases
-from benchmarks.speed.cases import FULL, Case, Variant
+from benchmarks.speed.cases import FULL, Case
 from benchmarks.speed.profile import (
     OTHER,
     SCOPES,
@@ -151,7 +151,7 @@ def tiny(monkeypatch):
 
 def test_the_stages_of_real_programs_are_found(tiny, tmp_path):
     params = init_params(tiny.config)
-    tenth = Variant(VLCache(0.1))
+    tenth = VLCache(0.1)
     rows = profile_rows(tiny, (tenth,), params, tmp_path)
     prefill, decode = rows
     seen = {row["scope"] for row in prefill["scopes"]}

@@ -15,7 +15,7 @@ from benchmarks.models import WINDOW
 from benchmarks.roofline import DEVICES, Device, Stage, Work
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import cases, limit, presets
-from benchmarks.speed.cases import FULL, Case, Variant, paper_sparsity
+from benchmarks.speed.cases import FULL, Case, is_full, name_of, paper_sparsity
 from benchmarks.speed.decoding import (
     CHUNKS,
     Decoding,
@@ -37,9 +37,9 @@ from vlcache_jax.cache.state import Pool
 from vlcache_jax.models.llava import init_params
 from vlcache_jax.stages import DecodeState
 
-TENTH = Variant(VLCache(0.1))
-PACKED = Variant(VLCache(0.1, quantize=AKVQ()))
-WHOLE = Variant(FullCache(quantize=AKVQ(recent=8)))
+TENTH = VLCache(0.1)
+PACKED = VLCache(0.1, quantize=AKVQ())
+WHOLE = FullCache(quantize=AKVQ(recent=8))
 DEVICE = Device("test", 1e9, 1e10, 1e9, "given")
 
 
@@ -66,7 +66,7 @@ def test_sizes_of_the_paper_vary_and_fit_the_pool():
     lengths = np.asarray(case.lengths(TENTH))
     text = case.config.text
     assert lengths.shape == (3, text.num_layers)
-    assert (lengths.sum(axis=1) <= TENTH.cache.limit.capacity(text.num_layers, 2048)).all()
+    assert (lengths.sum(axis=1) <= TENTH.limit.capacity(text.num_layers, 2048)).all()
     assert abs(lengths.mean() / 2048 - 0.1) < 0.01
     assert (lengths[:, :2].min(axis=1) > 2 * lengths[:, 2:].mean(axis=1)).all()
     assert len(np.unique(lengths[:, 5])) > 1  # every prompt has its own
@@ -168,7 +168,7 @@ def test_a_packed_pool_holds_the_rows_of_each_width(tiny, variant):
     np.testing.assert_array_equal(counts.sum(axis=-1), case.lengths(variant))
     assert pool.quantizer.widths == (4, 2)  # the decoder has text-salient layers
     assert counts[..., 1].any()  # text of 4 bits
-    shapes = variant.cache.for_model(case.config.text).pool_shapes(
+    shapes = variant.for_model(case.config.text).pool_shapes(
         case.config.text, case.batch, case.context, jnp.dtype("float32")
     )
     assert jax.tree.map(lambda x: x.shape, pool) == jax.tree.map(lambda x: x.shape, shapes)
@@ -218,19 +218,19 @@ def test_packed_rows_stand_beside_the_full_cache(tiny, params):
 
 def test_quantizers_of_methods_and_of_the_full_cache():
     found = variants_of(["vl-cache", "full"], ["0.1", "0.2"], kv_bits=["16", "akvq", "2"])
-    assert list(map(str, found)) == [
+    assert list(map(name_of, found)) == [
         "full", "full+akvq", "full+2",
         "vl-cache 0.1", "vl-cache+akvq 0.1", "vl-cache+2 0.1",
         "vl-cache 0.2", "vl-cache+akvq 0.2", "vl-cache+2 0.2",
     ]  # fmt: skip
-    assert [variant.full for variant in found[:3]] == [True, False, False]
+    assert [is_full(variant) for variant in found[:3]] == [True, False, False]
     case = Case("llava-v1.6-mistral-7b", 2048)
     shown = [cache_of(described(case, variant)) for variant in found[:6]]
     assert shown[:3] == ["full", "full+akvq", "full+rtn 2"]
     assert shown[3:] == ["vl-cache 0.1", "vl-cache+akvq 0.1", "vl-cache+rtn 2 0.1"]
     assert cache_of({"method": "vl-cache", "budget": "0.1"}) == "vl-cache 0.1"  # an older file's
-    assert list(map(str, variants_of(None, None))) == [str(FULL), str(TENTH)]
-    assert found[2].cache.quantize == RTN(bits=2, transform=True)
+    assert list(variants_of(None, None)) == [FULL, TENTH]
+    assert found[2].quantize == RTN(bits=2, transform=True)
 
 
 def test_decode_rows_stand_beside_the_full_cache(tiny, params):
@@ -284,7 +284,7 @@ def test_stages_with_a_prompt(tiny, params):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
 def test_every_method_has_sizes(tiny, name):
-    lengths = np.asarray(tiny.lengths(Variant(METHODS[name](budget=0.3))))
+    lengths = np.asarray(tiny.lengths(METHODS[name](budget=0.3)))
     assert lengths.min() >= 1
     assert abs(lengths.mean() / tiny.context - 0.3) < 0.05
 

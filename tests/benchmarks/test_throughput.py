@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks import throughput
 from benchmarks.roofline import Device
 from benchmarks.speed import cases, limit
-from benchmarks.speed.cases import FULL, Case, Variant
+from benchmarks.speed.cases import FULL, Case
 from benchmarks.throughput import Load, compare, run
 from tests.tiny import tiny_config
 from vlcache_jax.cache.methods import VLCache
@@ -22,8 +22,8 @@ from vlcache_jax.driver import Run
 from vlcache_jax.models.llava import init_params
 from vlcache_jax.report import pool_bytes
 
-TENTH = Variant(VLCache(0.1))
-PACKED = Variant(VLCache(0.1, quantize=AKVQ()))
+TENTH = VLCache(0.1)
+PACKED = VLCache(0.1, quantize=AKVQ())
 DEVICE = Device("test", 1e9, 1e10, 1e9, "given")
 SHAPES = {"tiny": tiny_config("llava")}
 
@@ -88,7 +88,7 @@ def test_a_packed_cache_is_held_by_its_own_bytes(load, params):
     assert "exception" not in row, row
     assert (row["method"], row["kv_bits"], row["sequences"]) == ("vl-cache+akvq", "akvq", 2)
     text, kind = case.config.text, jnp.dtype("float32")
-    assert row["cache_bytes"] == pool_bytes(text, PACKED.cache, kind, batch=2, prompt_rows=96)
+    assert row["cache_bytes"] == pool_bytes(text, PACKED, kind, batch=2, prompt_rows=96)
     assert 1 < row["stored_bits"] < 16
     assert row["kept_bytes_share"] == row["kept_share"] * row["stored_bits"] / 16
 
