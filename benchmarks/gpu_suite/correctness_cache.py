@@ -58,7 +58,7 @@ def packed(context: Context) -> dict[str, Any]:
     for shape, every in shapes(context):
         if shape[0] != "float32":  # is left to XLA
             runs = RUNS[:1] if context.dry else RUNS if every else RUNS[-1:]
-            groups += [_packed_group(rng, shape, bits, every) for bits in runs]
+            groups += [_decode_group(rng, shape, every, bits) for bits in runs]
     return checks.run(context, groups)
 
 
@@ -77,17 +77,16 @@ def long(context: Context) -> dict[str, Any]:
         functools.partial(_large_pool_group, context, kv_heads)
         for kv_heads in ((8,) if context.dry else (8, 1))
     ]
-    result: dict[str, Any] = {"rows": []}
+    rows: list[dict[str, Any]] = []
     for make in makers:
+        row = {"kernel": make.func.__name__, "case": str(make.args[1:])}
         try:
-            result = checks.run(context, [make()], result["rows"])
+            rows = checks.run(context, [make()], rows)["rows"]
+        except NotImplementedError as error:
+            rows.append({**row, "ok": None, "note": str(error)})
         except Exception as error:  # inputs that could not be made, say
-            row = {"kernel": make.func.__name__, "case": str(make.args[1:])}
-            note = isinstance(error, NotImplementedError)
-            row |= {"ok": None, "note": str(error)} if note else {"ok": False}
-            rows = [*result["rows"], row if note else {**row, "exception": reason(error)}]
-            result = checks.summary(rows)
-    return result
+            rows.append({**row, "ok": False, "exception": reason(error)})
+    return checks.summary(rows)
 
 
 def _layer(rng: np.random.Generator, shape: Shape) -> tuple[NewToken, Segment, Tail]:
@@ -113,30 +112,25 @@ def _layer(rng: np.random.Generator, shape: Shape) -> tuple[NewToken, Segment, T
     return new, replace(pool, offset=offset, length=length), replace(tail, fill=fill)
 
 
-def _rotated(new: NewToken) -> np.ndarray:
-    """The queries and the key of a new token's product, after RoPE: [B, K, G + 1, H]."""
+def _appended(new: NewToken, tail: Tail, *, transforms: bool) -> tuple[np.ndarray, Tail]:
+    """The queries [B, N, H] of a new token, and the tail with it in it, where there is room.
+
+    Queries and key are turned by RoPE, and then transformed where the cache is.
+    """
     qkv = np.asarray(new.qkv)
     first, second = np.split(qkv[..., :-1, :].astype(np.float32), 2, axis=-1)
     cos, sin = (np.asarray(x)[:, None, None] for x in (new.cos, new.sin))
     turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(qkv.dtype)
-
-
-def _appended(new: NewToken, turned: np.ndarray, tail: Tail) -> tuple[np.ndarray, Tail]:
-    """The queries [B, N, H], and the tail with the new token in it, where there is room.
-
-    Args:
-        new: the new token.
-        turned: its queries and key as they meet the cache.
-        tail: the tail without it.
-    """
+    turned = turned.astype(qkv.dtype)  # [B, K, G + 1, H]
+    if transforms:
+        size = qkv.shape[-1]
+        mixed = turned.astype(np.float32) @ hadamard.signs(size).astype(np.float32)
+        turned = (mixed * hadamard.factor(size)).astype(qkv.dtype)
     tail_k, tail_v, fill = (np.array(x) for x in (tail.k, tail.v, tail.fill))
-    for b in np.flatnonzero(np.asarray(tail.fill) < TAIL):
-        row = int(tail.fill[b])
-        tail_k[b, :, row], tail_v[b, :, row] = turned[b, :, -1], new.qkv[b, :, -1]
+    for b in np.flatnonzero(fill < TAIL):
+        tail_k[b, :, fill[b]], tail_v[b, :, fill[b]] = turned[b, :, -1], qkv[b, :, -1]
     rows: Any = tail_k, tail_v, fill + 1
-    grown = Tail(*rows)
-    return turned[:, :, :-1].reshape(len(turned), -1, turned.shape[-1]), grown
+    return turned[:, :, :-1].reshape(len(turned), -1, turned.shape[-1]), Tail(*rows)
 
 
 def _judge_appended(dtype: str, fill: Any) -> Callable[[list[np.ndarray], Any], Errors]:
@@ -172,20 +166,6 @@ def _ways(
     return found
 
 
-def _decode_group(rng: np.random.Generator, shape: Shape, every: bool) -> Group:
-    dtype, head_dim, _, rows = shape
-    inputs = new, pool, tail = _layer(rng, shape)
-
-    def expected() -> tuple[Any, ...]:
-        q, grown = _appended(new, _rotated(new), tail)
-        mixed = decode_reference.ragged_decode_attention(q, pool, grown, scale=head_dim**-0.5)
-        return mixed, grown.k, grown.v
-
-    ways = _ways("ragged_decode_attention", shape, every, 4, most_rows=rows)
-    judge = _judge_appended(dtype, tail.fill)
-    return Group("append_and_attend", label(shape), inputs, ways, expected, judge)
-
-
 def _runs(rng: np.random.Generator, shape: Shape, bits: tuple[int, ...]) -> PackedRows:
     """Packed rows whose scales are NaN where no row is.
 
@@ -214,26 +194,32 @@ def _runs(rng: np.random.Generator, shape: Shape, bits: tuple[int, ...]) -> Pack
     return replace(found, affine_k=affine[0], affine_v=affine[1], first=first, rows=rows)
 
 
-def _packed_group(
-    rng: np.random.Generator, shape: Shape, bits: tuple[int, ...], every: bool
+def _decode_group(
+    rng: np.random.Generator, shape: Shape, every: bool, bits: tuple[int, ...] = ()
 ) -> Group:
+    """A layer's rows, and with `bits` runs of packed ones beside them."""
     dtype, head_dim, _, rows = shape
     new, dense, tail = _layer(rng, shape)
-    runs = _runs(rng, shape, bits)
+    runs, words, most = [], label(shape), {"most_rows": rows}
+    operation, name, splits = "ragged_decode_attention", "append_and_attend", 4
+    reference: Callable[..., Any] = decode_reference.ragged_decode_attention
+    if bits:
+        runs, words = (
+            [_runs(rng, shape, bits)],
+            f"{words}, runs of {' and '.join(map(str, bits))} bits",
+        )
+        most["most_words"] = -(-rows // per_word(min(bits)))
+        operation, name, splits = "quantized_decode_attention", f"quantized_{name}", 3
+        reference = packed_reference.quantized_decode_attention
 
     def expected() -> tuple[Any, ...]:
-        turned = _rotated(new).astype(np.float32)
-        turned = turned @ hadamard.signs(head_dim).astype(np.float32) * hadamard.factor(head_dim)
-        q, grown = _appended(new, turned.astype(new.qkv.dtype), tail)
-        arrays, scale = (q, dense, runs, grown), head_dim**-0.5
-        mixed = packed_reference.quantized_decode_attention(*arrays, scale=scale)
+        q, grown = _appended(new, tail, transforms=bool(bits))
+        mixed = reference(q, dense, *runs, grown, scale=head_dim**-0.5)
         return mixed, grown.k, grown.v
 
-    most = {"most_rows": rows, "most_words": -(-rows // per_word(min(bits)))}
-    ways = _ways("quantized_decode_attention", shape, every, 3, **most)
-    words = f"{label(shape)}, runs of {' and '.join(map(str, bits))} bits"
-    inputs, judge = (new, dense, runs, tail), _judge_appended(dtype, tail.fill)
-    return Group("quantized_append_and_attend", words, inputs, ways, expected, judge)
+    ways = _ways(operation, shape, every, splits, **most)
+    inputs, judge = (new, dense, *runs, tail), _judge_appended(dtype, tail.fill)
+    return Group(name, words, inputs, ways, expected, judge)
 
 
 def _large_pool_group(context: Context, kv_heads: int) -> Group:

@@ -14,21 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
+from benchmarks.gpu_suite import inputs
 from benchmarks.gpu_suite.checks import NOT_RUN
-from benchmarks.gpu_suite.inputs import (
-    DECODE_CASES,
-    DTYPE,
-    HEAD_DIM,
-    KV_HEADS,
-    PACKED_CASES,
-    PACKED_DRY,
-    CacheCase,
-    Sets,
-    cache_sets,
-    drawing,
-    prefill_sets,
-    scores_sets,
-)
 from benchmarks.gpu_suite.stages import Context
 from benchmarks.roofline import Device, Work
 from benchmarks.speed import limit
@@ -138,13 +125,16 @@ def _best_share(rows: list[dict[str, Any]]) -> str:
 
 def decode(context: Context) -> dict[str, Any]:
     """The stage of the decode attention."""
-    cases = (CacheCase(2, 8, 40, uneven=True, xla=True),) if context.dry else DECODE_CASES
+    cases = (
+        (inputs.CacheCase(2, 8, 40, uneven=True, xla=True),) if context.dry else inputs.DECODE_CASES
+    )
     makers = {str(case): partial(_decode_ways, context, case) for case in cases}
     return run(context, makers, _best_share)
 
 
-def _decode_ways(context: Context, case: CacheCase) -> Ways:
-    found, attend = cache_sets(context, case), append_packed if case.runs else append_and_attend
+def _decode_ways(context: Context, case: inputs.CacheCase) -> Ways:
+    found = inputs.cache_sets(context, case)
+    attend = append_packed if case.runs else append_and_attend
     backends = ("triton", "xla") if case.xla else ("triton",)
     programs = {name: found.chain(attend, backend=name, **case.settings) for name in backends}
     return Ways(programs, found.work, len(found.sets))
@@ -152,12 +142,12 @@ def _decode_ways(context: Context, case: CacheCase) -> Ways:
 
 def packed(context: Context) -> dict[str, Any]:
     """The stage: packed rows, and as many rows of the pool in bfloat16, in turns."""
-    cases = (PACKED_DRY,) if context.dry else PACKED_CASES
+    cases = (inputs.PACKED_DRY,) if context.dry else inputs.PACKED_CASES
 
-    def ways_of(case: CacheCase) -> Ways:
+    def ways_of(case: inputs.CacheCase) -> Ways:
         own = _decode_ways(context, case)
-        same = CacheCase(case.batch, case.kv_heads, case.packed + case.rows)
-        pool = cache_sets(context, same, layers=own.calls)
+        same = inputs.CacheCase(case.batch, case.kv_heads, case.packed + case.rows)
+        pool = inputs.cache_sets(context, same, layers=own.calls)
         own.programs["pool"] = pool.chain(append_and_attend, backend="triton", **same.settings)
         more = {"full_bytes": pool.work.bytes}
         return replace(own, others={"pool": pool.work}, more=more)
@@ -176,7 +166,7 @@ def prefill(context: Context) -> dict[str, Any]:
     lengths = (32,) if context.dry else (8192, 2048, 32768)
 
     def ways_of(length: int) -> Ways:
-        found = prefill_sets(context, length)
+        found = inputs.prefill_sets(context, length)
         names = {"triton": "triton", "cudnn": "cudnn", "automatic": None}
         if length == min(lengths):
             names["xla"] = "xla"
@@ -208,7 +198,7 @@ def scores(context: Context) -> dict[str, Any]:
     cases = [(40, 9), (24, 24)] if context.dry else cases
 
     def ways_of(length: int, window: int) -> Ways:
-        found = scores_sets(context, length, window)
+        found = inputs.scores_sets(context, length, window)
         threshold = None if window == length else 0.01
         backends = ("triton", "xla") if length == min(cases)[0] else ("triton",)
         programs = {
@@ -231,7 +221,7 @@ def scores(context: Context) -> dict[str, Any]:
 def compaction(context: Context) -> dict[str, Any]:
     """The stage of `compact`: a tenth of 8192 tokens of 32 layers."""
     layers, kv_heads, length, head_dim = (
-        (2, 2, 40, 16) if context.dry else (32, KV_HEADS, 8192, HEAD_DIM)
+        (2, 2, 40, 16) if context.dry else (32, inputs.KV_HEADS, 8192, inputs.HEAD_DIM)
     )
     capacity = -(-layers * length // 10 // 128) * 128
     shares = np.random.default_rng(context.seed).uniform(0.5, 1.5, layers)
@@ -246,12 +236,12 @@ def compaction(context: Context) -> dict[str, Any]:
         return compact(k, v, order, budgets, visual, capacity)
 
     def ways() -> Ways:
-        size = DTYPE, 1, kv_heads, layers * length, head_dim
-        full = tuple(drawing(context)(*size) for _ in range(2))
+        size = inputs.DTYPE, 1, kv_heads, layers * length, head_dim
+        full = tuple(inputs.drawing(context)(*size) for _ in range(2))
         visual = jnp.zeros((1, layers), jnp.float32)
         sets = [(order(context.key()), jnp.asarray(budgets), visual) for _ in range(2)]
         moved = 4 * capacity * kv_heads * (2 * head_dim + 1)
-        found = Sets(sets, Work(moved), full)
+        found = inputs.Sets(sets, Work(moved), full)
         return Ways({"xla": found.chain(call)}, found.work, len(sets))
 
     return run(

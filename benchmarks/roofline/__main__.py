@@ -5,24 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import roofline
 from benchmarks.command import AsJson, Force, Out, bad_input, check_known, check_out, finish
 from benchmarks.documents import table
 from benchmarks.environment import environment
 from benchmarks.models import MODELS
-from benchmarks.roofline import (
-    DEVICES,
-    TAIL_ROWS,
-    Device,
-    Stage,
-    Work,
-    decode_step,
-    largest_batch,
-    packing,
-    prefill,
-    scoring,
-    sequence_bytes,
-    tokens_per_second,
-)
 from benchmarks.roofline.packed import Caches, caches
 from benchmarks.roofline.trips import trip_rows, trip_table
 from vlcache_jax.cache.quantizers import QUANTIZERS
@@ -31,20 +18,20 @@ from vlcache_jax.report import human_bytes
 
 
 def stage_rows(
-    device: Device, config: LlavaConfig, context: int, batch: int, compared: Caches
+    device: roofline.Device, config: LlavaConfig, context: int, batch: int, compared: Caches
 ) -> list[dict[str, Any]]:
     """Bytes, operations and floor of every stage and its parts; decoding with every cache."""
     size = config, context, batch
-    found = [("prefill", "", prefill(*size))]
+    found = [("prefill", "", roofline.prefill(*size))]
     kept = {name: cache.kept(config, context) for name, cache in compared.items()}
     for name, cache in compared.items():
         if cache.budget < 1:
-            found.append(("scoring", name, scoring(*size, *kept[name])))
+            found.append(("scoring", name, roofline.scoring(*size, *kept[name])))
         elif cache.quantizer is not None:
-            found.append(("packing", name, packing(*size, kept[name][1])))
-    found += [("decode", name, decode_step(*size, *each)) for name, each in kept.items()]
+            found.append(("packing", name, roofline.packing(*size, kept[name][1])))
+    found += [("decode", name, roofline.decode_step(*size, *each)) for name, each in kept.items()]
 
-    def numbers(work: Work | Stage) -> dict[str, float]:
+    def numbers(work: roofline.Work | roofline.Stage) -> dict[str, float]:
         return {
             "bytes": round(work.bytes),
             "operations": round(work.operations),
@@ -63,22 +50,22 @@ def stage_rows(
 
 
 def capacity_rows(
-    device: Device, config: LlavaConfig, context: int, batch: int, compared: Caches
+    device: roofline.Device, config: LlavaConfig, context: int, batch: int, compared: Caches
 ) -> list[dict[str, Any]]:
     """What every cache allows: faster steps at the same batch, and a larger batch."""
-    rows, full = [], decode_step(config, context, batch).floor(device)
+    rows, full = [], roofline.decode_step(config, context, batch).floor(device)
     for name, cache in compared.items():
         kept = cache.kept(config, context)
-        most = largest_batch(device, config, context, *kept)
-        rate = tokens_per_second(device, config, context, most, *kept) if most else 0.0
+        most = roofline.largest_batch(device, config, context, *kept)
+        rate = roofline.tokens_per_second(device, config, context, most, *kept) if most else 0.0
         rows.append(
             {
                 "cache": name,
                 "budget": cache.budget,
                 "stored_bits": kept[1],
                 "rows_by_bits": cache.rows(config, context),
-                "sequence_bytes": round(sequence_bytes(config, context, *kept)),
-                "speedup": full / decode_step(config, context, batch, *kept).floor(device),
+                "sequence_bytes": round(roofline.sequence_bytes(config, context, *kept)),
+                "speedup": full / roofline.decode_step(config, context, batch, *kept).floor(device),
                 "fits": batch <= most,
                 "largest_batch": most,
                 "tokens_per_s": rate,
@@ -130,7 +117,7 @@ def text_of(result: dict[str, Any]) -> str:
 
 
 def main(
-    device: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")] = "h200",
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(roofline.DEVICES)}.")] = "h200",
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = (
         "llava-v1.6-mistral-7b"
     ),
@@ -160,9 +147,9 @@ def main(
     """
     check_out(out, force=force)
     with bad_input():
-        check_known("device", [device], DEVICES)
+        check_known("device", [device], roofline.DEVICES)
         check_known("model", [model], MODELS)
-        chosen, config = DEVICES[device], MODELS[model]
+        chosen, config = roofline.DEVICES[device], MODELS[model]
         if not 0 < budget <= 1:
             raise ValueError(f"budget={budget:g} must be above 0 and at most 1 (0.1 keeps 10 %)")
         compared = caches(config, budget, kv_bits)
@@ -174,7 +161,7 @@ def main(
         "context": context,
         "beyond_positions": context > config.text.max_positions,
         "batch": batch,
-        "tail_rows_at_largest_batch": TAIL_ROWS,
+        "tail_rows_at_largest_batch": roofline.TAIL_ROWS,
         "rows": stage_rows(*size),
         "capacity": capacity_rows(*size),
         "serial_trips": trip_rows(config.text),
