@@ -49,9 +49,7 @@ def check_known(kind: str, names: Iterable[str], known: Collection[str]) -> None
 def counting_bar(console: Console | None = None, *, transient: bool = True) -> Progress:
     """A bar with a count and the time; nothing where the console is no terminal.
 
-    Args:
-        console: where it is shown; the standard error stream by default.
-        transient: it goes where it ends.
+    It is shown on the standard error stream by default, and goes where it ends if `transient`.
     """
     console = console or Console(stderr=True)
     return Progress(

@@ -36,13 +36,9 @@ def loop_copies(hlo_text: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def loop_floats(hlo_text: str, least: int) -> list[str]:
-    """Find what writes a large array of floating-point numbers inside a loop.
+    """Find what writes a floating-point array of at least so many elements inside a loop.
 
     So a quantized cache is found out that is made into one of full width at every step.
-
-    Args:
-        hlo_text: optimised, scheduled code: `compile_for(...).as_text()`.
-        least: elements from which on an array is large.
     """
     floats = ("f16", "bf16", "f32", "f64")
     return _written(hlo_text, lambda kind, size: kind in floats and size >= least)

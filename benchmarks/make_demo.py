@@ -124,14 +124,8 @@ def fingerprint(model: Path) -> str:
 def make_demo(run: Path, names: list[str], *, package: Path, results: Path, force: bool) -> None:
     """Put a run's model into the package, with its pictures, recipe and log.
 
-    The checkpoint is replaced whole or not at all, after everything was checked.
-
-    Args:
-        run: the run's folder.
-        names: tasks to show.
-        package: the demo's folder.
-        results: where recipe, log and facts go.
-        force: replace the checkpoint that is there.
+    The checkpoint is replaced whole or not at all, after everything was checked; one that is there
+    only by `force`. Recipe, log and facts go to `results`.
 
     Raises:
         ValueError: the model is not fit to be shipped, or a file of the run is damaged.

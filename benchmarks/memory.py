@@ -152,10 +152,7 @@ def _large(pool: AnyPool) -> list[Any]:
 
 
 def cache_parts(pool: AnyPool) -> dict[str, int]:
-    """Bytes of a pool as it is allocated, and what they are for.
-
-    Args:
-        pool: arrays or shapes.
+    """Bytes of a pool of arrays or shapes as it is allocated, and what they are for.
 
     Returns:
         "cache_bytes", and of these "dense_bytes", rows of full width, "word_bytes", codes, and

@@ -100,13 +100,9 @@ def abstract_inputs(config: LlavaConfig, batch: int, rows: int) -> ModelInputs:
 def empty_cache(
     generate: Generate, batch: int, rows: int, dtype: jnp.dtype
 ) -> tuple[AnyPool, DecodeState]:
-    """What decoding starts from, behind no prompt: for `jax.eval_shape`, or as zeros.
+    """What decoding starts from, behind no prompt; for `jax.eval_shape`, or as zeros.
 
-    Args:
-        generate: the way to generate.
-        batch: sequences.
-        rows: bucket of their prompts, T.
-        dtype: type of the cache.
+    `rows` is the bucket of the prompts, T.
     """
     stages, none = generate.stages, jnp.zeros((batch,), jnp.int32)
     state = stages.start(none, none, generate.settings(batch), dtype)

@@ -217,13 +217,7 @@ def ablation(
     """A row for each quantizer: its bits, and the relative error of the attention.
 
     The error of a layer is that of all heads together, |out - reference| / |reference|; the
-    reference is float32, of the same bfloat16 numbers.
-
-    Args:
-        structure: what is planted.
-        seeds: of the prompts.
-        quantizers: by name.
-        step: called behind each.
+    reference is float32, of the same bfloat16 numbers. `step` is called behind each.
     """
     each = [plant(structure, seed) for seed in seeds]
     planted = Planted(
@@ -249,9 +243,7 @@ def ablation(
 def bits_of(quantizer: Quantizer | None, counts: np.ndarray) -> dict[str, float]:
     """Bits of a value: "payload_bits" by its code alone, "bits" with scales and shifts.
 
-    Args:
-        quantizer: whose they are.
-        counts: rows of each width, [B, L, 1 + widths].
+    Counted are the rows of each width, [B, L, 1 + widths].
     """
     widths = (16, *(quantizer.widths if quantizer else ()))
     return {

@@ -87,14 +87,7 @@ class Load:
 
 
 def run(load: Load, variant: CacheMethod, params: Params, device: Device) -> dict[str, Any]:
-    """Hold as many sequences as fit, and decode them: the row of a variant.
-
-    Args:
-        load: what is to be held.
-        variant: how the caches are kept.
-        params: the model's weights.
-        device: whose limit the decoding is compared with.
-    """
+    """Hold as many sequences as fit, and decode them: the row of a variant."""
     case, tried = load.case, []
     row = described(case, variant)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -197,13 +197,7 @@ def conduct(
 ) -> Result:
     """Run an experiment on a model, with bars in the terminal, and give what its file says.
 
-    Args:
-        plan: what is to be run.
-        run: the experiment.
-        model: a directory, or "demo".
-        dtype: type of the weights; the checkpoint's own if None.
-        batch: items that are run at a time.
-        turns: as in `Bench`.
+    Args as of the commands; `turns` as in `Bench`.
 
     Raises:
         typer.BadParameter: the model cannot be opened, or the experiment not be run by this plan.

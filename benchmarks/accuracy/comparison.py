@@ -42,13 +42,7 @@ class Measures(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def pool_shape(method: CacheMethod, config: TextConfig, rows: int) -> Any:
-    """The shapes of a method's pool, by which pools fit together or not.
-
-    Args:
-        method: the method.
-        config: the decoder.
-        rows: prompt rows of the bucket, T.
-    """
+    """The shapes of a method's pool of prompts of T rows, by which pools fit together or not."""
     pool = method.pool_shapes(config, 1, rows, jnp.dtype(jnp.bfloat16))
     return jax.tree.structure(pool), *(leaf.shape for leaf in jax.tree.leaves(pool))
 

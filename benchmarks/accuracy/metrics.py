@@ -39,12 +39,7 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def score(task: str, predictions: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """Scores of every item by the task's metric, float64 `[n]`.
-
-    Args:
-        task: a key of `METRICS`.
-        predictions: one for each item.
-        answers: one for each item.
+    """Scores of every item by the task's metric, one of `METRICS`, float64 `[n]`.
 
     Raises:
         ValueError: there are not as many answers as predictions.

@@ -80,14 +80,9 @@ def make_files(words: Iterable[str]) -> Any:
 
 
 def export(path: Path, config: dict[str, Any], files: Any, params: Params, dtype: str) -> None:
-    """Write a Hugging Face checkpoint, which appears whole or not at all; replaces an old one.
+    """Write a Hugging Face checkpoint in a type, whole or not at all; replaces an old one.
 
-    Args:
-        path: the directory.
-        config: of `config_json`.
-        files: the processor.
-        params: the parameters.
-        dtype: type to store them in.
+    `config` is of `config_json`, and `files` is the processor.
     """
     kind = parse_dtype(dtype)
     arrays = {

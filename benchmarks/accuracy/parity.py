@@ -45,12 +45,7 @@ def hugging_face_answers(
 ) -> Answers:
     """Greedy answers of transformers' own model, in float32, one prompt at a time.
 
-    Args:
-        path: a LLaVA-NeXT checkpoint in Hugging Face's format.
-        items: what is asked.
-        stop_ids: tokens that end an answer.
-        most: most tokens of an answer.
-        advance: called with the number of items done at a time.
+    Args as of `our_answers`; the checkpoint is a LLaVA-NeXT in Hugging Face's format.
 
     Raises:
         ModuleNotFoundError: there is no torch.
@@ -79,11 +74,7 @@ def hugging_face_answers(
 def our_answers(vlm: VLM, items: Sequence[Item], most: int, advance: Advance) -> Answers:
     """The same by `VLM.generate`, which `vlcache generate` calls, with the full cache.
 
-    Args:
-        vlm: the model.
-        items: what is asked.
-        most: most tokens of an answer.
-        advance: called with the number of items done at a time.
+    At most `most` tokens; `advance` is called with the number of items done at a time.
     """
     found: Answers = []
     for at in range(0, len(items), GROUP):

@@ -41,9 +41,7 @@ def scores_of(items: Sequence[Item], outcome: Outcome) -> dict[str, np.ndarray]:
 def summarise(items: Sequence[Item], outcomes: Mapping[Cell, Outcome]) -> dict[str, Any]:
     """What there is to say of each task and each method, as plain values for JSON.
 
-    Args:
-        items: what was run.
-        outcomes: of `Evaluation.run`, the full cache's among them.
+    The outcomes are those of `Evaluation.run`, the full cache's among them.
 
     Returns:
         {task: {label: {budget: facts}}}. The facts are those of `facts_of`, "agreement" ("answers":

@@ -231,10 +231,7 @@ class Trainer:
     def held_out(self, count: int) -> dict[str, float]:
         """Share of answers that are right to the last token, for each task of the stage.
 
-        The pictures are like the stage's, of seeds that are never trained on.
-
-        Args:
-            count: batches.
+        The pictures, `count` batches, are like the stage's, of seeds that are never trained on.
         """
         stage = self.recipe.stage(self.step - 1)
         right, asked = dict.fromkeys(stage.tasks, 0), dict.fromkeys(stage.tasks, 0)

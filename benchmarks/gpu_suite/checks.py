@@ -67,12 +67,7 @@ def not_finite(*arrays: np.ndarray) -> float:
 def run(
     context: Context, groups: Iterable[Group], rows: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Run every variant of every group, twice each.
-
-    Args:
-        context: of the stage.
-        groups: in order.
-        rows: of the same stage, from before.
+    """Run every variant of every group, twice each; `rows` are of the same stage, from before.
 
     Returns:
         The stage's result: {"rows": a row for each comparison, "not_run", "ok", "headline"}.

@@ -67,13 +67,7 @@ def run(
     cases: Mapping[str, Callable[[], Ways]],
     headline: Callable[[list[dict[str, Any]]], str],
 ) -> dict[str, Any]:
-    """The result of a stage: a row for each way of each case.
-
-    Args:
-        context: of the stage.
-        cases: by their names; inputs are made one case at a time.
-        headline: of the rows.
-    """
+    """The result of a stage: a row for each way of each case, whose inputs are made in turn."""
     device = quick(context)
     rows: list[dict[str, Any]] = []
     for words, make in cases.items():

@@ -62,8 +62,7 @@ class Suite:
     def run(self, say: Callable[[str], None] = lambda text: None) -> None:
         """Run all stages; one that fails never stops the next.
 
-        Args:
-            say: is told the name of a stage that begins, and how each one ended.
+        `say` is told the name of a stage that begins, and how each one ended.
 
         Raises:
             PeerError: no process can begin.

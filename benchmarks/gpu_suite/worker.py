@@ -38,11 +38,7 @@ class Worker:
         return {"out": str(self.out), "head": self.head}
 
     def run(self, stage: str, deadline: float) -> dict[str, Any]:
-        """Run a stage.
-
-        Args:
-            stage: its name.
-            deadline: when everything should be over, in seconds of `time.time`.
+        """Run a stage by its name, to be over at a time of `time.time`.
 
         Returns:
             "status", "seconds", and whether the process is "healthy": a CUDA error stays.

@@ -259,12 +259,7 @@ def compare(
 
 
 def ratios(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times as fast one side is as another, by their medians.
-
-    Args:
-        plan: which sides.
-        rows: of `Run.rows`.
-    """
+    """How many times as fast one side is as another, by their medians in the rows of `Run.rows`."""
     seconds = {(row["side"], row["stage"]): row.get("seconds") for row in rows}
     pairs = [(FULL, other) for other in plan.sides if other.module != FULL.module]
     found = []

@@ -68,14 +68,7 @@ def bits_of(
 def quantized_rows(
     config: TextConfig, quantizer: Quantizer, context: int, budget: float = 1.0
 ) -> np.ndarray:
-    """`rows_by_width` of a prompt's cache, its budget divided equally, int [L, 1 + widths].
-
-    Args:
-        config: the decoder.
-        quantizer: for this decoder.
-        context: tokens of the prompt.
-        budget: share of the cache that is kept.
-    """
+    """`rows_by_width` of a prompt's cache, its budget divided equally, int [L, 1 + widths]."""
     kept = np.full((config.num_layers,), max(1, round(budget * context)))
     return rows_by_width(quantizer, kept, evicts=not Budget.parse(budget).keeps_all)
 
@@ -117,10 +110,7 @@ Caches = Mapping[str, Cache]
 def caches(config: LlavaConfig, budget: float, kv_bits: str) -> Caches:
     """The caches that are compared: full and the budget, and both of them quantized.
 
-    Args:
-        config: the model.
-        budget: share of the cache.
-        kv_bits: a name that `make_quantizer` takes; "16" for none.
+    `kv_bits` is a name that `make_quantizer` takes, "16" for none.
     """
     found = {"full": Cache()}
     if budget < 1:

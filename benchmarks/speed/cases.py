@@ -166,13 +166,7 @@ class Case:
 
 
 def layer_rows(cache: CacheMethod, sparsity: np.ndarray, context: int) -> jax.Array:
-    """Rows of each layer as a method divides its budget, int32 [B, L].
-
-    Args:
-        cache: the method.
-        sparsity: of the layers, float [B, L].
-        context: tokens of each prompt.
-    """
+    """Rows of each layer as a method divides its budget by sparsities [B, L], int32 [B, L]."""
     batch, layers = sparsity.shape
     m, visual = jnp.full((batch,), context, jnp.int32), jnp.zeros((batch, context), bool)
     prompt = Prompt(m, visual, layers, cache.limit.data)

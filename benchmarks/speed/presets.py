@@ -50,10 +50,7 @@ def paper_ratios(
 ) -> list[dict[str, Any]]:
     """Speed-ups of our tenth over our full cache, beside the paper's and the limit's.
 
-    Args:
-        cases: of `paper_cases`; those without a row are left out.
-        rows: what was measured.
-        limit: the device.
+    Of `paper_cases`; those that no row was measured of are left out.
     """
     ratios = []
     for key, case in cases.items():
@@ -98,12 +95,7 @@ def cpu_case(dtype: str) -> Case:
 
 
 def cpu_summary(case: Case, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The speed-up of a tenth beside that of the bytes alone.
-
-    Args:
-        case: what was timed.
-        rows: its decode steps, one of the full cache and one of the tenth.
-    """
+    """The speed-up of a tenth beside that of the bytes alone; the rows are decode steps of both."""
     whole, tenth = (in_type(step, case.dtype) for step in _steps(case))
     ideal = whole.bytes / tenth.bytes
     speedup = next((row["speedup"] for row in rows if "speedup" in row), None)

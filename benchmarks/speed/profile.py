@@ -231,11 +231,7 @@ def programs_of(
 
 
 def profile(program: Program, folder: Path) -> dict[str, Any]:
-    """Trace a few calls of a program, and sum them up.
-
-    Args:
-        program: what to trace.
-        folder: where the trace is written, for XProf.
+    """Trace a few calls of a program into a folder, for XProf, and sum them up.
 
     Raises:
         RuntimeError: the trace has no event of the program.

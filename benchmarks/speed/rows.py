@@ -42,16 +42,9 @@ def row_of(
     limit: Device,
     **more: Any,
 ) -> dict[str, Any]:
-    """One row.
+    """One row: what was measured, or why there is nothing, beside the floor of the stage's work.
 
-    Args:
-        stage: its name.
-        case: the model and its size.
-        variant: how the cache is kept.
-        found: what was measured, or why there is nothing.
-        work: what the stage must do at least.
-        limit: the device.
-        more: fields of this stage alone; left out where nothing was measured.
+    What `more` says is left out where nothing was measured.
     """
     row = {"stage": stage, **described(case, variant)}
     if isinstance(found, Exception):

@@ -124,12 +124,6 @@ class Conversation(Comparison):
 
         They begin with the question's last token; of the first answer, which the prompt's last row
         predicts, with its own first word. The last word predicts the end.
-
-        Args:
-            params: of the model.
-            full: the full cache.
-            inputs: the prompts.
-            talk: what was fed behind them.
         """
         model, words = bind(self.config)(params), (talk.end > talk.begin).T
         begin = jnp.where(words, jnp.maximum(talk.begin.T - 1, 0), 0)
