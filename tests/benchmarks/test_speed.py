@@ -229,7 +229,7 @@ def test_quantizers_of_methods_and_of_the_full_cache():
     assert shown[:3] == ["full", "full+akvq", "full+rtn 2"]
     assert shown[3:] == ["vl-cache 0.1", "vl-cache+akvq 0.1", "vl-cache+rtn 2 0.1"]
     assert cache_of({"method": "vl-cache", "budget": "0.1"}) == "vl-cache 0.1"  # an older file's
-    assert list(variants_of(None, None)) == [FULL, TENTH]
+    assert list(map(name_of, variants_of(None, None))) == [name_of(FULL), name_of(TENTH)]
     assert found[2].quantize == RTN(bits=2, transform=True)
 
 
