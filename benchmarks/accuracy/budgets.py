@@ -15,6 +15,7 @@ import vlcache_jax
 from benchmarks.accuracy import evaluate
 from benchmarks.accuracy.evaluate import Cell, Evaluation, Outcome
 from benchmarks.accuracy.metrics import METRICS
+from benchmarks.accuracy.network import TILE
 from benchmarks.accuracy.oracle import MostAttention, Oracle
 from benchmarks.accuracy.report import FULL, Result
 from benchmarks.accuracy.scene import Manner
@@ -22,7 +23,6 @@ from benchmarks.accuracy.scoring import summarise
 from benchmarks.accuracy.tasks import TASKS, Item, make_item
 from benchmarks.command import bad_input, check_known, counting_bar
 from benchmarks.environment import environment
-from benchmarks.processor import TILE
 from vlcache_jax import programs
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import METHODS, Custom, make_method

@@ -1,9 +1,10 @@
-"""The glyph atlas: every character that the task pictures are made of, one cell each.
+"""The task pictures: their glyphs, a cell each, and how a table of cells is drawn.
 
-They come from Pillow's built-in font in several sizes and weights: the same Pillow and FreeType
-give the same pixels.
+The glyphs come from Pillow's built-in font in several sizes and weights: the same Pillow and
+FreeType give the same pixels. A picture varies in sizes, weights, small shifts and noise.
 """
 
+import random
 from functools import lru_cache
 
 import numpy as np
@@ -50,3 +51,72 @@ def _character(character: str, size: int, weight: float) -> np.ndarray:
     cell = Image.new("L", (CELL, CELL))
     cell.paste(small, ((CELL - narrow) // 2, 0))
     return np.asarray(cell)
+
+
+MAX_JITTER = 4
+_NOISE_LEVELS = (0, 3, 6, 9)  # standard deviations, of 255
+
+
+def draw(
+    cells: np.ndarray, size: tuple[int, int], rng: random.Random, *, jitter: int
+) -> np.ndarray:
+    """Draw the cells of one picture.
+
+    A picture has one background and one ink; three in four pictures have one size and weight for
+    all of it, in the others they differ from glyph to glyph.
+
+    Args:
+        cells: `[rows, cols]`, the class of the glyph in each cell or `EMPTY`.
+        size: (height, width) in pixels, no less than the cells take.
+        rng: where every choice comes from.
+        jitter: pixels by which a glyph may lie off its cell in each direction.
+
+    Returns:
+        uint8 `[height, width, 3]`, read-only.
+    """
+    rows, cols = np.nonzero(cells >= 0)
+    classes, count = cells[rows, cols], rows.size
+    dice = np.random.default_rng(rng.getrandbits(64))
+    background, ink = _paper(rng)
+    many_styles = rng.random() < 0.25
+    style = dice.integers(NUM_STYLES, size=count) if many_styles else rng.randrange(NUM_STYLES)
+    masks = atlas()[style, classes]
+    for most, width in ((20, 1), (6, 3)):  # once the shades of colours: pictures stay as they were
+        dice.integers(-most, most + 1, (count, width), dtype=np.int16)
+    # Neighbours may overlap by their shifts, so changes are added up and cut off at the end.
+    half = (masks >> 1)[..., None].astype(np.int16)  # whose products fit 16 bits
+    changes = half * (ink - background) >> 7
+    corners = np.stack([rows, cols], axis=1) * CELL
+    corners += dice.integers(-jitter, jitter + 1, corners.shape)
+    corners = corners.clip(0, np.array(size) - CELL)
+
+    canvas = _noise(size, rng) + background
+    for (y, x), change in zip(corners.tolist(), changes, strict=True):
+        canvas[y : y + CELL, x : x + CELL] += change
+    picture = canvas.clip(0, 255).astype(np.uint8)
+    picture.flags.writeable = False
+    return picture
+
+
+def _paper(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """Background and ink; light on dark in 3 of 10 pictures."""
+    light = [rng.randrange(215, 256) for _ in range(3)]
+    dark = [rng.randrange(0, 90) for _ in range(3)]
+    if rng.random() < 0.3:
+        light, dark = dark, light
+    return np.array(light, np.int16), np.array(dark, np.int16)
+
+
+@lru_cache
+def _noise_bank(level: int) -> np.ndarray:
+    """A store of Gaussian noise that pictures take windows of: drawing it anew is slow."""
+    noise = np.random.default_rng(level).normal(0, level, 1 << 21)
+    return noise.round().astype(np.int16)
+
+
+def _noise(size: tuple[int, int], rng: random.Random) -> np.ndarray:
+    """Noise of a random strength, int16 `[height, width, 3]`."""
+    bank = _noise_bank(rng.choice(_NOISE_LEVELS))
+    length = size[0] * size[1] * 3
+    first = rng.randrange(bank.size - length)
+    return bank[first : first + length].reshape(*size, 3)

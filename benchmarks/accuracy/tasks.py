@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy import document, reading
-from benchmarks.accuracy.drawing import MAX_JITTER, draw
-from benchmarks.accuracy.glyphs import CELL
+from benchmarks.accuracy.glyphs import CELL, MAX_JITTER, draw
 from benchmarks.accuracy.scene import Cell, Fact, Manner, Page
 from benchmarks.command import check_known
 

@@ -4,6 +4,10 @@ The cases, programs and rows are those of `benchmarks.speed`, `benchmarks.throug
 `benchmarks.peers`; here is what a GPU's ten minutes are spent on, the worthiest first.
 """
 
+import json
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,7 +18,7 @@ import jax.numpy as jnp
 
 from benchmarks import throughput as largest
 from benchmarks.gpu_suite.speed import quick
-from benchmarks.gpu_suite.stages import Context
+from benchmarks.gpu_suite.stages import ROOT, Context
 from benchmarks.peers.compare import Plan as Peers
 from benchmarks.peers.compare import compare
 from benchmarks.roofline import WORKSPACE, Device
@@ -35,6 +39,17 @@ DECODE = ((2048, 1), (2048, 32), (2048, 64), (8192, 64))
 
 LONGEST = (32768, 24)
 """Those of the decode step from quantized caches, where the memory holds as many."""
+
+
+FLAGS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("--xla_gpu_enable_triton_gemm=false",),
+    ("--xla_gpu_exhaustive_tiling_search=true",),
+    ("--xla_gpu_enable_command_buffer=",),
+    (),
+)
+"""What is compared: the default; narrow products by cuBLAS alone; a longer search of their tiles;
+no command buffers (CUDA graphs), which shows what they are worth."""
 
 
 def paper_decode(context: Context) -> dict[str, Any]:
@@ -137,6 +152,41 @@ def peers(context: Context) -> dict[str, Any]:
     times = [row for row in found["ratios"] if row["stage"] == "decode" and row["speedup"]]
     headline = ", ".join(f"{row['ratio']} {row['speedup']:.2f}x" for row in times)
     return {**found, "headline": headline or "nothing ran"}
+
+
+def flags(context: Context) -> dict[str, Any]:
+    """The stage: a decode step of the 7B model, full and a tenth, under each set of flags.
+
+    XLA reads its flags once, when a process begins: so every set is a run of `benchmarks.speed`.
+    The first one runs again at the end, so that a drift of the device shows.
+    """
+    rows: list[dict[str, Any]] = []
+    sets = FLAGS[:1] if context.dry else FLAGS
+    for chosen in sets:
+        rows += [{"flags": " ".join(chosen)}] if context.late() else _run(context, chosen)
+        context.save(rows=rows)
+    timed = [row for row in rows if row.get("seconds")]
+    best = min(timed, key=lambda row: row["seconds"], default=None)
+    headline = f"fastest with {best['flags'] or 'no flag'}" if best else "nothing ran"
+    return {"ok": bool(timed), "rows": rows, "headline": headline}
+
+
+def _run(context: Context, chosen: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of `benchmarks.speed`; one with the last words of the process where it failed."""
+    name, sizes, repeats = (
+        ("demo", ("--context", "64", "--batch", "1", "--new-tokens", "4"), "2")
+        if context.dry
+        else (PAPER_MODEL, ("--context", "2048", "--batch", "1", "--batch", "32"), "20")
+    )
+    command = [sys.executable, "-m", "benchmarks.speed", "--json", "--stage", "decode"]
+    command += ["--model", name, *sizes, "--repeats", repeats]
+    given = " ".join([os.environ.get("XLA_FLAGS", ""), *chosen]).strip()
+    environment = {**os.environ, "XLA_FLAGS": given}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    own = {"flags": " ".join(chosen)}
+    if done.returncode:
+        return [{**own, "error": done.stderr.strip()[-2000:]}]
+    return [{**own, **row} for row in json.loads(done.stdout)["rows"]]
 
 
 def _case(context: Context, rows: int, batch: int) -> Case:

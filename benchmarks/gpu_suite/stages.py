@@ -68,7 +68,7 @@ STAGES = (
     Stage("throughput", "end_to_end:throughput", 90, 240),
     Stage("profile", "end_to_end:profile", 40, 120),
     Stage("paper_whole", "end_to_end:paper_whole", 120, 420),
-    Stage("flags", "flags:compare", 120, 400, alone=True),
+    Stage("flags", "end_to_end:flags", 120, 400, alone=True),
     Stage("packed_decode", "end_to_end:packed_decode", 60, 200),
     Stage("correctness_packed", "correctness_cache:packed", 20, 90),
     Stage("speed_packed", "speed:packed", 20, 80),

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from benchmarks import command
 from benchmarks.environment import environment
-from benchmarks.peers.agreement import BOUNDS, Differs
-from benchmarks.peers.compare import Plan, compare
+from benchmarks.peers.compare import BOUNDS, Differs, Plan, compare
 from benchmarks.peers.model import MODELS, make_prompt
 from benchmarks.peers.process import PeerError
 from benchmarks.speed_sections import peers_part

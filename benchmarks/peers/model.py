@@ -11,8 +11,8 @@ from PIL import Image
 
 from benchmarks import measure, models
 from benchmarks.accuracy import network
+from benchmarks.accuracy.network import IMAGE_TOKEN_ID
 from benchmarks.models import WINDOW
-from benchmarks.processor import IMAGE_TOKEN_ID
 from vlcache_jax.anyres import visual_rows
 from vlcache_jax.config import LlavaConfig, TextConfig
 from vlcache_jax.models.llava import Params, abstract_params

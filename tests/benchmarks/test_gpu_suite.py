@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from benchmarks import device, measure
 from benchmarks.gpu_suite import __main__ as command
-from benchmarks.gpu_suite import bars, checks, end_to_end, flags, speed, stages, worker
+from benchmarks.gpu_suite import bars, checks, end_to_end, speed, stages, worker
 from benchmarks.gpu_suite import suite as suites
 from benchmarks.gpu_suite.stages import STAGES, Context
 from benchmarks.gpu_suite.suite import Suite
@@ -79,7 +79,7 @@ def suite(out, *arguments):
         patch.setattr(command, "Suite", partial(Suite, start=Here))
         for module in (cases, speed_command):
             patch.setattr(module, "models", shallow)
-        patch.setattr(flags, "subprocess", SimpleNamespace(run=command_here))
+        patch.setattr(end_to_end, "subprocess", SimpleNamespace(run=command_here))
         patch.setattr(
             end_to_end, "compare", create_autospec(end_to_end.compare, return_value=COMPARED)
         )

@@ -11,8 +11,16 @@ from typer.testing import CliRunner
 
 from benchmarks.models import WINDOW
 from benchmarks.peers import __main__ as command
-from benchmarks.peers.agreement import BOUNDS, Differs, agree
-from benchmarks.peers.compare import STAGES, STATIC, WARM_UPS, Plan, compare
+from benchmarks.peers.compare import (
+    BOUNDS,
+    STAGES,
+    STATIC,
+    WARM_UPS,
+    Differs,
+    Plan,
+    agree,
+    compare,
+)
 from benchmarks.peers.model import (
     MODELS,
     SMALL,
