@@ -9,7 +9,7 @@ import subprocess
 import sys
 from datetime import datetime
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -25,6 +25,7 @@ from benchmarks.documents import (
     Plot,
     Result,
     measured,
+    panels,
     table,
 )  # fmt: skip
 from benchmarks.environment import environment
@@ -36,9 +37,6 @@ from vlcache_jax.display import comparison_tables
 RECIPE, LOG, MODEL = (TRAINING / name for name in ("recipe.json", "log.jsonl", "model.json"))
 RESULT = RESULTS / "cpu" / "demo.json"
 PLOT_FILE = DOCS / "demo-training.svg"
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def run_demo() -> Result:
@@ -243,16 +241,13 @@ def _listed(words: Any) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def draw_training(recipe: Result, log: list[Result]) -> "Figure":
+def draw_training(recipe: Result, log: list[Result]) -> Any:
     """Losses and accuracies over the steps, with the ends of the stages."""
-    from matplotlib.figure import Figure
-
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in log:
         for name, value in _curves(line).items():
             curves.setdefault(name, []).append((line["step"], value))
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    losses, shares = figure.subplots(1, 2)
+    figure, ((losses, shares),) = panels(9, 3.6, columns=2)
     for axes, title in ((losses, "loss"), (shares, "share that is right")):
         for name, points in curves.items():
             if ("loss" in name) == (title == "loss"):

@@ -5,10 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -67,6 +64,16 @@ class Part(NamedTuple):
         return self.make(*map(read, self.files))
 
 
+def panels(
+    width: float, height: float, rows: int = 1, columns: int = 1, **sharing: Any
+) -> tuple[Any, Any]:
+    """An empty figure, its size in inches, and its axes [rows, columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
+
+
 class Plot(NamedTuple):
     """A figure that says what it is made of.
 
@@ -79,7 +86,7 @@ class Plot(NamedTuple):
 
     path: Path
     files: tuple[Path, ...]
-    draw: "Callable[..., Figure]"
+    draw: Callable[..., Any]
     salt: str
 
     def source(self) -> str | None:

@@ -1,31 +1,20 @@
 """The figures of docs/benchmarks.md, drawn from result files."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
-from benchmarks.documents import DOCS, Plot, Result, read
+from benchmarks.documents import DOCS, Plot, Result, panels, read
 from benchmarks.models import MODELS
 from benchmarks.roofline import decode_step
 from benchmarks.speed.rows import cache_of
 from benchmarks.speed_sections import CPU, DEVICE, GPU, PROGRAMS, SHOWN
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 CONTEXTS = tuple(2**power for power in range(11, 18))
 
 
-def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _draw_decode(programs: Result) -> "Figure":
+def _draw_decode(programs: Result) -> Any:
     """The limit of a decode step against the context, and what was measured."""
-    figure, axes = _figure(6.4, 4)
+    figure, ((axes,),) = panels(6.4, 4)
     config = MODELS[SHOWN[0]]
     measured = [
         row
@@ -47,9 +36,9 @@ def _draw_decode(programs: Result) -> "Figure":
     return figure
 
 
-def _draw_bytes(programs: Result) -> "Figure":
+def _draw_bytes(programs: Result) -> Any:
     """Where a decode program's bytes go."""
-    figure, axes = _figure(6.4, 4)
+    figure, ((axes,),) = panels(6.4, 4)
     shown = [row for row in programs["rows"] if row["stage"] == "decode" and row["batch"] > 1]
     names = [
         f"{row['model'].removeprefix('llava-')}\n{row['context']} x {row['batch']}, "
@@ -69,7 +58,7 @@ def _draw_bytes(programs: Result) -> "Figure":
     return figure
 
 
-def _stack(axes: "Axes", names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
+def _stack(axes: Any, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
     """Bars of several parts, one behind the other."""
     left = [0.0] * len(names)
     for part, widths in parts.items():
@@ -77,12 +66,12 @@ def _stack(axes: "Axes", names: Sequence[str], parts: Mapping[str, Sequence[floa
         left = [a + b for a, b in zip(left, widths, strict=True)]
 
 
-def _draw_profile(result: Result) -> "Figure":
+def _draw_profile(result: Result) -> Any:
     """Where the time of each program goes."""
     traced = [row for row in result["profiles"] if "scopes" in row]
     names = [f"{row['stage']}, {cache_of(row)}" for row in traced]
     shares = [{scope["scope"]: scope["share"] for scope in row["scopes"]} for row in traced]
-    figure, axes = _figure(6.4, 3.2)
+    figure, ((axes,),) = panels(6.4, 3.2)
     scopes = dict.fromkeys(name for row in shares for name in row)
     _stack(axes, names, {scope: [row.get(scope, 0.0) for row in shares] for scope in scopes})
     axes.set(xlabel="share of the time of all instructions", xlim=(0, 1))
@@ -90,11 +79,11 @@ def _draw_profile(result: Result) -> "Figure":
     return figure
 
 
-def _draw_throughput(result: Result) -> "Figure":
+def _draw_throughput(result: Result) -> Any:
     """Tokens per second at the largest batch, and the limit."""
     rows = [row for row in result["rows"] if "sequences" in row]
     names = [f"{cache_of(row)}\n{row['sequences']:,} sequences" for row in rows]
-    figure, axes = _figure(4.8, 3.2)
+    figure, ((axes,),) = panels(4.8, 3.2)
     axes.bar(names, [row["tokens_per_s"] for row in rows], label="measured")
     for index, row in enumerate(rows):
         axes.hlines(

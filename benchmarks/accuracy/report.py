@@ -5,13 +5,10 @@ measured says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import documents
-from benchmarks.documents import DOCS, NOT_MEASURED, Part, Plot, Result, measured, table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from benchmarks.documents import DOCS, NOT_MEASURED, Part, Plot, Result, measured, panels, table
 
 RESULTS = documents.RESULTS / "accuracy"
 BUDGETS = RESULTS / "budgets.json"
@@ -264,13 +261,10 @@ def draw_band(
     return line
 
 
-def draw_budgets(result: Result) -> "Figure":
+def draw_budgets(result: Result) -> Any:
     """Scores and kept attention by budget, a column for each task."""
-    from matplotlib.figure import Figure
-
     details = result["details"]
-    figure = Figure(figsize=(3.2 * len(details), 6), layout="constrained")
-    grid = figure.subplots(2, len(details), sharex=True, sharey="row", squeeze=False)
+    figure, grid = panels(3.2 * len(details), 6, 2, len(details), sharex=True, sharey="row")
     for column, (task, of_task) in enumerate(details.items()):
         above, below = grid[0, column], grid[1, column]
         above.axhline(of_task[FULL]["1.0"]["score"], color="black", linestyle=":", label=FULL)

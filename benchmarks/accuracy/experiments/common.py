@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.accuracy.budgets import AT_ONCE, Bench
 from benchmarks.accuracy.evaluate import Cell, Outcome
@@ -11,9 +11,6 @@ from benchmarks.accuracy.scoring import difference, scores_of, summarise
 from benchmarks.accuracy.tasks import TASKS, Item
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import METHODS, make_method
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FACTS = (
     "n", "score", "interval", "difference", "agreement", "kept", "kept_bytes", "kept_visual",
@@ -49,7 +46,7 @@ class Experiment:
     effects: Mapping[str, tuple[str, str]] | None = None
     at_once: int = AT_ONCE
     tasks: tuple[str, ...] = tuple(TASKS)
-    draw: "Callable[[Result], Figure] | None" = None
+    draw: Callable[[Result], Any] | None = None
     run: Callable[[Bench], Result] | None = None
 
     def __call__(self, bench: Bench) -> Result:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,13 @@ from benchmarks.accuracy.report import (
     told,
 )
 from benchmarks.accuracy.tasks import VARIANTS
-from benchmarks.documents import table
+from benchmarks.documents import panels, table
 from vlcache_jax.cache.allocate import Sparsity, Uniform
 from vlcache_jax.cache.budget import POOL_SHARES, Prompt
 from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
 from vlcache_jax.cache.methods import Custom, VLCache, as_method, make_method
 from vlcache_jax.cache.quantizers import make_quantizer
 from vlcache_jax.cache.score import AllRows, ColumnSum, PostVisionRows
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SCORES = {"post-vision": ColumnSum(PostVisionRows()), "full prompt": ColumnSum(AllRows())}
 ALLOCATIONS = {"sparsity": Sparsity(), "uniform": Uniform()}
@@ -143,13 +140,10 @@ def _layers(result: Result) -> str:
     )
 
 
-def _draw_layers(result: Result) -> "Figure":
+def _draw_layers(result: Result) -> Any:
     """Difference to the full cache by the layer that is compressed."""
-    from matplotlib.figure import Figure
-
     budget, layers = result["budgets"][0], range(result["architecture"]["layers"])
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = panels(7, 3.4)
     for index, (task, of_task) in enumerate(result["details"].items()):
         changes = [of_task[f"layer {layer}"][budget]["difference"] for layer in layers]
         ends = ([100 * each[end] for each in changes] for end in ("mean", "low", "high"))
@@ -234,14 +228,11 @@ def _settings(result: Result) -> str:
     )
 
 
-def _draw_settings(result: Result) -> "Figure":
+def _draw_settings(result: Result) -> Any:
     """Scores by the settings that are numbers, at the largest budget."""
-    from matplotlib.figure import Figure
-
     budget = max(result["budgets"], key=float)
     numbers = {name: values for name, values in SETTINGS.items() if len(values) > 2}
-    figure = Figure(figsize=(3.2 * len(numbers), 3.2), layout="constrained")
-    all_axes = figure.subplots(1, len(numbers), sharey=True, squeeze=False)[0]
+    figure, (all_axes,) = panels(3.2 * len(numbers), 3.2, columns=len(numbers), sharey=True)
     for axes, (setting, values) in zip(all_axes, numbers.items(), strict=True):
         places = range(len(values))
         for task, of_task in result["details"].items():

@@ -8,7 +8,7 @@ one again. No question but the first was there to be looked at when the tokens w
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +27,10 @@ from benchmarks.accuracy.packing import MARK, render
 from benchmarks.accuracy.report import FULL, Result, both, budget_of, per_cent, scored, told
 from benchmarks.accuracy.scoring import facts_of, nested, rounded
 from benchmarks.accuracy.tasks import Item, questions_of_one_picture
-from benchmarks.documents import table
+from benchmarks.documents import panels, table
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.state import round_up
 from vlcache_jax.vlm import VLM
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ORACLES = {"oracle, first answer": True, "oracle, all answers": False}
 """Whether they know the attention of the first answer alone."""
@@ -274,13 +271,10 @@ def _recall(facts: dict[str, Any]) -> str:
     return "-" if facts["answer_recall"] is None else per_cent(facts["answer_recall"])
 
 
-def draw(result: Result) -> "Figure":
+def draw(result: Result) -> Any:
     """Scores and kept attention by the tokens in front of the answer."""
-    from matplotlib.figure import Figure
-
     budget, details = result["budgets"][0], result["details"]
-    figure = Figure(figsize=(4.2 * len(details), 6), layout="constrained")
-    grid = figure.subplots(2, len(details), sharey="row", squeeze=False)
+    figure, grid = panels(4.2 * len(details), 6, 2, len(details), sharey="row")
     for column, (task, of_task) in enumerate(details.items()):
         x = result["before"][task][:-1]
         for label, of in of_task.items():
