@@ -7,7 +7,7 @@ weights: what a prefill by these would leave behind, but for the rounding.
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +27,6 @@ from vlcache_jax.models.llava import Params, bind
 from vlcache_jax.processing import ModelInputs
 from vlcache_jax.report import row_bytes
 from vlcache_jax.stages import Stages
-
-
-class Measures(NamedTuple):
-    """The arrays of an `evaluate.Outcome`, [B, L] each, under the same names."""
-
-    kept: Any
-    kept_bytes: Any
-    kept_visual: Any
-    hit_rate: Any
-    mass_recall: Any
-    answer_recall: Any
 
 
 @lru_cache(maxsize=1024)
@@ -146,7 +135,7 @@ class Comparison:
         attended: Attended,
         row_shares: jax.Array,
     ) -> Any:
-        """What is told of a method's pool: `Measures`, [B, L] each.
+        """What is told of a method's pool: the arrays of an `evaluate.Outcome`, [B, L] each.
 
         Args:
             pool: the pool.
@@ -158,14 +147,17 @@ class Comparison:
         """
         count = jnp.broadcast_to(plan.budgets[:, :, None], kept.shape[:3])
         length, visual = (x[:, None] for x in (prompt.length, jnp.sum(prompt.visual, axis=-1)))
-        return Measures(
-            pool.length / length,
-            pool.counts @ row_shares / length,
-            pool.visual / jnp.maximum(visual, 1),
-            jnp.mean(cache_hit_rate(attended.first, kept, count), axis=-1),
-            jnp.mean(attention_mass_recall(attended.first, kept), axis=-1),
-            jnp.mean(attention_mass_recall(attended.mass, kept), axis=-1),
-        )
+        by_head = {
+            "hit_rate": cache_hit_rate(attended.first, kept, count),
+            "mass_recall": attention_mass_recall(attended.first, kept),
+            "answer_recall": attention_mass_recall(attended.mass, kept),
+        }
+        return {
+            "kept": pool.length / length,
+            "kept_bytes": pool.counts @ row_shares / length,
+            "kept_visual": pool.visual / jnp.maximum(visual, 1),
+            **{name: jnp.mean(share, axis=-1) for name, share in by_head.items()},
+        }
 
     def _row_shares(self, method: CacheMethod, full: Pool) -> jax.Array:
         """Bytes of a row of each width, with its scales, as shares of one of full width."""

@@ -17,14 +17,14 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.accuracy.comparison import Comparison, Measures, pool_shape
+from benchmarks.accuracy.comparison import Comparison, pool_shape
 from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import FULL
 from benchmarks.accuracy.tasks import Item
@@ -83,6 +83,10 @@ class Outcome:
     hit_rate: np.ndarray
     mass_recall: np.ndarray
     answer_recall: np.ndarray
+
+
+MEASURES = tuple(field.name for field in fields(Outcome))[2:]
+"""The names of its arrays."""
 
 
 class Evaluation:
@@ -149,16 +153,16 @@ class Evaluation:
         way = Comparison(vlm.config, vlm.backend)
         attend = partial(self.do, way, "attend", vlm.params)
         decode = partial(self._decode, generate)
-        found: dict[Cell, dict[int, tuple[list[int], Measures]]] = defaultdict(dict)
+        found: dict[Cell, dict[int, tuple[list[int], Any]]] = defaultdict(dict)
         for rows, inputs in self.batches(items, int(limits.max())):
-            whole = Measures(*[np.ones((self.batch, vlm.config.text.num_layers), np.float32)] * 6)
+            ones = np.ones((self.batch, vlm.config.text.num_layers), np.float32)
             for cell, (tokens, lengths), measures in self.compare(
                 way, inputs, some, (limits[rows],), decode, attend
             ):
-                measures = measures or whole
+                measures = measures or dict.fromkeys(MEASURES, ones)
                 for at, row in enumerate(rows.tolist()):  # a repeated item comes out the same
                     ids = tokens[at, : lengths[at]].tolist()
-                    found[cell][row] = ids, Measures(*(part[at] for part in measures))
+                    found[cell][row] = ids, {name: part[at] for name, part in measures.items()}
             if advance:
                 advance(len(set(rows.tolist())))
         outcomes = {cell: self._outcome(each) for cell, each in found.items()}
@@ -166,10 +170,10 @@ class Evaluation:
             cell: outcomes[cell if cell in some else WHOLE] for cell in methods
         }
 
-    def _outcome(self, found: dict[int, tuple[list[int], Measures]]) -> Outcome:
+    def _outcome(self, found: dict[int, tuple[list[int], Any]]) -> Outcome:
         tokens, measures = zip(*(found[row] for row in range(len(found))), strict=True)
-        arrays = (np.stack(parts) for parts in zip(*measures, strict=True))
-        return Outcome([self.vlm.processor.decode(ids) for ids in tokens], list(tokens), *arrays)
+        arrays = {name: np.stack([each[name] for each in measures]) for name in MEASURES}
+        return Outcome([self.vlm.processor.decode(ids) for ids in tokens], list(tokens), **arrays)
 
     def _limits(self, items: Sequence[Item], most: int | None) -> np.ndarray:
         """Most tokens of each item's answer, int32 [n]."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.evaluate import WHOLE, Cell, Measures, Outcome
+from benchmarks.accuracy.evaluate import MEASURES, WHOLE, Cell, Outcome
 from benchmarks.accuracy.metrics import Interval, mean_interval, paired_difference, score
 from benchmarks.accuracy.tasks import IMAGE, VARIANTS, Item
 
@@ -79,7 +79,7 @@ def _facts(
     rows: list[int],
 ) -> dict[str, Any]:
     """The facts of one label about the items of one task, `rows` of the outcomes."""
-    measures = {name: getattr(outcome, name)[rows] for name in Measures._fields}
+    measures = {name: getattr(outcome, name)[rows] for name in MEASURES}
     tokens, right = ([each.tokens[row] for row in rows] for each in (outcome, full))
     variants = np.array([variant_of(item) for item in items])
     return {
