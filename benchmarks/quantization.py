@@ -24,17 +24,8 @@ import numpy as np
 import typer
 from jax import lax
 
+from benchmarks import command
 from benchmarks.accuracy.report import RESULTS
-from benchmarks.command import (
-    AsJson,
-    Force,
-    Out,
-    bad_input,
-    check_known,
-    check_out,
-    counting_bar,
-    finish,
-)  # fmt: skip
 from benchmarks.documents import Part, measured, table
 from benchmarks.environment import environment
 from benchmarks.roofline import packed
@@ -288,9 +279,9 @@ def main(
         list[str] | None,
         typer.Option(help=f"Plant no {', '.join(PARTS)}; several times."),
     ] = None,
-    as_json: AsJson = False,
-    out: Out = None,
-    force: Force = False,
+    as_json: command.AsJson = False,
+    out: command.Out = None,
+    force: command.Force = False,
 ) -> None:
     """Take AKVQ-VL's quantizer apart: what the attention loses by each of its parts.
 
@@ -306,12 +297,12 @@ def main(
 
     Example: python -m benchmarks.quantization --without outliers --seeds 1
     """
-    check_out(out, force=force)
-    with bad_input():
-        check_known("structure", without or [], PARTS)
+    command.check_out(out, force=force)
+    with command.bad_input():
+        command.check_known("structure", without or [], PARTS)
     structure = replace(Structure(), **dict.fromkeys(without or [], 0.0))
     chosen, wanted = list(range(seed, seed + seeds)), {**stages(), **OTHERS}
-    with counting_bar() as bar:
+    with command.counting_bar() as bar:
         task = bar.add_task("measuring", total=len(wanted))
         rows = ablation(structure, chosen, wanted, lambda: bar.advance(task))
     result = {
@@ -332,7 +323,7 @@ def main(
         "quantizers": {name: repr(quantizer) for name, quantizer in wanted.items()},
         "rows": rows,
     }
-    finish(result, part(result), as_json=as_json, out=out)
+    command.finish(result, part(result), as_json=as_json, out=out)
 
 
 if __name__ == "__main__":
