@@ -53,12 +53,7 @@ class KernelCode:
 
 
 class KernelError(RuntimeError):
-    """A kernel does not compile.
-
-    Attributes:
-        kernel: its name.
-        message: what the compiler said.
-    """
+    """A kernel, by its name, does not compile: what the compiler said."""
 
     def __init__(self, kernel: str, message: str):
         super().__init__(f"kernel {kernel}: {message}")

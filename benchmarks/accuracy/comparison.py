@@ -40,9 +40,7 @@ def pool_shape(method: CacheMethod, config: TextConfig, rows: int) -> Any:
 class Together(CacheMethod):
     """Several methods that watch the same prefill; they plan and build on their own.
 
-    Attributes:
-        budget: without meaning, as is `shared_heads`.
-        methods: the methods.
+    `budget` and `shared_heads` are without meaning.
     """
 
     methods: tuple[CacheMethod, ...] = ()
@@ -70,12 +68,7 @@ class Together(CacheMethod):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What many methods do with one prefill: pure functions of arrays, to be compiled.
-
-    Attributes:
-        config: the model.
-        backend: attention backend.
-    """
+    """What many methods do with one prefill: pure functions of arrays, to be compiled."""
 
     config: LlavaConfig
     backend: str | None = None

@@ -124,12 +124,7 @@ class Oracle(CacheMethod):
     """Keep what the full cache's own answer attends to most; for `comparison.Comparison` alone.
 
     No method can know this. It tells what a budget allows, and so whether a loss is the budget's or
-    the method's.
-
-    Attributes:
-        budget: as in `CacheMethod`.
-        shared_heads: likewise.
-        allocation: how much each layer keeps.
+    the method's. `allocation` says how much each layer keeps.
     """
 
     name: ClassVar[str] = "oracle"

@@ -15,12 +15,7 @@ from benchmarks.peers.process import serve
 
 
 class Worker:
-    """Runs stages, each saved as it ends.
-
-    Args:
-        out: folder of the results; by the device's name where it is None.
-        dry: on a CPU, in tiny sizes.
-        environment: `benchmarks.environment.environment()` of the command.
+    """Runs stages, each saved as it ends; what it is given is as in `suite.Suite`.
 
     Raises:
         benchmarks.device.NoGpu: there is none, and this is no dry run.

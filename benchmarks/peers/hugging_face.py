@@ -14,13 +14,7 @@ from vlcache_jax.config import LlavaConfig
 class HuggingFace:
     """The checkpoint in transformers, with SDPA, on the prompt from its own processor.
 
-    Args:
-        config: the `config.json`.
-        folder: the checkpoint.
-        context: tokens of the prompt.
-        batch: how many times it is answered at once.
-        dtype: of weights, activations and cache.
-        gpu: run on the GPU.
+    What it is given is what `ours.Ours` is; `gpu`: run on the GPU.
 
     Raises:
         RuntimeError: PyTorch sees no GPU, and is to use one.

@@ -91,11 +91,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """Works that come one after the other, each needing what the one before it made.
-
-    Attributes:
-        parts: the works by their names.
-    """
+    """Works by name that come one after the other, each needing what the one before it made."""
 
     parts: Mapping[str, Work]
 

@@ -91,10 +91,6 @@ class OneLayer(Custom):
     """Compress one layer as another method would, and keep every token of the others.
 
     The budget is that layer's alone. The pool is as large as the full cache's.
-
-    Attributes:
-        budget: as in `Custom`, as are `shared_heads`, `score`, `allocation`, `recent_ratio`.
-        layer: which one.
     """
 
     name: ClassVar[str] = "one-layer"

@@ -64,9 +64,7 @@ class Talk(NamedTuple):
 class TurnOracle(Oracle):
     """An oracle of a conversation: it is told the attention of each turn, [J, B, L, K, T].
 
-    Attributes:
-        budget: as in `Oracle`, as are `shared_heads` and `allocation`.
-        first_only: it knows of the first answer alone.
+    With `first_only` it knows of the first answer alone.
     """
 
     first_only: bool = False
