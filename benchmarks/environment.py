@@ -37,6 +37,23 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def added(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A result with the rows of another one behind its own; "added" says what made these.
+
+    Args:
+        before: the result; {} for none.
+        new: the other one.
+    """
+    if not before:
+        return new
+    about = {name: value for name, value in new.items() if name != "rows"}
+    return {
+        **before,
+        "rows": [*before["rows"], *new["rows"]],
+        "added": [*before.get("added", []), {**about, "rows": len(new["rows"])}],
+    }
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result file, which appears whole or not at all."""
     write_whole(path, (json.dumps(result, indent=1) + "\n").encode())

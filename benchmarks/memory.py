@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,8 @@ from rich.progress import track
 
 from benchmarks.ahead_of_time import GPUS, compile_for
 from benchmarks.command import AsJson, Force, Out, bad_input, check_known, check_out, finish
-from benchmarks.environment import environment
+from benchmarks.device import describe
+from benchmarks.environment import added, environment
 from benchmarks.loops import loop_copies, loop_floats, step_launches
 from benchmarks.models import MODELS, abstract_inputs, empty_cache
 from benchmarks.speed_sections import programs_part
@@ -184,20 +186,117 @@ def dequantized(code: str, pool: AnyPool) -> int:
 
 
 def run(program: Program) -> dict[str, Any]:
-    """`measure` in a process of its own, since XLA reads where to write its list when it starts.
+    """`measure` in a process of its own, since XLA reads where to write its list when it starts."""
+    with tempfile.TemporaryDirectory() as dump:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}".strip()
+        own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        return _alone(f"measure({program!r}, {dump!r})", own)
+
+
+def measured_peak(program: Program) -> int:
+    """`peak` on this machine's GPU, in a process of its own, whose allocator held nothing else."""
+    return _alone(f"peak({program!r})", {"JAX_PLATFORMS": ""})
+
+
+def _alone(call: str, environment: dict[str, str]) -> Any:
+    """What a call of a function of this module gives in a process of its own.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
     """
-    with tempfile.TemporaryDirectory() as dump:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}".strip()
-        own = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        call = f"measure({program!r}, {dump!r})"
-        code = f"import json; from benchmarks.memory import *; print(json.dumps({call}))"
-        done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{program} failed:\n{done.stderr[-2000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
+    code = f"import json; from benchmarks.memory import *; print(json.dumps({call}))"
+    own = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{call} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def device_statistics() -> dict[str, int]:
+    """What the allocator of the GPU tells.
+
+    Raises:
+        benchmarks.device.NoGpu: there is none.
+    """
+    describe(need_gpu=True)
+    return jax.devices()[0].memory_stats() or {}
+
+
+def peak(program: Program, statistics: Callable[[], dict[str, int]] = device_statistics) -> int:
+    """Run a program once, and give the most bytes that were in use since the process began.
+
+    Its weights and prompts are zeros: what they hold changes no size.
+
+    Args:
+        program: what to run.
+        statistics: what is asked for the peak, before and after.
+    """
+    statistics()  # no weights are made where there is no GPU
+    config, generate = MODELS[program.model], program.generate()
+
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+    params = zeros(abstract_params(config, BFLOAT16))
+    if program.stage == "decode":
+        pool, state = empty_cache(generate, program.batch, program.context, BFLOAT16)
+        decode = jax.jit(generate.stages.decode_chunk, donate_argnums=2)
+        jax.block_until_ready(decode(params, pool, state))
+    else:
+        inputs = zeros(abstract_inputs(config, program.batch, program.context))
+        inputs = replace(inputs, length=inputs.length + program.context)
+        jax.block_until_ready(jax.jit(generate)(params, inputs, jax.random.key(0)))
+    return statistics()["peak_bytes_in_use"]
+
+
+def largest_batch(
+    program: Program, compiled: Callable[[Program], dict[str, Any]] = run
+) -> tuple[int, list[dict[str, Any]]]:
+    """The largest batch whose program fits the device's memory, to a hundredth of it.
+
+    What a program needs grows almost in a line with its batch: each batch that is tried is where a
+    line through the last two would meet the memory.
+
+    Args:
+        program: all but its batch.
+        compiled: gives the row of a program.
+
+    Returns:
+        The batch, 0 where not even one sequence fits; and the rows of all that were compiled.
+    """
+    memory, rows = GPUS[program.device].memory, {}
+
+    def fits(batch: int) -> bool:
+        rows[batch] = compiled(replace(program, batch=batch))
+        return rows[batch]["fits"]
+
+    fitting, failing = 0, None
+    batch = program.batch
+    while True:
+        if fits(batch):
+            fitting = batch
+        else:
+            failing = batch
+        if failing is not None and failing - fitting <= max(1, fitting // 100):
+            break
+        batch = _next_batch({b: row["peak_bytes"] for b, row in rows.items()}, memory)
+        batch = max(fitting + 1, batch if failing is None else min(failing - 1, batch))
+    return fitting, list(rows.values())
+
+
+def _next_batch(peaks: dict[int, int], memory: int) -> int:
+    """Where the line through the last two peaks meets the memory; one further where it has."""
+    if len(peaks) == 1:
+        ((batch, peak),) = peaks.items()
+        return 2 * batch if peak <= memory else batch // 2
+    (a, first), (b, second) = list(peaks.items())[-2:]
+    meets = a + int((memory - first) * (b - a) / (second - first))
+    return meets + 1 if meets in peaks else meets
+
+
+def known(row: dict[str, Any]) -> Program:
+    """The program of a row; in a file of an older release it says less."""
+    return Program(**{item.name: row[item.name] for item in fields(Program) if item.name in row})
 
 
 def main(
@@ -220,8 +319,23 @@ def main(
         str, typer.Option(help="decode (a chunk of steps) or generate (all of it).")
     ] = "decode",
     backend: Annotated[str | None, typer.Option(help="triton or xla; the best by default.")] = None,
+    on_gpu: Annotated[
+        bool,
+        typer.Option(
+            "--on-gpu",
+            help="Also run each program on this machine's GPU: the peak that its allocator saw.",
+        ),
+    ] = False,
+    largest: Annotated[
+        bool,
+        typer.Option("--largest-batch", help="Search the largest batch that fits, from --batch."),
+    ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="The rows of the committed table instead.")
+    ] = False,
+    add: Annotated[
+        bool,
+        typer.Option("--add", help="Keep the rows that the file of --out has, add the others."),
     ] = False,
     as_json: AsJson = False,
     out: Out = None,
@@ -233,8 +347,8 @@ def main(
 
     With a quantized cache: python -m benchmarks.memory --context 4096 --kv-bits akvq --kv-bits 16
     """
-    check_out(out, force=force)
-    shares = budget or [0.1]
+    check_out(out, force=force or add)
+    shares, before = budget or [0.1], {}
     with bad_input():
         check_known("device", [device], GPUS)
         check_known("model", [model], MODELS)
@@ -243,20 +357,41 @@ def main(
             make_quantizer(name)
         if any(not 0 < share <= 1 for share in shares):
             raise ValueError(f"--budget {shares} must be above 0 and at most 1 (0.1 is 10 %)")
+        if add:
+            if out is None or largest:
+                raise ValueError("--add is for rows of a file, without --largest-batch: give --out")
+            before = json.loads(out.read_text(encoding="utf-8"))
     asked = [
         Program(device, model, context, batch, share, stage=stage, backend=backend, kv_bits=bits)
         for share in shares
         for bits in kv_bits or ["16"]
     ]
+    there = [known(row) for row in before.get("rows", [])]
+    asked = [program for program in (ALL if everything else asked) if program not in there]
     errors = Console(stderr=True)
+    found: dict[str, Any] = {"rows": []}
+    text = ""
     try:
-        programs = track(ALL if everything else asked, "compiling", console=errors, transient=True)
-        rows = list(map(run, programs))
+        for program in track(asked, "compiling", console=errors, transient=True):
+            if not largest:
+                found["rows"].append(run(program))
+                continue
+            most, rows = largest_batch(program)
+            found["rows"] += rows
+            bits = "" if program.kv_bits == "16" else f" + {program.kv_bits}"
+            key = f"{program.budget:g}{bits}"
+            found.setdefault("largest_batch", {})[key] = most
+            text += f"\n\nLargest batch that fits at a budget of {key}: {most}."
+        if on_gpu:
+            for row in found["rows"]:
+                row["measured_peak_bytes"] = measured_peak(known(row))
     except RuntimeError as error:
         errors.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    result = {**environment(), "rows": rows}
-    finish(result, programs_part(result), as_json=as_json, out=out)
+    new = {**environment(), **found}
+    if as_json and len(found["rows"]) == 1 and not largest and not add:
+        new = {**new, **found["rows"][0]}
+    finish(added(before, new), programs_part(new) + text, as_json=as_json, out=out)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,29 @@
 """Programs compiled for a GPU that is not here: launches, command buffers, bytes."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
 import benchmarks
 from benchmarks import memory
-from benchmarks.ahead_of_time import plugin_version
+from benchmarks.ahead_of_time import GPUS, plugin_version
+from benchmarks.device import NoGpu
 from benchmarks.memory import (
     ALL,
     Program,
     cache_parts,
     dequantized,
+    known,
+    largest_batch,
     run,
 )
 from benchmarks.models import MODELS
+from tests.tiny import tiny_config
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import RTN
 from vlcache_jax.cache.state import Pool
@@ -66,8 +71,7 @@ def check(row):
 def test_the_committed_table_holds_every_program():
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     assert {"commit", "command", "date", "machine", "versions"} <= result.keys()
-    names = [field.name for field in fields(Program)]
-    rows = {Program(**{name: row[name] for name in names}): row for row in result["rows"]}
+    rows = {known(row): row for row in result["rows"]}
     assert rows.keys() == set(ALL)
     for row in rows.values():
         check(row)
@@ -135,6 +139,37 @@ def test_a_layer_that_is_made_wide_is_seen(kind, rows, found):
     assert dequantized(text, pool.dense) == 0
 
 
+def test_rows_are_added_to_those_of_a_file(tmp_path, monkeypatch):
+    file = tmp_path / "programs.json"
+    old = {"context": 2048, "batch": 1, "budget": 0.1, "model": "llava-1.5-7b"}  # without kv_bits
+    file.write_text(json.dumps({"commit": "old", "rows": [old]}))
+    asked = []
+
+    def compiled(program):
+        asked.append(program)
+        sizes = dict.fromkeys(
+            ("cache_bytes", "full_cache_bytes", "temp_bytes", "peak_bytes", "cache_copies_in_loop",
+             "dequantized_in_loop", "launches_per_layer", "one_command_buffer", "compile_s"), 1,
+        )  # fmt: skip
+        return {**vars(program), **sizes}
+
+    monkeypatch.setattr(memory, "run", compiled)
+    arguments = ["--model", "llava-1.5-7b", "--kv-bits", "16", "--kv-bits", "akvq"]
+    done = CliRunner().invoke(app(), [*arguments, "--add", "--out", str(file)])
+    assert done.exit_code == 0, done.output
+    assert [program.kv_bits for program in asked] == ["akvq"]  # the other one is there
+    result = json.loads(file.read_text())
+    assert result["commit"] == "old"
+    assert result["rows"][0] == old
+    assert result["rows"][1]["kv_bits"] == "akvq"
+    (made,) = result["added"]
+    assert made["rows"] == 1
+    assert made["versions"]
+    refused = CliRunner().invoke(app(), ["--add"])
+    assert refused.exit_code == 2
+    assert "--out" in refused.output
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--device", "b9000"), ("--model", "gpt"), ("--stage", "sleep"), ("--kv-bits", "3")],
@@ -160,3 +195,45 @@ def app():
     app = typer.Typer()
     app.command()(memory.main)
     return app
+
+
+@pytest.mark.parametrize("start", [1, 3, 700])
+@pytest.mark.parametrize(
+    ("fixed", "each", "bend"), [(15e9, 1e9, 0), (15e9, 3e8, 2e4), (15e9, 80e9, 0)]
+)
+def test_the_largest_batch_is_found_in_a_few_compilations(start, fixed, each, bend):
+    def compiled(program):
+        peak = int(fixed + program.batch * each + program.batch**2 * bend)
+        return {"peak_bytes": peak, "fits": peak <= GPUS["h200"].memory}
+
+    found, rows = largest_batch(Program(batch=start), compiled)
+    peaks = [fixed + batch * each + batch**2 * bend for batch in (found, found + found // 100 + 1)]
+    assert peaks[0] <= GPUS["h200"].memory < peaks[1]
+    assert len(rows) <= 12
+
+
+def test_where_not_even_one_sequence_fits():
+    found, rows = largest_batch(Program(), lambda program: {"peak_bytes": 10**12, "fits": False})
+    assert found == 0
+    assert len(rows) == 1
+
+
+def test_the_measured_peak_is_that_of_the_allocator(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", tiny_config("llava_next"))
+    asked = []
+
+    def statistics():
+        asked.append(len(jax.live_arrays()))
+        return {"peak_bytes_in_use": 1000 + len(asked)}
+
+    before = len(jax.live_arrays())
+    for stage in ("decode", "generate"):
+        program = memory.Program(model="tiny", context=64, new_tokens=3, stage=stage)
+        assert memory.peak(program, statistics) == 1000 + len(asked)
+    assert len(asked) == 4
+    assert asked[1] > before  # the second time with weights and cache in memory
+
+
+def test_without_a_gpu_nothing_is_run_on_one():
+    with pytest.raises(NoGpu, match="no GPU here"):
+        memory.peak(memory.Program())
