@@ -1,13 +1,14 @@
 """How fast a model can be at best, and how much fits: `python -m benchmarks.roofline`."""
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from benchmarks import roofline
 from benchmarks.command import AsJson, Force, Out, bad_input, check_known, check_out, finish
-from benchmarks.documents import table
+from benchmarks.documents import save_svg, table
 from benchmarks.environment import environment
 from benchmarks.models import MODELS
 from benchmarks.roofline.packed import Caches, caches
@@ -15,6 +16,12 @@ from benchmarks.roofline.trips import trip_rows, trip_table
 from vlcache_jax.cache.quantizers import QUANTIZERS
 from vlcache_jax.config import LlavaConfig
 from vlcache_jax.report import human_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLOTTED = tuple(2**power for power in range(11, 18))
+"""Contexts of the plot, 2k to 128k."""
 
 
 def stage_rows(
@@ -116,6 +123,45 @@ def text_of(result: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def draw(
+    device: Device, name: str, batch: int, compared: Caches, contexts: tuple[int, ...] = PLOTTED
+) -> "Figure":
+    """The floor of a decode step against the context, dotted where the cache does not fit."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    config = MODELS[name]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, (label, cache) in enumerate(compared.items()):
+        kept = [cache.kept(config, context) for context in contexts]
+        times = [
+            1e3 * decode_step(config, context, batch, *each).floor(device)
+            for context, each in zip(contexts, kept, strict=True)
+        ]
+        fitting = sum(
+            batch <= largest_batch(device, config, context, *each)
+            for context, each in zip(contexts, kept, strict=True)
+        )
+        style: dict[str, Any] = {"color": f"C{index}", "marker": "."}
+        axes.plot(contexts, times, linestyle=":", zorder=1, **style)
+        axes.plot(contexts[:fitting], times[:fitting], label=label, zorder=2, **style)
+    axes.set(
+        title=f"{name} x {batch}, {device.name} ({device.source})",
+        xlabel="context (dotted: does not fit)",
+        ylabel="decode step, at least (ms)",
+        xscale="log",
+        yscale="log",
+    )
+    axes.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(title="cache")
+    return figure
+
+
 def main(
     device: Annotated[str, typer.Option(help=f"One of {', '.join(roofline.DEVICES)}.")] = "h200",
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = (
@@ -133,6 +179,10 @@ def main(
             "none."
         ),
     ] = "16",
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the floor of a decode step against the context, an SVG file."),
+    ] = None,
     as_json: AsJson = False,
     out: Out = None,
     force: Force = False,
@@ -143,9 +193,12 @@ def main(
 
     Example: python -m benchmarks.roofline --model llava-v1.6-34b --context 8192 --batch 32
 
+    With a plot: python -m benchmarks.roofline --plot decode.svg
+
     With AKVQ-VL's rows: python -m benchmarks.roofline --context 32768 --batch 24 --kv-bits akvq
     """
     check_out(out, force=force)
+    check_out(plot, force=force)
     with bad_input():
         check_known("device", [device], roofline.DEVICES)
         check_known("model", [model], MODELS)
@@ -166,6 +219,8 @@ def main(
         "capacity": capacity_rows(*size),
         "serial_trips": trip_rows(config.text),
     }
+    if plot is not None:
+        save_svg(draw(chosen, model, batch, compared), plot, salt="roofline")
     finish(result, text_of(result), as_json=as_json, out=out)
 
 

@@ -342,9 +342,17 @@ def test_the_file_is_written_and_not_overwritten(tmp_path):
     found = printed("--out", str(out))
     assert json.loads(out.read_text(encoding="utf-8")) == found
     assert {"commit", "command", "date", "machine", "versions", "device", "rows"} <= found.keys()
-    refused = run("--out", str(out))
-    assert refused.exit_code == 2
-    assert "--force" in refused.output
+    plot = tmp_path / "limit.svg"
+    printed("--plot", str(plot), "--kv-bits", "akvq", "--batch", "24")
+    drawn = plot.read_bytes()
+    assert b"10 % + akvq" in drawn
+    assert b"does not fit" in drawn
+    for option, file in (("--out", out), ("--plot", plot)):
+        refused = run(option, str(file))
+        assert refused.exit_code == 2
+        assert "--force" in refused.output
+    printed("--plot", str(plot), "--kv-bits", "akvq", "--batch", "24", "--force")
+    assert plot.read_bytes() == drawn
 
 
 def test_the_tables_name_the_numbers():
