@@ -12,18 +12,11 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.environment import write_result
+from vlcache_jax.files import check_file
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.", dir_okay=False)]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
-
-
-def check_out(out: Path | None, *, force: bool) -> None:
-    """Refuse a result file that would be overwritten, or that is called something else."""
-    if out is not None and out.suffix != ".json":
-        raise typer.BadParameter(f"the file {out} must end in .json")
-    if out is not None and out.exists() and not force:
-        raise typer.BadParameter(f"{out} exists: choose another name, or overwrite it with --force")
 
 
 @contextmanager
@@ -33,6 +26,13 @@ def bad_input() -> Iterator[None]:
         yield
     except (ValueError, OSError, NotImplementedError) as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def check_out(out: Path | None, what: str = "result file", *, force: bool) -> None:
+    """Refuse a file, one of the library's `KINDS`, that cannot be written or would be lost."""
+    if out is not None:
+        with bad_input():
+            check_file(out, what, force=force)
 
 
 def check_known(kind: str, names: Iterable[str], known: Collection[str]) -> None:

@@ -96,14 +96,17 @@ class Plot(NamedTuple):
         return hashlib.sha256(b"".join(file.read_bytes() for file in self.files)).hexdigest()
 
     def write(self) -> None:
-        """Draw it the same at any time and place; without its results there is none."""
-        import matplotlib as mpl
-
+        """Draw it; without its results there is none."""
         source = self.source()
         if source is None:
             self.path.unlink(missing_ok=True)
             return
-        with mpl.rc_context({"svg.hashsalt": self.salt, "svg.fonttype": "none"}):
-            figure = self.draw(*map(read, self.files))
-            metadata = {"Date": None, "Description": source}
-            figure.savefig(self.path, format="svg", metadata=metadata)
+        save_svg(self.draw(*map(read, self.files)), self.path, self.salt, source)
+
+
+def save_svg(figure: Any, path: Path, salt: str, source: str | None = None) -> None:
+    """Write a figure, the same at any time and place; `source` says what it is made of."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None, "Description": source})

@@ -24,6 +24,8 @@ KINDS = {
     "calibration file": {".json": ""},
     "report": {".html": " (the page)", ".json": " (the numbers)"},
     "figure": {".png": ""},
+    "result file": {".json": ""},
+    "plot": {".svg": ""},
 }
 """Endings of the names of what is written for the user, and what each means."""
 

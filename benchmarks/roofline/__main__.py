@@ -8,7 +8,7 @@ import typer
 
 from benchmarks import roofline
 from benchmarks.command import AsJson, Force, Out, bad_input, check_known, check_out, finish
-from benchmarks.documents import save_svg, table
+from benchmarks.documents import panels, save_svg, table
 from benchmarks.environment import environment
 from benchmarks.models import MODELS
 from benchmarks.roofline.packed import Caches, caches
@@ -124,23 +124,25 @@ def text_of(result: dict[str, Any]) -> str:
 
 
 def draw(
-    device: Device, name: str, batch: int, compared: Caches, contexts: tuple[int, ...] = PLOTTED
+    device: roofline.Device,
+    name: str,
+    batch: int,
+    compared: Caches,
+    contexts: tuple[int, ...] = PLOTTED,
 ) -> "Figure":
     """The floor of a decode step against the context, dotted where the cache does not fit."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     config = MODELS[name]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, [[axes]] = panels(6, 4)
     for index, (label, cache) in enumerate(compared.items()):
         kept = [cache.kept(config, context) for context in contexts]
         times = [
-            1e3 * decode_step(config, context, batch, *each).floor(device)
+            1e3 * roofline.decode_step(config, context, batch, *each).floor(device)
             for context, each in zip(contexts, kept, strict=True)
         ]
         fitting = sum(
-            batch <= largest_batch(device, config, context, *each)
+            batch <= roofline.largest_batch(device, config, context, *each)
             for context, each in zip(contexts, kept, strict=True)
         )
         style: dict[str, Any] = {"color": f"C{index}", "marker": "."}
@@ -198,7 +200,7 @@ def main(
     With AKVQ-VL's rows: python -m benchmarks.roofline --context 32768 --batch 24 --kv-bits akvq
     """
     check_out(out, force=force)
-    check_out(plot, force=force)
+    check_out(plot, "plot", force=force)
     with bad_input():
         check_known("device", [device], roofline.DEVICES)
         check_known("model", [model], MODELS)
