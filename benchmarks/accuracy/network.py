@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from convert.safetensors_writer import write_tensors
+from vlcache_jax.checkpoints.weights import parameter_name, parse_dtype, split, tensors_of
 from vlcache_jax.files import whole_directory
-from vlcache_jax.models.llava import Params
-from vlcache_jax.weights import parameter_name, parse_dtype, split, tensors_of
+from vlcache_jax.models.llava.model import Params
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 IMAGE_TOKEN_ID = SPECIAL_TOKENS.index("<image>")

@@ -7,7 +7,7 @@ from benchmarks.measure import L2_BYTES, Timing, reason
 from benchmarks.roofline import Device, Stage
 from benchmarks.speed.cases import Case
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.report import kv_bits
+from vlcache_jax.results.report import kv_bits
 
 
 def described(case: Case, variant: CacheMethod) -> dict[str, Any]:

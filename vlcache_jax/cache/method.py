@@ -20,7 +20,7 @@ from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.score import Layer, Score
 from vlcache_jax.cache.select import kept_rows, rank_rows
 from vlcache_jax.cache.state import Pool, round_up, whole_capacity
-from vlcache_jax.config import TextConfig
+from vlcache_jax.models.config import TextConfig
 
 AnyPool = Pool | PackedPool
 """What a method makes: rows of full width, or most of them packed."""
