@@ -27,9 +27,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from benchmarks.documents import ROOT
 from benchmarks.environment import environment, write_result
 from convert.safetensors_writer import SHARD_BYTES, write_tensors
-from vlcache_jax.checkpoint import open_checkpoint
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.weights import DTYPES, parameter_name, parameter_shapes, tensors_of
+from vlcache_jax.checkpoints.checkpoint import open_checkpoint
+from vlcache_jax.checkpoints.weights import DTYPES, parameter_name, parameter_shapes, tensors_of
+from vlcache_jax.models.llava.config import LlavaConfig
 
 CONVERT_LIMIT = 4e9
 """Most anonymous memory of a conversion, in bytes."""

@@ -21,7 +21,7 @@ from benchmarks.environment import environment
 from benchmarks.make_demo import RESULTS as TRAINING
 from benchmarks.make_demo import fingerprint, read_log
 from vlcache_jax import demo
-from vlcache_jax.display import comparison_tables
+from vlcache_jax.results.display import comparison_tables
 
 RECIPE, LOG, MODEL = (TRAINING / name for name in ("recipe.json", "log.jsonl", "model.json"))
 PLOT = ROOT / "docs" / "demo-training.svg"

@@ -6,12 +6,13 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.anyres import max_tiles
 from vlcache_jax.cache.method import AnyPool
-from vlcache_jax.config import LlavaConfig, RopeConfig, TextConfig, VisionConfig
-from vlcache_jax.generate import Generate
-from vlcache_jax.processing import ModelInputs
-from vlcache_jax.stages import DecodeState
+from vlcache_jax.models.config import RopeConfig, TextConfig
+from vlcache_jax.models.llava.anyres import max_tiles
+from vlcache_jax.models.llava.config import LlavaConfig, VisionConfig
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.running.generate import Generate
+from vlcache_jax.running.stages import DecodeState
 
 _TOWER = VisionConfig(
     hidden_size=1024,

@@ -37,8 +37,8 @@ from vlcache_jax.cache.method import Plan
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
-from vlcache_jax.config import TextConfig
-from vlcache_jax.report import packed_bytes, row_bytes
+from vlcache_jax.models.config import TextConfig
+from vlcache_jax.results.report import packed_bytes, row_bytes
 
 SHAPE = TextConfig(num_layers=4, num_heads=32, num_kv_heads=2, head_dim=128)
 """Of what is planted; the rest of it is without meaning."""

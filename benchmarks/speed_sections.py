@@ -13,7 +13,7 @@ from benchmarks.models import MODELS
 from benchmarks.roofline import DEVICES, decode_step, largest_batch
 from benchmarks.roofline.packed import caches
 from benchmarks.speed.rows import cache_of
-from vlcache_jax.report import human_bytes
+from vlcache_jax.results.report import human_bytes
 
 RESULTS = ROOT / "benchmarks" / "results"
 CPU = RESULTS / "cpu"

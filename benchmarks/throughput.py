@@ -27,10 +27,10 @@ from benchmarks.speed.limit import in_type
 from benchmarks.speed.options import Budgets, Dtype, KvBits, Methods, dtype_of, variants_of
 from benchmarks.speed.rows import described
 from benchmarks.speed_sections import throughput_part
-from vlcache_jax.driver import Run
-from vlcache_jax.models.llava import Params, init_params
-from vlcache_jax.programs import Programs
-from vlcache_jax.report import human_bytes, token_bytes
+from vlcache_jax.models.llava.model import Params, init_params
+from vlcache_jax.results.report import human_bytes, token_bytes
+from vlcache_jax.running.driver import Run
+from vlcache_jax.running.programs import Programs
 
 CPU_MEMORY = 64 * 2**20
 """What a CPU's run takes for the device's memory, so that it ends within a minute."""

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convert.safetensors_writer import write_tensors
-from vlcache_jax.checkpoint import (
+from vlcache_jax.checkpoints.checkpoint import (
     CONFIG_PATTERNS,
     FORMAT,
     INDEX,
@@ -28,10 +28,10 @@ from vlcache_jax.checkpoint import (
     quiet_orbax,
     resolve,
 )
+from vlcache_jax.checkpoints.weights import piece_of, split, tensors_of
 from vlcache_jax.errors import reason
 from vlcache_jax.fields import read_json
 from vlcache_jax.files import whole_directory
-from vlcache_jax.weights import piece_of, split, tensors_of
 
 
 def convert(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlcache_jax.checkpoint import INDEX, WEIGHTS
-from vlcache_jax.weights import FLOAT_KINDS, Shape
+from vlcache_jax.checkpoints.checkpoint import INDEX, WEIGHTS
+from vlcache_jax.checkpoints.weights import FLOAT_KINDS, Shape
 
 SHARD_BYTES = 5_000_000_000
 """Largest file, unless one tensor alone is larger; the hub's own files are cut so."""

@@ -14,7 +14,7 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 import jax
 import pytest
 
-from tests.checkpoints import config_json, random_tensors, write_model
+from tests.model_files import config_json, random_tensors, write_model
 from tests.tiny import tiny_pinpoints, tiny_processor
 
 if os.environ.get("JAX_PLATFORMS") == "cpu" and jax.__version_info__ < (0, 11):

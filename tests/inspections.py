@@ -3,11 +3,11 @@
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.answer import Timings
 from vlcache_jax.cache.trace import Trace
-from vlcache_jax.inspection import Inspection, Outcome, ShownPicture
-from vlcache_jax.patches import BASE, GRID, NEWLINE_PART
-from vlcache_jax.report import CacheReport
+from vlcache_jax.models.llava.patches import BASE, GRID, NEWLINE_PART
+from vlcache_jax.results.inspection import Inspection, Outcome, ShownPicture
+from vlcache_jax.results.report import CacheReport
+from vlcache_jax.running.driver import Timings
 
 
 def made_up_inspection(

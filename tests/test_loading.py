@@ -11,9 +11,9 @@ import pytest
 
 import vlcache_jax
 from convert.program import convert
-from tests.checkpoints import config_json, random_tensors, write_model
+from tests.model_files import config_json, random_tensors, write_model
 from tests.tiny import tiny_processor
-from vlcache_jax import checkpoint
+from vlcache_jax.checkpoints import checkpoint
 from vlcache_jax.loading import describe
 from vlcache_jax.models.fold import fold_transform
 

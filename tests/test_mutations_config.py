@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.cli.program import run
-from vlcache_jax.config import LlavaConfig
+from vlcache_jax.models.llava.config import LlavaConfig
 
 NAMES = (
     "config.json",

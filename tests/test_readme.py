@@ -11,8 +11,8 @@ from benchmarks import demo_model
 from benchmarks.report import DOCUMENTS, fill
 from vlcache_jax.cache.methods import make_method
 from vlcache_jax.cache.quantizers import make_quantizer
-from vlcache_jax.config import TextConfig
-from vlcache_jax.report import cache_report
+from vlcache_jax.models.config import TextConfig
+from vlcache_jax.results.report import cache_report
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -11,8 +11,8 @@ from PIL import Image
 import vlcache_jax
 from tests.tiny import picture
 from vlcache_jax.cache.state import whole_capacity
-from vlcache_jax.processing import ModelInputs
-from vlcache_jax.programs import Programs
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.running.programs import Programs
 
 
 @pytest.fixture(scope="module")

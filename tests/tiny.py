@@ -15,7 +15,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from vlcache_jax.config import LlavaConfig, TextConfig, VisionConfig
+from vlcache_jax.models.config import TextConfig
+from vlcache_jax.models.llava.config import LlavaConfig, VisionConfig
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 IMAGE_TOKEN_ID = SPECIAL_TOKENS.index("<image>")

@@ -1,7 +1,5 @@
 """LLaVA-style vision-language models in JAX with a compressed key/value cache (VL-Cache)."""
 
-from vlcache_jax.answer import Answer, Timings
-from vlcache_jax.buckets import Buckets
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import (
@@ -18,13 +16,17 @@ from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.trace import Trace, attention_mass_recall, cache_hit_rate
 from vlcache_jax.calibration import Calibration, calibrate
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.generate import Generate, GenerateOutput
-from vlcache_jax.inspection import Inspection, inspect
 from vlcache_jax.loading import load
-from vlcache_jax.processing import ModelInputs, Processor
-from vlcache_jax.report import CacheReport
-from vlcache_jax.sampling import Sampling
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.requests.buckets import Buckets
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.requests.processing import Processor
+from vlcache_jax.results.answer import Answer
+from vlcache_jax.results.inspection import Inspection, inspect
+from vlcache_jax.results.report import CacheReport
+from vlcache_jax.running.driver import Timings
+from vlcache_jax.running.generate import Generate, GenerateOutput
+from vlcache_jax.running.sampling import Sampling
 from vlcache_jax.vlm import VLM, Stream
 
 __all__ = [

@@ -21,16 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax import demo
-from vlcache_jax.answer import versions
 from vlcache_jax.cache.methods import Custom
 from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.cache.score import ColumnSum
 from vlcache_jax.files import check_file, whole_file
-from vlcache_jax.images import Images
-from vlcache_jax.models.llava import Params
-from vlcache_jax.processing import ModelInputs
-from vlcache_jax.settings import Settings
-from vlcache_jax.stages import Stages
+from vlcache_jax.models.llava.model import Params
+from vlcache_jax.requests.images import Images
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.results.answer import versions
+from vlcache_jax.running.settings import Settings
+from vlcache_jax.running.stages import Stages
 from vlcache_jax.vlm import VLM
 
 KV_LAYERS = "kv_layers.json"

@@ -7,17 +7,17 @@ from typing import Any
 from pallas_kernels.backends import check_backend
 from pallas_kernels.prefill_attention.cudnn import require_gpu
 from vlcache_jax import demo
-from vlcache_jax.buckets import Buckets, bucket_for, default_buckets, padding_shares
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.calibration import KV_LAYERS, Calibration
-from vlcache_jax.checkpoint import Progress, open_checkpoint, resolve
-from vlcache_jax.config import LlavaConfig
+from vlcache_jax.checkpoints.checkpoint import Progress, open_checkpoint, resolve
+from vlcache_jax.checkpoints.weights import DTYPE, parse_dtype
 from vlcache_jax.fields import read_field, read_json, token_ids
-from vlcache_jax.processing import Processor
-from vlcache_jax.report import count_parameters, kv_bits, memory_need, token_bytes
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.requests.buckets import Buckets, bucket_for, default_buckets, padding_shares
+from vlcache_jax.requests.processing import Processor
+from vlcache_jax.results.report import count_parameters, kv_bits, memory_need, token_bytes
 from vlcache_jax.vlm import VLM
-from vlcache_jax.weights import DTYPE, parse_dtype
 
 
 def load(

@@ -8,21 +8,22 @@ from typing import Any, NamedTuple, TypedDict, Unpack, overload
 import jax
 import numpy as np
 
-from vlcache_jax.answer import Answer
 from vlcache_jax.cache.methods import CacheLike, as_method
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.detokenize import check_stop
-from vlcache_jax.driver import Run
-from vlcache_jax.generate import Generate
-from vlcache_jax.images import Images
-from vlcache_jax.messages import Messages, is_one
 from vlcache_jax.models.fold import fold_transform
-from vlcache_jax.models.llava import Params
-from vlcache_jax.processing import ModelInputs, Processor
-from vlcache_jax.programs import Programs
-from vlcache_jax.report import cache_report
-from vlcache_jax.sampling import Sampling
-from vlcache_jax.settings import Settings
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.model import Params
+from vlcache_jax.requests.detokenize import check_stop
+from vlcache_jax.requests.images import Images
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.requests.messages import Messages, is_one
+from vlcache_jax.requests.processing import Processor
+from vlcache_jax.results.answer import Answer
+from vlcache_jax.results.report import cache_report
+from vlcache_jax.running.driver import Run
+from vlcache_jax.running.generate import Generate
+from vlcache_jax.running.programs import Programs
+from vlcache_jax.running.sampling import Sampling
+from vlcache_jax.running.settings import Settings
 
 
 class Options(TypedDict, total=False):
@@ -34,7 +35,7 @@ class Options(TypedDict, total=False):
 
     Attributes:
         messages: a conversation instead of `text`, `[{"role": "user", "content": "..."}, ...]`, or
-            a list of them (`vlcache_jax.messages.Messages`).
+            a list of them (`vlcache_jax.requests.messages.Messages`).
         max_new_tokens: most tokens of an answer, 128 by default.
         temperature: 0, the default, is greedy.
         top_k: draw among the k most likely tokens; all by default.
@@ -157,7 +158,7 @@ class VLM:
 
         Args:
             images: for one prompt: None, an image or a list of images; for a batch: a list with
-                one such entry per prompt. `vlcache_jax.images.ImageLike` has the forms of an image.
+                one such entry per prompt. `requests.images.ImageLike` has the forms of an image.
             text: the prompt, or a list of prompts. `<image>` marks say where the images go;
                 without marks they come first.
             **options: see `Options`.

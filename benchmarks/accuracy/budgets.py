@@ -23,10 +23,10 @@ from benchmarks.accuracy.tasks import TASKS, Item, make_item
 from benchmarks.command import bad_input, check_known, counting_bar
 from benchmarks.environment import environment
 from benchmarks.processor import TILE
-from vlcache_jax import programs
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import METHODS, Custom, make_method
-from vlcache_jax.report import count_parameters
+from vlcache_jax.results.report import count_parameters
+from vlcache_jax.running import programs
 from vlcache_jax.vlm import VLM
 
 Begin = Callable[[str, int], Callable[[int], object]]

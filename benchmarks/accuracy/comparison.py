@@ -21,12 +21,13 @@ from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
 from vlcache_jax.cache.score import LastRows, Layer
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.cache.trace import attention_mass_recall, cache_hit_rate
-from vlcache_jax.config import LlavaConfig, TextConfig
-from vlcache_jax.generate import Generate
-from vlcache_jax.models.llava import Params, bind
-from vlcache_jax.processing import ModelInputs
-from vlcache_jax.report import row_bytes
-from vlcache_jax.stages import Stages
+from vlcache_jax.models.config import TextConfig
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.model import Params, bind
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.results.report import row_bytes
+from vlcache_jax.running.generate import Generate
+from vlcache_jax.running.stages import Stages
 
 
 class Measures(NamedTuple):

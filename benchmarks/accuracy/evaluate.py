@@ -28,17 +28,17 @@ from benchmarks.accuracy.comparison import Comparison, Measures, pool_shape
 from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import FULL
 from benchmarks.accuracy.tasks import Item
-from vlcache_jax.anyres import max_tiles, num_tiles, visual_rows
-from vlcache_jax.buckets import Buckets
 from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.state import round_up
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.generate import Generate
 from vlcache_jax.models.fold import fold_transform
-from vlcache_jax.models.llava import Params
-from vlcache_jax.processing import ModelInputs
-from vlcache_jax.programs import Programs
+from vlcache_jax.models.llava.anyres import max_tiles, num_tiles, visual_rows
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.model import Params
+from vlcache_jax.requests.buckets import Buckets
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.running.generate import Generate
+from vlcache_jax.running.programs import Programs
 from vlcache_jax.vlm import VLM
 
 Cell = tuple[str, str]

@@ -14,9 +14,9 @@ import numpy as np
 
 from benchmarks.processor import IMAGE_TOKEN_ID, TILE, make_processor, make_tokenizer
 from convert.safetensors_writer import write_tensors
+from vlcache_jax.checkpoints.weights import parameter_name, parse_dtype, split, tensors_of
 from vlcache_jax.files import whole_directory
-from vlcache_jax.models.llava import Params
-from vlcache_jax.weights import parameter_name, parse_dtype, split, tensors_of
+from vlcache_jax.models.llava.model import Params
 
 PATCH = 14
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]

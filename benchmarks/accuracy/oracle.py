@@ -16,10 +16,10 @@ from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod, Observation
 from vlcache_jax.cache.score import RecentScore, Score
 from vlcache_jax.cache.state import Pool
-from vlcache_jax.config import TextConfig
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llama import Attend, Residual, rope_table, rotated
-from vlcache_jax.models.llava import Llava
-from vlcache_jax.processing import ModelInputs
+from vlcache_jax.models.llava.model import Llava
+from vlcache_jax.requests.inputs import ModelInputs
 
 
 class Attended(NamedTuple):

@@ -16,8 +16,9 @@ import numpy as np
 
 from benchmarks.accuracy.network import PATCH, TILE
 from benchmarks.accuracy.tasks import Item
-from vlcache_jax.buckets import bucket_for
-from vlcache_jax.processing import ModelInputs, Processor
+from vlcache_jax.requests.buckets import bucket_for
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.requests.processing import Processor
 
 MARK = "<image>"
 END = "</s>"

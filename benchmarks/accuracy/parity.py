@@ -163,7 +163,7 @@ def main(
     errors = Console(stderr=True, highlight=False)
     with errors.status("loading ..."), bad_input():
         import vlcache_jax
-        from vlcache_jax.checkpoint import resolve
+        from vlcache_jax.checkpoints.checkpoint import resolve
 
         path = resolve(model)
         plan = Plan(options.names(tasks), (), (1.0,), (), n, seed, split)

@@ -35,11 +35,11 @@ from benchmarks.accuracy.packing import Batch, pack
 from benchmarks.accuracy.scene import Manner
 from benchmarks.command import bad_input, counting_bar
 from benchmarks.environment import write_result
-from vlcache_jax.buckets import Buckets
-from vlcache_jax.checkpoint import quiet_orbax
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.models.llava import init_params
-from vlcache_jax.processing import Processor
+from vlcache_jax.checkpoints.checkpoint import quiet_orbax
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.requests.buckets import Buckets
+from vlcache_jax.requests.processing import Processor
 
 PREFIX_ROWS = (64, 96, 128, 192, 256, 352, 704, 1408)
 """Sizes that prefixes are padded to: 352 for a whole picture, 704 for two of them."""

@@ -24,8 +24,8 @@ from benchmarks.speed.decoding import CHUNKS
 from benchmarks.speed.presets import PACKED, PACKED_TENTH, PAPER_MODEL, TENTH
 from benchmarks.speed.rows import cache_of
 from benchmarks.speed.run import Plan, measure_all
-from vlcache_jax.models.llava import init_params
-from vlcache_jax.report import count_parameters
+from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.results.report import count_parameters
 
 DRY_SCALE = 16
 """What a dry run divides the paper's contexts by; it runs one of its rows."""

@@ -16,11 +16,12 @@ from benchmarks.gpu_suite.stages import Context
 from benchmarks.measure import reason
 from benchmarks.models import SMALL_TOWER
 from vlcache_jax.cache.methods import VLCache
-from vlcache_jax.config import LlavaConfig, TextConfig
-from vlcache_jax.generate import Generate
-from vlcache_jax.models.llava import Params, init_params
-from vlcache_jax.processing import ModelInputs
-from vlcache_jax.stages import Stages
+from vlcache_jax.models.config import TextConfig
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.model import Params, init_params
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.running.generate import Generate
+from vlcache_jax.running.stages import Stages
 
 TEXT = TextConfig(
     vocab_size=512,

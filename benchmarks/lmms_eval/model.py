@@ -13,7 +13,7 @@ import vlcache_jax
 from benchmarks.lmms_eval.requests import Request, answer_all, batch_size_of, check_machine
 from vlcache_jax.cache.methods import make_method
 from vlcache_jax.cache.quantizers import make_quantizer
-from vlcache_jax.programs import keep_programs
+from vlcache_jax.running.programs import keep_programs
 
 
 class VLCacheModel(lmms):

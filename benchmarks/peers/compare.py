@@ -15,7 +15,7 @@ from benchmarks.models import with_positions
 from benchmarks.peers.agreement import Differs, agree
 from benchmarks.peers.model import MODELS, config_json
 from benchmarks.peers.process import PeerError, Process
-from vlcache_jax.config import LlavaConfig
+from vlcache_jax.models.llava.config import LlavaConfig
 
 FIRST = 1
 """Tokens of the shorter answer: its time is the time to the first token."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.peers.model import make_prompt
 from benchmarks.peers.process import serve
-from vlcache_jax.config import LlavaConfig
+from vlcache_jax.models.llava.config import LlavaConfig
 
 
 class HuggingFace:

@@ -13,16 +13,17 @@ from benchmarks import measure
 from benchmarks.accuracy import network
 from benchmarks.peers.model import make_files, make_prompt, random_params
 from benchmarks.peers.process import serve
-from vlcache_jax.anyres import num_tiles
-from vlcache_jax.buckets import Buckets
 from vlcache_jax.cache.methods import FullCache, VLCache
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.driver import Run
-from vlcache_jax.generate import Generate
-from vlcache_jax.models.llava import Params
-from vlcache_jax.processing import ModelInputs, Processor
-from vlcache_jax.programs import Programs
-from vlcache_jax.stages import Stages
+from vlcache_jax.models.llava.anyres import num_tiles
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.model import Params
+from vlcache_jax.requests.buckets import Buckets
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.requests.processing import Processor
+from vlcache_jax.running.driver import Run
+from vlcache_jax.running.generate import Generate
+from vlcache_jax.running.programs import Programs
+from vlcache_jax.running.stages import Stages
 
 FULL = "full"
 """The cache that keeps everything; others are named by their budget."""

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from benchmarks.ahead_of_time import GPUS
 from benchmarks.models import WINDOW
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.report import count_parameters, token_bytes
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.results.report import count_parameters, token_bytes
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 SCORE_BYTES = INDEX_BYTES = 4  # float32 and int32

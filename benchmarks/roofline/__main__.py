@@ -27,8 +27,8 @@ from benchmarks.roofline import (
 from benchmarks.roofline.packed import Caches, caches
 from benchmarks.roofline.trips import trip_rows, trip_table
 from vlcache_jax.cache.quantizers import QUANTIZERS
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.report import human_bytes
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.results.report import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,9 @@ from benchmarks.roofline import BFLOAT16
 from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.quantizers import AKVQ, make_quantizer
-from vlcache_jax.config import LlavaConfig, TextConfig
-from vlcache_jax.report import packed_bytes, row_bytes
+from vlcache_jax.models.config import TextConfig
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.results.report import packed_bytes, row_bytes
 
 
 def rows_by_width(

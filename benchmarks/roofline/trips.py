@@ -21,7 +21,7 @@ from pallas_kernels.tuning import candidates
 from vlcache_jax.cache.allocate import allocate
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.methods import VLCache
-from vlcache_jax.config import TextConfig
+from vlcache_jax.models.config import TextConfig
 
 MEASURED = (0.5, 0.97, 0.97, 0.98, 0.99, 0.99, 1.0, 0.99, 0.99, 0.99)
 """Layer sparsities of SmolLM2-135M, every third layer."""

@@ -11,15 +11,16 @@ import numpy as np
 from benchmarks.models import MODELS, SMALL_TOWER, WINDOW, with_positions
 from benchmarks.roofline.packed import bits_of, rows_by_width
 from vlcache_jax import demo
-from vlcache_jax.anyres import max_tiles
 from vlcache_jax.cache.allocate import allocate
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache
-from vlcache_jax.config import LlavaConfig, TextConfig
-from vlcache_jax.generate import CHUNK, Generate
-from vlcache_jax.processing import ModelInputs
-from vlcache_jax.report import kv_bits
+from vlcache_jax.models.config import TextConfig
+from vlcache_jax.models.llava.anyres import max_tiles
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.results.report import kv_bits
+from vlcache_jax.running.generate import CHUNK, Generate
 
 _SMALL = TextConfig(
     vocab_size=4096,

@@ -20,8 +20,8 @@ from pallas_kernels.packing import join_affine
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.packed import PackedPool, first_words
 from vlcache_jax.cache.state import Pool
-from vlcache_jax.models.llava import Params
-from vlcache_jax.stages import DecodeState
+from vlcache_jax.models.llava.model import Params
+from vlcache_jax.running.stages import DecodeState
 
 CHUNKS = (1, 3)
 """Programs in a row that are timed; a step is the difference of the two, divided by its steps."""

@@ -30,7 +30,7 @@ from benchmarks.roofline import WORKSPACE, Device
 from benchmarks.speed import __main__ as speed_command
 from benchmarks.speed import cases, presets
 from pallas_kernels.tuning import PrefillConfig as Config
-from vlcache_jax.report import pool_bytes
+from vlcache_jax.results.report import pool_bytes
 
 MODELS = cases.models()
 COMPARED = {"rows": [{"samples": [1.0, 1.0]}], "ratios": []}

@@ -193,7 +193,7 @@ def plugin(monkeypatch):
         module = ModuleType(name)
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("vlcache_jax.programs.keep_programs", lambda: None)
+    monkeypatch.setattr("vlcache_jax.running.programs.keep_programs", lambda: None)
     monkeypatch.delitem(sys.modules, MODEL_MODULE, raising=False)
     yield importlib.import_module(MODEL_MODULE), logged
     del sys.modules[MODEL_MODULE]

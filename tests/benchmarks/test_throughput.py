@@ -18,9 +18,9 @@ from benchmarks.throughput import Load, compare, run
 from tests.tiny import tiny_config
 from vlcache_jax.cache.methods import VLCache
 from vlcache_jax.cache.quantizers import AKVQ
-from vlcache_jax.driver import Run
-from vlcache_jax.models.llava import init_params
-from vlcache_jax.report import pool_bytes
+from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.results.report import pool_bytes
+from vlcache_jax.running.driver import Run
 
 TENTH = Variant(VLCache(0.1))
 PACKED = Variant(VLCache(0.1, quantize=AKVQ()))

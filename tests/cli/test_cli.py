@@ -267,7 +267,7 @@ def test_info_of_a_quantized_cache(model_dir):
 
 
 def parameters(path):
-    from tests.checkpoints import read_tensors
+    from tests.model_files import read_tensors
 
     return read_tensors(path).values()
 

@@ -28,7 +28,7 @@ def asked(monkeypatch):
         calls.append({"images": images, "text": text, **options})
         return made_up_inspection(("vl-cache 0.1", "h2o 0.1"), answers=[("A", " shelf"), ("A",)])
 
-    monkeypatch.setattr("vlcache_jax.inspection.inspect", record)
+    monkeypatch.setattr("vlcache_jax.results.inspection.inspect", record)
     return calls
 
 
@@ -48,7 +48,7 @@ def test_a_run_writes_the_numbers_and_prints_them(model_dir, image, tmp_path):
 
 def test_a_page_and_figures_of_several_methods(model_dir, image, tmp_path, asked, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("vlcache_jax.inspection.figures.DPI", 40)
+    monkeypatch.setattr("vlcache_jax.results.inspection.figures.DPI", 40)
     page, folder = tmp_path / "report.html", tmp_path / "figures"
     result = run(model_dir, "--image", image, "--prompt", "what?", "--max-new-tokens", 9,
                  "--compare", "vl-cache, h2o,snapkv,h2o", "--kv-budget", "0.2",

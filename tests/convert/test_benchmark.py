@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.conversion import make_checkpoint, model_config, report_load, tensor_shapes, watch
 from benchmarks.environment import environment
-from tests.checkpoints import read_tensors
+from tests.model_files import read_tensors
 
 
 def test_the_true_shapes_are_those_of_llava_15_7b():

@@ -21,7 +21,7 @@ import convert.program
 from convert.__main__ import convert_command
 from convert.program import convert as run
 from convert.safetensors_writer import write_tensors
-from tests.checkpoints import (
+from tests.model_files import (
     SPELLINGS,
     config_json,
     random_tensors,

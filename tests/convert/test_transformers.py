@@ -10,12 +10,13 @@ torch = pytest.importorskip("torch")
 import vlcache_jax
 from convert.program import convert
 from tests import hf
-from tests.checkpoints import SPELLINGS, read_tensors, respell, same_bits, write_model
+from tests.model_files import SPELLINGS, read_tensors, respell, same_bits, write_model
 from tests.tiny import picture, tiny_processor
-from vlcache_jax.checkpoint import open_checkpoint
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.programs import Programs
-from vlcache_jax.weights import hub_name, parameter_shapes, tensors_of
+from vlcache_jax.checkpoints.checkpoint import open_checkpoint
+from vlcache_jax.checkpoints.weights import parameter_shapes, tensors_of
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.names import hub_name
+from vlcache_jax.running.programs import Programs
 
 MODELS = [
     ("llava", "llama", {"num_key_value_heads": 4}),

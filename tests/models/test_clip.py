@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from pallas_kernels.prefill_attention import prefill_attention
-from vlcache_jax.config import VisionConfig
-from vlcache_jax.models.clip import VisionTower
+from vlcache_jax.models.llava.clip import VisionTower
+from vlcache_jax.models.llava.config import VisionConfig
 
 CONFIG = VisionConfig(32, 64, 3, 2, image_size=30, patch_size=14)  # two pixels are left over
 

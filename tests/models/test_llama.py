@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vlcache_jax.config import TextConfig
 from vlcache_jax.models import llama
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llama import DecoderLayer
 
 CONFIG = TextConfig(

@@ -14,8 +14,8 @@ from pallas_kernels.prefill_attention import prefill_attention
 from tests import hf
 from tests.tiny import picture
 from vlcache_jax import Buckets
-from vlcache_jax.models.llava import bind
-from vlcache_jax.stages import Stages
+from vlcache_jax.models.llava.model import bind
+from vlcache_jax.running.stages import Stages
 
 BOUND = 1e-4
 BF16_FACTOR = 1.25

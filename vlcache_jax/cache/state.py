@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_decode_attention import append_and_attend
 from pallas_kernels.rows import NewToken, Segment, Tail
-from vlcache_jax.config import TextConfig
+from vlcache_jax.models.config import TextConfig
 
 BLOCK = 128
 """Rows that the capacity of a pool is rounded up to."""

@@ -45,7 +45,7 @@ def _options(
         bool, typer.Option(help="Keep compiled programs in the user's cache folder.")
     ] = True,
 ) -> None:
-    from vlcache_jax.programs import keep_programs
+    from vlcache_jax.running.programs import keep_programs
 
     if compilation_cache:
         keep_programs()
@@ -105,9 +105,9 @@ def generate(
 
     Example: vlcache generate demo --image demo --kv-budget 0.2
     """
-    from vlcache_jax import display
-    from vlcache_jax.answer import versions
     from vlcache_jax.files import check_file
+    from vlcache_jax.results import display
+    from vlcache_jax.results.answer import versions
 
     with user_errors():
         [cache] = cache_methods([method], [kv_budget], [kv_bits])
@@ -167,9 +167,9 @@ def compare(
 
     Example: vlcache compare demo --image demo:2 --kv-budget 0.1 --kv-bits 16 --kv-bits akvq
     """
-    from vlcache_jax import display
-    from vlcache_jax.answer import versions
     from vlcache_jax.cache.methods import FullCache
+    from vlcache_jax.results import display
+    from vlcache_jax.results.answer import versions
 
     with user_errors():
         named = cache_methods(method or ["vl-cache"], kv_budget, kv_bits)
@@ -214,8 +214,8 @@ def info(
 
     Example: vlcache info demo --method full --kv-bits akvq --batch 8
     """
-    from vlcache_jax.display import info_tables
     from vlcache_jax.loading import describe
+    from vlcache_jax.results.display import info_tables
 
     with user_errors():
         [cache] = cache_methods([method], [kv_budget], [kv_bits])
@@ -268,8 +268,9 @@ def calibrate(
 
     Example: vlcache calibrate MODEL --image a.png --prompt "..." --image b.png --prompt "..."
     """
-    from vlcache_jax import calibration, display
+    from vlcache_jax import calibration
     from vlcache_jax.files import check_file
+    from vlcache_jax.results import display
 
     with user_errors():
         file = check_file(out or calibration.file_beside(model), "calibration file", force=force)
@@ -334,9 +335,9 @@ def inspect(
     Example: vlcache inspect demo --image demo:2 --compare vl-cache,h2o,snapkv --kv-budget 0.2
     --out report.html --png figures
     """
-    from vlcache_jax import display, inspection
     from vlcache_jax.files import check_file
-    from vlcache_jax.inspection import figures
+    from vlcache_jax.results import display, inspection
+    from vlcache_jax.results.inspection import figures
 
     with user_errors((*BAD_INPUT, ModuleNotFoundError)):
         if out is None and png is None and not as_json:

@@ -19,8 +19,8 @@ from rich.progress import Progress
 from vlcache_jax.errors import short
 
 if TYPE_CHECKING:
-    from vlcache_jax.answer import Answer
     from vlcache_jax.cache.method import CacheMethod
+    from vlcache_jax.results.answer import Answer
     from vlcache_jax.vlm import VLM, Stream
 
 ERRORS = Console(stderr=True, highlight=False, emoji=False)  # "demo:x:" stays as it is
@@ -66,7 +66,7 @@ def cache_methods(
 
 def read_messages(file: Path) -> list[dict[str, Any]]:
     """The conversation that a JSON file holds."""
-    from vlcache_jax.messages import is_one
+    from vlcache_jax.requests.messages import is_one
 
     try:
         messages = json.loads(file.read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ def open_model(
 ) -> tuple["VLM", Progress]:
     """The model with its parameters unread, and the progress that shows their reading."""
     from vlcache_jax.loading import load
-    from vlcache_jax.report import human_bytes
+    from vlcache_jax.results.report import human_bytes
 
     progress = Progress(console=ERRORS, transient=True, disable=not ERRORS.is_terminal)
     vlm = load(

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from pallas_kernels.rope import rotate
-from vlcache_jax.config import RopeConfig, TextConfig
+from vlcache_jax.models.config import RopeConfig, TextConfig
 from vlcache_jax.models.layers import DType, RMSNorm, normal, product
 
 MLP_ROWS = 8192

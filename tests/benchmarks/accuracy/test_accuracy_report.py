@@ -17,11 +17,11 @@ from benchmarks.accuracy.report import FULL
 from benchmarks.accuracy.scoring import agreement, summarise, variant_of
 from benchmarks.documents import NOT_MEASURED, ROOT, source_of
 from benchmarks.report import DOCUMENTS
-from vlcache_jax import programs
 from vlcache_jax.cache.methods import METHODS
-from vlcache_jax.config import LlavaConfig
-from vlcache_jax.models.llava import init_params
-from vlcache_jax.programs import keep_programs
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.running import programs
+from vlcache_jax.running.programs import keep_programs
 
 VISION = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

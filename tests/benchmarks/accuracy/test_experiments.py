@@ -31,10 +31,11 @@ from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import FULL, per_cent, points, scored
 from benchmarks.documents import NOT_MEASURED, source_of
 from tests.benchmarks.accuracy.test_evaluate import make_vlm
-from vlcache_jax import SnapKV, VLCache, programs
+from vlcache_jax import SnapKV, VLCache
 from vlcache_jax.cache.methods import METHODS
-from vlcache_jax.models.llava import bind
-from vlcache_jax.stages import Stages
+from vlcache_jax.models.llava.model import bind
+from vlcache_jax.running import programs
+from vlcache_jax.running.stages import Stages
 
 N = 4
 

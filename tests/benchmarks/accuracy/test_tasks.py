@@ -22,7 +22,7 @@ from benchmarks.accuracy.tasks import (
 )
 from tests.benchmarks.accuracy.solvers import digest, questions, solve
 from tests.tiny import tiny_config
-from vlcache_jax.anyres import visual_rows
+from vlcache_jax.models.llava.anyres import visual_rows
 
 all_tasks = pytest.mark.parametrize("task", TASKS)
 all_variants = pytest.mark.parametrize("variant", VARIANTS)

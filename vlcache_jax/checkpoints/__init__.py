@@ -1,0 +1,1 @@
+"""Model directories, opened and read piece by piece."""

@@ -1,0 +1,384 @@
+"""Reading checkpoints: a Hugging Face directory of safetensors, or one that `convert` has made.
+
+Both kinds are read piece by piece (vision, projector, embed, layer_000..., head), and inside a
+piece array by array, so that the host holds little beside the parameters themselves. Everything
+that can be checked without reading the weights is checked when a checkpoint is opened.
+"""
+
+import logging
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import huggingface_hub
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from vlcache_jax import demo
+from vlcache_jax.checkpoints.weights import (
+    DTYPE,
+    DTYPES,
+    FLOAT_KINDS,
+    Shape,
+    cast,
+    join,
+    match,
+    parameter_name,
+    parameter_shapes,
+    parse_dtype,
+    piece_of,
+    refuse_differences,
+)
+from vlcache_jax.errors import reason, short
+from vlcache_jax.fields import COUNT, SECTION, local_path, read_field, read_json, shown
+from vlcache_jax.models.fold import fold_layer
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.model import Params, abstract_params
+from vlcache_jax.models.llava.names import EMBEDDING, LM_HEAD, hub_name
+
+MANIFEST = "MANIFEST.json"
+"""File that a finished conversion has and an interrupted one lacks."""
+
+FORMAT = 1
+"""Version of the converted layout; raised when an older reader would misread it."""
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG_PATTERNS = ("*.json", "tokenizer.model", "*.jinja")
+"""Files of a model directory beside its weights: configuration, tokenizer and processor."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
+
+Progress = Callable[[str, int, int], None]
+"""Called after each parameter with its piece, the bytes done and the bytes in all."""
+
+Pieces: TypeAlias = Iterator[tuple[str, Iterator[tuple[str, np.ndarray]]]]
+"""The pieces of a checkpoint in their order, each with the names and values of its parameters."""
+
+
+def resolve(model: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
+    """The directory of a model: a local one, "demo" in this package, or a download from the hub.
+
+    Only weights in safetensors, configuration and tokenizer files are fetched; nothing that is
+    fetched is ever run.
+
+    Args:
+        model: a directory; where there is none of that name, `owner/name` on the hub or "demo".
+        weights: whether a download includes the weights.
+        revision: branch, tag or commit of a hub id; its main branch by default.
+
+    Raises:
+        ValueError: it is a file, or a `revision` is given for what is not on the hub.
+        FileNotFoundError: there is no such directory, nor such a model or revision on the hub.
+        ConnectionError: the hub cannot be reached and the model is not in the local cache.
+    """
+    path, name = local_path(model), str(model)
+    if path.is_dir() or (name == "demo" and not path.exists()):
+        if revision is not None:
+            raise ValueError(
+                f"{short(name)} is not on the hub and has no revision={shown(revision)}: leave "
+                "that out"
+            )
+        return path if path.is_dir() else demo.CHECKPOINT
+    if path.exists():
+        raise ValueError(f"{short(path)} is a file: give the model's directory")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise FileNotFoundError(
+            f"no directory {short(name)}: give a model's directory or a hub id such as "
+            "llava-hf/llava-1.5-7b-hf"
+        )
+    files = [*CONFIG_PATTERNS, "*.safetensors"] if weights else [*CONFIG_PATTERNS]
+    try:
+        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"no directory {short(name)}, and no model of that name on the Hugging Face hub: check "
+            "the spelling, or log in with `hf auth login` if the model is private or gated"
+        ) from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(
+            f"{short(name)} has no revision={shown(revision)} on the hub: check it"
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(
+            f"no directory {short(name)}, and no reply from the hub ({reason(error)}): go online, "
+            "or download the model elsewhere and give its directory"
+        ) from None
+    return Path(found)
+
+
+class Checkpoint(ABC):
+    """An opened checkpoint: everything is known and checked, no weight has been read.
+
+    Attributes:
+        path: its directory.
+        config: the model.
+        dtype: number type of all weights; None where they differ.
+        shapes: name and shape of every parameter, in the order of the pieces.
+        pieces: names of the parameters of each piece, in the order in which they are read.
+    """
+
+    dtype: np.dtype | None
+
+    def __init__(self, path: Path, config: LlavaConfig):
+        self.path, self.config = path, config
+        self.shapes = parameter_shapes(config)
+        groups = groupby(self.shapes, lambda name: piece_of(name)[0])
+        self.pieces = {piece: list(names) for piece, names in groups}
+
+    def target_dtype(self, dtype: Any = None) -> np.dtype:
+        """The number type that was asked for by name or object, or the checkpoint's own.
+
+        Raises:
+            ValueError: the type is not supported, or none was asked for and the weights differ.
+        """
+        if dtype is not None:
+            return parse_dtype(dtype)
+        if self.dtype is None:
+            raise ValueError(
+                f"the weights in {short(self.path)} have different number types: choose one, "
+                f"dtype={' or '.join(DTYPES)}"
+            )
+        return self.dtype
+
+    def num_bytes(self, dtype: np.dtype) -> int:
+        """Size of all parameters in a number type."""
+        return dtype.itemsize * sum(map(math.prod, self.shapes.values()))
+
+    @abstractmethod
+    def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and values of each parameter of a piece ("vision", ...), in the number type.
+
+        Raises:
+            ValueError: the file is damaged, or a value does not fit the number type.
+        """
+
+    def read_all(self, dtype: np.dtype, progress: Progress | None = None) -> Pieces:
+        """Every piece with what `read` gives of it.
+
+        Args:
+            dtype: the number type.
+            progress: called after each parameter with its piece, the bytes done and those in all.
+        """
+        total, done = self.num_bytes(dtype), 0
+
+        def arrays(piece: str) -> Iterator[tuple[str, np.ndarray]]:
+            nonlocal done
+            for name, array in self.read(piece, dtype):
+                yield name, array
+                done += array.nbytes
+                if progress is not None:
+                    progress(piece, done, total)
+
+        for piece in self.pieces:
+            yield piece, arrays(piece)
+
+    def load(
+        self, dtype: Any = None, progress: Progress | None = None, *, transform: bool = False
+    ) -> Params:
+        """The parameters on the default device, in the tree of `models.llava.abstract_params`.
+
+        Args:
+            dtype: float32, bfloat16 or float16; as stored by default.
+            progress: called after each parameter with its piece, the bytes done and those in all.
+            transform: fold the transform of the values into each layer as it is read
+                (`models.fold`).
+
+        Raises:
+            ValueError: a file is damaged, a value does not fit the number type, or the weights have
+                several types and no `dtype` is given.
+        """
+        leaves: dict[str, jax.Array] = {}
+        for piece, arrays in self.read_all(self.target_dtype(dtype), progress):
+            for name, array in arrays:
+                # Waiting keeps the host from holding every array whose transfer is under way.
+                leaves[name] = jax.device_put(array).block_until_ready()
+            if transform and piece.startswith("layer_"):  # at once: never two layers unfolded
+                names = [f"layers.{int(piece[6:])}.{leaf}" for leaf in ("qkv", "out")]
+                folded = jax.block_until_ready(fold_layer(*(leaves.pop(name) for name in names)))
+                leaves.update(zip(names, folded, strict=True))
+        paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(self.config))
+        return tree.unflatten([leaves[parameter_name(path)] for path, _ in paths])
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A Hugging Face checkpoint: tensors in one file or several."""
+
+    def __init__(self, path: Path, config: LlavaConfig):
+        super().__init__(path, config)
+        self._files: dict[str, Any] = {}  # for each tensor the open file that holds it
+        stored: list[tuple[str, str, Shape]] = []
+        for file in _weight_files(path):
+            try:
+                tensors: Any = safe_open(file, framework="numpy")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{short(file)} is truncated or damaged ({reason(error)}): download it again"
+                ) from None
+            for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                part = tensors.get_slice(key)
+                stored.append((key, part.get_dtype(), tuple(part.get_shape())))
+                self._files[key] = tensors
+        self._sources = match(config, stored)  # for each parameter the names of its tensors
+        used = {key for keys in self._sources.values() for key in keys}
+        kinds = {kind for key, kind, _ in stored if key in used}
+        self.dtype = FLOAT_KINDS[kinds.pop()] if len(kinds) == 1 else None
+
+    def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and values of each parameter of a piece, joined from its tensors one by one."""
+        if piece == "embed":
+            self._check_tied()
+        for name in self.pieces[piece]:
+            tensors = (self._files[key].get_tensor(key) for key in self._sources[name])
+            yield name, join(name, self.shapes[name], dtype, tensors)
+
+    def _check_tied(self) -> None:
+        """An output projection that is stored although it is tied must be the embedding."""
+        keys = {hub_name(key): key for key in self._files}
+        if self.config.text.tie_embeddings and LM_HEAD in keys:
+            pair = [keys[LM_HEAD], keys[EMBEDDING]]
+            if not np.array_equal(*(self._files[key].get_tensor(key) for key in pair)):
+                raise ValueError(
+                    f"config.json ties the output projection to the embedding, but {pair[0]} "
+                    "differs from it: set tie_word_embeddings to false"
+                )
+
+
+class ConvertedCheckpoint(Checkpoint):
+    """A checkpoint that `convert` has made: one Orbax checkpoint per piece."""
+
+    def __init__(self, path: Path, config: LlavaConfig):
+        super().__init__(path, config)
+        file = path / MANIFEST
+        manifest = read_json(file)
+        given = partial(read_field, manifest, file=file)
+        if (version := given("format", COUNT)) != FORMAT:
+            raise ValueError(
+                f"{short(file)} has format {version}, this version reads {FORMAT}: convert the "
+                "model again"
+            )
+        self.dtype = DTYPES[given("dtype", DTYPE)]
+        listed = {
+            name: f"{entry['dtype']}{entry['shape']}"
+            if isinstance(entry, dict) and {"dtype", "shape"} <= entry.keys()
+            else short(entry)
+            for name, entry in given("parameters", SECTION).items()
+        }
+        expected = {name: f"{self.dtype}{list(shape)}" for name, shape in self.shapes.items()}
+        refuse_differences(f"{short(file)} does not fit config.json", expected, listed)
+        # Orbax itself restores another shape than the one asked for without a word.
+        found: dict[str, str] = {}
+        with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+            for piece in self.pieces:
+                arrays: Any = checkpointer.metadata(piece_directory(path, piece)).item_metadata
+                for leaf, array in arrays.tree.items() if arrays is not None else ():
+                    found[f"{piece}/{leaf}"] = f"{np.dtype(array.dtype)}{list(array.shape)}"
+        refuse_differences(
+            f"{short(path / 'params')} does not hold what {MANIFEST} says; convert the model again",
+            {"/".join(piece_of(name)): spec for name, spec in expected.items()},
+            found,
+        )
+
+    def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and values of each parameter of a piece, restored together."""
+        names = self.pieces[piece]
+        # A numpy leaf makes Orbax restore to numpy; the pages of these are never touched.
+        like = {piece_of(name)[1]: np.empty(self.shapes[name], self.dtype) for name in names}
+        directory = piece_directory(self.path, piece)
+        try:
+            with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+                arrays = checkpointer.restore(directory, like)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{short(directory)} is damaged ({reason(error)}): convert the model again"
+            ) from None
+        del like
+        for name in names:
+            yield name, cast(arrays.pop(piece_of(name)[1]), dtype, name)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a model directory of either kind and check all that can be checked without reading it.
+
+    Raises:
+        FileNotFoundError: there are no weights, or files of them are missing.
+        ValueError: the weights do not fit the configuration, a file is damaged, the weights are
+            pickles, or the conversion that made the directory was interrupted.
+        NotImplementedError: the configuration describes another kind of model.
+    """
+    path = local_path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no model directory at {short(path)}")
+    config = LlavaConfig.from_file(path)
+    if (path / MANIFEST).is_file():
+        return ConvertedCheckpoint(path, config)
+    if (path / "params").is_dir():
+        raise ValueError(
+            f"{short(path)} has params but no {MANIFEST}: its conversion was interrupted; delete "
+            "the directory and convert the model again"
+        )
+    return SafetensorsCheckpoint(path, config)
+
+
+def piece_directory(path: Path, piece: str) -> Path:
+    """Where a converted checkpoint keeps a piece; Orbax wants an absolute path."""
+    return path.absolute() / "params" / piece
+
+
+@contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Keep Orbax from logging the traceback of an error that it also raises."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """A Hugging Face checkpoint's weight files."""
+    if (path / WEIGHTS).is_file():  # an index beside it is older, as transformers takes it too
+        return [path / WEIGHTS]
+    index = path / INDEX
+    if index.is_file():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise ValueError(f"{short(index)} has no weight_map: download it again")
+        names = sorted(set(where.values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{short(index)} names files outside of its directory: {short(names)}")
+        missing = sorted(set(names) - {file.name for file in path.iterdir()})
+        if missing or not names:
+            raise FileNotFoundError(
+                f"{short(index)} is stale or its download incomplete: it names {len(missing)} of "
+                f"{len(names)} files that are not there ({short(', '.join(missing))}): download "
+                "the checkpoint again"
+            )
+        return [path / name for name in names]
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{short(path)} has only pickled weights ({short(pickles[0])}), which can run any code "
+            "and are never opened: use a safetensors checkpoint"
+        )
+    raise FileNotFoundError(
+        f"no weights in {short(path)}: expected {WEIGHTS}, {INDEX} or a converted checkpoint's "
+        f"{MANIFEST}"
+    )

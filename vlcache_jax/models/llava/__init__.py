@@ -1,0 +1,1 @@
+"""The LLaVA family: 1.5 and NeXT."""

@@ -1,0 +1,1 @@
+"""What is asked: pictures, text and messages, packed into `ModelInputs`."""

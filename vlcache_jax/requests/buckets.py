@@ -1,0 +1,77 @@
+"""Buckets: the few sizes that array shapes are padded up to.
+
+Every new shape compiles a new program, so prompt length and tile count are rounded up to one of a
+short, geometric list of sizes: the coarser it is, the fewer the programs and the more the padding.
+The default prompt sizes, {1, 1.5} * 2^k, were chosen by drawing 100 pictures with sides uniform or
+log-uniform in 32..2000 pixels and 8 to 80 tokens of question, many times over (means; the padding
+is the share of all prompt rows):
+
+| sizes                          | NeXT: programs, padding | LLaVA-1.5: programs, padding |
+|--------------------------------|-------------------------|------------------------------|
+| {1} * 2^k                      | 3, 31-33 %              | 1, 39 %                      |
+| {1, 1.5} * 2^k                 | 4-5, 17 %               | 1, 19 %                      |
+| {1, 1.25, 1.5, 1.75} * 2^k     | 8-9, 9 %                | 2, 7-8 %                     |
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from vlcache_jax.models.llava.anyres import max_tiles
+from vlcache_jax.models.llava.config import LlavaConfig
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The sizes that shapes are padded up to, each list in increasing order.
+
+    Beyond the end of a list the sizes go on by doubling the last one (`bucket_for`).
+
+    Attributes:
+        prompt: T, prompt tokens.
+        tiles: S, image tiles of a whole batch; 0 first, so that text alone runs no vision tower.
+    """
+
+    prompt: tuple[int, ...]
+    tiles: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, sizes, lowest in (("prompt", self.prompt, 1), ("tiles", self.tiles, 0)):
+            rising = all(a < b for a, b in pairwise(sizes))
+            if not sizes or sizes[0] < lowest or sizes[-1] < 1 or not rising:
+                raise ValueError(
+                    f"buckets for {name} must be increasing whole numbers from {lowest} on, "
+                    f"with at least one above 0, not {sizes}"
+                )
+
+
+def default_buckets(config: LlavaConfig) -> Buckets:
+    """The buckets for a model.
+
+    Prompts: 64, 96, 128, 192, ... below the model's positions, which are the last size.
+    Tiles: none, then the most that one image becomes (5 for the usual NeXT, 1 for LLaVA-1.5),
+    doubled and doubled again.
+    """
+    last, most = config.text.max_positions, max_tiles(config)
+    sizes = (size for k in range(last.bit_length()) for size in (64 << k, 96 << k) if size < last)
+    return Buckets(prompt=(*sizes, last), tiles=(0, most, 2 * most, 4 * most, 8 * most))
+
+
+def bucket_for(n: int, sizes: Sequence[int]) -> int:
+    """The smallest size >= n; beyond the last size, the last one doubled until it is."""
+    size = next((size for size in sizes if size >= n), sizes[-1])
+    while size < n:
+        size *= 2
+    return size
+
+
+def padding_shares(sizes: Sequence[int]) -> tuple[float, ...]:
+    """What each size costs: the mean share of padding, 0 to 1, in arrays padded up to it.
+
+    Every length that goes into the size counts alike: for the sizes (64, 96), 1..64 and 65..96.
+    """
+    # Lengths previous + 1 .. size leave size - previous - 1 .. 0 padding.
+    return tuple(
+        (size - previous - 1) / (2 * size) if size else 0.0
+        for previous, size in pairwise((0, *sizes))
+    )

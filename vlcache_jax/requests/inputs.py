@@ -1,0 +1,31 @@
+"""`ModelInputs`: a batch of prompts as arrays, all that a model sees of them."""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+
+Array: TypeAlias = Any
+"""numpy as the processor makes it, `jax.Array` on a device and inside a traced function."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ModelInputs:
+    """A batch of prompts, padded to buckets; a pytree that any jitted function accepts.
+
+    B prompts, T = prompt bucket, S = tile bucket of the whole batch, P = patches of a tile.
+
+    Attributes:
+        tokens: int32 `[B, T]`: prompt ids, the image token once per visual token; 0 after the end.
+        length: int32 `[B]`: m, the true length of each prompt.
+        visual_index: int32 `[B, T]`: -1 for text and padding, else the row of the table of visual
+            features: tile * P + patch, or S * P for LLaVA-NeXT's newline.
+        tiles: float32 `[S, 3, image_size, image_size]`: normalised pixels, zeros after the last
+            tile; S = 0 where there is no image.
+    """
+
+    tokens: Array
+    length: Array
+    visual_index: Array
+    tiles: Array

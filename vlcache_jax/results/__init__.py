@@ -1,0 +1,1 @@
+"""What comes of it: answers, reports, inspections, and how they are shown."""

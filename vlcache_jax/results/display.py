@@ -1,0 +1,180 @@
+"""What the command line shows: answers, comparisons and models as plain values and as tables."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from vlcache_jax.results.answer import Answer, same_tokens
+from vlcache_jax.results.report import human_bytes
+
+if TYPE_CHECKING:
+    from vlcache_jax.results.inspection import Inspection
+
+
+def answer_facts(answer: Answer) -> dict[str, Any]:
+    """An answer as plain values."""
+    counts = ("text", "tokens", "prompt_tokens", "visual_tokens")
+    times = ("compile_s", "prefill_s", "decode_s", "decode_tokens_per_s")
+    return {
+        **{name: getattr(answer, name) for name in counts},
+        "timings": {name: getattr(answer.timings, name) for name in times},
+        "kv": dataclasses.asdict(answer.cache),
+    }
+
+
+def comparison(prompt: str, right: str | None, answers: list[Answer]) -> dict[str, Any]:
+    """Answers to one prompt as plain values, each compared with the first.
+
+    Args:
+        prompt: the prompt.
+        right: its right answer, None where it is not known.
+        answers: that of the full cache, then the others.
+    """
+    first = answers[0].tokens
+    compared = [
+        {
+            **answer_facts(answer),
+            "agrees": answer.tokens == first,
+            "same_tokens": same_tokens(first, answer.tokens),
+            "right": None if right is None else answer.text.strip() == right,
+        }
+        for answer in answers
+    ]
+    return {"prompt": prompt, "right_answer": right, "answers": compared}
+
+
+def answer_rows(facts: dict[str, Any]) -> dict[str, str]:
+    """The lines of a table about an answer, given as `answer_facts`."""
+    kv, timings = facts["kv"], facts["timings"]
+    speed, budgets = timings["decode_tokens_per_s"], kv["layer_budgets"]
+    size = {name: human_bytes(count) for name, count in kv.items() if name.endswith("_bytes")}
+    rows = {
+        "method": setting(kv),
+        "cache": f"{size['kept_bytes']} of {size['full_bytes']} ({kv['kept_share']:.1%})",
+    }
+    if kv.get("kv_bits") is not None:
+        rows["bits per number"] = f"{kv['effective_bits']:.2f}"
+        rows["made of"] = (
+            f"codes {size['payload_bytes']}, scales {size['scale_bytes']}, "
+            f"full width {size['dense_bytes']}"
+        )
+    return rows | {
+        "allocated": f"{size['allocated_bytes']}, and {size['tail_bytes']} for new tokens",
+        "kept per layer": f"{min(budgets)} to {max(budgets)} tokens, "
+        f"mean {kv['kept_visual']:.1f} visual, {kv['kept_text']:.1f} text",
+        "time to first token": f"{timings['prefill_s']:.3f} s",
+        "decode": "-" if speed is None else f"{speed:.1f} tokens/s",
+        "compilation, apart": f"{timings['compile_s']:.1f} s",
+    }
+
+
+def setting(facts: dict[str, Any]) -> str:
+    """A method as it was asked for: name, budget and what the cache is quantized to."""
+    bits = facts.get("kv_bits")  # not in files of before there were quantized caches
+    words = f"{facts['method']}, budget {facts['budget_requested']}"
+    if bits is None:
+        return words
+    return f"{words}, {bits} bits" if bits.isdecimal() else f"{words}, {bits}"
+
+
+def prompt_rows(facts: dict[str, Any]) -> dict[str, str]:
+    """The lines of a table about an answer's prompt, given as `answer_facts`."""
+    total, visual = facts["prompt_tokens"], facts["visual_tokens"]
+    return {"prompt tokens": f"{total} (visual {visual}, text {total - visual})"}
+
+
+def agreement(difference: int | None) -> str:
+    """Whether an answer is the full cache's, by its first token that is not; None for none."""
+    return "yes" if difference is None else f"no, from token {difference + 1} on"
+
+
+def comparison_tables(facts: dict[str, Any]) -> Group:
+    """What `comparison` gives: the prompt, then a column for each answer."""
+    answers = facts["answers"]
+    asked = {"question": facts["prompt"], "right answer": facts["right_answer"]}
+    table, columns = Table(""), []
+    for answer in answers:
+        state = {"answer": answer["text"] or "(nothing)"}
+        if answer["right"] is not None:
+            state["right"] = "yes" if answer["right"] else "no"
+        difference = None if answer["agrees"] else answer["same_tokens"]
+        state["as the full cache"] = "" if answer is answers[0] else agreement(difference)
+        columns.append(state | answer_rows(answer))
+        table.add_column(Text(columns[-1].pop("method")))
+    # The longest column has all lines, in their order: that of a quantized cache, if there is one.
+    for name in max(columns, key=len):
+        table.add_row(name, *(Text(column.get(name, "")) for column in columns))
+    return Group(two_columns(asked | prompt_rows(answers[0])), table)
+
+
+def inspection_table(inspection: "Inspection") -> Table:
+    """The answers, and what was kept for them."""
+    table = Table("", "answer", "as the full cache", "cache kept", "CacheHitRate")
+    for outcome in (inspection.full, *inspection.outcomes):
+        table.add_row(
+            Text(outcome.label),
+            Text(outcome.text or "(nothing)"),
+            agreement(outcome.first_difference),
+            f"{outcome.cache.kept_share:.1%}",
+            f"{outcome.trace.hit_rate.mean():.1%}",
+        )
+    return table
+
+
+def calibration_table(facts: dict[str, Any]) -> Table:
+    """A calibration, given as plain values: a line for each layer."""
+    title = f"attention to text; prompts: {facts['prompts']}, threshold: {facts['threshold']:.0%}"
+    table = Table("layer", "text share", "kind", title=title)
+    for layer, share in enumerate(facts["text_shares"]):
+        kind = "text-salient (TSA)" if layer in facts["tsa_layers"] else "pivot-salient (PSA)"
+        table.add_row(str(layer), f"{share:.1%}", kind)
+    return table
+
+
+def info_tables(facts: dict[str, Any]) -> Group:
+    """What `loading.describe` gives."""
+    parts, need = facts["parameters"], facts["memory"]
+    name = facts["model"] if facts["revision"] is None else f"{facts['model']}@{facts['revision']}"
+    model = {
+        "model": f"{name} ({facts['family']}, {facts['dtype']})",
+        "parameters": f"{parts['total']:,} "
+        f"({', '.join(f'{name} {n:,}' for name, n in parts.items() if name != 'total')})",
+        "cache per token": human_bytes(facts["kv_bytes_per_token"]),
+        "positions": f"{facts['max_positions']:,}",
+        "visual tokens of a tile": f"{facts['tile_tokens']:,}",
+    }
+    memory = (
+        f"\nMemory for {need['context']} prompt tokens (bucket {need['bucket']}), batch "
+        f"{need['batch']}, {need['new_tokens']} new tokens, method {setting(need)}:"
+    )
+    names = ("parameters", "pool", "prefill", "tail", "activations", "total")
+    buckets = {
+        what: ", ".join(f"{b['size']} ({b['padding']:.0%})" for b in facts["buckets"][name])
+        for name, what in (("prompt", "prompt tokens"), ("tiles", "image tiles"))
+    }
+    shown = [
+        two_columns(model),
+        memory,
+        two_columns({name: human_bytes(need[name]) for name in names}),
+        "\nBuckets that shapes are padded to, with the mean share of padding of each:",
+        two_columns(buckets),
+    ]
+    if "pictures" in facts:
+        table = Table("--image", "question", "right answer")
+        for picture in facts["pictures"]:
+            table.add_row(*(Text(picture[name]) for name in ("name", "prompt", "answer")))
+        shown += ["\nPictures in this package, each with a question of its own:", table]
+    return Group(*shown)
+
+
+def two_columns(rows: Mapping[str, str | None]) -> Table:
+    """A table of names and values, without those that are None."""
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, Text(value))
+    return table

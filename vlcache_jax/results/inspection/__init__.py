@@ -1,0 +1,357 @@
+"""See what the cache keeps: `inspect` answers a question and tells what each method kept of it.
+
+```
+ pictures, text ─► full cache ─► Outcome ┐
+                   method     ─► Outcome ├─► Inspection ─► .save("report.html")
+                   method     ─► Outcome ┘                 .save_figures("png")
+```
+
+Which patch of a picture a visual token is comes from `models.llava.patches`, what was kept of it
+from `cache.trace`. The page is made by `page`, the figures by `figures`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.methods import FullCache, as_method
+from vlcache_jax.cache.quantize import Quantizer
+from vlcache_jax.cache.trace import Trace
+from vlcache_jax.files import check_file, whole_file
+from vlcache_jax.models.llava.patches import patch_rectangles
+from vlcache_jax.requests.images import ImageLike, Images, load_image
+from vlcache_jax.requests.processing import Processor
+from vlcache_jax.results.answer import Answer, same_tokens, versions
+from vlcache_jax.results.report import CacheReport
+from vlcache_jax.running.driver import Timings
+from vlcache_jax.vlm import VLM
+
+
+@dataclass(frozen=True)
+class ShownPicture:
+    """A picture and its n visual tokens.
+
+    Attributes:
+        name: its file's name, or "picture 1".
+        image: the picture, RGB and upright.
+        positions: places of its visual tokens in the prompt, int64 [n].
+        rectangles: what each of them shows, (left, top, right, bottom) in pixels of the picture,
+            float64 [n, 4]; NaN for a newline, of no area where it shows padding alone.
+        part: 0 for the base tile, 1 for the grid of tiles, 2 for a newline, int8 [n].
+    """
+
+    name: str
+    image: Image.Image
+    positions: np.ndarray
+    rectangles: np.ndarray
+    part: np.ndarray
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method answered and kept.
+
+    Attributes:
+        label: the method and its budget: "vl-cache+akvq 0.1", or "full".
+        text: the answer.
+        pieces: the text of each of its tokens; one that completes no character is "".
+        first_difference: the first token that is not that of the full cache's answer; None where
+            the answers are the same.
+        cache: what is kept, in tokens and bytes.
+        timings: of the run; its `prefill_s` has the decode step in it that the trace takes.
+        trace: which tokens are kept, and why.
+    """
+
+    label: str
+    text: str
+    pieces: list[str]
+    first_difference: int | None
+    cache: CacheReport
+    timings: Timings
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A prompt of m tokens, and what each method kept of it.
+
+    Attributes:
+        model: what was loaded.
+        prompt: the question, as it was asked.
+        pieces: the text of each token of the rendered prompt, m of them; "" for visual ones.
+        visual: which tokens are visual, bool [m].
+        pictures: the pictures, in their order.
+        full: the outcome of the full cache.
+        outcomes: those of the methods.
+        settings: what the run was made with, the methods' settings among it, as plain values.
+        versions: of Python and of packages.
+    """
+
+    model: str
+    prompt: str
+    pieces: list[str]
+    visual: np.ndarray
+    pictures: list[ShownPicture]
+    full: Outcome
+    outcomes: list[Outcome]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    def kept_share(self, outcome: Outcome) -> np.ndarray:
+        """The share of layers and kv heads that keep each token, float64 [m]."""
+        return _kept(outcome.trace).mean(axis=(0, 1))
+
+    def kept_by_layer(self, outcome: Outcome) -> np.ndarray:
+        """The share of each layer's kv heads that keep each token, float64 [L, m]."""
+        return _kept(outcome.trace).mean(axis=1)
+
+    def layers(self, outcome: Outcome) -> list[dict[str, Any]]:
+        """What each layer keeps, and why, as plain values; None for what a method does not have.
+
+        `budget` tokens are kept by each kv head: `recent` of them, the prompt's last ones, whatever
+        they are worth, and of the others `visual` and `text` by their worth (means over the heads).
+        `hit_rate` and `mass_recall` are means over the heads too.
+        """
+        trace = outcome.trace
+        none = np.full(len(trace.budget), None)
+        recent = np.zeros_like(trace.budget) if trace.recent is None else trace.recent
+        chosen = _kept(trace) & (np.arange(trace.m) < trace.m - recent[:, None, None])
+        columns = {
+            "layer": np.arange(len(trace.budget)),
+            "budget": trace.budget,
+            "recent": recent,
+            "visual": (chosen & self.visual).sum(axis=2).mean(axis=1),
+            "text": (chosen & ~self.visual).sum(axis=2).mean(axis=1),
+            "sparsity": none if trace.sparsity is None else trace.sparsity,
+            "beta": none if trace.beta is None else trace.beta,
+            "hit_rate": trace.hit_rate.mean(axis=1),
+            "mass_recall": trace.mass_recall.mean(axis=1),
+        }
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers as plain values.
+
+        A newline's rectangle is None. `kept` are the positions that each kv head of each layer
+        keeps; None where every one keeps all of them.
+        """
+        return vars(self) | {
+            "visual": self.visual.tolist(),
+            "pictures": [_picture_values(picture) for picture in self.pictures],
+            "full": self._outcome_values(self.full),
+            "outcomes": [self._outcome_values(outcome) for outcome in self.outcomes],
+        }
+
+    def _outcome_values(self, outcome: Outcome) -> dict[str, Any]:
+        mask = _kept(outcome.trace)
+        kept = [[np.flatnonzero(head).tolist() for head in layer] for layer in mask]
+        return {
+            "label": outcome.label,
+            "text": outcome.text,
+            "pieces": outcome.pieces,
+            "first_difference": outcome.first_difference,
+            "cache": dataclasses.asdict(outcome.cache),
+            "timings": dataclasses.asdict(outcome.timings),
+            "layers": self.layers(outcome),
+            "kept_share": self.kept_share(outcome).tolist(),
+            "kept": None if mask.all() else kept,
+        }
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the page (.html) or the numbers (.json); the file appears whole or not at all.
+
+        Raises:
+            FileExistsError: the file exists and `force` is not set.
+            FileNotFoundError: its directory does not exist.
+            ValueError: its name ends otherwise.
+        """
+        target = check_file(path, "report", force=force)
+        if target.suffix == ".json":
+            text = json.dumps(self.as_json(), ensure_ascii=False, allow_nan=False)
+        else:
+            from vlcache_jax.results.inspection.page import render
+
+            text = render(self)
+        with whole_file(target, force=force) as file:
+            file.write(text.encode())
+
+    def save_figures(self, folder: str | Path, *, force: bool = False) -> list[Path]:
+        """Draw the figures as PNG files into a folder, which is made if it is not there.
+
+        Returns:
+            The files; see `figures.FIGURES`.
+
+        Raises:
+            FileExistsError: one of the files exists and `force` is not set.
+            FileNotFoundError: the directory that the folder is to be made in does not exist.
+            ModuleNotFoundError: matplotlib is not installed.
+            ValueError: the folder is a file.
+        """
+        from vlcache_jax.results.inspection import figures
+
+        target = figures.check_folder(folder, force=force)
+        drawn = {target / name: draw(self) for name, draw in figures.FIGURES.items()}
+        target.mkdir(exist_ok=True)
+        options = {"format": "png", "dpi": figures.DPI, "metadata": {"Software": None}}
+        for path, figure in drawn.items():
+            with whole_file(path, force=force) as file:
+                figure.savefig(file, **options)
+        return list(drawn)
+
+
+def inspect(
+    vlm: VLM,
+    images: Images = None,
+    text: str = "",
+    *,
+    methods: Sequence[CacheMethod | Quantizer],
+    max_new_tokens: int = 64,
+    raw_prompt: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Inspection:
+    """Answer a prompt with the full cache and with each method, and tell what was kept.
+
+    The input is checked before the parameters are read. Each token is the most likely one.
+
+    Args:
+        vlm: the model.
+        images: None, an image or a list of images: local files, PIL images or uint8 [H, W, 3].
+        text: the prompt.
+        methods: one or more methods, or quantizers, which keep everything.
+        max_new_tokens: most tokens of an answer.
+        raw_prompt: take the text as it is, without the chat template.
+        progress: called before each answer with its label, the answers done and those in all.
+
+    Raises:
+        ValueError: there is no method, an image or the prompt is bad, or there are more tokens
+            than the model has positions for.
+        FileNotFoundError: an image file does not exist.
+    """
+    if not methods:
+        raise ValueError("nothing to inspect: give one method or more, VLCache(0.1) for instance")
+    given = images if isinstance(images, list | tuple) else [images]
+    sources: list[Any] = [] if images is None else list(given)
+    loaded: list[ImageLike] = [load_image(source) for source in sources]
+    chosen = [
+        as_method(method).for_model(vlm.config.text, vlm.tsa_layers)
+        for method in (FullCache(), *methods)
+    ]
+    prompt: dict[str, Any] = {"images": loaded, "text": text, "raw_prompt": raw_prompt}
+    streams = [
+        vlm.stream(**prompt, max_new_tokens=max_new_tokens, cache=method, trace=True)
+        for method in chosen
+    ]
+    inputs = vlm.processor(**prompt)
+    length = int(inputs.length[0])
+    tokens, visual = inputs.tokens[0, :length], inputs.visual_index[0, :length] >= 0
+    words = iter(vlm.processor.detokenizer(special_tokens=True).split(tokens[~visual]))
+    _ = vlm.params  # read before the first answer is announced
+    answers: list[Answer] = []
+    for number, (method, stream) in enumerate(zip(chosen, streams, strict=True)):
+        if progress:
+            progress(label(method), number, len(chosen))
+        for _ in stream:
+            pass
+        answers.append(stream.answer)
+    full, *outcomes = (
+        _outcome(vlm.processor, method, answer, answers[0])
+        for method, answer in zip(chosen, answers, strict=True)
+    )
+    return Inspection(
+        model=vlm.name,
+        prompt=text,
+        pieces=["" if is_visual else next(words) for is_visual in visual],
+        visual=visual,
+        pictures=locate(vlm.processor, sources, visual),
+        full=full,
+        outcomes=outcomes,
+        settings={
+            "methods": {label(method): _settings(method) for method in chosen},
+            "max_new_tokens": max_new_tokens,
+            "raw_prompt": raw_prompt,
+            "backend": vlm.backend or "the best for the device",
+            "device": jax.devices()[0].device_kind,
+            "dtype": str(vlm.params["embed"]["embedding"].dtype),
+        },
+        versions=versions(),
+    )
+
+
+def label(method: CacheMethod) -> str:
+    """What a method is called among others: its name, and its budget where it has one."""
+    return method.label if method.limit.keeps_all else f"{method.label} {method.limit}"
+
+
+def locate(
+    processor: Processor, sources: Sequence[ImageLike], visual: np.ndarray
+) -> list[ShownPicture]:
+    """The pictures of a prompt, with the places of their visual tokens in it.
+
+    Args:
+        processor: the model's.
+        sources: the pictures, in the order of the prompt's marks.
+        visual: which tokens of the prompt are visual, bool [m].
+    """
+    places, pictures = np.flatnonzero(visual), []
+    for number, source in enumerate(sources, 1):
+        image = load_image(source)
+        found = patch_rectangles(
+            (image.height, image.width), processor.config, processor.image_processor
+        )
+        own, places = np.split(places, [len(found.part)])
+        name = Path(source).name if isinstance(source, str | Path) else f"picture {number}"
+        pictures.append(ShownPicture(name, image, own, found.rectangles, found.part))
+    return pictures
+
+
+def _outcome(processor: Processor, method: CacheMethod, answer: Answer, full: Answer) -> Outcome:
+    assert answer.trace is not None  # it was asked for
+    same = same_tokens(full.tokens, answer.tokens)
+    return Outcome(
+        label=label(method),
+        text=answer.text,
+        pieces=processor.detokenizer().split(answer.tokens),
+        first_difference=None if answer.tokens == full.tokens else same,
+        cache=answer.cache,
+        timings=answer.timings,
+        trace=answer.trace,
+    )
+
+
+def _kept(trace: Trace) -> np.ndarray:
+    """Which tokens each kv head of each layer keeps, bool [L, K, m]."""
+    mask = np.zeros((*trace.kept.shape[:2], trace.m + 1), bool)
+    np.put_along_axis(mask, trace.kept, True, axis=2)  # -1 is the row behind the last
+    return mask[..., :-1]
+
+
+def _settings(setting: Any) -> Any:
+    """A method's or a quantizer's settings as plain values."""
+    if isinstance(setting, CacheMethod | Quantizer):
+        names = [field.name for field in dataclasses.fields(setting)]
+        return {"name": setting.name} | {n: _settings(getattr(setting, n)) for n in names}
+    if isinstance(setting, tuple):
+        return [_settings(value) for value in setting]
+    return setting if setting is None or isinstance(setting, str | int | float) else repr(setting)
+
+
+def _picture_values(picture: ShownPicture) -> dict[str, Any]:
+    newline = np.isnan(picture.rectangles[:, 0])
+    boxes = picture.rectangles.tolist()
+    return {
+        "name": picture.name,
+        "width": picture.image.width,
+        "height": picture.image.height,
+        "positions": picture.positions.tolist(),
+        "rectangles": [None if end else box for end, box in zip(newline, boxes, strict=True)],
+        "part": picture.part.tolist(),
+    }

@@ -1,0 +1,1 @@
+"""Running a model: pure stages, and the one loop above them."""

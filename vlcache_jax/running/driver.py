@@ -1,0 +1,153 @@
+"""The one loop from prompts to tokens: every answer, streamed or whole, alone or in a batch.
+
+groups of prompts ─► prefill ─► build_cache ─┐ (several groups: into the pool of all)
+                                             ├─► start ─► decode_chunk ─► decode_chunk ─► ...
+                                             ┘   tokens [B, 1]   [B, steps]      until all end
+"""
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlcache_jax.cache.method import AnyPool
+from vlcache_jax.cache.trace import BatchTrace
+from vlcache_jax.models.llava.model import Params
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.running.programs import Programs
+from vlcache_jax.running.settings import Settings
+from vlcache_jax.running.stages import DecodeState, Stages
+
+DONATED = {"build_into": (0,), "spill": (0, 1), "decode_chunk": (2,)}
+"""Arguments of the stages that are written in place."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall time in seconds, compilation apart.
+
+    Attributes:
+        compile_s: compiling the programs that this call was the first to need; 0 when none.
+        prefill_s: from the prompt to its first token: vision, prefill, cache build.
+        decode_s: all further tokens.
+        total_s: everything but compilation and processing.
+        decode_tokens_per_s: decode steps per second of one sequence; None where none were run.
+    """
+
+    compile_s: float
+    prefill_s: float
+    decode_s: float
+    total_s: float
+    decode_tokens_per_s: float | None = None
+
+
+class Run:
+    """A batch on its way. Iterating it runs it: tokens int32 [B, 1], then [B, steps] of each chunk.
+
+    Args:
+        programs: what was compiled so far.
+        params: parameters.
+        stages: the functions to run.
+        groups: the prompts, equally many in each group, padded to the same shapes; what stands
+            beyond the batch in the last one is not answered.
+        settings: what is asked of each sequence, arrays on the host.
+
+    Attributes:
+        counts: tokens of each answer so far, the stop token left out, int [B].
+        done: which answers have ended, bool [B]. Setting one ends it: the loop goes on until all
+            have.
+        traces: of each group; None where nothing is traced.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        params: Params,
+        stages: Stages,
+        groups: Sequence[ModelInputs],
+        settings: Settings,
+    ):
+        self._programs, self._params, self._stages = programs, params, stages
+        self._groups, self._settings = groups, settings
+        self._rows = groups[0].tokens.shape[1]
+        self._compile_s = self._prefill_s = self._decode_s = 0.0
+        self._steps = 0
+        self.traces: list[BatchTrace | None] = []
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield self._begin()
+        while not self.done.all():
+            yield self.advance()
+
+    @property
+    def timings(self) -> Timings:
+        """Of all that was run so far."""
+        speed = self._steps / self._decode_s if self._steps else None
+        total = self._prefill_s + self._decode_s
+        return Timings(self._compile_s, self._prefill_s, self._decode_s, total, speed)
+
+    def advance(self) -> np.ndarray:
+        """Run a chunk of decode steps: its tokens, int32 [B, steps].
+
+        Raises:
+            ValueError: the tail has no room for them.
+        """
+        steps, room = self._stages.chunk_steps, self._stages.new_rows - self._steps
+        if steps > room:
+            raise ValueError(f"{steps} more steps do not fit: the tail has room for {room}")
+        began, compiled = time.perf_counter(), self._compile_s
+        if self._stages.residual:
+            self.pool, self._state = self._do("spill", self.pool, self._state)
+        self._state, tokens = self._do("decode_chunk", self._params, self.pool, self._state)
+        self._read()
+        self._decode_s += time.perf_counter() - began - (self._compile_s - compiled)
+        self._steps += steps
+        return np.asarray(tokens)
+
+    def _begin(self) -> np.ndarray:
+        """Prefill, cache build and the first tokens, int32 [B, 1]."""
+        began = time.perf_counter()
+        batch, size = len(self._settings.max_new_tokens), len(self._groups[0].length)
+        dtype = self._params["embed"]["embedding"].dtype
+        tokens, lengths = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
+        for index, group in enumerate(self._groups):
+            # The repeated prompts that fill up the last group are written where the last one is.
+            rows = np.minimum(np.arange(size, dtype=np.int32) + index * size, batch - 1)
+            settings, inputs = self._settings.rows(rows), jax.device_put(group)
+            prefilled, token = self._do("prefill", self._params, inputs, settings)
+            if len(self._groups) == 1:
+                pool, trace = self._do("build_cache", prefilled, inputs, settings)
+            else:
+                if not index:
+                    stages = self._stages.program("empty_pool", self._rows)
+                    pool = stages.empty_pool(batch, self._rows, dtype)
+                pool, trace = self._do("build_into", pool, rows, prefilled, inputs, settings)
+            del prefilled  # the next group's takes its place
+            tokens[rows], lengths[rows] = token, group.length
+            self.traces.append(jax.device_get(trace))
+        self.pool: AnyPool = pool
+        self._state: DecodeState = self._do("start", tokens, lengths, self._settings, dtype=dtype)
+        self._read()
+        self._prefill_s = time.perf_counter() - began - self._compile_s
+        return tokens[:, None]
+
+    def _read(self) -> None:
+        """What has ended, on the host."""
+        self.counts = np.asarray(self._state.count)
+        self.done = getattr(self, "done", False) | np.asarray(self._state.done)
+
+    def _do(self, stage: str, *args: Any, **static: Any) -> Any:
+        """Run the program of a stage."""
+        stages = self._stages.program(stage, self._rows)
+        donate = DONATED.get(stage, ())
+        if stage == "build_cache" and stages.keeps_prefill:
+            donate = (0,)
+        name = stages, stage, tuple(static.items())
+        function = functools.partial(getattr(stages, stage), **static)
+        program, compile_s = self._programs.ready(name, function, *args, donate=donate)
+        self._compile_s += compile_s
+        return program(*args)

@@ -1,0 +1,425 @@
+"""The stages of generation, each a pure function of arrays that `jax.jit` can compile.
+
+    prefill ─► build_cache ─► start ─► decode_chunk ─► decode_chunk ─► ...
+    K, V, what  Pool          state    `chunk_steps` steps, end test between chunks
+    was seen, first token
+
+A stage takes what is asked of each sequence as data (`Settings`). What its program depends on
+besides the shapes of its arguments is `Stages.program`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.rows import NewToken, Tail
+from vlcache_jax.cache.budget import POOL_SHARES, Prompt
+from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation
+from vlcache_jax.cache.methods import FullCache
+from vlcache_jax.cache.packed import PackedPool, spill
+from vlcache_jax.cache.score import Layer
+from vlcache_jax.cache.state import Pool, Tails, empty_tail, whole_capacity
+from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
+from vlcache_jax.models.llama import Attend, Kept, Residual, rope_table, rotated
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.model import Llava, Params, bind
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.running.settings import Settings
+from vlcache_jax.running.state import DecodeState, Prefill
+
+Heads = tuple[jax.Array, jax.Array, jax.Array]
+"""Queries [B, T, N, H], keys and values [B, T, K, H] of a layer."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The functions; see the module docstring.
+
+    Attributes:
+        config: the model.
+        cache: what is kept of the prompt's keys and values, made for the model.
+        chunk_steps: decode steps of a chunk.
+        new_rows: most new tokens whose keys and values are kept, whole chunks of them.
+        backend: "triton", "cudnn", "xla", or None for the best that supports the case. "cudnn" is
+            for the attention of the prefill; elsewhere it means None.
+        trace: also tell what was kept and why, at the cost of one decode step on the full cache.
+    """
+
+    config: LlavaConfig
+    cache: CacheMethod = field(default_factory=FullCache)
+    chunk_steps: int = 1
+    new_rows: int = 1
+    backend: str | None = None
+    trace: bool = False
+
+    @property
+    def cache_backend(self) -> str | None:
+        """Backend of all but the attention of a prompt, which is what cuDNN has."""
+        return None if self.backend == "cudnn" else self.backend
+
+    @property
+    def residual(self) -> bool:
+        """Whether new tokens are packed too, between two chunks."""
+        return self.cache.quantize is not None and self.cache.quantize.residual is not None
+
+    @property
+    def keeps_prefill(self) -> bool:
+        """Whether the pool is the prefill's own buffers."""
+        return self.cache.limit.keeps_all and self.cache.quantize is None and not self.trace
+
+    @property
+    def tail_rows(self) -> int:
+        """Rows of the tail, R: of all new tokens, or of those that are not packed yet."""
+        quantizer = self.cache.quantize
+        return quantizer.tail_rows(self.new_rows) if quantizer else self.new_rows
+
+    @property
+    def reserved_rows(self) -> int:
+        """Rows of a layer's pool that are kept free for new tokens."""
+        quantizer = self.cache.quantize
+        return self.new_rows + quantizer.unit if quantizer and self.residual else 0
+
+    def program(self, stage: str, prompt_rows: int) -> "Stages":
+        """What the program of a stage depends on: stages that are equal here share a program.
+
+        A prefill's has the method without its budget, a cache build's with the pool's bucket;
+        decoding knows no method.
+
+        Args:
+            stage: name of the function: "prefill", "build_cache", "build_into", "empty_pool",
+                "start", "spill" or "decode_chunk".
+            prompt_rows: the prompts' bucket, T.
+        """
+        cache, config, backend = self.cache, self.config, self.backend
+        if stage == "prefill":
+            if not cache.limit.keeps_all:
+                cache = replace(cache, budget=POOL_SHARES[0])
+            return Stages(config, cache, backend=backend, trace=self.trace)
+        if stage in ("build_cache", "build_into", "empty_pool"):
+            rows = self.new_rows if self.residual else 1
+            return Stages(config, cache.in_bucket(prompt_rows), new_rows=rows, trace=self.trace)
+        cache = FullCache(quantize=cache.quantize)
+        if stage == "start":
+            return Stages(config, cache, new_rows=self.new_rows)
+        return Stages(config, cache, chunk_steps=self.chunk_steps, backend=backend)
+
+    def begin(
+        self, params: Params, inputs: ModelInputs, settings: Settings
+    ) -> tuple[AnyPool, DecodeState, BatchTrace | None]:
+        """Prefill, cache build and the first token: the stages up to the decode loop."""
+        prefilled, token = self.prefill(params, inputs, settings)
+        pool, trace = self.build_cache(prefilled, inputs, settings)
+        dtype = params["embed"]["embedding"].dtype
+        return pool, self.start(token, inputs.length, settings, dtype), trace
+
+    def prefill(
+        self, params: Params, inputs: ModelInputs, settings: Settings
+    ) -> tuple[Prefill, jax.Array]:
+        """Run the prompt through the model, keeping every layer's K and V in one buffer.
+
+        Args:
+            params: parameters.
+            inputs: prompts padded to their buckets.
+            settings: what is asked of each sequence.
+
+        Returns:
+            What the prompt leaves behind, and the first token of each answer, int32 [B].
+        """
+        text, (batch, rows) = self.config.text, inputs.tokens.shape
+        shape = (batch, text.num_kv_heads, whole_capacity(text.num_layers, rows), text.head_dim)
+        model = bind(self.config)(params)
+        dtype = model.embed.embedding.dtype
+        buffers = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        seen, prompt = [], self.prompt(inputs, settings)
+
+        def keep(index: int, heads: Heads, entering: Residual, stream: Residual) -> Residual:
+            nonlocal buffers
+            buffers = tuple(
+                lax.dynamic_update_slice(buffer, part.swapaxes(1, 2), (0, 0, index * rows, 0))
+                for buffer, part in zip(buffers, heads[1:], strict=True)
+            )
+            with jax.named_scope("scores"):
+                layer = Layer(index, *heads, prompt, self.cache_backend, entering.total())
+                new = self.cache.observe(layer)
+            # Else XLA does all of this after the last layer: every layer's q, k, v live until then.
+            stream, buffers, new = lax.optimization_barrier((stream, buffers, new))
+            seen.append(new)
+            return stream
+
+        x = self._run_prompt(model, inputs, keep)
+        last = jnp.take_along_axis(x, (inputs.length - 1)[:, None, None], axis=1)
+        uniform = settings.draws.uniform(jnp.zeros((batch,), jnp.int32))
+        token = settings.draws.sample(model.logits(last[:, 0]), uniform, self.cache_backend)
+        attention = None
+        if self.trace:
+            attention = self._first_attention(model, *buffers, prompt, token)
+        return Prefill(*buffers, Observation.stack(seen), attention), token
+
+    def prompt_logits(self, params: Params, inputs: ModelInputs) -> jax.Array:
+        """Logits of every prompt position, float32 [B, T, V]: for tests and scoring of texts."""
+        model = bind(self.config)(params)
+        return model.logits(self._run_prompt(model, inputs))
+
+    def _run_prompt(
+        self,
+        model: Llava,
+        inputs: ModelInputs,
+        keep: Callable[[int, Heads, Residual, Residual], Residual] | None = None,
+    ) -> jax.Array:
+        """Final hidden states [B, T, D].
+
+        `keep(index, heads, entering, stream)` is handed each layer's q, k and v, and the stream in
+        front of it and behind it; it gives the latter back.
+        """
+
+        def attend(qkv: jax.Array) -> tuple[jax.Array, Heads]:
+            with jax.named_scope("prefill_attention"):
+                q, k, v = rotated(qkv, table)
+                mixed = prefill_attention(q, k, v, inputs.length, backend=self.backend)
+            return mixed, (q, k, v)
+
+        patches = partial(prefill_attention, causal=False, backend=self.backend)
+        stream = Residual(model.embed_prompt(inputs, patches))
+        table = rope_table(jnp.arange(stream.x.shape[1]), self.config.text)
+        for index, layer in enumerate(model.layers):
+            entering = stream
+            stream, kept = layer(stream, attend, backend=self.cache_backend)
+            if keep is not None:
+                stream = keep(index, kept, entering, stream)
+        return stream.total()
+
+    def prompt(self, inputs: ModelInputs, settings: Settings) -> Prompt:
+        """The prompts as the cache method sees them."""
+        visual, layers = jnp.asarray(inputs.visual_index) >= 0, self.config.text.num_layers
+        return Prompt(jnp.asarray(inputs.length), visual, layers, settings.limits)
+
+    def build_cache(
+        self, prefilled: Prefill, inputs: ModelInputs, settings: Settings
+    ) -> tuple[AnyPool, BatchTrace | None]:
+        """Give the prompt's keys and values to the method, which makes the pool of them.
+
+        Args:
+            prefilled: what the prompt left behind; with the full cache donate it.
+            inputs: the prompts, as they were prefilled.
+            settings: what is asked of each sequence.
+
+        Returns:
+            The pool, and what was kept and why, where it is traced.
+        """
+        prompt, trace = self.prompt(inputs, settings), None
+        with jax.named_scope("select"):
+            plan = self.cache.plan(prefilled.seen, prompt)
+        if prefilled.attention is not None:
+            trace = trace_batch(self.cache, prefilled.seen, plan, prompt, prefilled.attention)
+        with jax.named_scope("compact"):
+            pool = self.cache.build(prefilled.k, prefilled.v, plan, prompt, self.reserved_rows)
+        return pool, trace
+
+    def empty_pool(self, batch: int, prompt_rows: int, dtype: jnp.dtype) -> AnyPool:
+        """A cache for `build_into` to fill.
+
+        Args:
+            batch: sequences in all, B.
+            prompt_rows: the bucket T that all of their prompts are padded to.
+            dtype: type of the cache: that of the parameters.
+        """
+        sizes = self.config.text, batch, prompt_rows, dtype, self.reserved_rows
+        # Every field is an array of its own: one that stands twice cannot be donated.
+        shapes = self.cache.pool_shapes(*sizes)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def build_into(
+        self,
+        pool: AnyPool,
+        rows: jax.Array,
+        prefilled: Prefill,
+        inputs: ModelInputs,
+        settings: Settings,
+    ) -> tuple[AnyPool, BatchTrace | None]:
+        """`build_cache` of a few sequences of a larger batch, written into its pool.
+
+        So the full K and V of a few sequences, not of the whole batch, bound the memory of prefill.
+
+        Args:
+            pool: the cache of the whole batch, first that of `empty_pool`; donate it.
+            rows: which sequences of the batch these are, int32 [b].
+            prefilled: what their b prompts left behind.
+            inputs: the prompts, padded to the bucket that the pool was made for.
+            settings: what is asked of the b sequences.
+
+        Returns:
+            The pool of the whole batch, and the trace of these sequences.
+
+        Raises:
+            ValueError: the prompts' bucket is not the pool's.
+        """
+        part, trace = self.build_cache(prefilled, inputs, settings)
+        new_shapes, shapes = ([leaf.shape[1:] for leaf in jax.tree.leaves(each)]
+                              for each in (part, pool))  # fmt: skip
+        if new_shapes != shapes or jax.tree.structure(part) != jax.tree.structure(pool):
+            raise ValueError(
+                f"prompts padded to {inputs.tokens.shape[1]} rows make a pool of shapes "
+                f"{new_shapes}, which do not fit {shapes}: pad all to one bucket"
+            )
+
+        def write(whole: jax.Array, part: jax.Array) -> jax.Array:
+            for index in range(part.shape[0]):  # one update in place each; a scatter might copy
+                start = (rows[index], *[0] * (whole.ndim - 1))
+                whole = lax.dynamic_update_slice(whole, part[index : index + 1], start)
+            return whole
+
+        return jax.tree.map(write, pool, part), trace
+
+    def _first_attention(
+        self, model: Llava, k: jax.Array, v: jax.Array, prompt: Prompt, token: jax.Array
+    ) -> jax.Array:
+        """What the first decoded token attends to, by one decode step on the full cache."""
+        everything = FullCache()
+        full = everything.build(k, v, everything.plan(Observation(), prompt), prompt)
+        assert isinstance(full, Pool)
+        rows, none = prompt.rows, jnp.zeros_like(prompt.length)
+        segments, table = full.segments(), rope_table(prompt.length[:, None], self.config.text)
+
+        def attend_layer(index: int) -> Attend[jax.Array]:
+            def attend(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+                keys = full.k[:, :, index * rows : (index + 1) * rows]
+                weights = prompt_attention(rotated(qkv, table)[0][:, 0], keys, prompt.length)
+                empty = jnp.zeros_like(full.k[:, :, :1])  # a tail for the token's own row
+                own = Tail(empty, empty, none)
+                return self._attend_cache(qkv, table, full, segments[index], own)[0], weights
+
+            return attend
+
+        _, weights = self._run_token(model, token, attend_layer)
+        return jnp.stack(weights, axis=1)
+
+    def start(
+        self, token: jax.Array, length: jax.Array, settings: Settings, dtype: jnp.dtype
+    ) -> DecodeState:
+        """The state in front of the first decode step, with an empty tail.
+
+        Args:
+            token: first token of each answer, int32 [B].
+            length: true length of each prompt, int32 [B].
+            settings: what is asked of each sequence.
+            dtype: type of the cache.
+        """
+        zero = jnp.zeros_like(token)
+        tail = empty_tail(self.config.text, token.shape[0], self.tail_rows, dtype)
+        state = DecodeState(tail, token, length - 1, zero, zero, zero > 0, settings)
+        return self._drawn(state, token, tail)
+
+    def spill(self, pool: AnyPool, state: DecodeState) -> tuple[AnyPool, DecodeState]:
+        """Pack the oldest new tokens where a quantizer's `residual` asks for it.
+
+        To be called in front of every chunk where there is a `residual`; donate both.
+        """
+        assert isinstance(pool, PackedPool)
+        pool, tail = spill(pool, state.tail)
+        return pool, replace(state, tail=tail)
+
+    def decode_chunk(
+        self, params: Params, pool: AnyPool, state: DecodeState
+    ) -> tuple[DecodeState, jax.Array]:
+        """Draw the next `chunk_steps` tokens: (state, int32 [B, chunk_steps]).
+
+        Donate `state` when this is compiled alone: its tail is then written in place.
+
+        Raises:
+            ValueError: the tail has fewer rows than that.
+        """
+        steps, room = self.chunk_steps, state.tail.k[0].shape[2]
+        if steps > room:
+            raise ValueError(f"a chunk of {steps} steps does not fit into a tail of {room} rows")
+        segments = pool.segments()  # here, not at every step
+        column = jnp.arange(steps)
+        uniforms = jax.vmap(state.settings.draws.uniform, 1, 1)(state.step[:, None] + column)
+
+        def step(
+            index: jax.Array, carry: tuple[DecodeState, jax.Array]
+        ) -> tuple[DecodeState, jax.Array]:
+            state, tokens = carry
+            uniform = jnp.sum(jnp.where(column == index, uniforms, 0), axis=1)
+            state = self.decode_step(params, pool, state, segments, uniform)[0]
+            # Not an update at `index`, nor a scan's output: on a GPU these are a copy to an address
+            # that the host has to work out, which keeps the step from being one command buffer.
+            return state, jnp.where(column == index, state.token[:, None], tokens)
+
+        tokens = jnp.zeros((state.token.shape[0], steps), jnp.int32)
+        return lax.fori_loop(0, steps, step, (state, tokens))
+
+    def decode_step(
+        self,
+        params: Params,
+        pool: AnyPool,
+        state: DecodeState,
+        segments: tuple[Any, ...] | None = None,
+        uniform: jax.Array | None = None,
+    ) -> tuple[DecodeState, jax.Array]:
+        """Draw one token, and give the logits it was drawn from, float32 [B, V].
+
+        `segments` are the pool's and `uniform` [B] the draws' for the step: for a loop that takes
+        them once before its steps.
+        """
+        segments, draws = segments or pool.segments(), state.settings.draws
+        uniform = draws.uniform(state.step) if uniform is None else uniform
+        model = bind(self.config)(params)
+        table = rope_table(state.position[:, None], self.config.text)
+
+        def attend_layer(index: int) -> Attend[Tail]:
+            own = segments[index], state.tail.layer(index)
+            return lambda qkv: self._attend_cache(qkv, table, pool, *own)
+
+        x, tails = self._run_token(model, state.token, attend_layer)
+        logits = model.logits(x)
+        token = draws.sample(logits, uniform, self.cache_backend)
+        return self._drawn(state, token, Tails.of(tails)), logits
+
+    def _drawn(self, state: DecodeState, token: jax.Array, tail: Tails) -> DecodeState:
+        """The state behind a token that was drawn."""
+        settings = state.settings
+        stops = jnp.any(token[:, None] == settings.stop_ids, axis=-1)
+        ended = state.done | stops
+        count = state.count + jnp.where(ended, 0, 1)
+        return replace(
+            state,
+            tail=tail,
+            token=token,
+            position=state.position + 1,
+            step=state.step + 1,
+            count=count,
+            done=ended | (count >= settings.max_new_tokens),
+        )
+
+    def _run_token(
+        self,
+        model: Llava,
+        token: jax.Array,
+        attend_layer: Callable[[int], Attend[Kept]],
+    ) -> tuple[jax.Array, list[Kept]]:
+        """Run one token per sequence: its hidden states [B, D], and what each layer kept."""
+        stream, kept = Residual(model.embed(token[:, None])), []
+        for index, layer in enumerate(model.layers):
+            stream, own = layer(stream, attend_layer(index), backend=self.cache_backend)
+            kept.append(own)
+        return stream.total()[:, 0], kept
+
+    @jax.named_scope("decode_attention")
+    def _attend_cache(
+        self,
+        qkv: jax.Array,
+        table: tuple[jax.Array, jax.Array],
+        pool: AnyPool,
+        segment: Any,
+        tail: Tail,
+    ) -> tuple[jax.Array, Tail]:
+        """`Pool.append_and_attend`, of a product and a table with the axis of the one token."""
+        new = NewToken(qkv[:, 0], table[0][:, 0], table[1][:, 0])
+        mixed, tail = pool.append_and_attend(new, segment, tail, self.cache_backend)
+        return mixed[:, None], tail
