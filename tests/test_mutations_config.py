@@ -116,7 +116,7 @@ def answer(path, *options, prompt="x"):
 
 
 @pytest.fixture(scope="module")
-def plain(model_dir, files, programs, tmp_path_factory):
+def plain(model_dir, files, tmp_path_factory):
     return answer(write(tmp_path_factory.mktemp("plain"), model_dir, files))
 
 

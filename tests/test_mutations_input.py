@@ -23,7 +23,6 @@ SAME = "same"
 cases = pytest.mark.parametrize("case", [pytest.param(n, marks=marks(n)) for n in range(300)])
 
 pytestmark = [
-    pytest.mark.usefixtures("programs"),
     pytest.mark.filterwarnings("ignore::UserWarning:PIL"),  # of what Pillow reads all the same
 ]
 
