@@ -9,12 +9,13 @@ CONSTRAINTS ?= constraints.txt
 # With cuda added (5 GB) the programs of the true model shapes are compiled for GPUs too, and with
 # offline (Triton) the kernels; neither needs a GPU.
 EXTRAS ?= test,bench
+RUN_TESTS = $(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 # Without torch transformers advises to install it; nothing here needs it to.
 export TRANSFORMERS_NO_ADVISORY_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-next test-eval lint format clean
+.PHONY: help demo test test-all test-next test-eval lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -22,11 +23,14 @@ help:  ## list the commands
 demo: $(VENV)/.demo  ## set up, and answer a question with all of the cache and with a tenth of it
 	$(VENV)/bin/vlcache compare demo --image demo
 
-test: $(VENV)/.test  ## set up, and run all tests
-	$(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST)
+test: $(VENV)/.test  ## set up, and test the library, the kernels, and that each benchmark runs
+	$(RUN_TESTS) -m "not slow and not full" $(PYTEST)
+
+test-all: $(VENV)/.test  ## the same, with the tests that take long
+	$(RUN_TESTS) -m "not slow" $(PYTEST)
 
 test-next: .venv-next/constraints.txt  ## run the tests under the next release of jax (PYTHON312=...)
-	$(MAKE) test VENV=.venv-next CONSTRAINTS=$< PYTHON="$(PYTHON312)"
+	$(MAKE) test-all VENV=.venv-next CONSTRAINTS=$< PYTHON="$(PYTHON312)"
 
 test-eval: $(VENV)/.test  ## test the plug-in inside lmms-eval (LMMS_EVAL_PYTHON=...)
 	LMMS_EVAL_PYTHON=$(abspath $(LMMS_EVAL_PYTHON)) $(VENV)/bin/python -m pytest tests/benchmarks/test_lmms_eval.py

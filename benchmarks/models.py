@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from vlcache_jax.models.config import RopeConfig, TextConfig
 
 from vlcache_jax.cache.method import AnyPool
+from vlcache_jax.models.config import RopeConfig, TextConfig
 from vlcache_jax.models.llava.anyres import max_tiles
 from vlcache_jax.models.llava.config import LlavaConfig, VisionConfig
 from vlcache_jax.requests.inputs import ModelInputs

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from jax import lax
-from vlcache_jax.models.config import TextConfig
 
 from benchmarks import command
 from benchmarks.accuracy.report import RESULTS
@@ -37,6 +36,7 @@ from vlcache_jax.cache.method import Plan
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
+from vlcache_jax.models.config import TextConfig
 
 SHAPE = TextConfig(num_layers=4, num_heads=32, num_kv_heads=2, head_dim=128)
 """Of what is planted; the rest of it is without meaning."""

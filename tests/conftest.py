@@ -1,6 +1,7 @@
 """Fixtures that several parts of the suite share."""
 
 import os
+import shutil
 from pathlib import Path
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):
@@ -10,6 +11,15 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
     # XLA's own passes (fusion, copies, buffers) run all the same, as do all of a GPU's. Processes
     # that a test starts inherit it; =0 brings back the code that users get.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# Compiled programs are kept for the tests that need the same ones, in this run and the next. Each
+# process of tests has a folder of its own: JAX writes them unlocked.
+KEPT = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+if Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", KEPT)).is_relative_to(KEPT):
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(KEPT / worker)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
@@ -54,17 +64,9 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Compiled programs are kept for the cases whose shapes and numbers are the same."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+def pytest_sessionstart(session):
+    """Programs of code that has long been changed are thrown away."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    if sum(file.stat().st_size for file in KEPT.rglob("*") if file.is_file()) > 2**30:
+        shutil.rmtree(KEPT)

@@ -5,9 +5,9 @@ from PIL import Image
 
 from vlcache_jax.cache.trace import Trace
 from vlcache_jax.models.llava.patches import BASE, GRID, NEWLINE_PART
-from vlcache_jax.results.answer import Timings
 from vlcache_jax.results.inspection import Inspection, Outcome, ShownPicture
 from vlcache_jax.results.report import CacheReport
+from vlcache_jax.running.driver import Timings
 
 
 def made_up_inspection(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.program import run
+from tests.cli.program import run, run_alone
 from vlcache_jax.models.llava.config import LlavaConfig
 
 NAMES = (
@@ -99,7 +99,7 @@ def files(model_dir):
     return found | {"generation_config.json": json.dumps(generation).encode()}
 
 
-def answer(path, *options, prompt="x"):
+def answer(path, *options, prompt="x", run=run):
     """The text of an answer, or the one line on stderr."""
     options += ("--max-new-tokens", 2, "--method", "full", "--json")  # the smallest programs
     result = run("generate", path, "--prompt", prompt, *options)
@@ -116,7 +116,7 @@ def answer(path, *options, prompt="x"):
 
 
 @pytest.fixture(scope="module")
-def plain(model_dir, files, programs, tmp_path_factory):
+def plain(model_dir, files, tmp_path_factory):
     return answer(write(tmp_path_factory.mktemp("plain"), model_dir, files))
 
 
@@ -140,3 +140,11 @@ def test_a_changed_file_is_answered_or_refused_in_one_line(case, model_dir, file
     text, line = answer(write(tmp_path, model_dir, files | {name: content}))
     if what == SAME:
         assert (text, line) == plain, content
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", range(8))
+def test_a_process_of_its_own_says_the_same(case, model_dir, files, tmp_path):
+    name, content, _ = changed(random.Random(case), files)
+    path = write(tmp_path, model_dir, files | {name: content})
+    assert answer(path, run=run_alone) == answer(path)

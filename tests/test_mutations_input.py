@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cli.program import run_alone
 from tests.test_mutations_config import answer, marks
 from tests.tiny import picture
 
@@ -23,7 +24,6 @@ SAME = "same"
 cases = pytest.mark.parametrize("case", [pytest.param(n, marks=marks(n)) for n in range(300)])
 
 pytestmark = [
-    pytest.mark.usefixtures("programs"),
     pytest.mark.filterwarnings("ignore::UserWarning:PIL"),  # of what Pillow reads all the same
 ]
 
@@ -117,3 +117,21 @@ def test_a_changed_prompt_is_answered_or_refused_in_one_line(case, model_dir, pl
     found = answer(model_dir, "--image", plain[0], prompt=prompt)
     if what == SAME:
         assert found == plain[1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", range(6))
+def test_a_process_of_its_own_says_the_same_of_a_picture(case, model_dir, tmp_path):
+    content, ending, _ = changed_picture(random.Random(case))
+    file = tmp_path / f"image.{ending}"
+    file.write_bytes(content)
+    found = answer(model_dir, "--image", file, run=run_alone)
+    assert found == answer(model_dir, "--image", file)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", range(6))
+def test_a_process_of_its_own_says_the_same_of_a_prompt(case, model_dir, plain):
+    prompt, _ = changed_prompt(random.Random(case))
+    alone = answer(model_dir, "--image", plain[0], prompt=prompt, run=run_alone)
+    assert alone == answer(model_dir, "--image", plain[0], prompt=prompt)

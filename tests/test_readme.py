@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vlcache_jax.models.config import TextConfig
 
 import vlcache_jax
 from benchmarks.report import DOCUMENTS, PLOTS, fill
 from vlcache_jax.cache.methods import make_method
 from vlcache_jax.cache.quantizers import make_quantizer
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.results.report import cache_report
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
-from vlcache_jax.models.config import TextConfig
 
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llava.config import LlavaConfig, VisionConfig
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")

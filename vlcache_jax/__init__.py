@@ -21,9 +21,10 @@ from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.requests.buckets import Buckets
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.requests.processing import Processor
-from vlcache_jax.results.answer import Answer, Timings
+from vlcache_jax.results.answer import Answer
 from vlcache_jax.results.inspection import Inspection, inspect
 from vlcache_jax.results.report import CacheReport
+from vlcache_jax.running.driver import Timings
 from vlcache_jax.running.generate import Generate, GenerateOutput
 from vlcache_jax.running.sampling import Sampling
 from vlcache_jax.vlm import VLM, Stream

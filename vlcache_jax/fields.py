@@ -18,6 +18,13 @@ LARGEST = 2**31 - 1
 """The largest int32, in which positions and token ids are held."""
 
 
+REMOTE_CODE = (
+    "asks for remote code (auto_map), which is never run: use a checkpoint of the plain "
+    "architecture"
+)
+"""What is said of a file that is refused for it."""
+
+
 class Kind(NamedTuple):
     """What a field may hold.
 

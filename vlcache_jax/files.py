@@ -74,9 +74,12 @@ def whole_file(target: Path, *, force: bool) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         _check_place(target, "file", force)  # it may have come meanwhile
         partial.replace(target)
-    except BaseException:
+    except OSError as error:  # of a full disk: without a name
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise
     _sync(target.parent)
 
 

@@ -158,7 +158,7 @@ class VLM:
 
         Args:
             images: for one prompt: None, an image or a list of images; for a batch: a list with
-                one such entry per prompt. `vlcache_jax.requests.images.ImageLike` has the forms of an image.
+                one such entry per prompt. `requests.images.ImageLike` has the forms of an image.
             text: the prompt, or a list of prompts. `<image>` marks say where the images go;
                 without marks they come first.
             **options: see `Options`.

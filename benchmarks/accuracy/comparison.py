@@ -12,7 +12,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from vlcache_jax.models.config import TextConfig
 
 from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
 from benchmarks.roofline.packed import kept_bytes
@@ -22,6 +21,7 @@ from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
 from vlcache_jax.cache.score import LastRows, Layer
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.cache.trace import attention_mass_recall, cache_hit_rate
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.model import Params, bind
 from vlcache_jax.requests.inputs import ModelInputs

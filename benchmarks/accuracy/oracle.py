@@ -10,13 +10,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from vlcache_jax.models.config import TextConfig
 
 from vlcache_jax.cache.allocate import Allocation, Uniform
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod, Observation
 from vlcache_jax.cache.score import RecentScore, Score
 from vlcache_jax.cache.state import Pool
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llama import Attend, Residual, rope_table, rotated
 from vlcache_jax.models.llava.model import Llava
 from vlcache_jax.requests.inputs import ModelInputs

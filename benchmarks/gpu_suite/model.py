@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from vlcache_jax.models.config import TextConfig
 
 from benchmarks.gpu_suite import checks
 from benchmarks.gpu_suite.stages import Context
 from benchmarks.measure import reason
 from benchmarks.models import SMALL_TOWER
 from vlcache_jax.cache.methods import VLCache
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.model import Params, init_params
 from vlcache_jax.requests.inputs import ModelInputs

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from vlcache_jax.models.config import TextConfig
 
 from benchmarks import measure, models
 from benchmarks.accuracy import network
 from benchmarks.accuracy.network import IMAGE_TOKEN_ID
 from benchmarks.models import WINDOW
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llava.anyres import visual_rows
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.model import Params, abstract_params

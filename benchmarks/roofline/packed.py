@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from vlcache_jax.models.config import TextConfig
 
 from benchmarks.models import WINDOW
 from benchmarks.roofline import BFLOAT16
 from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.quantizers import AKVQ, make_quantizer
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.results.report import packed_bytes, row_bytes
 

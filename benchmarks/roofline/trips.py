@@ -12,7 +12,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from vlcache_jax.models.config import TextConfig
 
 from benchmarks.documents import table
 from benchmarks.roofline import TAIL_ROWS
@@ -20,6 +19,7 @@ from benchmarks.speed.cases import layer_rows, paper_sparsity
 from pallas_kernels.splits import shares, split_count, trips
 from pallas_kernels.tuning import candidates
 from vlcache_jax.cache.methods import VLCache
+from vlcache_jax.models.config import TextConfig
 
 MEASURED = (0.5, 0.97, 0.97, 0.98, 0.99, 0.99, 1.0, 0.99, 0.99, 0.99)
 """Layer sparsities of SmolLM2-135M, every third layer."""

@@ -7,7 +7,6 @@ from functools import cache, cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
-from vlcache_jax.models.config import TextConfig
 
 from benchmarks.models import MODELS, SMALL_TOWER, WINDOW, with_positions
 from benchmarks.roofline.packed import bits_of, rows_by_width
@@ -16,6 +15,7 @@ from vlcache_jax.cache.allocate import allocate
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.methods import FullCache
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llava.anyres import max_tiles
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.requests.inputs import ModelInputs

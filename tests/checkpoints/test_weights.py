@@ -7,7 +7,6 @@ import pytest
 from tests.model_files import SPELLINGS, config_json, random_tensors, respell
 from vlcache_jax.checkpoints.weights import (
     cast,
-    hub_name,
     join,
     match,
     parameter_shapes,
@@ -18,6 +17,7 @@ from vlcache_jax.checkpoints.weights import (
 )
 from vlcache_jax.errors import short
 from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.names import hub_name
 
 SHAPES = (
     config_json("llava", heads=4, kv_heads=4),

@@ -1,4 +1,8 @@
-"""The command line, run in this process."""
+"""The command line, run in this process or in one of its own."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
 
 from typer.testing import CliRunner
 
@@ -7,6 +11,15 @@ from vlcache_jax.cli import app
 
 def run(*args):
     return CliRunner().invoke(app, ["--no-compilation-cache", *(str(arg) for arg in args)])
+
+
+def run_alone(*args):
+    """The same in a process of its own."""
+    command = [sys.executable, "-m", "vlcache_jax.cli", "--no-compilation-cache", *map(str, args)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    return SimpleNamespace(
+        exit_code=child.returncode, stdout=child.stdout, stderr=child.stderr, exception=None
+    )
 
 
 def refused(message, *args):

@@ -13,8 +13,9 @@ from tests import hf
 from tests.model_files import SPELLINGS, read_tensors, respell, same_bits, write_model
 from tests.tiny import picture, tiny_processor
 from vlcache_jax.checkpoints.checkpoint import open_checkpoint
-from vlcache_jax.checkpoints.weights import hub_name, parameter_shapes, tensors_of
+from vlcache_jax.checkpoints.weights import parameter_shapes, tensors_of
 from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.names import hub_name
 from vlcache_jax.running.programs import Programs
 
 MODELS = [

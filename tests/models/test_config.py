@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from vlcache_jax.models.config import RopeConfig
 
+from vlcache_jax.models.config import RopeConfig
 from vlcache_jax.models.llava.config import LlavaConfig
 
 MISTRAL = {

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from vlcache_jax.models.config import TextConfig
 
 from vlcache_jax.models import llama
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llama import DecoderLayer
 
 CONFIG = TextConfig(

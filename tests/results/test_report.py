@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vlcache_jax.models.config import TextConfig
 
 import vlcache_jax
 from pallas_kernels.packing import per_word
@@ -12,6 +11,7 @@ from tests.tiny import picture, tiny_config
 from vlcache_jax import AKVQ, KIVI, RTN, FullCache, Generate, VLCache
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import Plan
+from vlcache_jax.models.config import TextConfig
 from vlcache_jax.results.report import cache_report, kv_bits, memory_need, packed_bytes, pool_bytes
 
 # L, K, H of a small decoder; T and the prompts' lengths.

@@ -153,8 +153,11 @@ class CacheMethod:
         if self.limit.keeps_all:
             return Observation(salience=salience)
         score, allocation = self.rules()
-        measured = allocation.measure(layer)  # before the score, as `Layer.watch` has it
-        return Observation(score(layer), measured, salience)
+        # Each window once, for both rules: what counts zeroed entries has the scores too.
+        thresholds = {score.window: None, allocation.window: allocation.threshold}
+        windows = {w: (t, layer.watch(w, t)) for w, t in thresholds.items() if w is not None}
+        layer = replace(layer, seen=windows)
+        return Observation(score(layer), allocation.measure(layer), salience)
 
     def plan(self, seen: Observation, prompt: Prompt) -> Plan:
         """Decide what is kept: budgets by the allocation, tokens by the score.

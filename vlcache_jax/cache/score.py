@@ -2,14 +2,14 @@
 
 A score is called once for every layer while the prompt runs, with a `Layer`: its queries, keys and
 values. Most scores watch a window of rows: the attention that those rows pay to each key, summed
-block by block, never as a T x T matrix. A layer observes each window once, for the score and for
-the allocation.
+block by block, never as a T x T matrix. A method observes each window of its rules once, and hands
+what was seen to the score and to the allocation.
 
     keys     0 . . . . . . . . . . . . . m      a window is the last rows of a prompt:
     window                  [ - - - - - ]       how many is data, the most there may be is static
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -105,7 +105,7 @@ class Layer:
         prompt: the prompts; what stands beyond their lengths has no meaning.
         backend: backend of the window scores.
         entering: the residual stream in front of the layer, [B, T, D].
-        seen: what was watched so far, by window and threshold.
+        seen: what was observed beforehand: threshold and scores, by window.
     """
 
     index: int
@@ -115,29 +115,26 @@ class Layer:
     prompt: Prompt
     backend: str | None = None
     entering: jax.Array | None = None
-    seen: dict[tuple[Window, float | None], WindowScores] = field(default_factory=dict)
+    seen: Mapping[Window, tuple[float | None, WindowScores]] = field(default_factory=dict)
 
     def watch(self, window: Window, threshold: float | None = None) -> WindowScores:
         """The attention that a window's rows pay to each token.
 
         Args:
             window: the rows.
-            threshold: also count the entries below that share of their row's maximum. What counts
-                them has the scores too: ask for it first.
+            threshold: also count the entries below that share of their row's maximum.
         """
-        for (known, counted), found in self.seen.items():
-            if known == window and threshold in (counted, None):
-                return found
+        counted, found = self.seen.get(window, (None, None))
+        if found is not None and threshold in (counted, None):
+            return found
         prompt, q = self.prompt, self.q
         start = prompt.length - window.rows(prompt)
         if window.maximum is not None:
             row = jnp.minimum(start[:, None] + jnp.arange(window.most(prompt)), prompt.rows - 1)
             q = jnp.take_along_axis(q, row[:, :, None, None], axis=1)  # [B, W, N, H]
-        found = window_scores(
+        return window_scores(
             q, self.k, start, prompt.length, threshold=threshold, backend=self.backend
         )
-        self.seen[window, threshold] = found
-        return found
 
 
 class Score:

@@ -33,12 +33,9 @@ from vlcache_jax import demo
 from vlcache_jax.checkpoints.weights import (
     DTYPE,
     DTYPES,
-    EMBEDDING,
     FLOAT_KINDS,
-    LM_HEAD,
     Shape,
     cast,
-    hub_name,
     join,
     match,
     parameter_name,
@@ -52,6 +49,7 @@ from vlcache_jax.fields import COUNT, SECTION, local_path, read_field, read_json
 from vlcache_jax.models.fold import fold_layer
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.model import Params, abstract_params
+from vlcache_jax.models.llava.names import EMBEDDING, LM_HEAD, hub_name
 
 MANIFEST = "MANIFEST.json"
 """File that a finished conversion has and an interrupted one lacks."""

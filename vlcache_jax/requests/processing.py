@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.errors import reason, short
+from vlcache_jax.fields import REMOTE_CODE
 from vlcache_jax.models.llava.anyres import NEWLINE, num_tiles, visual_rows
-from vlcache_jax.models.llava.config import REMOTE_CODE, LlavaConfig
+from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.requests.buckets import Buckets, bucket_for, default_buckets
 from vlcache_jax.requests.detokenize import Detokenizer
 from vlcache_jax.requests.images import ImageLike, Images, load_image, name_of

@@ -8,25 +8,7 @@ from itertools import takewhile
 
 from vlcache_jax.cache.trace import Trace
 from vlcache_jax.results.report import CacheReport
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Wall time in seconds, compilation apart.
-
-    Attributes:
-        compile_s: compiling the programs that this call was the first to need; 0 when none.
-        prefill_s: from the prompt to its first token: vision, prefill, cache build.
-        decode_s: all further tokens.
-        total_s: everything but compilation and processing.
-        decode_tokens_per_s: decode steps per second of one sequence; None where none were run.
-    """
-
-    compile_s: float
-    prefill_s: float
-    decode_s: float
-    total_s: float
-    decode_tokens_per_s: float | None = None
+from vlcache_jax.running.driver import Timings
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ groups of prompts ─► prefill ─► build_cache ─┐ (several groups: into
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,13 +18,31 @@ from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.trace import BatchTrace
 from vlcache_jax.models.llava.model import Params
 from vlcache_jax.requests.inputs import ModelInputs
-from vlcache_jax.results.answer import Timings
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.settings import Settings
 from vlcache_jax.running.stages import DecodeState, Stages
 
 DONATED = {"build_into": (0,), "spill": (0, 1), "decode_chunk": (2,)}
 """Arguments of the stages that are written in place."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall time in seconds, compilation apart.
+
+    Attributes:
+        compile_s: compiling the programs that this call was the first to need; 0 when none.
+        prefill_s: from the prompt to its first token: vision, prefill, cache build.
+        decode_s: all further tokens.
+        total_s: everything but compilation and processing.
+        decode_tokens_per_s: decode steps per second of one sequence; None where none were run.
+    """
+
+    compile_s: float
+    prefill_s: float
+    decode_s: float
+    total_s: float
+    decode_tokens_per_s: float | None = None
 
 
 class Run:

@@ -6,8 +6,8 @@
                    method     ─► Outcome ┘                 .save_figures("png")
 ```
 
-Which patch of a picture a visual token is comes from `vlcache_jax.models.llava.patches`, what was kept of it
-from `vlcache_jax.cache.trace`. The page is made by `page`, the figures by `figures`.
+Which patch of a picture a visual token is comes from `models.llava.patches`, what was kept of it
+from `cache.trace`. The page is made by `page`, the figures by `figures`.
 """
 
 import dataclasses
@@ -29,8 +29,9 @@ from vlcache_jax.files import check_file, whole_file
 from vlcache_jax.models.llava.patches import patch_rectangles
 from vlcache_jax.requests.images import ImageLike, Images, load_image
 from vlcache_jax.requests.processing import Processor
-from vlcache_jax.results.answer import Answer, Timings, same_tokens, versions
+from vlcache_jax.results.answer import Answer, same_tokens, versions
 from vlcache_jax.results.report import CacheReport
+from vlcache_jax.running.driver import Timings
 from vlcache_jax.vlm import VLM
 
 
