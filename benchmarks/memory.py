@@ -31,6 +31,7 @@ from benchmarks.loops import loop_copies, loop_floats, step_launches
 from benchmarks.models import MODELS, abstract_inputs, empty_cache
 from benchmarks.speed_sections import programs_part
 from pallas_kernels.packing import per_word
+from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.methods import FullCache, VLCache
 from vlcache_jax.cache.packed import PackedPool
@@ -355,8 +356,8 @@ def main(
         check_known("stage", [stage], STAGES)
         for name in kv_bits or ():
             make_quantizer(name)
-        if any(not 0 < share <= 1 for share in shares):
-            raise ValueError(f"--budget {shares} must be above 0 and at most 1 (0.1 is 10 %)")
+        for share in shares:
+            Budget(share)
         if add:
             if out is None or largest:
                 raise ValueError("--add is for rows of a file, without --largest-batch: give --out")

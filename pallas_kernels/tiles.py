@@ -81,7 +81,7 @@ def store(
 def _tile(ref: Any, valid: jax.Array | None) -> tuple[jax.Array, Any]:
     """Columns of a tile, and which of its entries are there: None where all are."""
     head_dim = ref.shape[-1]
-    columns = jnp.arange(padded(head_dim))
+    columns = jnp.arange(padded(head_dim), dtype=jnp.int32)
     mask = None if valid is None else valid[:, None]
     if head_dim != columns.size:
         inside = columns[None, :] < head_dim

@@ -132,13 +132,15 @@ def test_a_revision_of_the_hub_is_opened(model_dir, monkeypatch):
     asked = []
 
     def download(name, revision, allow_patterns):
-        asked.append((name, revision))
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
         return str(model_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     vlcache_jax.load("owner/name", revision="v1.6", lazy=True)
     facts = describe("owner/name", revision="main")
-    assert asked == [("owner/name", "v1.6"), ("owner/name", "main")]
+    # The configuration first, by which what the model cannot take is refused.
+    weights = [("owner/name", "v1.6", False), ("owner/name", "v1.6", True)]
+    assert asked == [*weights, ("owner/name", "main", False)]
     assert (facts["model"], facts["revision"]) == ("owner/name", "main")
     for model in (model_dir, "demo"):
         with pytest.raises(ValueError, match=r"is not on the hub and has no revision='v1\.6'"):

@@ -24,6 +24,7 @@ from vlcache_jax import demo
 from vlcache_jax.cache.methods import Custom
 from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.cache.score import ColumnSum
+from vlcache_jax.errors import real_number, short
 from vlcache_jax.files import check_file, whole_file
 from vlcache_jax.models.llava.model import Params
 from vlcache_jax.requests.images import Images
@@ -65,9 +66,10 @@ class Calibration:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        shares = self.text_shares
+        shares = tuple(real_number(share, "text share") for share in self.text_shares)
+        object.__setattr__(self, "text_shares", shares)
         if not shares or not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"text_shares={shares} must be one number from 0 to 1 a layer")
+            raise ValueError(f"text_shares={short(shares)} must be one number from 0 to 1 a layer")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold} must be from 0 to 1")
         if self.pivots < 0 or self.prompts < 1:
@@ -106,7 +108,7 @@ class Calibration:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
-            found = cls(**data | {"text_shares": tuple(map(float, data["text_shares"]))})
+            found = cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no calibration file ({error!r}): {remedy}") from None
         if layers not in (None, len(found.text_shares)):

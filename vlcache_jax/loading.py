@@ -8,7 +8,7 @@ from pallas_kernels.backends import check_backend
 from pallas_kernels.prefill_attention.cudnn import require_gpu
 from vlcache_jax import demo
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.cache.methods import FullCache
+from vlcache_jax.cache.methods import CacheLike, FullCache, as_method
 from vlcache_jax.calibration import KV_LAYERS, Calibration
 from vlcache_jax.checkpoints.checkpoint import Progress, open_checkpoint, resolve
 from vlcache_jax.checkpoints.weights import DTYPE, parse_dtype
@@ -27,6 +27,7 @@ def load(
     buckets: Buckets | None = None,
     backend: str | None = None,
     transform: bool = False,
+    cache: CacheLike = None,
     revision: str | None = None,
     lazy: bool = False,
     progress: Progress | None = None,
@@ -46,7 +47,10 @@ def load(
             environment variable VLCACHE_BACKEND names, else the best that supports the case.
         transform: fold the Walsh-Hadamard transform of the values into each layer as it is read,
             for a quantized cache with the transform (`AKVQ`), whose first use else makes folded
-            copies of the attention's weights. Every method runs on folded parameters.
+            copies of the attention's weights. Every method runs on folded parameters. What `cache`
+            asks for is folded all the same.
+        cache: what is kept of the prompts where a call does not say; everything by default. What
+            the model cannot take is refused before its weights are read, or fetched from the hub.
         revision: branch, tag or commit of a hub id; its main branch by default.
         lazy: read the parameters when they are first needed, not now; everything that can be
             checked without reading them is checked now all the same.
@@ -55,18 +59,21 @@ def load(
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
         ConnectionError: the hub cannot be reached.
-        ValueError: a file is damaged, `dtype` or `backend` is unknown, or a `revision` is given for
-            what is not on the hub.
+        ValueError: a file is damaged, `dtype` or `backend` is unknown, the model cannot take the
+            `cache`, or a `revision` is given for what is not on the hub.
         NotImplementedError: the checkpoint describes a model that is not implemented, or the
             backend is "cudnn" and there is no GPU.
     """
-    backend = check_backend(backend)
+    backend, method = check_backend(backend), as_method(cache)
     if backend == "cudnn":
         require_gpu()
+    path = resolve(model, weights=False, revision=revision)
+    config = LlavaConfig.from_file(path)
+    method.for_model(config.text, _tsa_layers(path, config))
+    transform = transform or method.transforms
     path = resolve(model, revision=revision)
     checkpoint = open_checkpoint(path)
     kind = checkpoint.target_dtype(dtype)
-    config = checkpoint.config
     processor = Processor.from_pretrained(path, config, buckets)
     vlm = VLM(
         config,
@@ -76,6 +83,7 @@ def load(
         name=str(model),
         backend=backend,
         transformed=transform,
+        cache=method,
         tsa_layers=_tsa_layers(path, config),
     )
     if not lazy:

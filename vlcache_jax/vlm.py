@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from vlcache_jax.cache.methods import CacheLike, as_method
+from vlcache_jax.errors import whole_numbers
 from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.model import Params
@@ -45,8 +46,9 @@ class Options(TypedDict, total=False):
         stop: texts that end an answer, which ends in front of the first of them.
         raw_prompt: take the text as it is, without the chat template.
         cache: what is kept of the prompt's keys and values, `VLCache(budget=0.1)` for instance;
-            everything by default. A quantizer alone, `AKVQ()`, keeps everything, quantized. A
-            method's name or class stands for its defaults, a number for VL-Cache with that budget.
+            by default what the model was loaded with, else everything. A quantizer alone, `AKVQ()`,
+            keeps everything, quantized. A method's name or class stands for its defaults, a number
+            for VL-Cache with that budget.
         trace: also give each answer its `Trace`, at the cost of one more decode step.
         prefill_batch: prompts of a batch that are prefilled at a time, all by default. The memory
             of a prefill is that of these, not of the whole batch.
@@ -93,6 +95,7 @@ class VLM:
         stop_ids: tokens that end an answer.
         name: what was loaded.
         backend: attention backend, None for the best that supports the case.
+        cache: what is kept of a prompt where a call does not say.
         transformed: the parameters that are read have the transform of the values folded in
             (`models.fold`): every method runs on them. Else a method that needs it makes folded
             copies of the attention's weights when it is first used, and keeps them beside.
@@ -109,17 +112,19 @@ class VLM:
         stop_ids: Sequence[int],
         name: str = "",
         backend: str | None = None,
+        cache: CacheLike = None,
         transformed: bool = False,
-        tsa_layers: tuple[int, ...] | None = None,
+        tsa_layers: Sequence[int] | None = None,
     ):
         self.config = config
         self._read_params = read_params
         self.processor = processor
-        self.stop_ids = tuple(stop_ids)
+        self.stop_ids = whole_numbers(stop_ids, "stop_ids")
         self.name = name
         self.backend = backend
+        self.cache = as_method(cache)
         self.transformed = transformed
-        self.tsa_layers = tsa_layers
+        self.tsa_layers = None if tsa_layers is None else whole_numbers(tsa_layers, "tsa_layers")
         self._programs = Programs()
 
     @cached_property
@@ -252,7 +257,9 @@ class VLM:
         stops = check_stop(stop)
         generate = Generate(
             self.config,
-            as_method(cache).for_model(self.config.text, self.tsa_layers),
+            as_method(self.cache if cache is None else cache).for_model(
+                self.config.text, self.tsa_layers
+            ),
             max_new_tokens,
             Sampling(temperature, top_k, top_p),
             self.stop_ids,

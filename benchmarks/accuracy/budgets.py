@@ -23,6 +23,7 @@ from benchmarks.accuracy.scoring import summarise
 from benchmarks.accuracy.tasks import TASKS, Item, make_item
 from benchmarks.command import bad_input, check_known, counting_bar
 from benchmarks.environment import environment
+from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import METHODS, Custom, make_method
 from vlcache_jax.results.report import count_parameters
@@ -94,8 +95,7 @@ class Plan:
         if not self.tasks or not self.budgets:
             raise ValueError("there must be a task and a budget to run")
         for budget in self.budgets:
-            if not 0 < budget <= 1:
-                raise ValueError(f"budget {budget:g} must be above 0 and at most 1 (0.1 is 10 %)")
+            Budget(budget)
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1")
         self.item(self.tasks[0], 0)  # a split or a seed of no item is refused now, not later

@@ -13,6 +13,7 @@ from benchmarks.environment import environment
 from benchmarks.models import MODELS
 from benchmarks.roofline.packed import Caches, caches
 from benchmarks.roofline.trips import trip_rows, trip_table
+from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.quantizers import QUANTIZERS
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.results.report import human_bytes
@@ -205,8 +206,7 @@ def main(
         check_known("device", [device], roofline.DEVICES)
         check_known("model", [model], MODELS)
         chosen, config = roofline.DEVICES[device], MODELS[model]
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget={budget:g} must be above 0 and at most 1 (0.1 keeps 10 %)")
+        Budget(budget)
         compared = caches(config, budget, kv_bits)
     size = chosen, config, context, batch, compared
     result = {

@@ -16,7 +16,7 @@ def _kernel(
 ) -> None:
     """References of one row, [D] each."""
     width = x_ref.shape[0]
-    columns = jnp.arange(tiles.padded(width))
+    columns = jnp.arange(tiles.padded(width), dtype=jnp.int32)
     inside = columns < width
     at = (columns,), inside
     total = tiles.gather(x_ref, *at) + tiles.gather(delta_ref, *at)

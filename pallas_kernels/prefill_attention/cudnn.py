@@ -26,7 +26,7 @@ def prefill_attention(
     if q.shape[-1] > 128 or q.shape[-1] % 8:
         raise NotImplementedError(f"cuDNN has no attention for {q.shape[-1]=}: use 'triton'")
     # A weight of 0 times what stands behind a prompt is NaN where that is NaN.
-    inside = (jnp.arange(k.shape[1]) < lengths[:, None])[:, :, None, None]
+    inside = (jnp.arange(k.shape[1], dtype=jnp.int32) < lengths[:, None])[:, :, None, None]
     return jax.nn.dot_product_attention(
         q,
         k,

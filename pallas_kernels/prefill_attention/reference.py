@@ -9,7 +9,7 @@ def prefill_attention(
 ) -> jax.Array:
     """The whole [B, N, T, T] matrix at once; rows beyond the length are zero."""
     batch, length, heads, head_dim = q.shape
-    position = jnp.arange(length)
+    position = jnp.arange(length, dtype=jnp.int32)
     valid = position < lengths[:, None]  # [B, T]
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     k, v = (jnp.where(valid[:, :, None, None], x, 0.0) for x in (k, v))

@@ -36,9 +36,9 @@ def _kernel(
     # The last rows have the most keys to read: they start first.
     first = (blocks - 1 - pl.program_id(0)) * block_q
     length = lengths_ref[pl.program_id(2)]
-    rows = first + jnp.arange(block_q)
+    rows = first + jnp.arange(block_q, dtype=jnp.int32)
     q = tiles.load(q_ref, rows, rows < length)  # [block_q, Hp]
-    columns = jnp.arange(block_k)
+    columns = jnp.arange(block_k, dtype=jnp.int32)
 
     def attend(index: jax.Array, carry: Any, whole: bool) -> Any:
         maximum, total, mixed = carry

@@ -40,13 +40,13 @@ def prefill_attention(
         block = lax.dynamic_slice_in_dim(q, start, rows, axis=1)
         block = block.transpose(0, 2, 3, 1, 4)  # [B, K, G, rows, H]
         block = block.reshape(batch, kv_heads, group * rows, head_dim)
-        q_position = start + jnp.arange(rows)
+        q_position = start + jnp.arange(rows, dtype=jnp.int32)
         stop = jnp.minimum(start + rows, longest) if causal else longest
 
         def key_block(index: jax.Array, partial: online_softmax.Partial) -> online_softmax.Partial:
             first = index * columns
             at = jnp.minimum(first, length - columns)
-            position = at + jnp.arange(columns)
+            position = at + jnp.arange(columns, dtype=jnp.int32)
             readable = (position >= first) & (position < lengths[:, None])  # [B, S]
             visible = readable[:, None, None, :]
             if causal:

@@ -126,7 +126,7 @@ class _Block(NamedTuple):
             ref: scales and shifts [groups, W * lanes].
             group: which group of channels.
         """
-        rows = jnp.arange(self.rows)[None, :]
+        rows = jnp.arange(self.rows, dtype=jnp.int32)[None, :]
         index = self.words[:, None] * self.lanes + rows
         valid = index < ref.shape[1] if ref.shape[1] < self.words.size * self.lanes else None
         tile = tiles.gather(ref, (group, index), valid)
@@ -136,7 +136,7 @@ class _Block(NamedTuple):
 
     def visible(self, pair: int) -> jax.Array:
         """Whether the left and the right row of a pair are there, bool [words, 2]."""
-        row = pair + jnp.arange(2) * (self.rows // 2)
+        row = pair + jnp.arange(2, dtype=jnp.int32) * (self.rows // 2)
         return row[None, :] < self.there[:, None]
 
 
@@ -147,7 +147,7 @@ def _parts(x: jax.Array, size: int, axis: int) -> tuple[jax.Array, ...]:
 
 def _right() -> jax.Array:
     """Which columns are of the right side, bool [C]."""
-    return jnp.arange(COLUMNS) >= HEADS
+    return jnp.arange(COLUMNS, dtype=jnp.int32) >= HEADS
 
 
 def _columns(x: jax.Array) -> jax.Array:
@@ -222,7 +222,7 @@ def attend_run(
     def add(index: jax.Array, carry: Columns) -> Columns:
         maximum, total, mixed = carry
         own = begin + index * block_words
-        words = jnp.minimum(first + own, last) + jnp.arange(block_words)
+        words = jnp.minimum(first + own, last) + jnp.arange(block_words, dtype=jnp.int32)
         word = words - first
         there = jnp.where((word >= own) & (word < end), jnp.clip(rows - word * each, 0, each), 0)
         block = _Block(words, there, bits, lanes)
@@ -247,7 +247,7 @@ def _products(query: Query, refs: Any, block: _Block) -> list[jax.Array]:
     for group, (parts, total) in enumerate(zip(query.parts, query.sums, strict=True)):
         products = [jnp.zeros_like(x) for x in found]
         for part in parts:
-            columns = channel + jnp.arange(part.shape[1] // 2)
+            columns = channel + jnp.arange(part.shape[1] // 2, dtype=jnp.int32)
             channel += columns.size
             for pair, codes in enumerate(block.codes(refs.words_k, columns)):
                 codes = codes.reshape(codes.shape[0], -1)
@@ -279,7 +279,7 @@ def _values(
         unit = _power_of_two(jnp.max(largest, axis=0))
         scaled = [(x * (1.0 / unit)[None, :]).astype(jnp.float16) for x in scaled]
         for part in range(group * each, (group + 1) * each):
-            codes = block.codes(refs.words_v, part * size + jnp.arange(size))
+            codes = block.codes(refs.words_v, part * size + jnp.arange(size, dtype=jnp.int32))
             products = [
                 tiles.dot(_sides_as_rows(tile), _sides_as_rows(_by_side(x, axis=1)), trans_a=True)
                 for tile, x in zip(codes, scaled, strict=True)

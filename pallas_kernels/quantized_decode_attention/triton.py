@@ -69,7 +69,7 @@ def _kernel(
     group, groups = new.qkv.shape[0] - 2, packed.affine_k.shape[0]
     head = pl.program_id(1) % trips(group, HEADS) * HEADS  # the first of the program's
     # Eight rows of query heads, every fourth the same; the others are the key.
-    each = jnp.arange(tiles.SMALLEST)
+    each = jnp.arange(tiles.SMALLEST, dtype=jnp.int32)
     heads = jnp.where(each < COLUMNS, head + each % HEADS, group)
     q = rotated(new, heads, (heads < group) | (each >= COLUMNS))
     if case.transform:
@@ -101,7 +101,7 @@ def _kernel(
             bits=bits, lanes=per_word(min(packed.bits)), block_words=sizes.block_words,
         )  # fmt: skip
     maximum, total, mixed = merge_sides(columns)
-    heads = head + jnp.arange(HEADS)
+    heads = head + jnp.arange(HEADS, dtype=jnp.int32)
     if splits == 1:
         _store(results[0], heads, heads < group, [x / total[None, :] for x in mixed])
         return
@@ -121,7 +121,7 @@ def _store(
 ) -> None:
     """Write parts of the channels [., HEADS] of valid heads to a reference [*lead, G, H]."""
     for number, part in enumerate(parts):
-        columns = number * part.shape[0] + jnp.arange(part.shape[0])
+        columns = number * part.shape[0] + jnp.arange(part.shape[0], dtype=jnp.int32)
         index = (*lead, heads[None, :], columns[:, None])
         tiles.scatter(ref, index, valid[None, :] & (columns < ref.shape[-1])[:, None], part)
 

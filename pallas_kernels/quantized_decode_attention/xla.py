@@ -83,8 +83,8 @@ def _attend_run(
             begin = first[number] + index * count
             # A slice past the end would be moved back in silence: move it here, and mask.
             start = jnp.minimum(begin, total - count)
-            word = start + jnp.arange(count)
-            row = (word - first[number])[:, None] * each + jnp.arange(each)
+            word = start + jnp.arange(count, dtype=jnp.int32)
+            row = (word - first[number])[:, None] * each + jnp.arange(each, dtype=jnp.int32)
             readable = ((word >= begin)[:, None] & (row < rows[number])).reshape(-1)
             k = read(packed.words_k, packed.affine_k, start, key_group)
             v = read(packed.words_v, packed.affine_v, start, None)

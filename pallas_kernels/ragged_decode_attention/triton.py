@@ -38,7 +38,7 @@ def attend(
     block_keys: int,
 ) -> Carry:
     """Go on with an online softmax over the rows begin..end of refs' k, v [rows, H]."""
-    lines = jnp.arange(block_keys)
+    lines = jnp.arange(block_keys, dtype=jnp.int32)
 
     def add(index: jax.Array, carry: Carry) -> Carry:
         maximum, total, mixed = carry
@@ -66,7 +66,7 @@ def rotated(new: NewToken, heads: jax.Array, there: jax.Array) -> jax.Array:
         there: bool [R]; the others are zeros.
     """
     head_dim = new.qkv.shape[1]
-    columns = jnp.arange(tiles.padded(head_dim))
+    columns = jnp.arange(tiles.padded(head_dim), dtype=jnp.int32)
     inside = columns < head_dim
     first = columns < head_dim // 2
     angle = jnp.where(first, columns, columns - head_dim // 2)
@@ -101,7 +101,7 @@ def append(
         mine: the token is this split's; else the softmax begins over no key at all.
         scale: factor of the logits.
     """
-    one = jnp.arange(1)
+    one = jnp.arange(1, dtype=jnp.int32)
     v = tiles.load(new.qkv, new.qkv.shape[0] - 1 + one, one == 0)
     for ref, row in zip(grown, (k, v), strict=True):
         tiles.store(ref, fill + one, (one == 0) & mine & (fill < ref.shape[0]), row)
@@ -136,8 +136,8 @@ def _kernel(
         block_keys: rows of a block.
     """
     split, batch = pl.program_id(0), pl.program_id(2)
-    group, one = new.qkv.shape[0] - 2, jnp.arange(1)
-    heads = jnp.arange(tiles.padded(group))
+    group, one = new.qkv.shape[0] - 2, jnp.arange(1, dtype=jnp.int32)
+    heads = jnp.arange(tiles.padded(group), dtype=jnp.int32)
     there = heads < group
     q = rotated(new, heads, there)
     k = rotated(new, group + one, one == 0)
@@ -164,14 +164,14 @@ def _merge_kernel(
     maximum_ref: Any, total_ref: Any, mixed_ref: Any, out_ref: Any, *, parts: int
 ) -> None:
     """References of one query head: maximum, total [parts]; mixed [parts, H]; out [H]."""
-    every = jnp.arange(tiles.padded(parts))
+    every = jnp.arange(tiles.padded(parts), dtype=jnp.int32)
     highest = tiles.gather(maximum_ref, (every,), every < parts)
     highest = jnp.max(jnp.where(every < parts, highest, -jnp.inf), axis=0)
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)
     block = min(MERGED_AT_ONCE, every.size)
 
     def add(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        split = index * block + jnp.arange(block)
+        split = index * block + jnp.arange(block, dtype=jnp.int32)
         maximum = tiles.gather(maximum_ref, (split,), split < parts)
         maximum = jnp.where(split < parts, maximum, -jnp.inf)
         seen = maximum != -jnp.inf  # else nothing more was written
@@ -180,7 +180,7 @@ def _merge_kernel(
         mixed = weights[:, None] * tiles.load(mixed_ref, split, seen)
         return carry[0] + jnp.sum(total, axis=0), carry[1] + jnp.sum(mixed, axis=0)
 
-    columns = jnp.arange(tiles.padded(out_ref.shape[0]))
+    columns = jnp.arange(tiles.padded(out_ref.shape[0]), dtype=jnp.int32)
     nothing = jnp.float32(0), jnp.zeros(columns.shape, jnp.float32)
     total, mixed = lax.fori_loop(0, trips(parts, block), add, nothing)
     mixed = mixed / jnp.where(total == 0.0, 1.0, total)

@@ -67,7 +67,7 @@ def by_sequence(
         attend: gives the attention [1, K, G, H] of the sequence of a number, int32 [].
         batch: sequences, B.
     """
-    numbers, on_cpu = jnp.arange(batch), current_device().platform == "cpu"
+    numbers, on_cpu = jnp.arange(batch, dtype=jnp.int32), current_device().platform == "cpu"
     found = lax.map(attend, numbers) if on_cpu else jax.vmap(attend)(numbers)
     return jax.tree.map(lambda x: x[:, 0], found)
 
@@ -122,7 +122,8 @@ def _attend_rows(
         return seen._replace(mixed=mixed)
 
     def large_blocks(seen: online_softmax.Partial) -> online_softmax.Partial:
-        others = jnp.zeros((1, kv_heads, large // PARTS - 1, group, head_dim))
+        shape = 1, kv_heads, large // PARTS - 1, group, head_dim
+        others = jnp.zeros(shape, jnp.float32)
         mixed = jnp.concatenate([seen.mixed[:, :, None], others], axis=2)
         seen = lax.fori_loop(0, rows // large, large_block, seen._replace(mixed=mixed))
         return seen._replace(mixed=jnp.sum(seen.mixed, axis=2))
@@ -136,7 +137,7 @@ def _attend_rows(
         seen: online_softmax.Partial, done: jax.Array, count: int, trips: jax.Array
     ) -> online_softmax.Partial:
         parts = PARTS if count % PARTS == 0 else 1
-        order = np.arange(count).reshape(parts, -1).T.reshape(-1)
+        order = np.arange(count, dtype=np.int32).reshape(parts, -1).T.reshape(-1)
 
         def small_block(index: jax.Array, seen: online_softmax.Partial) -> online_softmax.Partial:
             begin = first + done + index * count
@@ -174,7 +175,8 @@ def read_rows(
         # the loop. It does slice integers; and what is tied to `start` it leaves in the loop.
         array, start = lax.optimization_barrier((array, start))
         array = lax.bitcast_convert_type(array, jnp.uint16)
-    first, sizes = [number, 0, 0, 0], [1, *array.shape[1:]]
+    zero = jnp.zeros_like(number)
+    first, sizes = [number, zero, zero, zero], [1, *array.shape[1:]]
     first[axis], sizes[axis] = start, count
     found = lax.dynamic_slice(array, first, sizes)
     return lax.bitcast_convert_type(found, kind) if kind == jnp.bfloat16 else found
@@ -210,7 +212,9 @@ def append(tail: Tail, k: jax.Array, v: jax.Array, together: bool) -> Tail:
     def put(rows: jax.Array, new: jax.Array) -> jax.Array:
         new, at = new.astype(rows.dtype), tail.fill
         if not together:
-            return rows.at[jnp.arange(at.size), :, at].set(new[:, :, 0], mode="drop")
+            return rows.at[jnp.arange(at.size, dtype=jnp.int32), :, at].set(
+                new[:, :, 0], mode="drop"
+            )
         # An update past the end would be moved back in silence, onto a row that is in use.
         last = lax.dynamic_slice_in_dim(rows, at[0], 1, axis=2)
         new = jnp.where(at[0] < rows.shape[2], new, last)

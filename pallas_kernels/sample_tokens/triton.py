@@ -37,7 +37,7 @@ def _kernel(
 
     def load(start: Any, size: int) -> tuple[jax.Array, jax.Array]:
         """Ids from a start on, and their logits, -inf beyond the vocabulary."""
-        ids = start + jnp.arange(size)
+        ids = start + jnp.arange(size, dtype=jnp.int32)
         inside = ids < vocabulary
         return ids, jnp.where(inside, tiles.gather(logits_ref, (ids,), inside), -jnp.inf)
 
@@ -66,10 +66,10 @@ def _kernel(
             return jnp.where(x >= border, jnp.exp2((x - maximum) * scale), 0.0)
 
         def count(x: jax.Array, border: jax.Array) -> jax.Array:
-            return jnp.where(x >= border, 1, 0)
+            return (x >= border).astype(jnp.int32)
 
         def equal(x: jax.Array, border: jax.Array) -> jax.Array:
-            return jnp.where(x == border, 1.0, 0.0)
+            return (x == border).astype(jnp.float32)
 
         def total(measure: Callable[..., jax.Array], key: jax.Array, dtype: Any) -> jax.Array:
             """The measure of all logits from the border with this key on."""
@@ -77,7 +77,7 @@ def _kernel(
             sums = each_block(
                 lambda _, x, sums: sums + measure(x, border), jnp.zeros((block,), dtype)
             )
-            return jnp.sum(sums, axis=0)
+            return jnp.sum(sums, axis=0, dtype=dtype)
 
         def search(
             measure: Callable[..., jax.Array],

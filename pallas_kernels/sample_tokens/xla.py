@@ -43,7 +43,7 @@ def sample_tokens(
         mass = jnp.exp((logits - maximum) / temperature[:, None])
         bound = top_p * total(mass, above(border))
         border = _last(mass_reaches, border, jnp.where(top_p < 1, peak, border))
-        edge, ids = value_of(border)[:, None], jnp.arange(vocabulary)
+        edge, ids = value_of(border)[:, None], jnp.arange(vocabulary, dtype=jnp.int32)
         equal, inside = logits == edge, logits > edge
         # Of the equals at the border of the top p only the first ones that are needed stay.
         each = jnp.exp((edge - maximum) / temperature[:, None])[:, 0]

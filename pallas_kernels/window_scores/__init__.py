@@ -102,7 +102,7 @@ def average_pool(scores: jax.Array, last: jax.Array, kernel: int = 5) -> jax.Arr
     """
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"{kernel=} must be odd and at least 1")
-    inside = jnp.arange(scores.shape[-1]) < last[:, None, None]
+    inside = jnp.arange(scores.shape[-1], dtype=jnp.int32) < last[:, None, None]
     scores = jnp.where(inside, scores, 0.0)
     side = (0, 0), (0, 0), (kernel // 2, kernel // 2)
     total = lax.reduce_window(scores, 0.0, lax.add, (1, 1, kernel), (1, 1, 1), side)

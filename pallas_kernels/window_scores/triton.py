@@ -36,12 +36,12 @@ def _rows_kernel(
     """References of one query head: q [W, H]; k [T, H]; maximum, total [splits, W]."""
     block, split, batch = pl.program_id(0), pl.program_id(1), pl.program_id(3)
     start, length = start_ref[batch], lengths_ref[batch]
-    rows = block * block_rows + jnp.arange(block_rows)
+    rows = block * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
     inside = rows < q_ref.shape[0]
     position = start + rows
     real = inside & (position < length)
     q = tiles.load(q_ref, rows, real)
-    columns = jnp.arange(block_keys)
+    columns = jnp.arange(block_keys, dtype=jnp.int32)
 
     def add(index: jax.Array, carry: Any) -> Any:
         maximum, total = carry
@@ -90,9 +90,9 @@ def _columns_kernel(
     block, batch = pl.program_id(0), pl.program_id(2)
     start, length = start_ref[batch], lengths_ref[batch]
     window, group, _ = q_ref.shape
-    keys = block * block_keys + jnp.arange(block_keys)
+    keys = block * block_keys + jnp.arange(block_keys, dtype=jnp.int32)
     k = tiles.load(k_ref, keys, keys < length)
-    lines = jnp.arange(block_rows)
+    lines = jnp.arange(block_rows, dtype=jnp.int32)
     # Rows before the block's first key do not see it.
     first_row = jnp.maximum(block * block_keys - start, 0)
     stop_row = jnp.minimum(length - start, window)
@@ -112,7 +112,8 @@ def _columns_kernel(
             scores += jnp.sum(weights * share[:, None], axis=0)
             if threshold is not None:
                 small = seen & (weights < threshold)
-                zeroed += jnp.sum(jnp.sum(small.astype(jnp.int32), axis=1), axis=0)
+                small = jnp.sum(small.astype(jnp.int32), axis=1, dtype=jnp.int32)
+                zeroed += jnp.sum(small, axis=0, dtype=jnp.int32)
             return scores, zeroed
 
         bounds = first_row // block_rows, trips(stop_row, block_rows)
@@ -212,4 +213,6 @@ def window_scores(
         highest.reshape(batch, kv_heads, group, window),
         share.reshape(batch, kv_heads, group, window),
     )
-    return scores, jnp.sum(zeroed[0], axis=-1).reshape(batch, heads) if counted else None
+    if not counted:
+        return scores, None
+    return scores, jnp.sum(zeroed[0], axis=-1, dtype=jnp.int32).reshape(batch, heads)

@@ -35,7 +35,7 @@ def window_scores(
         # A block that would reach past the end starts earlier and skips what was already done.
         row_at = jnp.minimum(first_row, window - rows)
         block = lax.dynamic_slice_in_dim(q, row_at, rows, axis=1)
-        row = row_at + jnp.arange(rows)
+        row = row_at + jnp.arange(rows, dtype=jnp.int32)
         position = start[:, None] + row  # [B, rows]
         real = (row >= first_row) & (position < lengths[:, None])
         stop = jnp.max(jnp.where(real, position, -1)) + 1
@@ -44,7 +44,7 @@ def window_scores(
         def logits_of(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             """Logits and visibility [B, K, G, rows, S] of a block of keys, and where it begins."""
             at = jnp.minimum(index * columns, keys - columns)
-            key = at + jnp.arange(columns)
+            key = at + jnp.arange(columns, dtype=jnp.int32)
             logits = jnp.einsum(
                 "brkgh,bksh->bkgrs",
                 block,

@@ -53,24 +53,24 @@ class Limits(NamedTuple):
     """A budget for a prompt of m tokens."""
 
     alpha: np.float32  # share of the cache
+    floor: np.float32  # least share of a layer, before it is rounded
     least: int  # lo: fewest tokens of a layer
     most: int  # most tokens of a layer, on average
     even: int  # C: tokens of each layer where all have as many
+    exact: bool  # all layers have L * most tokens together, whatever an allocation asks for
 
 
 def limits(budget: float | str, m: int) -> Limits:
     """A share such as 0.1, or tokens per layer such as "40tok"."""
     hundredth = -(-m // 100)  # 0.01 m, rounded up
     if isinstance(budget, str):
-        tokens = int(budget.removesuffix("tok"))
-        alpha = min(F(1), F(tokens) / F(m))
-        least, most = min(hundredth, tokens), tokens + hundredth + 1
-    else:
-        alpha = min(F(1), F(budget))
-        least = hundredth
-        most = math.ceil((Fraction(str(budget)) + Fraction("0.01")) * m) + 1
-    even = math.floor(alpha * F(m) + F(0.5))
-    return Limits(alpha, least, min(m, most), min(max(even, 1), m))
+        tokens = min(int(budget.removesuffix("tok")), m)
+        floor = min(Fraction(1, 100), Fraction(tokens, 10 * m))
+        least = math.ceil(floor * m)
+        return Limits(F(tokens) / F(m), F(floor), least, tokens, tokens, True)
+    most = math.ceil((Fraction(str(budget)) + Fraction("0.01")) * m) + 1
+    even = math.floor(F(budget) * F(m) + F(0.5))
+    return Limits(F(budget), F(0.01), hundredth, min(m, most), min(max(even, 1), m), False)
 
 
 def run(
@@ -132,7 +132,7 @@ def run(
         if callable(allocation):
             sizes = allocation(m, sparsity).astype(F)
         else:
-            beta = sparsity_shares(sparsity, limit.alpha, renormalize)
+            beta = sparsity_shares(sparsity, limit, renormalize)
             sizes = beta * F(m)
     k = [m] * layers if limit.alpha >= 1 else whole(sizes, m, limit)
 
@@ -183,19 +183,26 @@ def sparsities(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
     return per_head.mean(-1, dtype=F), float(gap)
 
 
-def sparsity_shares(sparsity: np.ndarray, alpha: np.float32, renormalize: bool) -> np.ndarray:
+def sparsity_shares(sparsity: np.ndarray, limit: Limits, renormalize: bool) -> np.ndarray:
     """VL-Cache's shares, beta [L]."""
     layers = len(sparsity)
     dense = F(1) - sparsity
-    part = dense / dense.sum(dtype=F)
-    if not renormalize:
-        return np.clip(part * alpha * F(layers), F(0.01), F(1))
-    # The sum of clip(part * scale) is piecewise linear in the scale, with its corners where a layer
-    # meets a bound: the scale that gives the wanted sum lies between two of them.
-    corners = np.sort(np.concatenate([0.01 / part, 1 / part]).astype(float))
-    sums = [np.clip(part * corner, 0.01, 1).sum() for corner in corners]
-    scale = np.interp(float(alpha) * layers, sums, corners)
-    return np.clip(part * scale, 0.01, 1).astype(F)
+    total = dense.sum(dtype=F)
+    part = dense / total if total > 0 else np.full(layers, 1 / layers, F)
+    if renormalize or limit.exact:
+        return filled(part, float(limit.floor), 1.0, float(limit.alpha) * layers)
+    return np.clip(part * limit.alpha * F(layers), F(0.01), F(1))
+
+
+def filled(part: np.ndarray, least: float, most: float, wanted: float) -> np.ndarray:
+    """clip(part * scale, least, most) with the scale that gives the wanted sum, or a large one."""
+    # The sum is piecewise linear in the scale, with its corners where a layer meets a bound: the
+    # scale that gives the wanted sum lies between two of them.
+    there = part[part > 0].astype(float)
+    corners = np.sort(np.concatenate([[0.0], least / there, most / there]))
+    sums = [np.clip(part * corner, least, most).sum() for corner in corners]
+    scale = np.interp(wanted, sums, corners)
+    return np.clip(part * scale, least, most).astype(F)
 
 
 def pyramid(layers: int, m: int, even: int, window: int, slope: int) -> np.ndarray:
@@ -211,11 +218,18 @@ def pyramid(layers: int, m: int, even: int, window: int, slope: int) -> np.ndarr
     return np.array([most - i * (most - least) / (layers - 1) + window for i in range(layers)], F)
 
 
-def whole(sizes: np.ndarray, m: int, limit: Limits) -> list[int]:
-    """Whole numbers, one token at a time."""
+def whole(sizes: np.ndarray, m: int, limit: Limits, asked: np.float32 | None = None) -> list[int]:
+    """Whole numbers, one token at a time; `asked` is the sum of the sizes, in another order."""
     layers = len(sizes)
-    total = math.floor(sizes.sum(dtype=F) + F(0.5) + F(1e-3))
+    asked = sizes.sum(dtype=F) if asked is None else asked
+    assert asked is not None
+    total = math.floor(asked + F(0.5) + F(1e-3))
     total = min(layers * m, max(layers * limit.least, total), layers * limit.most)
+    if limit.exact:
+        total = layers * limit.most
+        if abs(asked - total) > 0.5 + 1e-5 * total:
+            part = sizes / asked if asked > 0 else np.full(layers, 1 / layers, F)
+            sizes = filled(part, limit.least, m, total)
     k = [min(max(math.floor(x), limit.least), m) for x in sizes]
     while sum(k) < total:
         room = [x - F(n) if n < m else -math.inf for x, n in zip(sizes, k, strict=True)]

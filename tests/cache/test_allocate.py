@@ -1,7 +1,5 @@
 """Layer budgets against the formulas in plain numpy loops."""
 
-import math
-from fractions import Fraction
 from functools import partial
 
 import jax
@@ -11,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.cache import numpy_methods
 from vlcache_jax.cache import allocate as rules
 from vlcache_jax.cache.allocate import Pyramid, Sparsity, Uniform
 from vlcache_jax.cache.budget import Budget, Prompt
@@ -53,18 +52,8 @@ BUDGETS = st.one_of(
 )
 
 
-def share_of(budget, m):
-    return F(budget.share) if budget.share is not None else min(F(1), F(budget.tokens) / F(m))
-
-
-def least(budget, m):
-    lo = max(1, math.ceil(F(0.01) * F(m) - F(1e-4)))
-    return lo if budget.tokens is None else min(lo, budget.tokens)
-
-
-def most(budget, m):
-    share = Fraction(str(budget.share or 0)) + Fraction("0.01")  # exact: 0.06 * 50 is 3, not above
-    return min(m, math.ceil(share * m) + (budget.tokens or 0) + 1)
+def limits_of(budget, m):
+    return numpy_methods.limits(str(budget) if budget.share is None else budget.share, m)
 
 
 def sizes_of(gamma, budget, m, **options):
@@ -73,24 +62,15 @@ def sizes_of(gamma, budget, m, **options):
 
 def numpy_whole(x, budget, m):
     """The integer rule, one token at a time."""
-    if share_of(budget, m) >= 1:
-        return [m] * len(x)
-    layers, lo = len(x), least(budget, m)
-    total = int(np.floor(F(sum_like_jax(x) + F(0.501))))
-    total = min(layers * m, max(layers * lo, total), layers * most(budget, m))
-    k = [min(max(int(np.floor(v)), lo), m) for v in x]
-    while sum(k) < total:
-        rest = [F(v - F(n)) if n < m else -np.inf for v, n in zip(x, k, strict=True)]
-        k[rest.index(max(rest))] += 1
-    while sum(k) > total:
-        rest = [F(v - F(n)) if n > lo else np.inf for v, n in zip(x, k, strict=True)]
-        k[rest.index(min(rest))] -= 1
-    return k
+    limit, layers = limits_of(budget, m), len(x)
+    if limit.alpha >= 1:
+        return [m] * layers
+    return numpy_methods.whole(np.asarray(x, F), m, limit, asked=sum_like_jax(x))
 
 
 def sum_like_jax(x):
     """Float32 sums depend on their order: take the one that is used."""
-    return np.asarray(jnp.sum(jnp.asarray(x, jnp.float32)))
+    return F(jnp.sum(jnp.asarray(x, jnp.float32)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -112,9 +92,7 @@ def test_sparsity_budgets(budget, m, extra, seed, kind):
     }[kind].astype(F)
     beta = sparsity_shares(jnp.asarray(gamma)[None], budget, jnp.array([m]))
     sizes = beta * F(m)
-    dense = F(1) - gamma
-    part = dense / dense.sum() if dense.sum() > 0 else np.full(layers, F(1) / layers)
-    expected = np.clip(part * share_of(budget, m) * layers, 0.01, 1)
+    expected = numpy_methods.sparsity_shares(gamma, limits_of(budget, m), renormalize=False)
     np.testing.assert_allclose(beta[0], expected, rtol=1e-5)
     ours = np.asarray(allocate(sizes, budget, jnp.array([m])))[0]
     assert ours.tolist() == numpy_whole(np.asarray(sizes)[0], budget, m)
@@ -124,7 +102,9 @@ def test_sparsity_budgets(budget, m, extra, seed, kind):
 def bounds(k, budget, m, bucket):
     assert (k >= 1).all()
     assert (k <= m).all()
-    assert k.sum() <= len(k) * most(budget, m)
+    assert k.sum() <= len(k) * limits_of(budget, m).most
+    if budget.tokens is not None:
+        assert k.sum() == len(k) * min(budget.tokens, m)
     assert k.sum() <= budget.capacity(len(k), bucket)
 
 
@@ -139,8 +119,9 @@ def test_uniform_and_pyramid(text, layers):
     falling = np.asarray(pyramid_sizes(budget, m, layers))
     pyramid = np.asarray(allocate(falling, budget, m))
     for row, length in enumerate(lengths.tolist()):
-        even = min(max(1, int(np.floor(share_of(budget, length) * F(length) + F(0.5)))), length)
-        assert uniform[row].tolist() == [max(even, least(budget, length))] * layers
+        limit = limits_of(budget, length)
+        even = limit.even
+        assert uniform[row].tolist() == [max(even, limit.least)] * layers
 
         w = min(32, max(1, even // 2))
         rest = even - w
@@ -165,7 +146,9 @@ def test_any_sizes_become_whole_ones(data, m, layers):
     sizes = np.array(data.draw(st.lists(size, min_size=layers, max_size=layers)), F)
     budget = data.draw(BUDGETS)
     k = np.asarray(allocate(jnp.asarray(sizes)[None], budget, jnp.array([m])))[0]
-    assert k.tolist() == numpy_whole(sizes, budget, m)
+    if budget.tokens is None:  # else they are scaled, and rounded by that
+        assert k.tolist() == numpy_whole(sizes, budget, m)
+    assert np.abs(k - numpy_whole(sizes, budget, m)).max() <= 1
     bounds(k, budget, m, m)
 
 
@@ -252,9 +235,11 @@ def test_budgets_are_written_as_they_are_read(budget):
     assert Budget.parse(str(budget)) == budget
 
 
-@pytest.mark.parametrize("text", ["", "tok", "0", "-1", "0tok", "nan", "10%", "1.5tok", "inf"])
+@pytest.mark.parametrize(
+    "text", ["", "tok", "0", "-1", "0tok", "nan", "10%", "1.5tok", "inf", True, None, [0.1]]
+)
 def test_bad_budgets_are_refused(text):
-    with pytest.raises(ValueError, match="share"):
+    with pytest.raises(ValueError, match=r"share|tokens"):
         Budget.parse(text)
 
 

@@ -170,7 +170,10 @@ def test_saturation_at_both_ends():
         (lambda: AKVQ(recent_ratio=-0.1), "recent_ratio=-0.1"),
         (lambda: AKVQ(group=-4), "group=-4"),
         (lambda: AKVQ(tsa_layers=(0, 4)).for_decoder("llama", 4), r"tsa_layers \[4\] are not"),
-        (lambda: AKVQ(tsa_layers=(-1,)).for_decoder("mistral", 4), r"tsa_layers \[-1\]"),
+        (
+            lambda: AKVQ(tsa_layers=(-1,)).for_decoder("mistral", 4),
+            r"tsa_layers\[0\]=-1 must be at least 0",
+        ),
         (lambda: KIVI(bits=5), "bits"),
         (lambda: KIVI(recent=-1), "recent=-1"),
         (lambda: KIVI(group=0), "group=0"),

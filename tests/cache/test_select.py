@@ -72,6 +72,51 @@ def test_first_and_last_rows_are_kept_whatever_their_score(seed, sinks, ends):
         assert own.sum() == budgets[b, layer]
 
 
+def test_scores_that_are_no_numbers_rank_inside_the_prompt():
+    """Kept always, then +inf, numbers, -inf, NaN, then what stands beyond the prompt's end."""
+    nan, inf = np.nan, np.inf
+    scores = np.array([nan, 1.0, -inf, inf, 0.0, nan, 2.0, inf, -1.0, nan, inf, nan], np.float32)
+    m, first, last = 10, 1, 2  # beyond the end stand +inf and NaN
+    order = rank_rows(
+        jnp.asarray(scores).reshape(1, 1, 1, -1),
+        jnp.full((1, 1), first),
+        jnp.full((1, 1), last),
+        jnp.array([m]),
+    )
+    assert order[0, 0, 0].tolist() == [0, 8, 9, 3, 7, 6, 1, 4, 2, 5, 10, 11]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), sinks=st.integers(0, 3), ends=st.integers(0, 5))
+def test_any_scores_are_ranked_as_in_plain_python(seed, sinks, ends):
+    scores, m, budgets = draw(seed)
+    rng = np.random.default_rng(seed)
+    special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0], np.float32)
+    scores = np.where(rng.random(scores.shape) < 0.7, rng.choice(special, scores.shape), scores)
+    first = np.minimum(sinks, budgets // 2)
+    last = np.minimum(ends, budgets - first)
+    order = rank_rows(*map(jnp.asarray, (scores, first, last, m)))
+
+    def place(score, position, b, layer):
+        always = position < first[b, layer] or position >= m[b] - last[b, layer]
+        if position >= m[b] or always:
+            return (3 if position >= m[b] else 0), 0, position
+        return (2, 0, position) if np.isnan(score) else (1, -score, position)
+
+    for b, layer, head in np.ndindex(B, L, K):
+        own = scores[b, layer, head]
+        want = sorted(range(T), key=lambda j: place(own[j], j, b, layer))
+        assert np.asarray(order)[b, layer, head].tolist() == want
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64, np.int32])
+def test_scores_of_any_type_are_ranked(kind):
+    scores, m, _ = draw(3, ties=True)
+    plain, other = (rank_rows(jnp.asarray(x), NONE, NONE, jnp.asarray(m))
+                    for x in (scores, scores.astype(kind)))  # fmt: skip
+    assert (plain == other).all()
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), spare=st.sampled_from([0, 9]))
 def test_compaction_gathers_the_kept_rows(seed, spare):

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.cli.program import refused
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,3 +42,11 @@ def test_a_module_of_the_working_directory_does_not_stand_in_for_conversion(tmp_
     assert done.returncode == 0, done.stderr
     assert "Convert a checkpoint to Orbax" in done.stdout
     assert not done.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "info", "inspect"])
+@pytest.mark.parametrize("budget", ["10", "256"])
+def test_a_bare_number_of_tokens_or_per_cent_is_refused(command, budget):
+    asked = ("--prompt", "x") if command != "info" else ()
+    for reading in ("0.1 for 10 %", f"{budget}tok for {budget} tokens"):
+        refused(reading, command, "demo", *asked, "--json", "--kv-budget", budget)

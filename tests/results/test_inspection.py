@@ -12,8 +12,9 @@ from PIL import Image
 import vlcache_jax
 from tests.inspections import made_up_inspection
 from tests.tiny import picture
-from vlcache_jax import VLCache
+from vlcache_jax import RTN, Custom, FullCache, VLCache
 from vlcache_jax.cache.quantizers import make_quantizer
+from vlcache_jax.errors import short
 from vlcache_jax.results.inspection import figures
 
 METHODS = (VLCache(0.3, quantize=make_quantizer("4")),)
@@ -277,3 +278,45 @@ def test_without_matplotlib_the_extra_is_named(made_up, tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"vlcache-jax\[bench\]"):
         made_up.save_figures(tmp_path / "figures")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_two_columns_have_one_label(vlm):
+    """Settings of one name are told apart by what differs between them."""
+
+    def own(layer):
+        return layer.k.sum(-1).swapaxes(1, 2)
+
+    methods = [
+        VLCache(0.3),
+        VLCache(0.3, threshold=0.1),
+        VLCache(0.3, threshold=0.1, recent_ratio=0.5),
+        VLCache(0.2),
+        RTN(bits=2, transform=True),
+        RTN(bits=4),
+        Custom(0.3),
+        Custom(0.3, score=own),
+    ]
+    found = vlcache_jax.inspect(vlm, text="a b c", methods=methods, max_new_tokens=1)
+    labels = [outcome.label for outcome in found.outcomes]
+    assert labels == [
+        "vl-cache 0.3, recent_ratio=0.1, threshold=0.01",
+        "vl-cache 0.3, recent_ratio=0.1, threshold=0.1",
+        "vl-cache 0.3, recent_ratio=0.5, threshold=0.1",
+        "vl-cache 0.2",
+        "full+rtn, bits=2, transform=True",
+        "full+rtn, bits=4, transform=False",
+        "custom 0.3, score=post-vision",
+        f"custom 0.3, score={short(own.__qualname__)}",
+    ]
+    assert len({*labels, found.full.label}) == 9
+    assert list(found.settings["methods"]) == [found.full.label, *labels]
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [[VLCache(0.3), VLCache(0.3)], [VLCache("0.30"), VLCache(0.3)], [FullCache()], ["full"]],
+)
+def test_two_columns_that_cannot_be_told_apart_are_refused(vlm, methods):
+    with pytest.raises(ValueError, match="several columns would be called") as refused:
+        vlcache_jax.inspect(vlm, text="a b c", methods=methods, max_new_tokens=1)
+    assert "\n" not in str(refused.value)

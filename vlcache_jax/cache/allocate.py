@@ -2,8 +2,8 @@
 
 An allocation is two steps. A rule gives every layer a real-valued size x[l]: `Sparsity` for
 VL-Cache, `Uniform`, `Pyramid`, or a function of the user's own. `allocate` turns the sizes into
-whole numbers k[l] whose sum never exceeds what the pool was made for. All of it is float32 and
-int32 data: the same program serves every prompt.
+whole numbers k[l] whose sum never exceeds what the pool was made for; for a budget in tokens it is
+exactly that. All of it is float32 and int32 data: the same program serves every prompt.
 
 Shapes: sizes and budgets [B, L]; m, the true prompt lengths, int32 [B].
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vlcache_jax.cache.budget import FLOOR, Limits, Prompt
+from vlcache_jax.cache.budget import Limits, Prompt
 from vlcache_jax.cache.score import Layer, PostVisionRows, Window
 
 _MOST = 2**23  # sizes beyond any prompt's length; whole numbers up to here are exact in float32
@@ -56,6 +56,9 @@ class Sparsity(Allocation):
     beta[l] = clip((1 - gamma'[l]) / sum_k (1 - gamma'[k]) * alpha * L, 0.01, 1). The paper does not
     say what happens when all layers are wholly sparse; here each is then given the same.
 
+    The paper's budgets are shares. Of one in tokens, N of a prompt of m, the floor is
+    min(0.01, 0.1 * N / m), and what the clip adds is always taken back (choices of this library).
+
     Attributes:
         renormalize: hand out again what the clip cut off, so that the shares add up to alpha * L
             (not in the paper).
@@ -74,14 +77,14 @@ class Sparsity(Allocation):
 
     def beta(self, prompt: Prompt, measured: jax.Array) -> jax.Array:
         """Each layer's share of the prompt, float32 [B, L], from the sparsity gamma' [B, L]."""
-        dense = 1.0 - measured.astype(jnp.float32)
-        total = jnp.sum(dense, axis=-1, keepdims=True)
-        fair = jnp.full_like(dense, 1.0 / prompt.layers)
-        part = jnp.where(total > 0, dense / jnp.where(total > 0, total, 1.0), fair)
-        wanted = prompt.budget.shares(prompt.length)[:, None] * prompt.layers
-        if self.renormalize:
-            return _renormalized(part, wanted)
-        return jnp.clip(part * wanted, FLOOR, 1.0)
+        part, budget, m = _parts(1.0 - measured.astype(jnp.float32)), prompt.budget, prompt.length
+        floor, wanted = budget.floor(m)[:, None], budget.shares(m)[:, None] * prompt.layers
+        again = (budget.tokens > 0) | self.renormalize
+        return _where_any(
+            jnp.broadcast_to(again, m.shape)[:, None],
+            lambda: _renormalized(part, wanted, floor, 1.0),
+            jnp.clip(part * wanted, floor, 1.0),
+        )
 
     def sizes(self, prompt: Prompt, measured: jax.Array) -> jax.Array:
         """The shares times m."""
@@ -141,7 +144,7 @@ class AllocationFunction(Allocation):
 
     Attributes:
         function: of (prompt, sparsity [B, L]); gives sizes in tokens [B, L], of which `allocate`
-            makes whole numbers that fit the budget's pool.
+            makes whole numbers that fit the budget's pool, and add up to a budget in tokens.
     """
 
     function: Callable[[Prompt, jax.Array], jax.Array]
@@ -166,20 +169,42 @@ ALLOCATIONS: dict[str, Allocation] = {
 """The rules by the name that `Custom` takes."""
 
 
-def _renormalized(part: jax.Array, wanted: jax.Array) -> jax.Array:
-    """clip(part * scale, 0.01, 1) with the scale, found by bisection, that adds up to `wanted`."""
-    wanted = jnp.maximum(wanted, FLOOR * part.shape[-1])
+def _parts(sizes: jax.Array) -> jax.Array:
+    """Sizes [B, L] as parts of their sum; equal ones where all are 0."""
+    total = jnp.sum(sizes, axis=-1, keepdims=True)
+    fair = jnp.full_like(sizes, 1.0 / sizes.shape[-1])
+    return jnp.where(total > 0, sizes / jnp.where(total > 0, total, 1.0), fair)
+
+
+def _renormalized(
+    part: jax.Array, wanted: jax.Array, least: jax.Array, most: jax.Array | float
+) -> jax.Array:
+    """clip(part * scale, least, most) with the scale, found by bisection, that adds up to `wanted`.
+
+    Bounds and `wanted` are [B, 1]. Where no scale does, as some parts are 0, it is a large one.
+    """
+    wanted = jnp.maximum(wanted, least * part.shape[-1])
 
     def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low + high) / 2
-        reached = jnp.sum(jnp.clip(part * middle, FLOOR, 1.0), axis=-1, keepdims=True) >= wanted
+        reached = jnp.sum(jnp.clip(part * middle, least, most), axis=-1, keepdims=True) >= wanted
         return jnp.where(reached, low, middle), jnp.where(reached, middle, high)
 
     # The scale at which even the smallest part fills its layer is enough for any total.
-    high = 1.0 / jnp.maximum(jnp.min(part, axis=-1, keepdims=True), 1e-6)
+    high = most / jnp.maximum(jnp.min(part, axis=-1, keepdims=True), 1e-6)
     _, scale = lax.fori_loop(0, 60, halve, (jnp.zeros_like(high), high))
-    return jnp.clip(part * scale, FLOOR, 1.0)
+    return jnp.clip(part * scale, least, most)
+
+
+def _where_any(rows: jax.Array, new: Callable[[], jax.Array], old: jax.Array) -> jax.Array:
+    """`new()` for some rows [B, 1] of a batch, `old` [B, L] for others; not run where it is none's.
+
+    A loop of small steps takes its time on a GPU; most budgets are shares, and do without. For them
+    `old` does not pass through the branch, in front of which XLA would round it.
+    """
+    found = lax.cond(jnp.any(rows), new, lambda: jnp.zeros_like(old))
+    return jnp.where(rows, found, old)
 
 
 def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:
@@ -190,29 +215,47 @@ def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:
     Ties go to the lower layer. (The paper leaves the rounding open.) A sequence whose share is 1
     keeps everything.
 
+    For N tokens per layer the sum is L * min(N, m) whatever the sizes add up to: they are scaled to
+    that, within lo and m, where they add up to anything else.
+
     Args:
         sizes: x, float32 [B, L].
         budget: what may be kept: gives lo and the most rows.
         m: true prompt lengths, int32 [B].
 
     Returns:
-        k, int32 [B, L]; 1 <= k <= m, and a row's sum is at most L * `budget.most(m)`.
+        k, int32 [B, L]; 1 <= k <= m, and a row's sum is at most L * `budget.most(m)`, for a budget
+        in tokens exactly that.
     """
     layers = sizes.shape[-1]
     x = jnp.clip(jnp.nan_to_num(sizes.astype(jnp.float32)), 0, _MOST)
+    exact = jnp.broadcast_to(budget.tokens > 0, m.shape)[:, None]
     lo, most, whole, m = (
         each[:, None] for each in (budget.least(m), budget.most(m), budget.shares(m) >= 1, m)
     )
     # To the nearest whole number; a half that the sum's own rounding made smaller is one still.
-    total = jnp.floor(jnp.sum(x, axis=-1, keepdims=True) + jnp.float32(0.501))
+    asked = jnp.sum(x, axis=-1, keepdims=True)
+    total = jnp.floor(asked + jnp.float32(0.501))
     total = jnp.maximum(layers * lo, total.astype(jnp.int32))
-    total = jnp.minimum(total, layers * most)
+    total = jnp.where(exact, layers * most, jnp.minimum(total, layers * most))
+    # Sizes that add up to that but for roundings stay as they are, to the last bit.
+    far = exact & (jnp.abs(asked - _real(total)) > 0.5 + 1e-5 * _real(total))
+    x = _where_any(far, lambda: _renormalized(_parts(x), *map(_real, (total, lo, m))), x)
     k = jnp.clip(jnp.floor(x).astype(jnp.int32), lo, m)
-    missing = total - jnp.sum(k, axis=-1, keepdims=True)
+    missing = total - _count(k)
     k = _hand_out(x, k, m, missing)
     # Taking from the smallest x - k down to lo is giving to the largest (-x) - (-k) up to -lo.
     k = -_hand_out(-x, -k, -lo, -missing)
     return jnp.where(whole, m, k)
+
+
+def _real(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def _count(tokens: jax.Array) -> jax.Array:
+    """Tokens of all layers together: int32 [B, L] -> [B, 1]."""
+    return jnp.sum(tokens, axis=-1, keepdims=True, dtype=jnp.int32)
 
 
 def _hand_out(x: jax.Array, k: jax.Array, limit: jax.Array, count: jax.Array) -> jax.Array:
@@ -232,12 +275,12 @@ def _hand_out(x: jax.Array, k: jax.Array, limit: jax.Array, count: jax.Array) ->
     def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # too many tokens above `low`, not too many above `high`
         middle = (low + high) // 2
-        fits = jnp.sum(given(middle), axis=-1, keepdims=True) <= count
+        fits = _count(given(middle)) <= count
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
 
     bounds = jnp.full_like(count, -2 * _MOST), jnp.full_like(count, 2 * _MOST)
     _, s = lax.fori_loop(0, 26, halve, bounds)
-    left = count - jnp.sum(given(s), axis=-1, keepdims=True)
+    left = count - _count(given(s))
     more = given(s - 1) > given(s)
     order = jnp.argsort(jnp.where(more, above.astype(jnp.float32) - x, jnp.inf), axis=-1)
     rank = jnp.argsort(order, axis=-1)

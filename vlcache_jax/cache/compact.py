@@ -36,10 +36,10 @@ def compact(
         copies of some row and are never read.
     """
     batch, layers, _, rows = order.shape
-    end = jnp.cumsum(budgets, axis=-1)  # [B, L]
+    end = jnp.cumsum(budgets, axis=-1, dtype=jnp.int32)  # [B, L]
     offset = end - budgets
-    slot = jnp.arange(capacity)
-    layer = jnp.sum(slot[:, None] >= end[:, None, :], axis=-1)  # [B, capacity]
+    slot = jnp.arange(capacity, dtype=jnp.int32)
+    layer = jnp.sum(slot[:, None] >= end[:, None, :], axis=-1, dtype=jnp.int32)  # [B, capacity]
     layer = jnp.minimum(layer, layers - 1)
     rank = jnp.minimum(slot - jnp.take_along_axis(offset, layer, axis=-1), rows - 1)
     order = jnp.broadcast_to(order, (batch, layers, k.shape[1], rows))

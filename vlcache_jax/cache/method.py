@@ -16,7 +16,7 @@ from vlcache_jax.cache.allocate import Allocation, allocate
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
-from vlcache_jax.cache.quantize import Quantizer
+from vlcache_jax.cache.quantize import Quantizer, groups
 from vlcache_jax.cache.score import Layer, Score
 from vlcache_jax.cache.select import kept_rows, rank_rows
 from vlcache_jax.cache.state import Pool, round_up, whole_capacity
@@ -68,7 +68,7 @@ class Plan:
     def kept(self, prompt: Prompt) -> jax.Array:
         """Which tokens are kept, bool [B, L, K or 1, T]."""
         if self.order is None:
-            inside = jnp.arange(prompt.rows) < prompt.length[:, None]
+            inside = jnp.arange(prompt.rows, dtype=jnp.int32) < prompt.length[:, None]
             return jnp.broadcast_to(inside[:, None, None, :], (*self.budgets.shape, 1, prompt.rows))
         return kept_rows(self.order, self.budgets)
 
@@ -78,7 +78,7 @@ class CacheMethod:
     """A way to keep a part of a prompt's cache; the base of all methods.
 
     The lengths are per layer: all kv heads of a layer keep equally many tokens, each its own unless
-    `shared_heads`. A budget of 1 or more keeps everything: nothing is scored or moved.
+    `shared_heads`. A budget of 1 keeps everything: nothing is scored or moved.
 
     Attributes:
         budget: the share of the whole cache to keep (0.1 is 10 %), or tokens per layer ("256tok").
@@ -126,9 +126,14 @@ class CacheMethod:
         Args:
             config: the decoder.
             tsa_layers: text-salient layers that were calibrated for the checkpoint, if any were.
+
+        Raises:
+            ValueError: the model cannot take a setting: groups that do not divide its head dim,
+                layers that it does not have.
         """
         if self.quantize is None:
             return self
+        groups(config.head_dim, self.quantize.group)  # refused now, not when rows are packed
         kind, layers = config.kind, config.num_layers
         return replace(self, quantize=self.quantize.for_decoder(kind, layers, tsa_layers))
 
@@ -238,7 +243,9 @@ class CacheMethod:
             most = min(round_up(prompt.rows), k.shape[2])
             return Pool(k, v, offset, plan.budgets, _count(visual), most)
         visual = jnp.take_along_axis(visual, plan.order, axis=-1)
-        visual = visual & (jnp.arange(prompt.rows) < plan.budgets[:, :, None, None])
+        visual = visual & (
+            jnp.arange(prompt.rows, dtype=jnp.int32) < plan.budgets[:, :, None, None]
+        )
         capacity = self.limit.capacity(prompt.layers, prompt.rows)
         return compact(k, v, plan.order, plan.budgets, _count(visual), capacity)
 

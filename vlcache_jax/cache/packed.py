@@ -69,7 +69,7 @@ class PackedPool:
     @property
     def length(self) -> jax.Array:
         """Rows of the prompt in each layer, int32 [B, L]."""
-        return jnp.sum(self.counts, axis=-1)
+        return jnp.sum(self.counts, axis=-1, dtype=jnp.int32)
 
     @property
     def visual(self) -> jax.Array:
@@ -195,7 +195,9 @@ def build_packed(
     def pack_block(index: jax.Array, made: Packed) -> Packed:
         # The last ones may be packed twice.
         start = jnp.minimum(index * block, capacity.words - block)
-        bits, layer, rank, inside = _slots(quantizer, counts, first, start + jnp.arange(block))
+        bits, layer, rank, inside = _slots(
+            quantizer, counts, first, start + jnp.arange(block, dtype=jnp.int32)
+        )
         rank = jnp.minimum(rank, prompt_rows - 1)
         base = jnp.broadcast_to((layer * prompt_rows)[..., None], rank.shape)
         base, rank = (part.reshape(batch, 1, -1) for part in (base, rank))
@@ -222,7 +224,7 @@ def build_packed(
     made = lax.fori_loop(0, -(-capacity.words // block), pack_block, made)
     words_k, words_v, affine_k, affine_v = made
     if quantizer.residual is not None:
-        own = capacity.words + jnp.arange(rows.shape[1]) * capacity.reserved
+        own = capacity.words + jnp.arange(rows.shape[1], dtype=jnp.int32) * capacity.reserved
         own = jnp.broadcast_to(own.astype(jnp.int32)[:, None], (*rows.shape[:2], 1))
         first = jnp.concatenate([first, own], axis=-1)
         rows = jnp.concatenate([rows, jnp.zeros_like(own)], axis=-1)
@@ -232,7 +234,7 @@ def build_packed(
 
 def first_words(quantizer: Quantizer, rows: jax.Array) -> jax.Array:
     """Word-rows at which runs of so many rows begin, layer after layer, int32 [B, L, runs]."""
-    each = jnp.array([per_word(bits) for bits in quantizer.widths])
+    each = jnp.array([per_word(bits) for bits in quantizer.widths], jnp.int32)
     words = -(-rows // (each * quantizer.align)) * quantizer.align
     end = jnp.cumsum(words.reshape(rows.shape[0], -1), axis=-1, dtype=jnp.int32)
     return end.reshape(rows.shape) - words.astype(jnp.int32)
@@ -250,13 +252,14 @@ def _slots(
     batch, _, runs = first.shape
     starts = first.reshape(batch, -1)  # [B, L * runs], ascending
     # Empty runs begin where the next one does: the last run that begins at or before the word.
-    run = jnp.sum(words[:, None] >= starts[:, None, :], axis=-1) - 1  # [B, slots]
+    run = jnp.sum(words[:, None] >= starts[:, None, :], axis=-1, dtype=jnp.int32) - 1  # [B, slots]
     width = run % runs
     bits = jnp.array(quantizer.widths, jnp.uint32)[width]
-    each = jnp.array([per_word(b) for b in quantizer.widths])[width]
-    before = jnp.cumsum(counts, axis=-1)[..., :-1].reshape(batch, -1)  # rows of a layer before it
+    each = jnp.array([per_word(b) for b in quantizer.widths], jnp.int32)[width]
+    before = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)[..., :-1]  # rows of a layer before it
+    before = before.reshape(batch, -1)
     rows = counts[..., 1:].reshape(batch, -1)
-    lane = jnp.arange(quantizer.lanes)
+    lane = jnp.arange(quantizer.lanes, dtype=jnp.int32)
     inner = words - jnp.take_along_axis(starts, run, axis=-1)
     row = (inner * each)[..., None] + lane  # [B, slots, lanes]
     inside = (row < jnp.take_along_axis(rows, run, axis=-1)[..., None]) & (lane < each[..., None])
@@ -348,7 +351,7 @@ def spill(pool: PackedPool, tail: Tails) -> tuple[PackedPool, Tails]:
         k, v = (x[:, :, :count].reshape(*x.shape[:2], -1, each, x.shape[3]) for x in parts)
         k, v = (jnp.pad(x, [*[(0, 0)] * 3, (0, lanes - each), (0, 0)]) for x in (k, v))
         shape = k.shape[0], k.shape[2]
-        inside = jnp.broadcast_to(jnp.arange(lanes) < each, (*shape, lanes))
+        inside = jnp.broadcast_to(jnp.arange(lanes, dtype=jnp.int32) < each, (*shape, lanes))
         # As many for every sequence: the whole batch began to decode at once.
         word = pool.first[0, layer, -1] + pool.rows[0, layer, -1] // each
         widths = jnp.full(shape, bits, jnp.uint32)

@@ -70,7 +70,11 @@ def groups(head_dim: int, group: int) -> int:
     if head_dim <= group:
         return 1
     if head_dim % group:
-        raise ValueError(f"{head_dim=} must be a multiple of {group=}, or at most that")
+        fitting = (str(size) for size in range(1, head_dim) if head_dim % size == 0)
+        raise ValueError(
+            f"{head_dim=} must be a multiple of {group=}, or at most that: choose group="
+            f"{', '.join(fitting)}, or {head_dim} and more"
+        )
     return head_dim // group
 
 

@@ -25,6 +25,7 @@ from pallas_kernels.packing import BITS
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.quantize import WORD_BLOCK, Quantizer
 from vlcache_jax.cache.select import Rows, recent_rows
+from vlcache_jax.errors import short, whole_numbers
 
 TSA_LAYERS: dict[str, tuple[int, ...]] = {"llama": (0, 1), "mistral": ()}
 """Text-salient layers by the kind of decoder, as the paper found them."""
@@ -58,6 +59,9 @@ class AKVQ(Quantizer):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.tsa_layers is not None:
+            layers = whole_numbers(self.tsa_layers, "tsa_layers")
+            object.__setattr__(self, "tsa_layers", layers)
         if self.pivots < 0 or not 0 <= self.recent_ratio <= 1:
             raise ValueError(
                 f"pivots={self.pivots} must be at least 0, recent_ratio={self.recent_ratio} from "
@@ -86,8 +90,11 @@ class AKVQ(Quantizer):
         chosen = tsa_layers if self.tsa_layers is None else self.tsa_layers
         if chosen is None:
             chosen = tuple(i for i in TSA_LAYERS[kind] if i < layers)
-        if wrong := [i for i in chosen if not 0 <= i < layers]:
-            raise ValueError(f"tsa_layers {wrong} are not layers of a model that has {layers}")
+        if wrong := [i for i in chosen if i >= layers]:
+            raise ValueError(
+                f"tsa_layers {short(wrong)} are not layers of a model that has {layers}: choose "
+                f"from 0 to {layers - 1}"
+            )
         return replace(self, tsa_layers=chosen)
 
     def recent_rows(self, kept: Rows, evicts: bool) -> Rows:
@@ -99,7 +106,7 @@ class AKVQ(Quantizer):
         count = min(self.pivots, prompt.rows)
         if salience is None or count == 0:
             return None
-        position = jnp.arange(prompt.rows)
+        position = jnp.arange(prompt.rows, dtype=jnp.int32)
         inside = position < prompt.length[:, None, None]
         chosen = lax.top_k(jnp.where(inside, salience, -jnp.inf), count)[1]  # [B, L, count]
         pivots = jnp.any(position == chosen[..., None], axis=-2)

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.window_scores import WindowScores, average_pool, window_scores
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.select import recent_rows
+from vlcache_jax.errors import whole_number
 
 
 class Window:
@@ -130,7 +132,9 @@ class Layer:
         prompt, q = self.prompt, self.q
         start = prompt.length - window.rows(prompt)
         if window.maximum is not None:
-            row = jnp.minimum(start[:, None] + jnp.arange(window.most(prompt)), prompt.rows - 1)
+            row = jnp.minimum(
+                start[:, None] + jnp.arange(window.most(prompt), dtype=jnp.int32), prompt.rows - 1
+            )
             q = jnp.take_along_axis(q, row[:, :, None, None], axis=1)  # [B, W, N, H]
         return window_scores(
             q, self.k, start, prompt.length, threshold=threshold, backend=self.backend
@@ -258,17 +262,27 @@ class Noise(RecentScore):
     tokens in any batch and any bucket.
 
     Attributes:
-        seed: of the draws.
+        seed: of the draws, an integer; taken modulo 2**32.
+
+    Raises:
+        ValueError: it is no integer.
     """
 
     seed: int = 0
 
+    def __post_init__(self):
+        super().__post_init__()
+        whole_number(self.seed, "seed")
+
     def __call__(self, layer: Layer) -> jax.Array:
         """See the class."""
         batch, rows, heads, _ = layer.k.shape
-        key = jax.random.fold_in(jax.random.key(self.seed), layer.index)
-        keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(jnp.arange(rows))
-        draws = jax.vmap(lambda key: jax.random.uniform(key, (heads,)))(keys)  # [T, K]
+        # The seed's type is given: that of a Python number depends on how JAX is set.
+        key = jax.random.fold_in(jax.random.key(np.uint32(self.seed % 2**32)), layer.index)
+        keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(
+            jnp.arange(rows, dtype=jnp.int32)
+        )
+        draws = jax.vmap(lambda key: jax.random.uniform(key, (heads,), jnp.float32))(keys)  # [T, K]
         return jnp.broadcast_to(draws.T, (batch, heads, rows))
 
 

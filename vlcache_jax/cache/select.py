@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_LARGEST = np.finfo(np.float32).max
+_NEXT_LARGEST = np.nextafter(_LARGEST, np.float32(0))
+
 Rows = TypeVar("Rows", jax.Array, np.ndarray)
 """Counts of rows, on the device or on the host."""
 
@@ -36,12 +39,13 @@ def recent_rows(kept: Rows, recent_ratio: float) -> Rows:
 def rank_rows(scores: jax.Array, first: jax.Array, last: jax.Array, m: jax.Array) -> jax.Array:
     """Rank the prompt's rows for every layer and kv head.
 
-    The prompt's `first` and `last` rows come first, then the others by score; rows beyond the
-    prompt's end come last. Ties go to the lower position.
+    The prompt's `first` and `last` rows come first, then the others by score: infinity in front of
+    all numbers, minus infinity behind them, NaN behind that; rows beyond the prompt's end come
+    last. Ties go to the lower position.
 
     Args:
-        scores: float32 [B, L, K, T], or [B, L, 1, T] for one ranking per layer; what stands beyond
-            a prompt's end is ignored.
+        scores: real [B, L, K, T], or [B, L, 1, T] for one ranking per layer, ranked as float32;
+            what stands beyond a prompt's end is ignored.
         first: rows at the prompt's beginning that are kept whatever their score, int32 [B, L].
         last: the same of its end, int32 [B, L].
         m: true prompt lengths, int32 [B].
@@ -53,7 +57,10 @@ def rank_rows(scores: jax.Array, first: jax.Array, last: jax.Array, m: jax.Array
     end = m[:, None, None, None]
     always = position >= end - last[:, :, None, None]
     always = always | (position < first[:, :, None, None])
-    worth = jnp.where(always, jnp.inf, scores)
+    # Of a user's scores any may come: infinities are left to what is always kept and to padding.
+    worth = jnp.clip(scores.astype(jnp.float32), -_NEXT_LARGEST, _LARGEST)
+    worth = jnp.where(jnp.isnan(worth), -_LARGEST, worth)
+    worth = jnp.where(always, jnp.inf, worth)
     worth = jnp.where(position < end, worth, -jnp.inf)
     # The position as a second key: a stable sort would carry a third array through every pass.
     keys = -worth, jnp.broadcast_to(position, worth.shape)

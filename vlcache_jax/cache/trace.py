@@ -4,6 +4,7 @@ How well is measured by the first decoded token: one extra decode step on the fu
 is freed, gives the attention that this token pays to the prompt.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def prompt_attention(q: jax.Array, k: jax.Array, lengths: jax.Array) -> jax.Arra
     logits = jnp.einsum(
         "bkgh,bkth->bkgt", grouped, k.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-    inside = jnp.arange(rows) < lengths[:, None, None, None]
-    logits = jnp.where(inside, logits / np.sqrt(head_dim), -jnp.inf)
+    inside = jnp.arange(rows, dtype=jnp.int32) < lengths[:, None, None, None]
+    logits = jnp.where(inside, logits / math.sqrt(head_dim), -jnp.inf)
     return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=2)
 
 
@@ -52,7 +53,7 @@ def cache_hit_rate(weights: jax.Array, kept: jax.Array, count: jax.Array) -> jax
     """
     order = jnp.argsort(-weights, axis=-1, stable=True)
     best = jnp.argsort(order, axis=-1) < count[..., None]
-    return jnp.sum(best & kept, axis=-1) / count.astype(jnp.float32)
+    return jnp.sum(best & kept, axis=-1, dtype=jnp.int32) / count.astype(jnp.float32)
 
 
 def attention_mass_recall(weights: jax.Array, kept: jax.Array) -> jax.Array:

@@ -117,7 +117,7 @@ def generate(
             raise ValueError("give --prompt or --messages, not both")
         turns = None if messages is None else read_messages(messages)
         images, question, right = find_question(image, prompt if turns is None else "")
-        vlm, progress = open_model(model, revision, dtype, backend, transform=cache.transforms)
+        vlm, progress = open_model(model, revision, dtype, backend, cache=cache)
         stream = vlm.stream(
             images,
             question,

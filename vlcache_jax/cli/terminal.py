@@ -116,7 +116,7 @@ def open_model(
     dtype: str | None,
     backend: str | None,
     *,
-    transform: bool = False,
+    cache: "CacheMethod | None" = None,
 ) -> tuple["VLM", Progress]:
     """The model with its parameters unread, and the progress that shows their reading."""
     from vlcache_jax.loading import load
@@ -127,7 +127,7 @@ def open_model(
         model,
         dtype,
         backend=backend,
-        transform=transform,
+        cache=cache,
         revision=revision,
         lazy=True,
         progress=progress_line(progress, "reading", human_bytes),

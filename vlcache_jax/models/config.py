@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vlcache_jax.errors import whole_numbers
 from vlcache_jax.fields import (
     COUNT,
     FLAG,
@@ -76,6 +77,10 @@ class TextConfig:
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     kind: str = "llama"
+
+    def __post_init__(self):
+        ids = whole_numbers(self.eos_token_ids, "eos_token_ids")
+        object.__setattr__(self, "eos_token_ids", ids)
 
     @property
     def group_size(self) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from vlcache_jax.errors import whole_numbers
 from vlcache_jax.models.llava.anyres import max_tiles
 from vlcache_jax.models.llava.config import LlavaConfig
 
@@ -36,7 +37,9 @@ class Buckets:
     tiles: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name, sizes, lowest in (("prompt", self.prompt, 1), ("tiles", self.tiles, 0)):
+        for name, lowest in (("prompt", 1), ("tiles", 0)):
+            sizes = whole_numbers(getattr(self, name), f"buckets for {name}", least=None)
+            object.__setattr__(self, name, sizes)
             rising = all(a < b for a, b in pairwise(sizes))
             if not sizes or sizes[0] < lowest or sizes[-1] < 1 or not rising:
                 raise ValueError(

@@ -16,6 +16,7 @@ from jax import lax
 from pallas_kernels.backends import check_backend
 from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.methods import FullCache, as_method
+from vlcache_jax.errors import whole_number, whole_numbers
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.model import Params
 from vlcache_jax.requests.buckets import bucket_for
@@ -51,7 +52,8 @@ class Generate:
         trace: also tell what was kept and why, at the cost of one decode step on the full cache.
 
     Raises:
-        ValueError: `max_new_tokens` or `chunk` is below 1, or there is no such backend.
+        ValueError: `max_new_tokens` or `chunk` is no whole number from 1 on, a stop token none from
+            0 on, there is no such backend, or the model cannot take the cache's settings.
     """
 
     config: LlavaConfig
@@ -64,10 +66,9 @@ class Generate:
     trace: bool = False
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk} must be at least 1")
+        for name in ("max_new_tokens", "chunk"):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
+        object.__setattr__(self, "stop_ids", whole_numbers(self.stop_ids, "stop_ids"))
         check_backend(self.backend)
         object.__setattr__(self, "cache", as_method(self.cache).for_model(self.config.text))
 
@@ -116,7 +117,7 @@ class Generate:
             rng: a `jax.random.key`; not used when greedy.
         """
         settings = self.settings(inputs.tokens.shape[0])
-        seed = jnp.broadcast_to(jax.random.bits(rng), settings.draws.seed.shape)
+        seed = jnp.broadcast_to(jax.random.bits(rng, dtype=jnp.uint32), settings.draws.seed.shape)
         settings = replace(settings, draws=replace(settings.draws, seed=seed))
         stages, steps = self.stages, self.chunk_steps
         pool, state, trace = stages.begin(params, inputs, settings)

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.sample_tokens import sample_tokens
+from vlcache_jax.errors import real_number, whole_number
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Sampling:
             2020); 1 for all.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or no number.
     """
 
     temperature: float = 0.0
@@ -29,10 +31,12 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
+        real_number(self.temperature, "temperature")
+        real_number(self.top_p, "top_p")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or positive")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1")
+        if self.top_k is not None:
+            whole_number(self.top_k, "top_k", 1)
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
 
@@ -80,7 +84,7 @@ class Draws:
             ),
             top_k=each(min(sampling.top_k or 0, np.iinfo(np.int32).max), np.int32),
             top_p=each(sampling.top_p, np.float32),
-            seed=each(seed % 2**32, np.uint32),
+            seed=each(whole_number(seed, "seed") % 2**32, np.uint32),
             request=request,
         )
 
@@ -94,7 +98,7 @@ class Draws:
         def draw(seed: jax.Array, request: jax.Array, step: jax.Array) -> jax.Array:
             # Other generators' numbers depend on the batch.
             key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), request)
-            return jax.random.uniform(jax.random.fold_in(key, step))
+            return jax.random.uniform(jax.random.fold_in(key, step), dtype=jnp.float32)
 
         return jax.vmap(draw)(self.seed, self.request, step)
 

@@ -186,7 +186,7 @@ class Stages:
 
         patches = partial(prefill_attention, causal=False, backend=self.backend)
         stream = Residual(model.embed_prompt(inputs, patches))
-        table = rope_table(jnp.arange(stream.x.shape[1]), self.config.text)
+        table = rope_table(jnp.arange(stream.x.shape[1], dtype=jnp.int32), self.config.text)
         for index, layer in enumerate(model.layers):
             entering = stream
             stream, kept = layer(stream, attend, backend=self.cache_backend)
@@ -270,7 +270,7 @@ class Stages:
 
         def write(whole: jax.Array, part: jax.Array) -> jax.Array:
             for index in range(part.shape[0]):  # one update in place each; a scatter might copy
-                start = (rows[index], *[0] * (whole.ndim - 1))
+                start = (rows[index], *[jnp.int32(0)] * (whole.ndim - 1))
                 whole = lax.dynamic_update_slice(whole, part[index : index + 1], start)
             return whole
 
@@ -338,7 +338,7 @@ class Stages:
         if steps > room:
             raise ValueError(f"a chunk of {steps} steps does not fit into a tail of {room} rows")
         segments = pool.segments()  # here, not at every step
-        column = jnp.arange(steps)
+        column = jnp.arange(steps, dtype=jnp.int32)
         uniforms = jax.vmap(state.settings.draws.uniform, 1, 1)(state.step[:, None] + column)
 
         def step(

@@ -153,7 +153,7 @@ def test_a_quick_run_is_a_small_one(model, pretended):
         (("--extra", "magic"), "'magic'"),
         (("--budgets", "0.1,lots"), "'lots'"),
         (("--budgets", "0"), "above 0"),
-        (("--budgets", "1.5"), "at most 1"),
+        (("--budgets", "1.5"), "above 1"),
         (("--budgets", ""), "a budget"),
         (("--n", 0), "n=0"),
         (("--seed", -1), "seed"),

@@ -5,12 +5,12 @@ the Hugging Face class. A value that would change the mathematics and is not imp
 `NotImplementedError` naming the field, so that no model is ever run almost right.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlcache_jax.errors import short
+from vlcache_jax.errors import short, whole_numbers
 from vlcache_jax.fields import (
     FLAG,
     ID,
@@ -92,6 +92,15 @@ class LlavaConfig:
     vision_layers: int = 23
     projector_bias: bool = True
     grid_pinpoints: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self):
+        name, pairs = "grid_pinpoints", self.grid_pinpoints
+        if not isinstance(pairs, Iterable) or any(
+            not isinstance(p, Sized) or len(p) != 2 for p in pairs
+        ):
+            raise ValueError(f"{name}={short(pairs)} must be a list of pairs (height, width)")
+        pairs = tuple(whole_numbers(pair, f"{name}[{i}]", 1) for i, pair in enumerate(pairs))
+        object.__setattr__(self, name, pairs)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "LlavaConfig":

@@ -25,6 +25,7 @@ from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.trace import Trace
+from vlcache_jax.errors import short
 from vlcache_jax.files import check_file, whole_file
 from vlcache_jax.models.llava.patches import patch_rectangles
 from vlcache_jax.requests.images import ImageLike, Images, load_image
@@ -60,7 +61,8 @@ class Outcome:
     """What one method answered and kept.
 
     Attributes:
-        label: the method and its budget: "vl-cache+akvq 0.1", or "full".
+        label: the method and its budget, unlike that of any other: "vl-cache+akvq 0.1", or "full";
+            with the settings that tell it from others of its name: "vl-cache 0.1, threshold=0.1".
         text: the answer.
         pieces: the text of each of its tokens; one that completes no character is "".
         first_difference: the first token that is not that of the full cache's answer; None where
@@ -232,8 +234,8 @@ def inspect(
         progress: called before each answer with its label, the answers done and those in all.
 
     Raises:
-        ValueError: there is no method, an image or the prompt is bad, or there are more tokens
-            than the model has positions for.
+        ValueError: there is no method, or one is given twice, an image or the prompt is bad, or
+            there are more tokens than the model has positions for.
         FileNotFoundError: an image file does not exist.
     """
     if not methods:
@@ -245,6 +247,7 @@ def inspect(
         as_method(method).for_model(vlm.config.text, vlm.tsa_layers)
         for method in (FullCache(), *methods)
     ]
+    labels = _labels(chosen)
     prompt: dict[str, Any] = {"images": loaded, "text": text, "raw_prompt": raw_prompt}
     streams = [
         vlm.stream(**prompt, max_new_tokens=max_new_tokens, cache=method, trace=True)
@@ -256,15 +259,15 @@ def inspect(
     words = iter(vlm.processor.detokenizer(special_tokens=True).split(tokens[~visual]))
     _ = vlm.params  # read before the first answer is announced
     answers: list[Answer] = []
-    for number, (method, stream) in enumerate(zip(chosen, streams, strict=True)):
+    for number, (name, stream) in enumerate(zip(labels, streams, strict=True)):
         if progress:
-            progress(label(method), number, len(chosen))
+            progress(name, number, len(chosen))
         for _ in stream:
             pass
         answers.append(stream.answer)
     full, *outcomes = (
-        _outcome(vlm.processor, method, answer, answers[0])
-        for method, answer in zip(chosen, answers, strict=True)
+        _outcome(vlm.processor, name, answer, answers[0])
+        for name, answer in zip(labels, answers, strict=True)
     )
     return Inspection(
         model=vlm.name,
@@ -275,7 +278,7 @@ def inspect(
         full=full,
         outcomes=outcomes,
         settings={
-            "methods": {label(method): _settings(method) for method in chosen},
+            "methods": dict(zip(labels, map(_settings, chosen), strict=True)),
             "max_new_tokens": max_new_tokens,
             "raw_prompt": raw_prompt,
             "backend": vlm.backend or "the best for the device",
@@ -313,11 +316,39 @@ def locate(
     return pictures
 
 
-def _outcome(processor: Processor, method: CacheMethod, answer: Answer, full: Answer) -> Outcome:
+def _labels(methods: Sequence[CacheMethod]) -> list[str]:
+    """What each of some methods is called, no two alike.
+
+    Raises:
+        ValueError: two cannot be told apart by their settings.
+    """
+    labels, settings = [label(method) for method in methods], [_flat(m) for m in methods]
+    found = []
+    for name, own in zip(labels, settings, strict=True):
+        alike = [other for other, its in zip(settings, labels, strict=True) if its == name]
+        unlike = [n for n in own if any(other.get(n) != own[n] for other in alike)]
+        found.append(", ".join([name, *(f"{n}={short(own[n])}" for n in unlike)]))
+    if twice := [name for name in found if found.count(name) > 1]:
+        raise ValueError(
+            f"several columns would be called {short(twice[0])!r}: give each method once, and "
+            "leave out the full cache, which is always shown"
+        )
+    return found
+
+
+def _flat(setting: CacheMethod | Quantizer) -> dict[str, Any]:
+    """A method's settings by name but its budget, a quantizer's among them."""
+    own = {each.name: getattr(setting, each.name) for each in dataclasses.fields(setting)}
+    if isinstance(own.get("quantize"), Quantizer):
+        own |= _flat(own.pop("quantize"))
+    return {name: _settings(value) for name, value in own.items() if name != "budget"}
+
+
+def _outcome(processor: Processor, name: str, answer: Answer, full: Answer) -> Outcome:
     assert answer.trace is not None  # it was asked for
     same = same_tokens(full.tokens, answer.tokens)
     return Outcome(
-        label=label(method),
+        label=name,
         text=answer.text,
         pieces=processor.detokenizer().split(answer.tokens),
         first_difference=None if answer.tokens == full.tokens else same,
@@ -341,7 +372,9 @@ def _settings(setting: Any) -> Any:
         return {"name": setting.name} | {n: _settings(getattr(setting, n)) for n in names}
     if isinstance(setting, tuple):
         return [_settings(value) for value in setting]
-    return setting if setting is None or isinstance(setting, str | int | float) else repr(setting)
+    if setting is None or isinstance(setting, str | int | float):
+        return setting
+    return getattr(setting, "__qualname__", None) or repr(setting)
 
 
 def _picture_values(picture: ShownPicture) -> dict[str, Any]:
