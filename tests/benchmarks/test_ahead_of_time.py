@@ -230,6 +230,7 @@ def compiled(request):
     return Compiled(generate, batch, rows, sizes(program), program.as_text() or "")
 
 
+@pytest.mark.full
 @needs_plugin
 class TestGenerate:
     def test_temporaries_are_the_prefills_keys_and_values_and_little_more(self, compiled):

@@ -98,6 +98,15 @@ def saved(out, name):
     return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def test_a_stage_alone_passes(tmp_path):
+    name = NAMES[0]
+    code, report = suite(tmp_path, "--only", name)
+    assert (code, report["ok"]) == (0, True)
+    assert [(row["stage"], row["status"]) for row in report["stages"]] == [(name, "ok")]
+    assert saved(tmp_path, name)["rows"]
+
+
+@pytest.mark.full
 def test_every_stage_passes(dry):
     out, code, report = dry
     assert {row["stage"]: row["status"] for row in report["stages"]} == dict.fromkeys(NAMES, "ok")
@@ -106,6 +115,7 @@ def test_every_stage_passes(dry):
     assert list(states.values()) == ["aim reached"] + 8 * ["not measured"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_says_what_made_it(dry, name):
     result = saved(dry[0], name)
@@ -137,6 +147,7 @@ def test_the_batch_of_packed_caches_is_what_the_memory_holds():
     assert end_to_end.fitting(case, variants, small) == 1
 
 
+@pytest.mark.full
 def test_the_table_of_block_sizes_has_the_format_of_the_committed_one(dry):
     (entries,) = saved(dry[0], "measured").values()
     assert set(entries) == {
@@ -146,6 +157,7 @@ def test_the_table_of_block_sizes_has_the_format_of_the_committed_one(dry):
     assert Config(**entries["prefill_attention"]["bfloat16/16"])
 
 
+@pytest.mark.full
 def test_a_second_run_does_nothing(dry, monkeypatch):
     monkeypatch.setattr(worker.Worker, "run", None)
     code, report = suite(dry[0])

@@ -29,6 +29,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, arguments)
 
 
+@pytest.mark.full
 @needs_triton
 def test_the_representative_kernels_compile():
     result = invoke("--offline", "--representative", "--json")

@@ -40,6 +40,7 @@ needs_plugin = pytest.mark.skipif(
 )
 
 
+@pytest.mark.full
 @needs_plugin
 @pytest.mark.parametrize("batch", [1, 64])
 def test_a_decode_step_is_one_small_command_buffer(batch):
@@ -50,6 +51,7 @@ def test_a_decode_step_is_one_small_command_buffer(batch):
     assert found["cache_bytes"] <= 0.115 * found["full_cache_bytes"]
 
 
+@pytest.mark.full
 @needs_plugin
 def test_a_step_from_a_quantized_cache_makes_none_of_it_wide():
     found = run(Program(context=4096, kv_bits="akvq"))

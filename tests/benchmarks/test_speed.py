@@ -107,6 +107,7 @@ def test_rows_are_random_and_of_variance_one():
     assert len(np.unique(rows)) > 0.99 * rows.size
 
 
+@pytest.mark.full
 def test_what_is_timed_are_the_tokens_of_generate(tiny):
     """A chunk after a chunk from one cache of two layers, whatever ran before."""
     params = init_params(DEEP)

@@ -91,6 +91,7 @@ def own_answers(vlm, items, method):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("label", [WHOLE, "vl-cache", "snapkv", "vl-cache, akvq"])
 def test_tokens_and_measures_are_those_of_generate(vlm, items, outcomes, label):
     method, outcome = METHODS_RUN.get(label, FullCache()), outcomes[label]

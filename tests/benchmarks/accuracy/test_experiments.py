@@ -100,6 +100,7 @@ def talked(evaluation):
     return pictures, *long.converse(evaluation, pictures, cells)
 
 
+@pytest.mark.full
 def test_a_dialogue_asks_nothing_twice_but_the_first(talked):
     for items in talked[0]:
         subjects = [(item.answer, item.evidence) for item in items]
@@ -223,7 +224,13 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("name", __main__.EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "layers" else pytest.mark.full)
+        for name in __main__.EXPERIMENTS
+    ],
+)
 def test_a_command_runs_and_its_section_tells_its_numbers(name, small):
     task = {"rare": "document"}.get(name, "reading")
     split = "test" if name != "scores" else "report"

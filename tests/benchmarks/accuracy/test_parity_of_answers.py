@@ -42,6 +42,7 @@ def test_a_difference_counts_and_costs_the_exit_code(monkeypatch, tmp_path):
     assert "| vlcache-jax, float32 | 1 of 2 | 100.0 | 0.0 |" in parity.parity_part(found)
 
 
+@pytest.mark.full
 def test_the_same_answers_as_transformers():
     pytest.importorskip("torch")
     result = run("--n", 1, "--json")

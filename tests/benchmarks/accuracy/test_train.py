@@ -110,6 +110,7 @@ def test_glyphs_are_those_of_the_patches(trainer):
     assert batch.glyphs.max() < len(CHARACTERS)
 
 
+@pytest.mark.full
 def test_it_learns_a_few_items_by_heart(trainer):
     fresh = Trainer(replace(RECIPE, stages=(replace(STAGE, steps=300),)))
     batch = pack(items_of("plain", "plain"), fresh.processor)
@@ -123,6 +124,7 @@ def test_it_learns_a_few_items_by_heart(trainer):
     assert float(scores.loss) < 0.1 * before
 
 
+@pytest.mark.full
 def test_a_run_that_was_cut_off_goes_on_as_if_it_were_not(tmp_path):
     whole, first = Trainer(RECIPE), Trainer(RECIPE)
     first._programs = whole._programs  # compiled once
@@ -202,6 +204,7 @@ def test_sources_are_the_patches_that_are_read(trainer):
                 assert said == shown == item.answer
 
 
+@pytest.mark.full
 def test_guidance_leads_the_attention(trainer):
     guided = replace(STAGE, steps=30, guide_weight=1.0, tasks={"document": 1})
     fresh = Trainer(replace(RECIPE, stages=(guided,)))
