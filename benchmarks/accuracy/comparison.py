@@ -51,19 +51,19 @@ class Together(CacheMethod):
 
     def observe(self, layer: Layer) -> Any:
         """What each method saw, in their order; what no budget changes is watched once for all."""
-
-        def counts(method: CacheMethod) -> bool:
-            """Whether zeroed entries are counted: what does so first has the scores for all."""
-            return not method.limit.keeps_all and method.rules()[1].window is not None
-
-        seen: dict[Budget | None, dict[Any, Any]] = defaultdict(dict)
+        # Last rows are as many as a method's budget allows.
+        alike: dict[Budget | None, list[CacheMethod]] = defaultdict(list)
+        for method in self.methods:
+            moving = any(isinstance(window, LastRows) for window, _ in method.windows())
+            alike[method.limit if moving else None].append(method)
         found = {}
-        for method in sorted(self.methods, key=counts, reverse=True):
-            rules = () if method.limit.keeps_all else method.rules()
-            moving = any(isinstance(rule.window, LastRows) for rule in rules)
-            prompt = replace(layer.prompt, budget=method.limit.data)
-            own = seen[method.limit if moving else None]
-            found[method] = method.observe(replace(layer, prompt=prompt, seen=own))
+        for group in alike.values():
+            prompt = replace(layer.prompt, budget=group[0].limit.data)
+            windows = [window for method in group for window in method.windows()]
+            watched = replace(layer, prompt=prompt).seeing(windows)
+            for method in group:
+                prompt = replace(layer.prompt, budget=method.limit.data)
+                found[method] = method.observe(replace(watched, prompt=prompt))
         return tuple(found[method] for method in self.methods)
 
 

@@ -75,7 +75,7 @@ def test_budgets_of_a_bucket_compile_nothing_new(vlm, ask, compilations):
     vlm.generate(**ask, max_new_tokens=2, cache=VLCache(0.2))
     compilations.clear()
     kept = []
-    budgets = [*np.linspace(0.155, 0.2, 12), *(f"{tokens}tok" for tokens in range(25, 33))]
+    budgets = [*np.linspace(0.155, 0.2, 12), *(f"{tokens}tok" for tokens in range(28, 36))]
     for budget in budgets:
         answer = vlm.generate(**ask, max_new_tokens=2, cache=VLCache(budget))
         tokens = budget.endswith("tok") and int(budget[:-3]) if isinstance(budget, str) else 0

@@ -17,7 +17,7 @@ from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
 from vlcache_jax.cache.quantize import Quantizer, groups
-from vlcache_jax.cache.score import Layer, Score
+from vlcache_jax.cache.score import Layer, Score, Window
 from vlcache_jax.cache.select import kept_rows, rank_rows
 from vlcache_jax.cache.state import Pool, round_up, whole_capacity
 from vlcache_jax.models.config import TextConfig
@@ -108,6 +108,14 @@ class CacheMethod:
         """What each token is worth, and how many of them each layer keeps."""
         raise NotImplementedError(f"{type(self).__name__} has no rules")
 
+    def windows(self) -> list[tuple[Window, float | None]]:
+        """The windows of rows that the rules look at, each with its threshold or None."""
+        if self.limit.keeps_all:
+            return []
+        score, allocation = self.rules()
+        both = (score.window, None), (allocation.window, allocation.threshold)
+        return [(window, threshold) for window, threshold in both if window is not None]
+
     @property
     def label(self) -> str:
         """The name, with that of the quantizer behind it: "vl-cache+akvq"."""
@@ -158,10 +166,7 @@ class CacheMethod:
         if self.limit.keeps_all:
             return Observation(salience=salience)
         score, allocation = self.rules()
-        # Each window once, for both rules: what counts zeroed entries has the scores too.
-        thresholds = {score.window: None, allocation.window: allocation.threshold}
-        windows = {w: (t, layer.watch(w, t)) for w, t in thresholds.items() if w is not None}
-        layer = replace(layer, seen=windows)
+        layer = layer.seeing(self.windows())
         return Observation(score(layer), allocation.measure(layer), salience)
 
     def plan(self, seen: Observation, prompt: Prompt) -> Plan:

@@ -9,8 +9,8 @@ what was seen to the score and to the allocation.
     window                  [ - - - - - ]       how many is data, the most there may be is static
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,19 @@ class Layer:
     backend: str | None = None
     entering: jax.Array | None = None
     seen: Mapping[Window, tuple[float | None, WindowScores]] = field(default_factory=dict)
+
+    def seeing(self, windows: Iterable[tuple[Window, float | None]]) -> "Layer":
+        """This layer with windows observed beforehand, each once for all that will `watch` it.
+
+        Args:
+            windows: each with its threshold, or None.
+        """
+        seen = dict(self.seen)
+        # Those with a threshold first: they have the scores too.
+        for window, threshold in sorted(windows, key=lambda each: each[1] is None):
+            if window not in seen:
+                seen[window] = threshold, self.watch(window, threshold)
+        return replace(self, seen=seen)
 
     def watch(self, window: Window, threshold: float | None = None) -> WindowScores:
         """The attention that a window's rows pay to each token.
