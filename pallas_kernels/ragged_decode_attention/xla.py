@@ -20,10 +20,13 @@ SMALL = 2**16 - 1
 """Most numbers of the keys of a small block: below the 256 KB from which XLA has two threads of a
 CPU read it, although starting one takes longer (40 us) than reading it (20 us)."""
 
-MOST_ROWS = 512, 128
+MOST_ROWS = 512, 64
 """Rows of a small block at most, where heads are few and narrow: while as many are left, and of the
-rest, which is masked. A larger rest reads far more rows than there are: with 256 a tenth of 1,024
-rows of 2 x 32 takes a third longer."""
+rest, most of which is masked: 128 cost a twentieth more from a tenth of 1,024 rows of 2 x 32."""
+
+NARROW = 256
+"""Rows from which a small block is read as it lies: reordering them would take longer than it saves
+where heads are narrow, and saves a tenth where they are 8 x 64."""
 
 PARTS = 16
 """Of a block, read side by side: a core reads several streams faster than one."""
@@ -136,7 +139,7 @@ def _attend_rows(
     def small_blocks(
         seen: online_softmax.Partial, done: jax.Array, count: int, trips: jax.Array
     ) -> online_softmax.Partial:
-        parts = PARTS if count % PARTS == 0 else 1
+        parts = PARTS if count % PARTS == 0 and count < NARROW else 1
         order = np.arange(count, dtype=np.int32).reshape(parts, -1).T.reshape(-1)
 
         def small_block(index: jax.Array, seen: online_softmax.Partial) -> online_softmax.Partial:
@@ -144,8 +147,11 @@ def _attend_rows(
             # A slice past the end would be moved back in silence: move it here, and mask.
             start = jnp.minimum(begin, total - count)
             readable = (start + order >= begin) & (start + order < stop)
-            k, v = (side_by_side(read(x, start, count), parts) for x in (keys, values))
-            return online_softmax.add(query, k * scale, v, readable, seen)
+            k, v = (read(x, start, count) for x in (keys, values))
+            if parts == 1:
+                return online_softmax.add(query * scale, k, v, readable, seen)
+            k, v = side_by_side(k, parts) * scale, side_by_side(v, parts)
+            return online_softmax.add(query, k, v, readable, seen)
 
         return lax.fori_loop(0, trips, small_block, seen)
 
