@@ -162,7 +162,7 @@ def deep(tmp_path_factory):
     return {"plain": plain, "converted": convert(plain, folder / "converted")}
 
 
-@pytest.mark.parametrize("kind", ["plain", "converted"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("converted", marks=pytest.mark.full)])
 def test_each_layer_is_folded_as_it_is_read(deep, kind, monkeypatch):
     expected = fold_transform(vlcache_jax.load(deep[kind]).params)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(expected))

@@ -163,6 +163,7 @@ def test_dtype_is_that_of_parameters_and_cache(model_dir):
     assert 2 * answer.cache.full_bytes == full.cache.full_bytes
 
 
+@pytest.mark.full
 def test_a_hundred_pictures_compile_one_program_per_bucket(vlm, compilations):
     rng = np.random.default_rng(0)
     sizes = rng.integers(32, 2000, (100, 2))

@@ -107,6 +107,7 @@ def with_x64(model_dir, tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.full
 def test_everything_is_the_same_with_x64(with_x64, model_dir, tmp_path):
     theirs = with_x64[0]
     ours = answers(model_dir, tmp_path)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.cache import numpy_methods
@@ -84,6 +84,7 @@ SPARSITIES = {
     kind=st.sampled_from(list(SPARSITIES)),
     seed=st.integers(0, 10**6),
 )
+@example(tokens=319, lengths=[1, 1, 592], layers=32, kind="mixed", seed=0)
 def test_every_method_keeps_as_many_as_were_asked_for(method, tokens, lengths, layers, kind, seed):
     sparsity = SPARSITIES[kind](np.random.default_rng(seed), (3, layers))
     k = budgets(method, tokens, sparsity, lengths)

@@ -393,6 +393,7 @@ finally:
 """
 
 
+@pytest.mark.full
 def test_compiled_programs_are_kept_between_runs(model_dir, tmp_path):
     folder = tmp_path / "vlcache-jax" / "programs"
 

@@ -19,6 +19,7 @@ main()
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["full", "killed"])
 def test_what_was_there_stays(how, model_dir, tmp_path):
     trace = tmp_path / "trace.npz"

@@ -280,6 +280,7 @@ def test_without_matplotlib_the_extra_is_named(made_up, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_no_two_columns_have_one_label(vlm):
     """Settings of one name are told apart by what differs between them."""
 

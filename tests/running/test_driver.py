@@ -200,7 +200,11 @@ def test_a_stop_text_ends_its_answer_alone(vlm):
 
 @pytest.mark.parametrize(
     "cache",
-    [RTN(bits=2, residual=8), RTN(bits=8, residual=3), KIVI(residual=5, recent=4, group=32)],
+    [
+        RTN(bits=2, residual=8),
+        pytest.param(RTN(bits=8, residual=3), marks=pytest.mark.full),
+        pytest.param(KIVI(residual=5, recent=4, group=32), marks=pytest.mark.full),
+    ],
     ids=repr,
 )
 def test_the_packing_schedule_is_the_quantizers_own(vlm, ask, cache):

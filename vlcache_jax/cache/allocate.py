@@ -133,9 +133,9 @@ class Pyramid(Allocation):
         rest = size - kept
         most = jnp.minimum(2 * rest - rest // self.slope, prompt.length - kept)
         least = 2 * rest - most
-        step = jnp.arange(layers, dtype=jnp.float32) / (layers - 1)
-        fall = (most - least).astype(jnp.float32)[:, None] * step
-        return most.astype(jnp.float32)[:, None] - fall + kept.astype(jnp.float32)[:, None]
+        # Whole numbers, then one division: rounded alike whatever XLA fuses it with, in any batch.
+        fall = (most - least)[:, None] * jnp.arange(layers, dtype=jnp.int32)
+        return ((most + kept)[:, None] * (layers - 1) - fall).astype(jnp.float32) / (layers - 1)
 
 
 @dataclass(frozen=True)

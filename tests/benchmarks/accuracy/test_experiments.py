@@ -110,6 +110,7 @@ def test_a_dialogue_asks_nothing_twice_but_the_first(talked):
         assert all(item.images[0] is items[0].images[0] for item in items)
 
 
+@pytest.mark.full
 def test_everything_kept_says_what_the_full_cache_says(talked):
     _, spoken, before = talked
     full, everything, some = (spoken[cell] for cell in (WHOLE, ("all", "1.0"), ("vl-cache", "0.1")))
