@@ -110,12 +110,14 @@ def test_tokens_and_measures_are_those_of_generate(vlm, items, outcomes, label):
             np.testing.assert_allclose(getattr(outcome, name)[row], expected, atol=1e-4)
 
 
+@pytest.mark.full
 def test_the_answers_are_worth_comparing(items, outcomes):
     full = outcomes[WHOLE]
     assert len({len(ids) for ids in full.tokens}) > 1
     assert any(full.tokens[row] != outcomes["vl-cache"].tokens[row] for row in range(len(items)))
 
 
+@pytest.mark.full
 def test_a_budget_of_everything_is_the_full_cache(vlm, outcomes):
     assert outcomes["all of it"] is outcomes[WHOLE]
     assert (outcomes[WHOLE].hit_rate == 1).all()
@@ -132,6 +134,7 @@ def test_a_budget_of_everything_is_the_full_cache(vlm, outcomes):
     assert program(make_method("vl-cache", 0.5)) != full
 
 
+@pytest.mark.full
 def test_a_quantized_cache_keeps_the_same_tokens_in_fewer_bytes(outcomes):
     plain, packed = outcomes["vl-cache"], outcomes["vl-cache, akvq"]
     np.testing.assert_array_equal(packed.kept, plain.kept)
@@ -154,6 +157,7 @@ def test_bytes_of_a_row_of_each_width(vlm):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_more_budget_keeps_more(outcomes):
     assert outcomes["snapkv"].kept.mean() == pytest.approx(0.1, abs=0.01)
     assert outcomes["snapkv, more"].kept.mean() == pytest.approx(0.3, abs=0.01)
@@ -199,6 +203,7 @@ def mass(vlm, items, outcomes):
     return found
 
 
+@pytest.mark.full
 def test_the_oracle_keeps_what_the_answer_attends_to(outcomes, mass):
     outcome = outcomes["oracle"]
     for row, own in enumerate(mass):
@@ -210,6 +215,7 @@ def test_the_oracle_keeps_what_the_answer_attends_to(outcomes, mass):
             assert outcomes[label].answer_recall[row].mean() < best.mean()
 
 
+@pytest.mark.full
 def test_the_oracle_of_layers_takes_the_largest_gains_of_all(outcomes, mass):
     for row, own in enumerate(mass):
         m = own.shape[-1]
