@@ -73,6 +73,7 @@ def load(
     transform = transform or method.transforms
     path = resolve(model, revision=revision)
     checkpoint = open_checkpoint(path)
+    config = checkpoint.config  # what the weights fit: a branch of the hub may have moved meanwhile
     kind = checkpoint.target_dtype(dtype)
     processor = Processor.from_pretrained(path, config, buckets)
     vlm = VLM(

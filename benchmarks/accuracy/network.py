@@ -75,7 +75,7 @@ def make_processor(tokenizer: Any, pinpoints: list[list[int]]) -> Any:
     return LlavaNextProcessor(
         images,
         tokenizer,
-        patch_size=14,
+        patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,

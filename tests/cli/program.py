@@ -1,5 +1,6 @@
 """The command line, run in this process or in one of its own."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,12 @@ from vlcache_jax.cli import app
 
 def run(*args):
     return CliRunner().invoke(app, ["--no-compilation-cache", *(str(arg) for arg in args)])
+
+
+def without_kept_programs():
+    """The environment, but for the folder in which the tests keep compiled programs."""
+    kept = {name for name in os.environ if name.startswith("JAX_") and "_CACHE_" in name}
+    return {name: value for name, value in os.environ.items() if name not in kept}
 
 
 def run_alone(*args):

@@ -1,7 +1,6 @@
 """The command line, run in this process."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 
 import vlcache_jax
-from tests.cli.program import refused, run
+from tests.cli.program import refused, run, without_kept_programs
 from vlcache_jax import demo
 
 
@@ -397,14 +396,12 @@ finally:
 def test_compiled_programs_are_kept_between_runs(model_dir, tmp_path):
     folder = tmp_path / "vlcache-jax" / "programs"
 
-    others = {name: os.environ[name] for name in os.environ if "_CACHE_" not in name}
-
     def hits(*options):
         """Programs that a run found there."""
         command = [sys.executable, "-c", COUNTS_HITS, *options, "generate", str(model_dir)]
         child = subprocess.run(
             [*command, "--prompt", "hello", "--max-new-tokens", "2", "--json"],
-            env=others | {"XDG_CACHE_HOME": str(tmp_path)},
+            env=without_kept_programs() | {"XDG_CACHE_HOME": str(tmp_path)},
             capture_output=True,
             text=True,
             check=True,

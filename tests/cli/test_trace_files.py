@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.cli.program import without_kept_programs
+
 CHILD = """
 import os, resource, signal, sys
 from vlcache_jax.cli import main
@@ -26,9 +28,11 @@ def test_what_was_there_stays(how, model_dir, tmp_path):
     trace.write_bytes(b"before")
     options = ["--prompt", "x", "--max-new-tokens", "2", "--trace", str(trace), "--force"]
     command = [sys.executable, "-c", CHILD, how, "--no-compilation-cache", "generate"]
-    others = {name: os.environ[name] for name in os.environ if "COMPILATION_CACHE" not in name}
     child = subprocess.run(
-        [*command, str(model_dir), *options], env=others, capture_output=True, text=True
+        [*command, str(model_dir), *options],
+        env=without_kept_programs(),
+        capture_output=True,
+        text=True,
     )
     assert trace.read_bytes() == b"before"
     if how == "killed":

@@ -21,6 +21,7 @@ import convert.program
 from convert.__main__ import convert_command
 from convert.program import convert as run
 from convert.safetensors_writer import write_tensors
+from tests.cli.program import without_kept_programs
 from tests.model_files import (
     SPELLINGS,
     config_json,
@@ -227,11 +228,10 @@ def test_two_runs_do_not_write_one_target(model, tmp_path):
 
 
 def _child(code, **kwargs):
-    # Without a folder of compiled programs, which it might not be able to write either.
-    others = {name: os.environ[name] for name in os.environ if "COMPILATION_CACHE" not in name}
+    # Compiled programs it might not be able to write either.
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**others, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env={**without_kept_programs(), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,
