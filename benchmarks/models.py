@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.models.config import RopeConfig, TextConfig
-from vlcache_jax.models.llava.anyres import max_tiles
 from vlcache_jax.models.llava.config import LlavaConfig, VisionConfig
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.generate import Generate
@@ -88,8 +87,7 @@ def with_positions(config: LlavaConfig, tokens: int) -> LlavaConfig:
 def abstract_inputs(config: LlavaConfig, batch: int, rows: int) -> ModelInputs:
     """Prompts of a bucket as shapes, each with the most tiles that one image becomes."""
     ids = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
-    side = config.vision.image_size
-    tiles = (batch * max_tiles(config), 3, side, side)
+    tiles = (batch * config.max_tiles, 3, config.tile_side, config.tile_side)
     return ModelInputs(
         tokens=ids,
         length=jax.ShapeDtypeStruct((batch,), jnp.int32),

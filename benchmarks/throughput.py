@@ -27,7 +27,7 @@ from benchmarks.speed.limit import in_type
 from benchmarks.speed.options import Budgets, Dtype, KvBits, Methods, dtype_of, variants_of
 from benchmarks.speed.rows import described
 from benchmarks.speed_sections import throughput_part
-from vlcache_jax.models.llava.model import Params, init_params
+from vlcache_jax.models.families import Params, init_params
 from vlcache_jax.results.report import human_bytes, token_bytes
 from vlcache_jax.running.driver import Run
 from vlcache_jax.running.programs import Programs

@@ -14,9 +14,9 @@ from benchmarks.accuracy import network
 from benchmarks.models import WINDOW
 from benchmarks.processor import IMAGE_TOKEN_ID
 from vlcache_jax.models.config import TextConfig
+from vlcache_jax.models.families import Params, abstract_params
 from vlcache_jax.models.llava.anyres import visual_rows
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Params, abstract_params
 
 WORDS = ("amber", "bridge", "cloud", "door", "engine", "forest", "garden", "harbour")
 """Words of the texts, each of them one token."""

@@ -16,7 +16,6 @@ from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.models.config import TextConfig
-from vlcache_jax.models.llava.anyres import max_tiles
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.report import kv_bits
@@ -163,8 +162,8 @@ class Case:
         visible = np.arange(rows) < lengths[:, None]
         tokens = np.where(visible, rng.integers(5, config.text.vocab_size, visible.shape), 0)
         visual = np.arange(rows) < np.maximum(lengths - WINDOW, 0)[:, None]
-        tiles = max_tiles(config) if self.images else 0
-        side, patches = config.vision.image_size, config.vision.num_patches
+        tiles = config.max_tiles if self.images else 0
+        side, patches = config.tile_side, config.tile_tokens
         table = np.arange(rows)[None] % max(1, tiles * patches)
         table = table + np.arange(self.batch)[:, None] * tiles * patches
         return ModelInputs(

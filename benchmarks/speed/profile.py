@@ -20,7 +20,7 @@ from benchmarks.measure import reason
 from benchmarks.speed.cases import Case, Variant
 from benchmarks.speed.decoding import Decoding
 from benchmarks.speed.rows import described
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.families import Params
 
 SCOPES = (
     "vision", "prefill_attention", "scores", "select", "compact", "decode_attention",

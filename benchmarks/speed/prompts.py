@@ -12,7 +12,7 @@ from benchmarks.roofline import Device, Stage, decode_step, packing, prefill, sc
 from benchmarks.speed.cases import Case, Variant
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.families import Params
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.driver import Run
 from vlcache_jax.running.programs import Programs
