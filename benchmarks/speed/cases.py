@@ -15,7 +15,7 @@ from vlcache_jax.cache.allocate import allocate
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache
-from vlcache_jax.models.config import TextConfig
+from vlcache_jax.models.config import ModelConfig, TextConfig
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.report import kv_bits
@@ -34,7 +34,7 @@ _SMALL = TextConfig(
 
 
 @cache
-def models() -> Mapping[str, LlavaConfig]:
+def models() -> Mapping[str, ModelConfig]:
     """All shapes by name: the shipped model's, two that a CPU can run, the published ones."""
     mha = LlavaConfig(family="llava", vision=SMALL_TOWER, text=_SMALL, vision_layers=2)
     wide = replace(_SMALL, hidden_size=1024, intermediate_size=2816, num_heads=16)
@@ -96,7 +96,7 @@ class Case:
     chunk: int = CHUNK
 
     @cached_property
-    def config(self) -> LlavaConfig:
+    def config(self) -> ModelConfig:
         """The model, with positions for the tokens of a prompt and its answer."""
         return with_positions(models()[self.model], self.context + self.new_tokens)
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tracemalloc
 from contextlib import suppress
 
 import jax
@@ -26,6 +27,7 @@ from tests.gguf_files import (
 )
 from tests.model_files import read_tensors
 from vlcache_jax.checkpoints.checkpoint import open_checkpoint, resolve
+from vlcache_jax.checkpoints.gguf import GgufFile
 from vlcache_jax.checkpoints.weights import join, tensors_of
 from vlcache_jax.models.config import RopeConfig
 from vlcache_jax.models.llama import rope_frequencies
@@ -67,6 +69,23 @@ def test_every_tensor_is_read_dequantised_and_in_its_place(kind, tied, tmp_path)
             seen.append(name)
         assert piece in checkpoint.pieces
     assert seen == list(expected)
+
+
+def test_a_tensor_is_dequantised_part_by_part(tmp_path):
+    """What is dequantised lies in its place: beside it are a few blocks, not a second tensor."""
+    tensors = hub_tensors(VOCAB) | {"model.embed_tokens.weight": np.ones((2**17, 64), np.float32)}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    path = write(tmp_path / "large.gguf", tensors, kind="Q4_1")
+    file = GgufFile(path)
+    file.tensor("blk.0.attn_q.weight", np.dtype(np.float32))
+    tracemalloc.start()
+    try:
+        whole = file.tensor("token_embd.weight", np.dtype(np.float32))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert whole.nbytes == 32 * 2**20
+    assert most < 1.25 * whole.nbytes
 
 
 def test_the_configuration(model):
