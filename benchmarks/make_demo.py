@@ -26,6 +26,7 @@ from benchmarks.environment import environment, write_result, write_whole
 from vlcache_jax import demo
 from vlcache_jax.files import whole_directory
 from vlcache_jax.loading import describe
+from vlcache_jax.models.llava.config import with_vision
 
 RESULTS = ALL_RESULTS / "training"
 COUNT = 12
@@ -101,7 +102,7 @@ def facts(model: Path) -> dict[str, Any]:
     stored = describe(model)
     if stored["dtype"] != "bfloat16":
         raise ValueError(f"the model is stored in {stored['dtype']}: export it in bfloat16")
-    config = vlm.config
+    config = with_vision(vlm.config)
     return {
         "sha256": fingerprint(model),
         "weights_bytes": size,

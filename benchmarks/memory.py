@@ -36,7 +36,7 @@ from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.methods import FullCache, VLCache
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
-from vlcache_jax.models.llava.model import abstract_params
+from vlcache_jax.models.families import abstract_params
 from vlcache_jax.results.report import token_bytes
 from vlcache_jax.running.generate import Generate
 

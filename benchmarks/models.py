@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.method import AnyPool
-from vlcache_jax.models.config import RopeConfig, TextConfig
-from vlcache_jax.models.llava.anyres import max_tiles
+from vlcache_jax.models.config import ModelConfig, RopeConfig, TextConfig
 from vlcache_jax.models.llava.config import LlavaConfig, VisionConfig
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.generate import Generate
 from vlcache_jax.running.stages import DecodeState
+
+Model = TypeVar("Model", bound=ModelConfig)
 
 _TOWER = VisionConfig(
     hidden_size=1024,
@@ -38,7 +40,7 @@ SMALL_TOWER = VisionConfig(
 )
 """A vision tower that a CPU can run; all layers but the last are used."""
 
-MODELS: Mapping[str, LlavaConfig] = {
+MODELS: Mapping[str, ModelConfig] = {
     "llava-1.5-7b": LlavaConfig(family="llava", vision=_TOWER, text=_VICUNA_7B),
     "llava-v1.6-vicuna-7b": LlavaConfig(
         family="llava_next", vision=_TOWER, text=_VICUNA_7B, grid_pinpoints=_PINPOINTS
@@ -74,22 +76,32 @@ MODELS: Mapping[str, LlavaConfig] = {
         ),
         grid_pinpoints=_PINPOINTS,
     ),
+    "llama-3.1-8b": ModelConfig(
+        family="llama",
+        text=TextConfig(
+            vocab_size=128256,
+            intermediate_size=14336,
+            num_kv_heads=8,
+            rms_norm_eps=1e-5,
+            max_positions=131072,
+            rope=RopeConfig(theta=5e5, kind="llama3", factor=8.0),
+        ),
+    ),
 }
 """By the names that the commands take."""
 
 
-def with_positions(config: LlavaConfig, tokens: int) -> LlavaConfig:
+def with_positions(config: Model, tokens: int) -> Model:
     """The model, with positions for so many tokens, though it may not have been made for them."""
     text = config.text
     text = replace(text, max_positions=max(tokens, text.max_positions))
     return replace(config, text=text)
 
 
-def abstract_inputs(config: LlavaConfig, batch: int, rows: int) -> ModelInputs:
+def abstract_inputs(config: ModelConfig, batch: int, rows: int) -> ModelInputs:
     """Prompts of a bucket as shapes, each with the most tiles that one image becomes."""
     ids = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
-    side = config.vision.image_size
-    tiles = (batch * max_tiles(config), 3, side, side)
+    tiles = (batch * config.max_tiles, 3, config.tile_side, config.tile_side)
     return ModelInputs(
         tokens=ids,
         length=jax.ShapeDtypeStruct((batch,), jnp.int32),

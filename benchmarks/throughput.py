@@ -26,7 +26,7 @@ from benchmarks.speed.options import Budgets, Dtype, KvBits, Methods, dtype_of, 
 from benchmarks.speed.rows import described
 from benchmarks.speed_sections import throughput_part
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.models.llava.model import Params, init_params
+from vlcache_jax.models.families import Params, init_params
 from vlcache_jax.results.report import human_bytes, token_bytes
 from vlcache_jax.running.driver import Run
 from vlcache_jax.running.programs import Programs

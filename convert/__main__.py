@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 def convert_command(
     src: Annotated[
         str,
-        typer.Argument(help="A model directory (safetensors or converted), or a hub id."),
+        typer.Argument(help="A model directory (safetensors or converted), GGUF file or hub id."),
     ],
     dst: Annotated[Path, typer.Argument(help="The directory to make.")],
     dtype: Annotated[

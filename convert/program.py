@@ -16,13 +16,12 @@ import orbax.checkpoint as ocp
 
 from convert.safetensors_writer import write_tensors
 from vlcache_jax.checkpoints.checkpoint import (
-    CONFIG_PATTERNS,
     FORMAT,
-    INDEX,
     MANIFEST,
     Checkpoint,
     Pieces,
     Progress,
+    config_files,
     open_checkpoint,
     piece_directory,
     quiet_orbax,
@@ -30,7 +29,6 @@ from vlcache_jax.checkpoints.checkpoint import (
 )
 from vlcache_jax.checkpoints.weights import piece_of, split, tensors_of
 from vlcache_jax.errors import reason
-from vlcache_jax.fields import read_json
 from vlcache_jax.files import whole_directory
 
 
@@ -43,12 +41,12 @@ def convert(
     to_hf: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Convert a model directory of either kind.
+    """Convert a model directory of either kind, or a GGUF file.
 
     The target appears when it is complete. Weights keep their bits unless `dtype` changes them.
 
     Args:
-        source: a model directory of either kind, or a hub id.
+        source: a model directory of either kind, a GGUF file, or a hub id.
         target: the directory to make.
         dtype: float32, bfloat16 or float16; as stored by default.
         force: replace `target` if it exists; it stays until the new one is complete.
@@ -81,8 +79,7 @@ def convert(
             _write_hf(pieces, checkpoint, kind, directory)
         else:
             _write_orbax(pieces, directory)
-        for file in _config_files(path):
-            _copy_config(file, directory / file.name, kind if kind != checkpoint.dtype else None)
+        checkpoint.write_files(directory, kind)
         if not to_hf:
             _write_manifest(checkpoint, kind, str(source), directory / MANIFEST)
     return target
@@ -138,39 +135,21 @@ def _write_hf(pieces: Pieces, checkpoint: Checkpoint, dtype: np.dtype, directory
     shapes = {
         tensor: shape
         for name, whole in checkpoint.shapes.items()
-        for tensor, shape in tensors_of(name, whole).items()
+        for tensor, shape in tensors_of(checkpoint.names, name, whole).items()
     }
     tensors = (
         tensor
         for _, parameters in pieces
         for name, array in parameters
-        for tensor in split(name, array)
+        for tensor in split(checkpoint.names, name, array)
     )
     write_tensors(directory, shapes, dtype, tensors)
 
 
-def _config_files(path: Path) -> list[Path]:
-    """Configuration, tokenizer and processor files beside the weights."""
-    files = {file for pattern in CONFIG_PATTERNS for file in path.glob(pattern)}
-    own = (MANIFEST, INDEX)
-    return sorted(file for file in files if file.name not in own and file.is_file())
-
-
-def _copy_config(source: Path, target: Path, dtype: np.dtype | None) -> None:
-    """Copy a file; config.json says the new number type, if there is one."""
-    if source.name != "config.json" or dtype is None:
-        shutil.copyfile(source, target)
-        return
-    config = read_json(source)
-    for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
-        for key in {"dtype", "torch_dtype"} & set(part):
-            part[key] = dtype.name
-    target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 def _write_manifest(checkpoint: Checkpoint, dtype: np.dtype, source: str, target: Path) -> None:
     weights = checkpoint.path.glob("*.safetensors*")  # with their index
-    files = sorted([*weights, *_config_files(checkpoint.path)])
+    beside = sorted([*weights, *config_files(checkpoint.path)])
+    files = [checkpoint.path] if checkpoint.path.is_file() else beside
     manifest = {
         "format": FORMAT,
         "dtype": dtype.name,

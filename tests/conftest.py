@@ -24,8 +24,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 
-from tests.model_files import config_json, random_tensors, write_model
-from tests.tiny import tiny_pinpoints, tiny_processor
+from tests.model_files import config_json, decoder_json, random_tensors, write_model
+from tests.tiny import text_tokenizer, tiny_pinpoints, tiny_processor
 
 if os.environ.get("JAX_PLATFORMS") == "cpu" and jax.__version_info__ < (0, 11):
     # The older code generator of fusions takes half the time again. Later releases have but one.
@@ -47,6 +47,21 @@ def model_dir(tmp_path_factory):
     (path / "tokenizer.model").unlink()
     (path / "generation_config.json").unlink()
     tiny_processor("llava_next").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory):
+    """A tiny Llama directory with random weights and a tokenizer; made without torch."""
+    config = decoder_json() | {"vocab_size": 264, "max_position_embeddings": 1024}
+    tensors = {
+        name: 1 + 0.3 * array if "norm" in name else 0.4 * array
+        for name, array in random_tensors(config).items()
+    }
+    path = write_model(tmp_path_factory.mktemp("text") / "tiny", config, tensors)
+    (path / "tokenizer.model").unlink()
+    (path / "generation_config.json").unlink()
+    text_tokenizer().save_pretrained(path)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Tiny random LLaVA models of transformers' own classes, with float32 weights (needs torch)."""
+"""Tiny random models of transformers' own classes, with float32 weights (needs torch)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.tiny import IMAGE_TOKEN_ID, tiny_pinpoints, tiny_processor
+from tests.tiny import IMAGE_TOKEN_ID, text_tokenizer, tiny_pinpoints, tiny_processor
 
 KINDS = {
     "llava-1.5 Llama MHA": ("llava", "llama", {"num_key_value_heads": 4}),
@@ -25,9 +25,12 @@ KINDS = {
 
 
 def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0) -> Any:
-    """A random model in evaluation mode; norms and biases are random too."""
+    """A random model in evaluation mode; norms and biases are random too.
+
+    The family "text" is the decoder alone.
+    """
     text_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[decoder]
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": 264,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -55,7 +58,9 @@ def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0)
     }
     torch.manual_seed(seed)
     model: Any
-    if family == "llava":
+    if family == "text":
+        model = transformers.AutoModelForCausalLM.from_config(text_class(**text))
+    elif family == "llava":
         model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**common))
     else:
         pinpoints = [list(pair) for pair in tiny_pinpoints()]
@@ -66,7 +71,7 @@ def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0)
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
     # No stop token: answers run to their full length.
-    for holder in (model.generation_config, model.config.text_config):
+    for holder in (model.generation_config, model.config.get_text_config()):
         holder.eos_token_id = None
     return model.eval()
 
@@ -74,7 +79,7 @@ def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0)
 def save(model: Any, path: Path, family: str, **kwargs: Any) -> Path:
     """Write the model and its processor as a Hugging Face directory."""
     model.save_pretrained(path, **kwargs)
-    tiny_processor(family).save_pretrained(path)
+    (text_tokenizer() if family == "text" else tiny_processor(family)).save_pretrained(path)
     return path
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vlcache_jax.checkpoints.weights import parameter_shapes, tensors_of
-from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.families import family_of, read_config
 
 SPELLINGS = ("hub", "model.", "transformers 5", "transformers 5 on disk")
 
@@ -44,13 +44,20 @@ def config_json(
     } | ({"image_grid_pinpoints": [[28, 56], [56, 28]]} if family == "llava_next" else {})
 
 
+def decoder_json(kind: str = "llama", *, tied: bool = False) -> dict[str, Any]:
+    """The config.json of a decoder alone, of two layers."""
+    text = config_json(tied=tied)["text_config"]
+    return {**text, "model_type": kind, "tie_word_embeddings": tied, "sliding_window": None}
+
+
 def random_tensors(config: dict[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """All tensors of a model under their hub names."""
     rng = np.random.default_rng(7)
+    model = read_config(config)
     return {
         tensor: rng.standard_normal(shape, np.float32).astype(dtype)
-        for name, whole in parameter_shapes(LlavaConfig.from_hf(config)).items()
-        for tensor, shape in tensors_of(name, whole).items()
+        for name, whole in parameter_shapes(model).items()
+        for tensor, shape in tensors_of(family_of(model).names, name, whole).items()
     }
 
 

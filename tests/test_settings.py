@@ -12,7 +12,8 @@ from tests.tiny import tiny_config, tiny_processor
 from vlcache_jax import KIVI, RTN, VLM, Processor, VLCache, calibration
 from vlcache_jax.cache.methods import as_method
 from vlcache_jax.loading import describe
-from vlcache_jax.models.llava import config
+from vlcache_jax.models.config import TextConfig as _TextConfig
+from vlcache_jax.models.llava.config import LlavaConfig as _LlavaConfig
 from vlcache_jax.models.llava.config import VisionConfig
 from vlcache_jax.running import sampling
 
@@ -24,7 +25,7 @@ def untyped(kind: Any) -> Any:
 
 AKVQ, RandomKV = untyped(vlcache_jax.AKVQ), untyped(vlcache_jax.RandomKV)
 Buckets, Generate = untyped(vlcache_jax.Buckets), untyped(vlcache_jax.Generate)
-LlavaConfig, TextConfig = untyped(config.LlavaConfig), untyped(config.TextConfig)
+LlavaConfig, TextConfig = untyped(_LlavaConfig), untyped(_TextConfig)
 Calibration = untyped(calibration.Calibration)
 Draws, Sampling = untyped(sampling.Draws), untyped(sampling.Sampling)
 

@@ -20,7 +20,7 @@ from tests.cli import program
 from tests.tiny import picture
 from vlcache_jax import AKVQ, KIVI, RTN, Custom, FullCache, Generate, RandomKV, VLCache
 from vlcache_jax.cache.methods import METHODS, make_method
-from vlcache_jax.models.llava.model import abstract_params
+from vlcache_jax.models.families import abstract_params
 
 RUN = (
     VLCache("9tok", renormalize=True),

@@ -41,6 +41,12 @@ IMAGES_FIRST_TEMPLATE = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
+# Contents as strings, as the templates of text models have it.
+TEXT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture of random pixels."""
@@ -75,6 +81,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"},
     )
+
+
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` with a chat template of its own, as a decoder alone has it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEXT_TEMPLATE
+    return tokenizer
 
 
 def tiny_processor(

@@ -1,4 +1,4 @@
-"""LLaVA-style vision-language models in JAX with a compressed key/value cache (VL-Cache)."""
+"""Vision-language models and text decoders in JAX with a compressed key/value cache (VL-Cache)."""
 
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.method import CacheMethod
@@ -17,6 +17,7 @@ from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.trace import Trace, attention_mass_recall, cache_hit_rate
 from vlcache_jax.calibration import Calibration, calibrate
 from vlcache_jax.loading import load
+from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.requests.buckets import Buckets
 from vlcache_jax.requests.inputs import ModelInputs
@@ -48,6 +49,7 @@ __all__ = [
     "Inspection",
     "Layer",
     "LlavaConfig",
+    "ModelConfig",
     "ModelInputs",
     "Processor",
     "Prompt",

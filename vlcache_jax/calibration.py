@@ -26,7 +26,7 @@ from vlcache_jax.cache.quantizers import AKVQ
 from vlcache_jax.cache.score import ColumnSum
 from vlcache_jax.errors import real_number, short
 from vlcache_jax.files import check_file, whole_file
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.families import Params
 from vlcache_jax.requests.images import Images
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.answer import versions

@@ -113,7 +113,14 @@ def read_field(
     """
     section, _, key = name.rpartition(".")
     holder = read_field(data, section, SECTION, {}, file=file) if section else data
-    if (value := holder.get(key)) is None and default is not REQUIRED:
+    return read_value(holder.get(key), name, kind, default, file=file)
+
+
+def read_value(
+    value: Any, name: str, kind: Kind, default: Any = REQUIRED, *, file: str | Path
+) -> Any:
+    """The value of a field that was found already, None for none; see `read_field`."""
+    if value is None and default is not REQUIRED:
         return default
     if value is None or not kind.accepts(value):
         found = f"{name}, which is missing," if value is None else f"{name}={shown(value)}"
@@ -141,6 +148,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{short(path)} must hold a JSON object, not {type(data).__name__}")
     return data
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a file that begins as GGUF files do."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def local_path(value: Any) -> Path:

@@ -10,10 +10,16 @@ from vlcache_jax import demo
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import CacheLike, FullCache, as_method
 from vlcache_jax.calibration import KV_LAYERS, Calibration
-from vlcache_jax.checkpoints.checkpoint import Progress, open_checkpoint, resolve
+from vlcache_jax.checkpoints.checkpoint import (
+    Progress,
+    open_checkpoint,
+    read_config_fields,
+    resolve,
+)
 from vlcache_jax.checkpoints.weights import DTYPE, parse_dtype
 from vlcache_jax.fields import read_field, read_json, token_ids
-from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.config import ModelConfig
+from vlcache_jax.models.families import read_config
 from vlcache_jax.requests.buckets import Buckets, bucket_for, default_buckets, padding_shares
 from vlcache_jax.requests.processing import Processor
 from vlcache_jax.results.report import count_parameters, kv_bits, memory_need, token_bytes
@@ -32,16 +38,17 @@ def load(
     lazy: bool = False,
     progress: Progress | None = None,
 ) -> VLM:
-    """Open a LLaVA checkpoint: a model ready to answer, on the default device.
+    """Open a checkpoint: a model ready to answer, on the default device.
 
     Where `calibrate` has left its file beside the weights, it says which layers `AKVQ` takes for
     text-salient.
 
     Args:
-        model: a directory in Hugging Face format, a directory made by `python -m convert`, a hub id
-            such as "llava-hf/llava-v1.6-mistral-7b-hf", or "demo" for the one in this package.
+        model: a directory in Hugging Face format, a directory made by `python -m convert`, a GGUF
+            file of a Llama, a hub id such as "llava-hf/llava-v1.6-mistral-7b-hf", or "demo" for the
+            one in this package.
         dtype: "float32", "bfloat16" or "float16" for parameters, activations and cache; the type
-            that the checkpoint is stored in by default.
+            that the checkpoint is stored in by default, float32 for a quantised GGUF file.
         buckets: sizes that prompts and tiles are padded to.
         backend: "triton", "cudnn" (prefill's attention only) or "xla"; by default what the
             environment variable VLCACHE_BACKEND names, else the best that supports the case.
@@ -68,14 +75,14 @@ def load(
     if backend == "cudnn":
         require_gpu()
     path = resolve(model, weights=False, revision=revision)
-    config = LlavaConfig.from_file(path)
+    config = read_config(read_config_fields(path))
     method.for_model(config.text, _tsa_layers(path, config))
     transform = transform or method.transforms
     path = resolve(model, revision=revision)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config  # what the weights fit: a branch of the hub may have moved meanwhile
     kind = checkpoint.target_dtype(dtype)
-    processor = Processor.from_pretrained(path, config, buckets)
+    processor = Processor(config, checkpoint.processor(), buckets)
     vlm = VLM(
         config,
         lambda: checkpoint.load(kind, progress, transform=transform),
@@ -92,7 +99,7 @@ def load(
     return vlm
 
 
-def _stop_ids(path: Path, config: LlavaConfig, processor: Processor) -> tuple[int, ...]:
+def _stop_ids(path: Path, config: ModelConfig, processor: Processor) -> tuple[int, ...]:
     """Tokens that end an answer, of generation_config.json, config.json or the tokenizer."""
     file, ids = path / "generation_config.json", token_ids(config.text.vocab_size)
     given = read_json(file) if file.is_file() else {}
@@ -118,8 +125,8 @@ def describe(
     this package, the pictures that come with it too.
 
     Args:
-        model: a directory in Hugging Face format, a directory made by `python -m convert`, a hub
-            id, or "demo" for the one in this package.
+        model: a directory in Hugging Face format, a directory made by `python -m convert`, a GGUF
+            file, a hub id, or "demo" for the one in this package.
         dtype: "float32", "bfloat16" or "float16"; the type named by config.json by default.
         context: prompt tokens of one sequence; 4096 or what the model can hold by default.
         batch: sequences.
@@ -135,8 +142,8 @@ def describe(
         NotImplementedError: the checkpoint describes a model that is not implemented.
     """
     path = resolve(model, weights=False, revision=revision)
-    config = LlavaConfig.from_file(path)
-    stored = read_json(path / "config.json")
+    stored = read_config_fields(path)
+    config = read_config(stored)
     if dtype is None:
         old = read_field(stored, "torch_dtype", DTYPE, "float32")
         dtype = read_field(stored, "dtype", DTYPE, old)
@@ -160,7 +167,7 @@ def describe(
         "parameters": count_parameters(config),
         "kv_bytes_per_token": token_bytes(config.text, kind),
         "max_positions": limit,
-        "tile_tokens": config.vision.num_patches,
+        "tile_tokens": config.tile_tokens,
         "buckets": {
             name: [
                 {"size": size, "padding": share}
@@ -183,7 +190,7 @@ def describe(
     }
 
 
-def _tsa_layers(path: Path, config: LlavaConfig) -> tuple[int, ...] | None:
+def _tsa_layers(path: Path, config: ModelConfig) -> tuple[int, ...] | None:
     """The text-salient layers that were calibrated for a checkpoint, if any were."""
     file = path / KV_LAYERS
     return Calibration.read(file, config.text.num_layers).tsa_layers if file.exists() else None

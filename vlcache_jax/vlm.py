@@ -10,9 +10,9 @@ import numpy as np
 
 from vlcache_jax.cache.methods import CacheLike, as_method
 from vlcache_jax.errors import whole_numbers
+from vlcache_jax.models.config import ModelConfig
+from vlcache_jax.models.families import Params
 from vlcache_jax.models.fold import fold_transform
-from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Params
 from vlcache_jax.requests.detokenize import check_stop
 from vlcache_jax.requests.images import Images
 from vlcache_jax.requests.inputs import ModelInputs
@@ -105,7 +105,7 @@ class VLM:
 
     def __init__(
         self,
-        config: LlavaConfig,
+        config: ModelConfig,
         read_params: Callable[[], Params],
         processor: Processor,
         *,

@@ -234,7 +234,7 @@ def conduct(
 
 def tile_of(vlm: VLM) -> int:
     """Pixels of a tile's side that suit a model's pictures."""
-    return max(TILE, vlm.config.vision.image_size)
+    return max(TILE, vlm.config.tile_side)
 
 
 def architecture(vlm: VLM) -> dict[str, Any]:

@@ -21,9 +21,8 @@ from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
 from vlcache_jax.cache.score import LastRows, Layer
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.cache.trace import attention_mass_recall, cache_hit_rate
-from vlcache_jax.models.config import TextConfig
-from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Params, bind
+from vlcache_jax.models.config import ModelConfig, TextConfig
+from vlcache_jax.models.families import Params, bind
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.report import row_bytes
 from vlcache_jax.running.generate import Generate
@@ -71,7 +70,7 @@ class Together(CacheMethod):
 class Comparison:
     """What many methods do with one prefill: pure functions of arrays, to be compiled."""
 
-    config: LlavaConfig
+    config: ModelConfig
     backend: str | None = None
 
     def prefill(

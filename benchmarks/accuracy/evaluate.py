@@ -32,10 +32,10 @@ from benchmarks.speed.cases import is_full
 from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.state import round_up
+from vlcache_jax.models.families import Params
 from vlcache_jax.models.fold import fold_transform
-from vlcache_jax.models.llava.anyres import max_tiles, num_tiles, visual_rows
-from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.llava.anyres import num_tiles, visual_rows
+from vlcache_jax.models.llava.config import LlavaConfig, with_vision
 from vlcache_jax.requests.buckets import Buckets
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.generate import Generate
@@ -195,7 +195,7 @@ class Evaluation:
 
         The last one of a kind is filled up by repeating its last item.
         """
-        config, kinds = self.vlm.config, defaultdict(list)
+        config, kinds = with_vision(self.vlm.config), defaultdict(list)
         for row, item in enumerate(items):
             kinds[_tiles(item, config)].append(row)
         lengths = [prompt_tokens(item, self.vlm) for item in items]
@@ -317,11 +317,13 @@ class Evaluation:
 def prompt_tokens(item: Item, vlm: VLM) -> int:
     """Length of an item's prompt, visual tokens included, without reading its pictures."""
     text = vlm.processor.tokenizer(render(item))["input_ids"]
-    visual = sum(visual_rows(image.shape[:2], vlm.config).size for image in item.images)
+    visual = sum(
+        visual_rows(image.shape[:2], with_vision(vlm.config)).size for image in item.images
+    )
     return len(text) - len(item.images) + visual
 
 
 def _tiles(item: Item, config: LlavaConfig) -> int:
     """Tiles of an item's pictures, in multiples of the most that one picture can be."""
-    most = max_tiles(config)
+    most = config.max_tiles
     return most * -(-sum(num_tiles(image.shape[:2], config) for image in item.images) // most)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.accuracy.packing import Batch
+from vlcache_jax.models.families import Params, bind
 from vlcache_jax.models.llama import Residual, rope_table, rotated
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Params, bind
 
 HIDDEN = -1e30
 """Logit of a key that is not seen."""

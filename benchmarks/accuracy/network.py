@@ -15,7 +15,8 @@ import numpy as np
 from convert.safetensors_writer import write_tensors
 from vlcache_jax.checkpoints.weights import parameter_name, parse_dtype, split, tensors_of
 from vlcache_jax.files import whole_directory
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.families import Params
+from vlcache_jax.models.llava.names import LLAVA
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 IMAGE_TOKEN_ID = SPECIAL_TOKENS.index("<image>")
@@ -152,9 +153,9 @@ def export(path: Path, config: dict[str, Any], files: Any, params: Params, dtype
     shapes = {
         tensor: shape
         for name, array in arrays.items()
-        for tensor, shape in tensors_of(name, array.shape).items()
+        for tensor, shape in tensors_of(LLAVA, name, array.shape).items()
     }
-    tensors = (tensor for name, array in arrays.items() for tensor in split(name, array))
+    tensors = (tensor for name, array in arrays.items() for tensor in split(LLAVA, name, array))
     with whole_directory(path.resolve(), force=True) as directory:
         write_tensors(directory, shapes, kind, tensors)
         text = json.dumps({**config, "dtype": kind.name}, indent=2) + "\n"

@@ -17,8 +17,8 @@ from vlcache_jax.cache.method import CacheMethod, Observation
 from vlcache_jax.cache.score import RecentScore, Score
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.models.config import TextConfig
+from vlcache_jax.models.decoder import Decoder
 from vlcache_jax.models.llama import Attend, Residual, rope_table, rotated
-from vlcache_jax.models.llava.model import Llava
 from vlcache_jax.requests.inputs import ModelInputs
 
 
@@ -36,7 +36,7 @@ class Attended(NamedTuple):
 
 
 def attention_of_answer(
-    model: Llava,
+    model: Decoder,
     config: TextConfig,
     full: Pool,
     inputs: ModelInputs,

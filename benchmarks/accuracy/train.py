@@ -36,8 +36,8 @@ from benchmarks.accuracy.scene import Manner
 from benchmarks.command import bad_input, counting_bar
 from benchmarks.environment import write_result
 from vlcache_jax.checkpoints.checkpoint import quiet_orbax
+from vlcache_jax.models.families import init_params
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import init_params
 from vlcache_jax.requests.buckets import Buckets
 from vlcache_jax.requests.processing import Processor
 

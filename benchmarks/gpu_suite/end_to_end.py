@@ -28,7 +28,7 @@ from benchmarks.speed.decoding import CHUNKS
 from benchmarks.speed.presets import PACKED, PACKED_TENTH, PAPER_MODEL, TENTH
 from benchmarks.speed.rows import cache_of
 from benchmarks.speed.run import Plan, measure_all
-from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.models.families import init_params
 from vlcache_jax.results.report import count_parameters
 
 DRY_SCALE = 16

@@ -17,8 +17,8 @@ from benchmarks.measure import reason
 from benchmarks.models import SMALL_TOWER
 from vlcache_jax.cache.methods import VLCache
 from vlcache_jax.models.config import TextConfig
+from vlcache_jax.models.families import Params, init_params
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Params, init_params
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.generate import Generate
 from vlcache_jax.running.stages import Stages
@@ -42,7 +42,7 @@ LOGITS_BOUND = 2e-2
 def model(context: Context) -> dict[str, Any]:
     """The stage."""
     text = replace(TEXT, **DRY) if context.dry else TEXT
-    config = LlavaConfig("llava", SMALL_TOWER, text, image_token_id=511, vision_layers=1)
+    config = LlavaConfig("llava", text, SMALL_TOWER, image_token_id=511, vision_layers=1)
     params = init_params(config, context.seed % 2**31)
     # Each product keeps about the size of what goes in; norms stay as they are.
     factor = 1.2 / (0.02 * text.hidden_size**0.5)

@@ -14,9 +14,9 @@ from benchmarks.accuracy import network
 from benchmarks.accuracy.network import IMAGE_TOKEN_ID
 from benchmarks.models import WINDOW
 from vlcache_jax.models.config import TextConfig
+from vlcache_jax.models.families import Params, abstract_params
 from vlcache_jax.models.llava.anyres import visual_rows
-from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Params, abstract_params
+from vlcache_jax.models.llava.config import LlavaConfig, with_vision
 
 WORDS = ("amber", "bridge", "cloud", "door", "engine", "forest", "garden", "harbour")
 """Words of the texts, each of them one token."""
@@ -40,7 +40,7 @@ SMALL = LlavaConfig(
 """For a CPU: the cache of 1k tokens is two thirds of the weights."""
 
 MODELS = {
-    name: replace(config, image_token_id=IMAGE_TOKEN_ID)
+    name: replace(with_vision(config), image_token_id=IMAGE_TOKEN_ID)
     for name, config in {"small": SMALL, **models.MODELS}.items()
     if config.family == "llava_next"
 }

@@ -14,9 +14,9 @@ from benchmarks.accuracy import network
 from benchmarks.peers.model import make_files, make_prompt, random_params
 from benchmarks.peers.process import serve
 from vlcache_jax.cache.methods import FullCache, VLCache
+from vlcache_jax.models.families import Params
 from vlcache_jax.models.llava.anyres import num_tiles
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Params
 from vlcache_jax.requests.buckets import Buckets
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.requests.processing import Processor

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from benchmarks.ahead_of_time import GPUS
 from benchmarks.models import WINDOW
-from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.results.report import count_parameters, token_bytes
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
@@ -110,7 +110,7 @@ class Stage:
         return sum(part.floor(device) for part in self.parts.values())
 
 
-def prefill(config: LlavaConfig, context: int, batch: int = 1) -> Stage:
+def prefill(config: ModelConfig, context: int, batch: int = 1) -> Stage:
     """Run prompts of `context` tokens through the decoder; the head multiplies their last rows."""
     text, rows = config.text, batch * context
     layers, head = _multiplied(config)
@@ -125,7 +125,7 @@ def prefill(config: LlavaConfig, context: int, batch: int = 1) -> Stage:
 
 
 def scoring(
-    config: LlavaConfig,
+    config: ModelConfig,
     context: int,
     batch: int = 1,
     budget: float = 0.1,
@@ -152,14 +152,14 @@ def scoring(
     )
 
 
-def packing(config: LlavaConfig, context: int, batch: int = 1, bits: float = 16) -> Stage:
+def packing(config: ModelConfig, context: int, batch: int = 1, bits: float = 16) -> Stage:
     """What a quantizer adds to the prefill where nothing is evicted: it reads and writes it all."""
     cache = batch * context * token_bytes(config.text, BFLOAT16)
     return Stage({"packing": Work(cache * (1 + bits / 16))})
 
 
 def decode_step(
-    config: LlavaConfig,
+    config: ModelConfig,
     context: int,
     batch: int = 1,
     budget: float = 1.0,
@@ -182,14 +182,14 @@ def decode_step(
 
 
 def sequence_bytes(
-    config: LlavaConfig, context: int, budget: float = 1.0, bits: float = 16, *, tail: int = 0
+    config: ModelConfig, context: int, budget: float = 1.0, bits: float = 16, *, tail: int = 0
 ) -> float:
     """Bytes of one sequence's cache: its share of the prompt, and a tail in bfloat16."""
     return (context * budget * bits / 16 + tail) * token_bytes(config.text, BFLOAT16)
 
 
 def largest_batch(
-    device: Device, config: LlavaConfig, context: int, budget: float = 1.0, bits: float = 16
+    device: Device, config: ModelConfig, context: int, budget: float = 1.0, bits: float = 16
 ) -> int:
     """Most sequences whose caches fit beside the whole model; 0 where not even the model fits.
 
@@ -203,7 +203,7 @@ def largest_batch(
 
 def tokens_per_second(
     device: Device,
-    config: LlavaConfig,
+    config: ModelConfig,
     context: int,
     batch: int,
     budget: float = 1.0,
@@ -214,28 +214,28 @@ def tokens_per_second(
     return batch / step.floor(device)
 
 
-def language_bytes(config: LlavaConfig) -> int:
+def language_bytes(config: ModelConfig) -> int:
     """Bytes of the decoder's weights: embedding, layers and head."""
     count = _parameters(config)
     return BFLOAT16.itemsize * (count["embed"] + count["layers"] + count["head"])
 
 
-def vision_bytes(config: LlavaConfig) -> int:
+def vision_bytes(config: ModelConfig) -> int:
     """Bytes of the weights that only a prompt's images need: tower and projector."""
     count = _parameters(config)
-    return BFLOAT16.itemsize * (count["vision"] + count["projector"])
+    return BFLOAT16.itemsize * (count.get("vision", 0) + count.get("projector", 0))
 
 
 _parameters = functools.cache(count_parameters)
 
 
-def _multiplied(config: LlavaConfig) -> tuple[int, int]:
+def _multiplied(config: ModelConfig) -> tuple[int, int]:
     """Weights that a token is multiplied with: of the layers, and of the head."""
     count = _parameters(config)
     return count["layers"], count["embed" if config.text.tie_embeddings else "head"]
 
 
-def _heads_width(config: LlavaConfig) -> int:
+def _heads_width(config: ModelConfig) -> int:
     """Width of the query heads of all layers, L * N * H."""
     text = config.text
     return text.num_layers * text.num_heads * text.head_dim

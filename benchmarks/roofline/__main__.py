@@ -15,7 +15,7 @@ from benchmarks.roofline.packed import Caches, caches
 from benchmarks.roofline.trips import trip_rows, trip_table
 from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.quantizers import QUANTIZERS
-from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.results.report import human_bytes
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ PLOTTED = tuple(2**power for power in range(11, 18))
 
 
 def stage_rows(
-    device: roofline.Device, config: LlavaConfig, context: int, batch: int, compared: Caches
+    device: roofline.Device, config: ModelConfig, context: int, batch: int, compared: Caches
 ) -> list[dict[str, Any]]:
     """Bytes, operations and floor of every stage and its parts; decoding with every cache."""
     size = config, context, batch
@@ -58,7 +58,7 @@ def stage_rows(
 
 
 def capacity_rows(
-    device: roofline.Device, config: LlavaConfig, context: int, batch: int, compared: Caches
+    device: roofline.Device, config: ModelConfig, context: int, batch: int, compared: Caches
 ) -> list[dict[str, Any]]:
     """What every cache allows: faster steps at the same batch, and a larger batch."""
     rows, full = [], roofline.decode_step(config, context, batch).floor(device)

@@ -11,8 +11,7 @@ from benchmarks.roofline import BFLOAT16
 from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.quantizers import AKVQ, make_quantizer
-from vlcache_jax.models.config import TextConfig
-from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.config import ModelConfig, TextConfig
 from vlcache_jax.results.report import packed_bytes, row_bytes
 
 
@@ -86,14 +85,14 @@ class Cache:
     budget: float = 1.0
     quantizer: Quantizer | None = None
 
-    def kept(self, config: LlavaConfig, context: int) -> tuple[float, float]:
+    def kept(self, config: ModelConfig, context: int) -> tuple[float, float]:
         """The budget, and the bits of a value of the pool with all that belongs to it."""
         if self.quantizer is None:
             return self.budget, 16.0
         rows = quantized_rows(config.text, self.quantizer, context, self.budget)
         return self.budget, bits_of(config.text, self.quantizer, rows)
 
-    def rows(self, config: LlavaConfig, context: int) -> dict[str, float]:
+    def rows(self, config: ModelConfig, context: int) -> dict[str, float]:
         """Rows of a layer by their bits, the mean over the layers; empty without a quantizer."""
         if self.quantizer is None:
             return {}
@@ -108,7 +107,7 @@ Caches = Mapping[str, Cache]
 """By the cache's name."""
 
 
-def caches(config: LlavaConfig, budget: float, kv_bits: str) -> Caches:
+def caches(config: ModelConfig, budget: float, kv_bits: str) -> Caches:
     """The caches that are compared: full and the budget, and both of them quantized.
 
     `kv_bits` is a name that `make_quantizer` takes, "16" for none.

@@ -15,8 +15,7 @@ from vlcache_jax.cache.allocate import allocate
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.methods import FullCache
-from vlcache_jax.models.config import TextConfig
-from vlcache_jax.models.llava.anyres import max_tiles
+from vlcache_jax.models.config import ModelConfig, TextConfig
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.report import kv_bits
@@ -35,7 +34,7 @@ _SMALL = TextConfig(
 
 
 @cache
-def models() -> Mapping[str, LlavaConfig]:
+def models() -> Mapping[str, ModelConfig]:
     """All shapes by name: the shipped model's, two that a CPU can run, the published ones."""
     mha = LlavaConfig(family="llava", vision=SMALL_TOWER, text=_SMALL, vision_layers=2)
     wide = replace(_SMALL, hidden_size=1024, intermediate_size=2816, num_heads=16)
@@ -87,7 +86,7 @@ class Case:
     chunk: int = CHUNK
 
     @cached_property
-    def config(self) -> LlavaConfig:
+    def config(self) -> ModelConfig:
         """The model, with positions for the tokens of a prompt and its answer."""
         return with_positions(models()[self.model], self.context + self.new_tokens)
 
@@ -154,8 +153,8 @@ class Case:
         visible = np.arange(rows) < lengths[:, None]
         tokens = np.where(visible, rng.integers(5, config.text.vocab_size, visible.shape), 0)
         visual = np.arange(rows) < np.maximum(lengths - WINDOW, 0)[:, None]
-        tiles = max_tiles(config) if self.images else 0
-        side, patches = config.vision.image_size, config.vision.num_patches
+        tiles = config.max_tiles if self.images else 0
+        side, patches = config.tile_side, config.tile_tokens
         table = np.arange(rows)[None] % max(1, tiles * patches)
         table = table + np.arange(self.batch)[:, None] * tiles * patches
         return ModelInputs(

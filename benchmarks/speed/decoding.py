@@ -19,7 +19,7 @@ from pallas_kernels.packing import join_affine
 from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.packed import PackedPool, first_words
 from vlcache_jax.cache.state import Pool
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.families import Params
 from vlcache_jax.running.stages import DecodeState
 
 CHUNKS = (1, 3)

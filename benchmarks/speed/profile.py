@@ -21,7 +21,7 @@ from benchmarks.speed.cases import Case, Variants, name_of
 from benchmarks.speed.decoding import Decoding
 from benchmarks.speed.rows import described
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.families import Params
 
 SCOPES = (
     "vision", "prefill_attention", "scores", "select", "compact", "decode_attention",

@@ -12,7 +12,7 @@ from benchmarks.speed.cases import Case, Variants, is_full, name_of
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.families import Params
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.driver import Run
 from vlcache_jax.running.programs import Programs

@@ -14,7 +14,7 @@ from benchmarks.speed.decoding import decode_rows
 from benchmarks.speed.profile import STAGES as TRACED
 from benchmarks.speed.profile import dump_hlo, profile_rows
 from benchmarks.speed.prompts import answer_rows, prefill_rows
-from vlcache_jax.models.llava.model import Params, init_params
+from vlcache_jax.models.families import Params, init_params
 
 STAGES: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "decode": decode_rows,

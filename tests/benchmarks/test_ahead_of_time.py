@@ -21,7 +21,7 @@ from benchmarks.ahead_of_time import GPUS, compile_for, plugin_version
 from benchmarks.loops import loop_copies
 from benchmarks.models import MODELS, abstract_inputs
 from vlcache_jax.cache.methods import VLCache
-from vlcache_jax.models.llava.model import abstract_params
+from vlcache_jax.models.families import abstract_params
 from vlcache_jax.results.report import count_parameters
 from vlcache_jax.running.generate import Generate
 

@@ -30,6 +30,7 @@ from benchmarks.roofline import WORKSPACE, Device
 from benchmarks.speed import __main__ as speed_command
 from benchmarks.speed import cases, presets
 from pallas_kernels.tuning import PrefillConfig as Config
+from vlcache_jax.models.llava.config import with_vision
 from vlcache_jax.results.report import pool_bytes
 
 MODELS = cases.models()
@@ -59,7 +60,7 @@ class Here:
 
 def shallow():
     """The shapes that a dry run takes, with few layers: it is their compilation that takes long."""
-    demo = MODELS["demo"]
+    demo = with_vision(MODELS["demo"])
     text, vision = replace(demo.text, num_layers=2), replace(demo.vision, num_layers=2)
     return {"demo": replace(demo, text=text, vision=vision, vision_layers=1)}
 

@@ -20,7 +20,7 @@ from benchmarks.speed.profile import (
 )
 from tests.tiny import tiny_config
 from vlcache_jax.cache.methods import VLCache
-from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.models.families import init_params
 
 TEXT = """HloModule jit_f, is_scheduled=true
 

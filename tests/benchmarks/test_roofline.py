@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, abstract_inputs
 from benchmarks.roofline import (
     DEVICES,
     Work,
@@ -22,6 +22,7 @@ from benchmarks.roofline import (
     scoring,
     sequence_bytes,
     tokens_per_second,
+    vision_bytes,
 )
 from benchmarks.roofline.__main__ import main
 from benchmarks.roofline.packed import bits_of, kept_bytes, quantized_rows, rows_by_width
@@ -84,6 +85,18 @@ def test_decode_steps_equal_the_table(config, context, batch, full, kept, ratio,
     assert 1e3 * compressed == within_a_percent(kept)
     assert step / compressed == within_a_percent(ratio)
     assert (batch <= largest_batch(H200, config, context)) is fits
+
+
+def test_a_decoder_alone_is_a_shape_too():
+    llama = MODELS["llama-3.1-8b"]
+    assert vision_bytes(llama) == 0
+    assert language_bytes(llama) == 2 * 8_030_261_248  # as its model card counts
+    assert abstract_inputs(llama, 2, 64).tiles.shape == (0, 3, 0, 0)
+    same = replace(MISTRAL.text, rope=llama.text.rope)
+    ours = replace(llama.text, vocab_size=32064, max_positions=32768, kind="mistral")
+    assert ours == same  # but for its vocabulary it is Mistral, and a step reads the same bytes
+    step, other = (decode_step(replace(c, text=same), 8192, 8) for c in (llama, MISTRAL))
+    assert step.floor(H200) == other.floor(H200)
 
 
 @pytest.mark.parametrize(("config", "thousands", "batches"), LARGEST)

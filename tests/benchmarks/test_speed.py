@@ -34,7 +34,7 @@ from vlcache_jax.cache.methods import METHODS, FullCache, VLCache
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import AKVQ, RTN
 from vlcache_jax.cache.state import Pool
-from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.models.families import init_params
 from vlcache_jax.running.stages import DecodeState
 
 TENTH = VLCache(0.1)

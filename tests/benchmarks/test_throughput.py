@@ -18,7 +18,7 @@ from benchmarks.throughput import Load, compare, run
 from tests.tiny import tiny_config
 from vlcache_jax.cache.methods import VLCache
 from vlcache_jax.cache.quantizers import AKVQ
-from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.models.families import init_params
 from vlcache_jax.results.report import pool_bytes
 from vlcache_jax.running.driver import Run
 

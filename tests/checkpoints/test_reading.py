@@ -21,8 +21,9 @@ from vlcache_jax.checkpoints.checkpoint import open_checkpoint, resolve
 from vlcache_jax.checkpoints.weights import join, parameter_name, tensors_of
 from vlcache_jax.errors import short
 from vlcache_jax.loading import describe
+from vlcache_jax.models.families import abstract_params
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import abstract_params
+from vlcache_jax.models.llava.names import LLAVA
 
 CONFIG = config_json()
 
@@ -48,8 +49,8 @@ def _check_params(params, tensors, dtype):
     assert jax.tree.structure(params) == jax.tree.structure(abstract)
     for path, array in jax.tree_util.tree_leaves_with_path(params):
         name = parameter_name(path)
-        shapes = tensors_of(name, array.shape)
-        expected = join(name, array.shape, np.dtype(dtype), [tensors[key] for key in shapes])
+        shapes = tensors_of(LLAVA, name, array.shape)
+        expected = join(LLAVA, name, array.shape, np.dtype(dtype), [tensors[key] for key in shapes])
         assert isinstance(array, jax.Array)
         assert array.dtype == dtype
         assert np.asarray(array).tobytes() == expected.tobytes(), name
@@ -263,7 +264,7 @@ def test_resolve_prefers_a_directory(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert resolve("owner/name").samefile(tmp_path / "owner" / "name")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file: give the model's directory"):
+    with pytest.raises(ValueError, match="is a file, but no GGUF file: give the model's directory"):
         resolve("file")
     for name in ("nothing", "./owner/other", "/no/where", "../x", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no directory"):

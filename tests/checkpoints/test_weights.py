@@ -17,7 +17,7 @@ from vlcache_jax.checkpoints.weights import (
 )
 from vlcache_jax.errors import short
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.names import hub_name
+from vlcache_jax.models.llava.names import LLAVA
 
 SHAPES = (
     config_json("llava", heads=4, kv_heads=4),
@@ -36,15 +36,15 @@ def _stored(tensors):
 def test_split_is_the_inverse_of_join_on_every_bit_pattern(config, dtype):
     rng = np.random.default_rng(0)
     for name, shape in parameter_shapes(LlavaConfig.from_hf(config)).items():
-        shapes = tensors_of(name, shape)
+        shapes = tensors_of(LLAVA, name, shape)
         raw = np.dtype(f"u{np.dtype(dtype).itemsize}")
         tensors = {
             tensor: rng.integers(0, np.iinfo(raw).max, size, raw, endpoint=True).view(dtype)
             for tensor, size in shapes.items()
         }
-        array = join(name, shape, np.dtype(dtype), tensors.values())
+        array = join(LLAVA, name, shape, np.dtype(dtype), tensors.values())
         assert (array.shape, array.dtype) == (shape, dtype)
-        back = dict(split(name, array))
+        back = dict(split(LLAVA, name, array))
         assert back.keys() == tensors.keys()
         for tensor, values in back.items():
             assert values.shape == shapes[tensor]
@@ -57,7 +57,13 @@ def test_layouts_give_the_products_of_the_tensors():
     given = random_tensors(config)
     shapes = parameter_shapes(LlavaConfig.from_hf(config))
     kernels = {
-        name: join(name, shape, np.dtype(np.float32), [given[t] for t in tensors_of(name, shape)])
+        name: join(
+            LLAVA,
+            name,
+            shape,
+            np.dtype(np.float32),
+            [given[t] for t in tensors_of(LLAVA, name, shape)],
+        )
         for name, shape in shapes.items()
     }
     x = np.random.default_rng(1).standard_normal((5, 48)).astype(np.float32)
@@ -98,8 +104,8 @@ def test_layouts_give_the_products_of_the_tensors():
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_is_read(spelling):
     for name in random_tensors(config_json()):
-        assert hub_name(name) == name
-        assert hub_name(respell(name, spelling)) == name
+        assert LLAVA.own(name) == name
+        assert LLAVA.own(respell(name, spelling)) == name
 
 
 @pytest.mark.parametrize(
@@ -121,7 +127,7 @@ def test_every_spelling_is_read(spelling):
     ],
 )
 def test_names(given, expected):
-    assert hub_name(given) == expected
+    assert LLAVA.own(given) == expected
 
 
 def test_pieces_come_in_the_order_of_the_model():
@@ -145,7 +151,7 @@ def test_one_report_names_every_problem():
         (f"model.{stored[0][0]}", "F32", stored[0][2]),
     ]
     with pytest.raises(ValueError, match="5 problems") as error:
-        match(LlavaConfig.from_hf(config), stored)
+        match(LlavaConfig.from_hf(config), LLAVA, stored)
     head, *parts = str(error.value).split("; ")
     assert head == "the checkpoint does not fit its config.json: 5 problems"
     expected = {
@@ -165,7 +171,7 @@ def test_a_long_report_is_cut_but_counted():
     config = config_json()
     count = len(random_tensors(config))
     with pytest.raises(ValueError, match=f"{count + 1} problems") as error:
-        match(LlavaConfig.from_hf(config), [("transformer.wte", "F32", (64, 32))])
+        match(LlavaConfig.from_hf(config), LLAVA, [("transformer.wte", "F32", (64, 32))])
     text = str(error.value)
     assert "unknown: transformer.wte" in text
     assert "missing: vision_tower" in text
@@ -187,7 +193,7 @@ def test_constant_buffers_and_a_tied_projection_are_left_out():
         ("model.vision_tower.embeddings.position_ids", "I64", (1, 5)),
         ("lm_head.weight", "F32", (64, 32)),
     ]
-    sources = match(LlavaConfig.from_hf(config), stored)
+    sources = match(LlavaConfig.from_hf(config), LLAVA, stored)
     assert sorted(name for names in sources.values() for name in names) == sorted(tensors)
 
 

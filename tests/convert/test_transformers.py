@@ -15,7 +15,7 @@ from tests.tiny import picture, tiny_processor
 from vlcache_jax.checkpoints.checkpoint import open_checkpoint
 from vlcache_jax.checkpoints.weights import parameter_shapes, tensors_of
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.names import hub_name
+from vlcache_jax.models.llava.names import LLAVA
 from vlcache_jax.running.programs import Programs
 
 MODELS = [
@@ -51,13 +51,13 @@ def test_saved_by_transformers_and_loaded_by_it_again(family, kind, text, tmp_pa
     expected = {
         tensor: shape
         for name, whole in parameter_shapes(config).items()
-        for tensor, shape in tensors_of(name, whole).items()
+        for tensor, shape in tensors_of(LLAVA, name, whole).items()
     }
-    assert {hub_name(name): array.shape for name, array in stored.items()} == expected
+    assert {LLAVA.own(name): array.shape for name, array in stored.items()} == expected
 
     there = convert(tmp_path / "hf", tmp_path / "orbax")
     back = convert(there, tmp_path / "back", to_hf=True)
-    renamed = {hub_name(name): array for name, array in stored.items()}
+    renamed = {LLAVA.own(name): array for name, array in stored.items()}
     assert same_bits(read_tensors(back), renamed)
 
     loaded, info = type(model).from_pretrained(back, output_loading_info=True)
@@ -95,7 +95,7 @@ def test_every_spelling_and_the_conversion_generate_the_same_tokens(tmp_path):
 
     saved = hf.save(model, tmp_path / "saved", "llava_next", max_shard_size="60KB")
     assert len(list(saved.glob("*.safetensors"))) > 2
-    stored = {hub_name(name): array for name, array in read_tensors(saved).items()}
+    stored = {LLAVA.own(name): array for name, array in read_tensors(saved).items()}
     config = json.loads((saved / "config.json").read_text())
     directories = [saved, convert(saved, tmp_path / "converted")]
     for number, spelling in enumerate(SPELLINGS):

@@ -7,7 +7,7 @@ import pytest
 from tests.kernels.cases import compiled
 from tests.tiny import picture, tiny_config, tiny_processor
 from vlcache_jax import Buckets, Generate, Processor, VLCache
-from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.models.families import init_params
 
 CONFIG = tiny_config("llava_next")
 

@@ -11,7 +11,6 @@ from transformers.image_processing_utils import select_best_resolution as hf_bes
 from tests.tiny import tiny_config
 from vlcache_jax.models.llava.anyres import (
     NEWLINE,
-    max_tiles,
     num_tiles,
     select_best_resolution,
     tile_grid,
@@ -49,7 +48,7 @@ def test_llava_15_is_one_tile_in_order():
     for size in ((1, 1), (480, 640), (1, 2000)):
         assert visual_rows(size, config).tolist() == list(range(576))
         assert (tile_grid(size, config), num_tiles(size, config)) == ((0, 0), 1)
-    assert max_tiles(config) == 1
+    assert config.max_tiles == 1
 
 
 def test_the_drawing_in_the_module():
@@ -107,7 +106,7 @@ def _rows_of_a_drawing(size, config):
 def test_rows_are_those_of_a_drawing(size, model):
     tokens, tiles = _rows_of_a_drawing(size, model)
     assert visual_rows(size, model).tolist() == tokens
-    assert num_tiles(size, model) == tiles <= max_tiles(model)
+    assert num_tiles(size, model) == tiles <= model.max_tiles
 
 
 @settings(deadline=None)

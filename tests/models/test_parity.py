@@ -14,7 +14,7 @@ from pallas_kernels.prefill_attention import prefill_attention
 from tests import hf
 from tests.tiny import picture
 from vlcache_jax import Buckets
-from vlcache_jax.models.llava.model import bind
+from vlcache_jax.models.families import bind
 from vlcache_jax.running.stages import Stages
 
 BOUND = 1e-4
@@ -54,7 +54,7 @@ class Pair:
         """Rows of the visual table, and features of the tower."""
         model = bind(self.ours.config)(params)
         attend = partial(prefill_attention, causal=False)
-        tower = model.vision(tiles, self.ours.config.vision_layers, attend=attend)
+        tower = model.vision(tiles, model.vision_layers, attend=attend)
         return model.visual_rows(tiles, attend), tower
 
     def inputs(self, name):

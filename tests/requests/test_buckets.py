@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import tiny_config
+from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.llava.anyres import num_tiles, visual_rows
 from vlcache_jax.requests.buckets import Buckets, bucket_for, default_buckets, padding_shares
 
@@ -54,7 +55,7 @@ def test_no_image_costs_no_padding():
         ("prompt", (0, 64)),
         ("prompt", (64, 64)),
         ("prompt", (128, 64)),
-        ("tiles", (0,)),
+        ("tiles", ()),
         ("tiles", (-1, 5)),
     ],
 )
@@ -62,6 +63,13 @@ def test_impossible_buckets_are_refused(name, sizes):
     lists = {"prompt": (64,), "tiles": (0, 1)} | {name: sizes}
     with pytest.raises(ValueError, match=f"buckets for {name} must be increasing"):
         Buckets(**lists)
+
+
+def test_a_model_without_pictures_has_no_tiles():
+    config = ModelConfig("llama", tiny_config("llava").text)
+    assert default_buckets(config).tiles == (0,)
+    assert bucket_for(0, (0,)) == 0
+    assert bucket_for(3, (0,)) == 4  # a list of sizes always goes on
 
 
 def test_default_buckets():

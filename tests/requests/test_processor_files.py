@@ -63,7 +63,7 @@ def test_a_directory_with_only_preprocessor_config_works(directory):
 def test_a_tokenizer_of_sentencepiece_names_its_package(directory, monkeypatch):
     (directory / "tokenizer.json").unlink()
     (directory / "tokenizer.model").write_bytes(b"\n\x05\n\x03abc")
-    monkeypatch.setattr("vlcache_jax.requests.processing.find_spec", lambda name: None)
+    monkeypatch.setattr("vlcache_jax.requests.packing.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'vlcache-jax\[sentencepiece\]'"):
         read_saved(directory)
 

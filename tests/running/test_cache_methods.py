@@ -25,7 +25,7 @@ from vlcache_jax import (
 from vlcache_jax.cache.allocate import allocate
 from vlcache_jax.cache.methods import METHODS, make_method
 from vlcache_jax.cache.state import BLOCK, Pool, round_up
-from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.models.families import init_params
 
 CONFIG = tiny_config("llava_next")
 BUCKETS = Buckets(prompt=(160,), tiles=(10,))  # one bucket: few programs

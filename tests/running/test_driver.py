@@ -13,7 +13,7 @@ from tests.tiny import picture, tiny_config, tiny_processor
 from vlcache_jax import AKVQ, Buckets, FullCache, Generate, Processor, SnapKV, VLCache
 from vlcache_jax.cache.methods import as_method
 from vlcache_jax.cache.quantizers import KIVI, RTN
-from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.models.families import init_params
 from vlcache_jax.running.driver import Run
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.sampling import Draws, Sampling

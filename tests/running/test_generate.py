@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import picture, tiny_config, tiny_processor
-from vlcache_jax.models.llava.model import init_params
+from vlcache_jax.models.families import init_params
 from vlcache_jax.requests.processing import Processor
 from vlcache_jax.running.generate import Generate
 from vlcache_jax.running.sampling import Sampling

@@ -26,8 +26,8 @@ from vlcache_jax.cache.methods import as_method
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.cache.state import Pool, Tails
+from vlcache_jax.models.families import abstract_params
 from vlcache_jax.models.fold import fold_transform
-from vlcache_jax.models.llava.model import abstract_params
 from vlcache_jax.running.stages import Stages
 
 CONFIG = tiny_config("llava_next")

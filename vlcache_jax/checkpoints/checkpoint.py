@@ -1,13 +1,16 @@
 """Reading checkpoints: a Hugging Face directory of safetensors, or one that `convert` has made.
 
-Both kinds are read piece by piece (vision, projector, embed, layer_000..., head), and inside a
-piece array by array, so that the host holds little beside the parameters themselves. Everything
-that can be checked without reading the weights is checked when a checkpoint is opened.
+GGUF files are the third kind (`vlcache_jax.checkpoints.gguf`). All are read piece by piece (vision,
+projector, embed, layer_000..., head; a decoder alone has no first two), and inside a piece array by
+array, so that the host holds little beside the parameters themselves. Everything that can be
+checked without reading the weights is checked when a checkpoint is opened.
 """
 
+import json
 import logging
 import math
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,11 +48,10 @@ from vlcache_jax.checkpoints.weights import (
     refuse_differences,
 )
 from vlcache_jax.errors import reason, short
-from vlcache_jax.fields import COUNT, SECTION, local_path, read_field, read_json, shown
+from vlcache_jax.fields import COUNT, SECTION, is_gguf, local_path, read_field, read_json, shown
+from vlcache_jax.models.config import ModelConfig, read_config_json
+from vlcache_jax.models.families import Params, abstract_params, family_of, read_config_file
 from vlcache_jax.models.fold import fold_layer
-from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Params, abstract_params
-from vlcache_jax.models.llava.names import EMBEDDING, LM_HEAD, hub_name
 
 MANIFEST = "MANIFEST.json"
 """File that a finished conversion has and an interrupted one lacks."""
@@ -72,31 +74,32 @@ Pieces: TypeAlias = Iterator[tuple[str, Iterator[tuple[str, np.ndarray]]]]
 
 
 def resolve(model: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
-    """The directory of a model: a local one, "demo" in this package, or a download from the hub.
+    """Where a model is: a local directory or GGUF file, "demo" in this package, or a download.
 
     Only weights in safetensors, configuration and tokenizer files are fetched; nothing that is
     fetched is ever run.
 
     Args:
-        model: a directory; where there is none of that name, `owner/name` on the hub or "demo".
+        model: a directory or a GGUF file; where there is none of that name, `owner/name` on the hub
+            or "demo".
         weights: whether a download includes the weights.
         revision: branch, tag or commit of a hub id; its main branch by default.
 
     Raises:
-        ValueError: it is a file, or a `revision` is given for what is not on the hub.
+        ValueError: it is another file, or a `revision` is given for what is not on the hub.
         FileNotFoundError: there is no such directory, nor such a model or revision on the hub.
         ConnectionError: the hub cannot be reached and the model is not in the local cache.
     """
     path, name = local_path(model), str(model)
-    if path.is_dir() or (name == "demo" and not path.exists()):
+    if path.is_dir() or is_gguf(path) or (name == "demo" and not path.exists()):
         if revision is not None:
             raise ValueError(
                 f"{short(name)} is not on the hub and has no revision={shown(revision)}: leave "
                 "that out"
             )
-        return path if path.is_dir() else demo.CHECKPOINT
+        return path if path.exists() else demo.CHECKPOINT
     if path.exists():
-        raise ValueError(f"{short(path)} is a file: give the model's directory")
+        raise ValueError(f"{short(path)} is a file, but no GGUF file: give the model's directory")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(
             f"no directory {short(name)}: give a model's directory or a hub id such as "
@@ -128,6 +131,7 @@ class Checkpoint(ABC):
     Attributes:
         path: its directory.
         config: the model.
+        names: what its tensors are called.
         dtype: number type of all weights; None where they differ.
         shapes: name and shape of every parameter, in the order of the pieces.
         pieces: names of the parameters of each piece, in the order in which they are read.
@@ -135,8 +139,9 @@ class Checkpoint(ABC):
 
     dtype: np.dtype | None
 
-    def __init__(self, path: Path, config: LlavaConfig):
+    def __init__(self, path: Path, config: ModelConfig):
         self.path, self.config = path, config
+        self.names = family_of(config).names
         self.shapes = parameter_shapes(config)
         groups = groupby(self.shapes, lambda name: piece_of(name)[0])
         self.pieces = {piece: list(names) for piece, names in groups}
@@ -159,6 +164,33 @@ class Checkpoint(ABC):
     def num_bytes(self, dtype: np.dtype) -> int:
         """Size of all parameters in a number type."""
         return dtype.itemsize * sum(map(math.prod, self.shapes.values()))
+
+    def processor(self) -> Any:
+        """The `transformers` processor or tokenizer that belongs to the weights.
+
+        Raises:
+            FileNotFoundError: a file of it is missing.
+            ValueError: the files cannot be read, or ask for remote code.
+            NotImplementedError: a GGUF file describes an unknown tokenizer.
+        """
+        return family_of(self.config).packing.read(self.path, self.config)
+
+    def write_files(self, directory: Path, dtype: np.dtype) -> None:
+        """Write the files beside the weights; config.json names a new number type."""
+        for file in config_files(self.path):
+            target = directory / file.name
+            if file.name != "config.json" or dtype == self.dtype:
+                shutil.copyfile(file, target)
+                continue
+            config = read_json(file)
+            for part in (
+                config,
+                config.get("text_config") or {},
+                config.get("vision_config") or {},
+            ):
+                for key in {"dtype", "torch_dtype"} & set(part):
+                    part[key] = dtype.name
+            target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @abstractmethod
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
@@ -191,7 +223,7 @@ class Checkpoint(ABC):
     def load(
         self, dtype: Any = None, progress: Progress | None = None, *, transform: bool = False
     ) -> Params:
-        """The parameters on the default device, in the tree of `models.llava.abstract_params`.
+        """The parameters on the default device, in the tree of `models.families.abstract_params`.
 
         Args:
             dtype: float32, bfloat16 or float16; as stored by default.
@@ -219,7 +251,7 @@ class Checkpoint(ABC):
 class SafetensorsCheckpoint(Checkpoint):
     """A Hugging Face checkpoint: tensors in one file or several."""
 
-    def __init__(self, path: Path, config: LlavaConfig):
+    def __init__(self, path: Path, config: ModelConfig):
         super().__init__(path, config)
         self._files: dict[str, Any] = {}  # for each tensor the open file that holds it
         stored: list[tuple[str, str, Shape]] = []
@@ -234,7 +266,9 @@ class SafetensorsCheckpoint(Checkpoint):
                 part = tensors.get_slice(key)
                 stored.append((key, part.get_dtype(), tuple(part.get_shape())))
                 self._files[key] = tensors
-        self._sources = match(config, stored)  # for each parameter the names of its tensors
+        self._sources = match(
+            config, self.names, stored
+        )  # for each parameter the names of its tensors
         used = {key for keys in self._sources.values() for key in keys}
         kinds = {kind for key, kind, _ in stored if key in used}
         self.dtype = FLOAT_KINDS[kinds.pop()] if len(kinds) == 1 else None
@@ -245,13 +279,13 @@ class SafetensorsCheckpoint(Checkpoint):
             self._check_tied()
         for name in self.pieces[piece]:
             tensors = (self._files[key].get_tensor(key) for key in self._sources[name])
-            yield name, join(name, self.shapes[name], dtype, tensors)
+            yield name, join(self.names, name, self.shapes[name], dtype, tensors)
 
     def _check_tied(self) -> None:
         """An output projection that is stored although it is tied must be the embedding."""
-        keys = {hub_name(key): key for key in self._files}
-        if self.config.text.tie_embeddings and LM_HEAD in keys:
-            pair = [keys[LM_HEAD], keys[EMBEDDING]]
+        keys = {self.names.own(key): key for key in self._files}
+        if self.config.text.tie_embeddings and self.names.head in keys:
+            pair = [keys[self.names.head], keys[self.names.embedding]]
             if not np.array_equal(*(self._files[key].get_tensor(key) for key in pair)):
                 raise ValueError(
                     f"config.json ties the output projection to the embedding, but {pair[0]} "
@@ -262,7 +296,7 @@ class SafetensorsCheckpoint(Checkpoint):
 class ConvertedCheckpoint(Checkpoint):
     """A checkpoint that `convert` has made: one Orbax checkpoint per piece."""
 
-    def __init__(self, path: Path, config: LlavaConfig):
+    def __init__(self, path: Path, config: ModelConfig):
         super().__init__(path, config)
         file = path / MANIFEST
         manifest = read_json(file)
@@ -312,8 +346,16 @@ class ConvertedCheckpoint(Checkpoint):
             yield name, cast(arrays.pop(piece_of(name)[1]), dtype, name)
 
 
+def config_files(path: Path) -> list[Path]:
+    """Configuration, tokenizer and processor files beside the weights of a directory."""
+    files = {file for pattern in CONFIG_PATTERNS for file in path.glob(pattern)}
+    own = (MANIFEST, INDEX)
+    return sorted(file for file in files if file.name not in own and file.is_file())
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a model directory of either kind and check all that can be checked without reading it.
+    """Open a model directory of either kind, or a GGUF file, and check all that can be checked
+    without reading the weights.
 
     Raises:
         FileNotFoundError: there are no weights, or files of them are missing.
@@ -322,9 +364,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         NotImplementedError: the configuration describes another kind of model.
     """
     path = local_path(path)
+    if path.is_file():
+        from vlcache_jax.checkpoints.gguf import GgufCheckpoint  # which is a `Checkpoint` too
+
+        return GgufCheckpoint(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no model directory at {short(path)}")
-    config = LlavaConfig.from_file(path)
+    config = read_config_file(path)
     if (path / MANIFEST).is_file():
         return ConvertedCheckpoint(path, config)
     if (path / "params").is_dir():
@@ -333,6 +379,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             "the directory and convert the model again"
         )
     return SafetensorsCheckpoint(path, config)
+
+
+def read_config_fields(path: Path) -> dict[str, Any]:
+    """The fields of a model directory's config.json, or what a GGUF file says in its place.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+        NotImplementedError: a GGUF file describes another kind of model.
+    """
+    if path.is_file():
+        from vlcache_jax.checkpoints.gguf import GgufFile  # see above
+
+        return GgufFile(path).config
+    return read_config_json(path)
 
 
 def piece_directory(path: Path, piece: str) -> Path:

@@ -1,10 +1,10 @@
 """Weights: Hugging Face's tensors to this library's parameters, and back.
 
 A tensor is copied into its view of the parameter, or out of it, as the family's table has it
-(`models.llava.names`): the directions are each other's exact inverse.
+(`models.names`): the directions are each other's exact inverse.
 
 A parameter's name is its path in the tree of `abstract_params`, joined by dots: `layers.3.qkv`. A
-tensor's name is spelled as on the Hugging Face hub; the other spellings are translated first.
+tensor's name is spelled as the family's table has it; other spellings are translated first.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,9 +17,9 @@ import numpy as np
 
 from vlcache_jax.errors import short
 from vlcache_jax.fields import one_of, shown
-from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import abstract_params
-from vlcache_jax.models.llava.names import IGNORED, LM_HEAD, Shape, hub_name, parts_of
+from vlcache_jax.models.config import ModelConfig
+from vlcache_jax.models.families import abstract_params
+from vlcache_jax.models.names import IGNORED, Names, Shape
 
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 """The number types that parameters may have."""
@@ -49,7 +49,7 @@ def parse_dtype(dtype: Any) -> np.dtype:
     return DTYPES[name]
 
 
-def parameter_shapes(config: LlavaConfig) -> dict[str, Shape]:
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Name and shape of every parameter, in the order of the pieces of a checkpoint."""
     order = ("vision", "projector", "embed", "layers", "head")
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
@@ -74,13 +74,15 @@ def piece_of(name: str) -> tuple[str, str]:
     return piece, leaf
 
 
-def tensors_of(name: str, shape: Shape) -> dict[str, Shape]:
-    """Hub names and shapes of the tensors that make up a parameter."""
+def tensors_of(names: Names, name: str, shape: Shape) -> dict[str, Shape]:
+    """Names and shapes of the tensors that make up a parameter, as a family calls them."""
     nothing = np.broadcast_to(np.uint8(0), shape)  # a shape without memory
-    return {tensor: view.reshape(own).shape for tensor, view, own in parts_of(name, nothing)}
+    return {tensor: view.reshape(own).shape for tensor, view, own in names.parts_of(name, nothing)}
 
 
-def join(name: str, shape: Shape, dtype: np.dtype, tensors: Iterable[np.ndarray]) -> np.ndarray:
+def join(
+    names: Names, name: str, shape: Shape, dtype: np.dtype, tensors: Iterable[np.ndarray]
+) -> np.ndarray:
     """A parameter from its tensors, in the order of `tensors_of`.
 
     Only one tensor is held at a time if `tensors` is a generator.
@@ -89,14 +91,14 @@ def join(name: str, shape: Shape, dtype: np.dtype, tensors: Iterable[np.ndarray]
         ValueError: a finite value is beyond the range of float16.
     """
     array = np.empty(shape, dtype)
-    for (_, view, _), tensor in zip(parts_of(name, array), tensors, strict=True):
+    for (_, view, _), tensor in zip(names.parts_of(name, array), tensors, strict=True):
         _copy(cast(tensor, dtype, name).reshape(view.shape), view)
     return array
 
 
-def split(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a parameter, contiguous, with their hub names: the inverse of `join`."""
-    for tensor, view, own in parts_of(name, array):
+def split(names: Names, name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a parameter, contiguous, with their names: the inverse of `join`."""
+    for tensor, view, own in names.parts_of(name, array):
         whole = view
         if not whole.flags.c_contiguous:
             whole = np.empty(view.shape, array.dtype)
@@ -130,12 +132,13 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def match(
-    config: LlavaConfig, stored: Sequence[tuple[str, str, Shape]]
+    config: ModelConfig, names: Names, stored: Sequence[tuple[str, str, Shape]]
 ) -> dict[str, tuple[str, ...]]:
     """Find the tensors of every parameter in a checkpoint, and check that nothing else is there.
 
     Args:
         config: the model.
+        names: what its tensors are called.
         stored: name, type (as safetensors spells it) and shape of each tensor of the checkpoint.
 
     Returns:
@@ -144,14 +147,15 @@ def match(
     Raises:
         ValueError: tensors are missing, unknown, doubled, misshapen or not of a float type.
     """
-    tensors = {name: tensors_of(name, whole) for name, whole in parameter_shapes(config).items()}
+    shapes = parameter_shapes(config)
+    tensors = {name: tensors_of(names, name, whole) for name, whole in shapes.items()}
     expected = {key: list(shape) for shapes in tensors.values() for key, shape in shapes.items()}
     given: dict[str, str] = {}
     found: dict[str, list[int]] = {}
     problems: dict[str, list[str]] = {"given twice": [], "wrong type": []}
     for name, kind, shape in stored:
-        tensor = hub_name(name)
-        if IGNORED.fullmatch(tensor) or (config.text.tie_embeddings and tensor == LM_HEAD):
+        tensor = names.own(name)
+        if IGNORED.fullmatch(tensor) or (config.text.tie_embeddings and tensor == names.head):
             continue
         if tensor in given:
             problems["given twice"].append(f"{given[tensor]} and {name}")

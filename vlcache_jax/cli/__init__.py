@@ -32,7 +32,7 @@ from vlcache_jax.errors import reason
 
 app = typer.Typer(
     name="vlcache",
-    help="Run LLaVA-style vision-language models in JAX with a compressed key/value cache.",
+    help="Run vision-language models and text decoders in JAX with a compressed key/value cache.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -7,7 +7,7 @@ import typer
 Model = Annotated[
     str,
     typer.Argument(
-        help="A model directory (Hugging Face format or converted), a hub id such as "
+        help="A model directory (Hugging Face format or converted), a GGUF file, a hub id such as "
         "llava-hf/llava-v1.6-mistral-7b-hf, or 'demo' for the tiny model in this package."
     ),
 ]

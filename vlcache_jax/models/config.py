@@ -1,22 +1,30 @@
-"""Configuration of a decoder, shared by the families: a frozen dataclass, read from `config.json`.
+"""Configuration of a model: frozen dataclasses, read from a Hugging Face `config.json`.
 
-A field left out of the file takes the default of the Hugging Face class.
+Old and new spellings of a field are both read; a field left out of the file takes the default of
+the Hugging Face class. A value that would change the mathematics and is not implemented raises
+`NotImplementedError` naming the field, so that no model is ever run almost right.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
-from vlcache_jax.errors import whole_numbers
+from vlcache_jax.errors import short, whole_numbers
 from vlcache_jax.fields import (
     COUNT,
     FLAG,
     NUMBER,
+    REMOTE_CODE,
     SECTION,
     SIZE,
+    TEXT,
     Kind,
+    local_path,
     one_of,
     read_field,
+    read_json,
+    shown,
     token_ids,
     whole,
 )
@@ -88,21 +96,78 @@ class TextConfig:
         return self.num_heads // self.num_kv_heads
 
 
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder alone; a family that takes pictures adds what it makes of them.
+
+    Attributes:
+        family: `model_type` of its config.json: "llama" or "mistral" of a decoder.
+        text: the decoder.
+    """
+
+    family: str
+    text: TextConfig
+
+    @property
+    def max_tiles(self) -> int:
+        """The most tiles that one image of any size can become; 0 where none are taken."""
+        return 0
+
+    @property
+    def tile_side(self) -> int:
+        """Side of a square tile, in pixels."""
+        return 0
+
+    @property
+    def tile_tokens(self) -> int:
+        """P: the visual tokens that a tile becomes."""
+        return 0
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a `config.json`, or the one inside a model directory.
+
+        Args:
+            path: the file or the directory.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a JSON object, or a value in it is impossible.
+            NotImplementedError: it describes a model that this library does not implement.
+        """
+        return cls.from_hf(read_config_json(path))
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+        """Read the content of a Hugging Face `config.json`.
+
+        Args:
+            data: its fields.
+
+        Raises:
+            ValueError: a value is impossible, or the file asks for remote code.
+            NotImplementedError: an unknown architecture, quantised weights, or a field that changes
+                the mathematics.
+        """
+        refuse_formats(data)
+        return cls(read_field(data, "model_type", one_of("llama", "mistral")), read_text(data, ""))
+
+
 ONLY = {
-    "text_config.hidden_act": "silu",
-    "text_config.attention_bias": False,
-    "text_config.mlp_bias": False,
-    "text_config.partial_rotary_factor": 1.0,
-    "text_config.attn_logit_softcapping": None,
-    "text_config.final_logit_softcapping": None,
-    "text_config.query_pre_attn_scalar": None,
-    "text_config.embedding_multiplier": 1.0,
-    "text_config.residual_multiplier": 1.0,
-    "text_config.attention_multiplier": None,
-    "text_config.logits_scaling": 1.0,
-    "text_config.logit_scale": None,
-    "text_config.use_qk_norm": False,
-    "text_config.num_local_experts": None,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": None,
+    "logits_scaling": 1.0,
+    "logit_scale": None,
+    "use_qk_norm": False,
+    "num_local_experts": None,
 }
 """Fields that change a decoder's mathematics, each with the one value that is implemented."""
 
@@ -141,30 +206,36 @@ _MISTRAL = {
 def read_dataclass(
     data: Mapping[str, Any], section: str, kind: type, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of a dataclass, read from a section; defaults go by their names there."""
+    """The fields of a dataclass, read from a section; defaults go by their names there.
+
+    The section stands as it does in front of a name: "text_config.", or nothing.
+    """
     found = {}
     for each in fields(kind):
         name = _NAMES.get(each.name, each.name)
         wanted = _KINDS.get(name) or _KINDS.get(each.type)
         if wanted is not None:
             default = defaults.get(name, each.default)
-            found[each.name] = read_field(data, f"{section}.{name}", wanted, default)
+            found[each.name] = read_field(data, f"{section}{name}", wanted, default)
     return found
 
 
-def read_text(data: Mapping[str, Any]) -> TextConfig:
+def read_text(data: Mapping[str, Any], section: str) -> TextConfig:
     """Read the decoder's section of a `config.json`.
 
     Args:
         data: the whole file.
+        section: in front of the decoder's fields, "text_config."; nothing where it is the model.
 
     Raises:
         ValueError: a value is impossible.
         NotImplementedError: a value asks for what is not implemented.
     """
-    text = read_field(data, "text_config", SECTION, {})
-    heads = read_field(data, "text_config.num_attention_heads", SIZE, TextConfig.num_heads)
-    hidden = read_field(data, "text_config.hidden_size", SIZE, TextConfig.hidden_size)
+    text = read_field(data, section[:-1], SECTION, {}) if section else data
+    for name, only in ONLY.items():
+        read_field(data, section + name, one_of(only), only)
+    heads = read_field(data, f"{section}num_attention_heads", SIZE, TextConfig.num_heads)
+    hidden = read_field(data, f"{section}hidden_size", SIZE, TextConfig.hidden_size)
     # Of these null is a value of its own, not the default of the class.
     null = {"num_key_value_heads": heads, "sliding_window": None}
     defaults = {
@@ -175,43 +246,43 @@ def read_text(data: Mapping[str, Any]) -> TextConfig:
     }
     if text.get("head_dim") is None and hidden % heads:
         raise ValueError(
-            f"config.json: text_config.hidden_size={hidden} must be a multiple of {heads} heads"
+            f"config.json: {section}hidden_size={hidden} must be a multiple of {heads} heads"
         )
-    values = read_dataclass(data, "text_config", TextConfig, defaults)
+    values = read_dataclass(data, section, TextConfig, defaults)
     values["tie_embeddings"] |= read_field(data, "tie_word_embeddings", FLAG, False)
     ids = token_ids(values["vocab_size"])
     config = TextConfig(
         **values,
-        rope=_read_rope(data, values["max_positions"]),
-        eos_token_ids=read_field(data, "text_config.eos_token_id", ids, ()),
+        rope=_read_rope(data, section, values["max_positions"]),
+        eos_token_ids=read_field(data, f"{section}eos_token_id", ids, ()),
     )
-    window = read_field(data, "text_config.sliding_window", COUNT, defaults["sliding_window"])
+    window = read_field(data, f"{section}sliding_window", COUNT, defaults["sliding_window"])
     if window is not None and window < config.max_positions:
         raise NotImplementedError(
-            f"config.json: text_config.sliding_window={window} binds below {config.max_positions} "
+            f"config.json: {section}sliding_window={window} binds below {config.max_positions} "
             "positions and is not supported: set it to null if the model was not trained with it"
         )
     if heads % config.num_kv_heads:
         raise ValueError(
-            f"config.json: text_config.num_attention_heads={heads} must be a multiple of "
+            f"config.json: {section}num_attention_heads={heads} must be a multiple of "
             f"num_key_value_heads={config.num_kv_heads}"
         )
     if config.head_dim % 2:
         raise ValueError(
-            f"config.json: text_config.head_dim={config.head_dim} must be even for rotary positions"
+            f"config.json: {section}head_dim={config.head_dim} must be even for rotary positions"
         )
     return config
 
 
-def _read_rope(data: Mapping[str, Any], max_positions: int) -> RopeConfig:
+def _read_rope(data: Mapping[str, Any], section: str, max_positions: int) -> RopeConfig:
     """Rope fields: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    old = read_field(data, "text_config.rope_scaling", SECTION, {})
-    at = "text_config.rope_scaling" if old else "text_config.rope_parameters"
+    old = read_field(data, f"{section}rope_scaling", SECTION, {})
+    at = f"{section}rope_scaling" if old else f"{section}rope_parameters"
     kind = read_field(
         data, f"{at}.rope_type", _ROPE, read_field(data, f"{at}.type", _ROPE, "default")
     )
     read_field(data, f"{at}.partial_rotary_factor", one_of(1.0), 1.0)
-    theta = read_field(data, "text_config.rope_theta", NUMBER, RopeConfig.theta)
+    theta = read_field(data, f"{section}rope_theta", NUMBER, RopeConfig.theta)
     theta = read_field(data, f"{at}.rope_theta", NUMBER, theta)
     if kind == "default":
         return RopeConfig(theta)
@@ -232,3 +303,52 @@ def _read_rope(data: Mapping[str, Any], max_positions: int) -> RopeConfig:
             f"high_freq_factor={rope.high_freq_factor}"
         )
     return rope
+
+
+def read_config_json(path: str | Path) -> dict[str, Any]:
+    """The fields of a `config.json`, given by itself or by its directory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a JSON object.
+    """
+    path = local_path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no config.json at {short(path)}: is this a model directory?")
+    return read_json(path)
+
+
+def refuse_formats(data: Mapping[str, Any]) -> None:
+    """Refuse files of which no field means what it says, or that describe other weights.
+
+    Raises:
+        ValueError: it is no object, or asks for remote code.
+        NotImplementedError: it is of another format, or the weights are quantised.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"config.json must hold an object, not {shown(data)}")
+    if "auto_map" in data:
+        raise ValueError(f"config.json {REMOTE_CODE}")
+    marks = [name for name in data if str(name).startswith("mm_")]
+    own = data.get("model_type") in ("llava_llama", "llava_mistral")
+    if own or (marks and data.get("text_config") is None):
+        mark = "model_type" if own else marks[0]
+        raise NotImplementedError(
+            f"config.json: {short(mark)}={shown(data[mark])} is the LLaVA authors' own format, "
+            "which is not supported: use the llava-hf conversion of the same model from the hub, "
+            "such as llava-hf/llava-v1.6-vicuna-13b-hf"
+        )
+    for section in ("", "text_config.", "vision_config."):
+        for name in (f"{section}quantization_config", f"{section}compression_config"):
+            config = read_field(data, name, SECTION, None)
+            if config is None:
+                continue
+            bits = any(config.get(f"load_in_{bits}bit") for bits in (4, 8))
+            method = "bitsandbytes" if bits else "an unnamed method"
+            method = read_field(data, f"{name}.quant_method", TEXT, method)
+            raise NotImplementedError(
+                f"config.json: {name} says that the weights are quantised by {short(method)}, "
+                "which is not supported: use the checkpoint that was quantised"
+            )

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.hadamard import factor, signs
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.families import Params
 
 
 def fold_transform(params: Params) -> Params:
     """The same model with transformed values in its cache; all else are the arrays given.
 
     Args:
-        params: the parameters, as `vlcache_jax.models.llava.model.init_params` makes them.
+        params: the parameters, as `vlcache_jax.models.families.init_params` makes them.
     """
     layers = {}
     for index, layer in params["layers"].items():

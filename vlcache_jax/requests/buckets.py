@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from vlcache_jax.errors import whole_numbers
-from vlcache_jax.models.llava.anyres import max_tiles
-from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Buckets:
 
     Attributes:
         prompt: T, prompt tokens.
-        tiles: S, image tiles of a whole batch; 0 first, so that text alone runs no vision tower.
+        tiles: S, image tiles of a whole batch; 0 first, so that text alone runs no vision tower,
+            and nothing else where there is none.
     """
 
     prompt: tuple[int, ...]
@@ -41,30 +41,31 @@ class Buckets:
             sizes = whole_numbers(getattr(self, name), f"buckets for {name}", least=None)
             object.__setattr__(self, name, sizes)
             rising = all(a < b for a, b in pairwise(sizes))
-            if not sizes or sizes[0] < lowest or sizes[-1] < 1 or not rising:
+            if not sizes or sizes[0] < lowest or not rising:
                 raise ValueError(
                     f"buckets for {name} must be increasing whole numbers from {lowest} on, "
-                    f"with at least one above 0, not {sizes}"
+                    f"at least one of them, not {sizes}"
                 )
 
 
-def default_buckets(config: LlavaConfig) -> Buckets:
+def default_buckets(config: ModelConfig) -> Buckets:
     """The buckets for a model.
 
     Prompts: 64, 96, 128, 192, ... below the model's positions, which are the last size.
     Tiles: none, then the most that one image becomes (5 for the usual NeXT, 1 for LLaVA-1.5),
-    doubled and doubled again.
+    doubled and doubled again; of a model that takes no pictures, none.
     """
-    last, most = config.text.max_positions, max_tiles(config)
+    last, most = config.text.max_positions, config.max_tiles
     sizes = (size for k in range(last.bit_length()) for size in (64 << k, 96 << k) if size < last)
-    return Buckets(prompt=(*sizes, last), tiles=(0, most, 2 * most, 4 * most, 8 * most))
+    tiles = (most, 2 * most, 4 * most, 8 * most) if most else ()
+    return Buckets(prompt=(*sizes, last), tiles=(0, *tiles))
 
 
 def bucket_for(n: int, sizes: Sequence[int]) -> int:
     """The smallest size >= n; beyond the last size, the last one doubled until it is."""
     size = next((size for size in sizes if size >= n), sizes[-1])
     while size < n:
-        size *= 2
+        size = max(1, 2 * size)
     return size
 
 

@@ -10,6 +10,7 @@ from itertools import chain, combinations
 from typing import Any, TypeAlias
 
 from vlcache_jax.errors import reason, short
+from vlcache_jax.requests.packing import Packing
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A conversation: `{"role": "user", "content": "..."}` for each message, in their order.
@@ -31,7 +32,7 @@ def is_one(text: Any) -> bool:
 
 
 def conversation(
-    text: Text, num_images: int, mark: str, raw: bool, *, breaks: bool = True
+    text: Text, num_images: int, mark: str | None, raw: bool, *, breaks: bool = True
 ) -> list[dict[str, Any]]:
     """A prompt as messages whose contents are lists of parts, with a part for each picture.
 
@@ -40,14 +41,15 @@ def conversation(
     Args:
         text: the prompt.
         num_images: how many pictures it has.
-        mark: what stands for a picture in a string.
+        mark: what stands for a picture in a string; None where there can be no pictures.
         raw: the pictures have to be marked.
         breaks: keep the line break between a mark and the text beside it, which LLaVA's own data
             have and most templates write themselves.
 
     Raises:
         ValueError: a message is not of the form that `Messages` describes, the conversation is
-            empty, or it has another number of places for pictures than there are pictures.
+            empty, or it has another number of places for pictures than there are pictures, or any
+            where there can be none.
     """
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
     made = [_message(message, f"messages[{i}]", mark, breaks) for i, message in enumerate(messages)]
@@ -55,6 +57,11 @@ def conversation(
     if not parts and not num_images:
         raise ValueError("the prompt is empty: give a text, an image or both")
     places = sum(part["type"] == "image" for part in parts)
+    if mark is None and (count := max(places, num_images)):
+        raise ValueError(
+            f"the model reads text alone and was given {count} picture{'s' * (count > 1)}: leave "
+            "them out, or take a model with a vision tower"
+        )
     if places != num_images and (raw or places):
         hint = "" if raw else ", or leave the marks out and the images come first"
         where = "text" if isinstance(text, str) else "messages"
@@ -70,7 +77,9 @@ def conversation(
     return made
 
 
-def _message(message: Mapping[str, Any], name: str, mark: str, breaks: bool) -> dict[str, Any]:
+def _message(
+    message: Mapping[str, Any], name: str, mark: str | None, breaks: bool
+) -> dict[str, Any]:
     """A message with a list of parts as its content; errors call it `name`."""
     if set(message) != {"role", "content"}:
         raise ValueError(
@@ -91,7 +100,7 @@ def _message(message: Mapping[str, Any], name: str, mark: str, breaks: bool) -> 
             case {"type": "image", **rest} if not rest:
                 parts.append({"type": "image"})
             case {"type": "text", "text": str(words), **rest} if not rest:
-                pieces = readable(words).split(mark)
+                pieces = readable(words).split(mark) if mark else [readable(words)]
                 for number, piece in enumerate(pieces):
                     if not breaks and number > 0:
                         piece = piece.removeprefix("\n")
@@ -120,14 +129,13 @@ class ChatTemplate:
     for each role by itself; where a string is taken, a picture is its mark and a line break.
 
     Args:
-        processor: the checkpoint's `transformers` processor, with its tokenizer.
-        mark: what stands for a picture in a text.
+        packing: the family's, with the checkpoint's processor and tokenizer.
     """
 
-    def __init__(self, processor: Any, mark: str):
-        template = processor.chat_template or processor.tokenizer.chat_template
+    def __init__(self, packing: Packing):
+        template = packing.processor.chat_template or packing.tokenizer.chat_template
         self._template = template.get("default") if isinstance(template, dict) else template
-        self._processor, self._mark = processor, mark
+        self._packing, self._mark = packing, packing.mark
         self._remedy = "write the whole prompt yourself and pass raw_prompt=True (--raw-prompt)"
 
     def render(self, text: Text, num_images: int) -> str:
@@ -143,12 +151,12 @@ class ChatTemplate:
         """
         messages = conversation(text, num_images, self._mark, False, breaks=False)
         if not isinstance(self._template, str):
-            remedy = f"{self._remedy}, with {self._mark} marks"
+            remedy = self._remedy + (f", with {self._mark} marks" if self._mark else "")
             raise ValueError(f"this checkpoint has no chat template: {remedy}")
         rendered = self._apply(messages)
-        if rendered.count(f"{self._mark}\n") < num_images:  # it writes no line breaks itself
+        if self._marks(rendered, "\n") < num_images:  # it writes no line breaks itself
             rendered = self._apply(conversation(text, num_images, self._mark, False))
-        if (count := rendered.count(self._mark)) != num_images:
+        if (count := self._marks(rendered)) != num_images:
             raise ValueError(
                 f"the chat template wrote {count} {self._mark} marks for {num_images} images: "
                 f"{self._remedy}"
@@ -187,7 +195,7 @@ class ChatTemplate:
     def _run(self, messages: list[dict[str, Any]]) -> str:
         """What the template makes of messages."""
         return str(
-            self._processor.apply_chat_template(
+            self._packing.processor.apply_chat_template(
                 messages,
                 chat_template=self._template,
                 add_generation_prompt=True,
@@ -200,7 +208,11 @@ class ChatTemplate:
         parts = [part for message in messages for part in message["content"]]
         marks = sum(part["type"] == "image" for part in parts)
         texts = [part["text"].strip() for part in parts if part["type"] == "text"]
-        return rendered.count(self._mark) == marks and all(text in rendered for text in texts)
+        return self._marks(rendered) == marks and all(text in rendered for text in texts)
+
+    def _marks(self, text: str, behind: str = "") -> int:
+        """How many marks are in a text, with this behind each."""
+        return text.count(self._mark + behind) if self._mark else 0
 
     def _join(self, parts: list[dict[str, Any]]) -> str:
         """The parts as one string."""
@@ -215,7 +227,7 @@ class ChatTemplate:
         except ValueError:
             return "", ""
         before, _, behind = text.partition("?-?")
-        bos = self._processor.tokenizer.bos_token or ""
+        bos = self._packing.tokenizer.bos_token or ""
         return _squeeze(before.removeprefix(bos)), _squeeze(behind)
 
     def _warn_of_full_form(self, text: str) -> None:

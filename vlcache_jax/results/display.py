@@ -145,7 +145,7 @@ def info_tables(facts: dict[str, Any]) -> Group:
         f"({', '.join(f'{name} {n:,}' for name, n in parts.items() if name != 'total')})",
         "cache per token": human_bytes(facts["kv_bytes_per_token"]),
         "positions": f"{facts['max_positions']:,}",
-        "visual tokens of a tile": f"{facts['tile_tokens']:,}",
+        "visual tokens of a tile": f"{facts['tile_tokens']:,}" if facts["tile_tokens"] else None,
     }
     memory = (
         f"\nMemory for {need['context']} prompt tokens (bucket {need['bucket']}), batch "
@@ -155,6 +155,7 @@ def info_tables(facts: dict[str, Any]) -> Group:
     buckets = {
         what: ", ".join(f"{b['size']} ({b['padding']:.0%})" for b in facts["buckets"][name])
         for name, what in (("prompt", "prompt tokens"), ("tiles", "image tiles"))
+        if facts["buckets"][name][-1]["size"] > 0
     }
     shown = [
         two_columns(model),

@@ -12,9 +12,8 @@ from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.quantize import Quantizer, groups
 from vlcache_jax.cache.quantizers import QUANTIZERS
 from vlcache_jax.cache.state import whole_capacity
-from vlcache_jax.models.config import TextConfig
-from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import abstract_params
+from vlcache_jax.models.config import ModelConfig, TextConfig
+from vlcache_jax.models.families import abstract_params
 from vlcache_jax.running.generate import Generate
 
 
@@ -190,7 +189,7 @@ def cache_report(
     )
 
 
-def count_parameters(config: LlavaConfig) -> dict[str, int]:
+def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Numbers of parameters: of each part of the model, and "total"."""
     parts = {
         name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
@@ -200,7 +199,7 @@ def count_parameters(config: LlavaConfig) -> dict[str, int]:
 
 
 def memory_need(
-    config: LlavaConfig,
+    config: ModelConfig,
     dtype: jnp.dtype,
     cache: CacheMethod,
     *,

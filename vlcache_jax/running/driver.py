@@ -16,7 +16,7 @@ import numpy as np
 
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.trace import BatchTrace
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.families import Params
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.settings import Settings

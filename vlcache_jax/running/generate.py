@@ -17,8 +17,8 @@ from pallas_kernels.backends import check_backend
 from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.errors import whole_number, whole_numbers
-from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Params
+from vlcache_jax.models.config import ModelConfig
+from vlcache_jax.models.families import Params
 from vlcache_jax.requests.buckets import bucket_for
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.sampling import Sampling
@@ -56,7 +56,7 @@ class Generate:
             0 on, there is no such backend, or the model cannot take the cache's settings.
     """
 
-    config: LlavaConfig
+    config: ModelConfig
     cache: CacheMethod = field(default_factory=FullCache)
     max_new_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
@@ -112,7 +112,7 @@ class Generate:
         """Answer a batch of prompts: a pure function, for `jax.jit` to compile whole.
 
         Args:
-            params: the tree of `vlcache_jax.models.llava.model.abstract_params`.
+            params: the tree of `vlcache_jax.models.families.abstract_params`.
             inputs: prompts padded to their buckets.
             rng: a `jax.random.key`; not used when greedy.
         """

@@ -26,9 +26,10 @@ from vlcache_jax.cache.packed import PackedPool, spill
 from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.state import Pool, Tails, empty_tail, whole_capacity
 from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
+from vlcache_jax.models.config import ModelConfig
+from vlcache_jax.models.decoder import Decoder
+from vlcache_jax.models.families import Params, bind
 from vlcache_jax.models.llama import Attend, Kept, Residual, rope_table, rotated
-from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import Llava, Params, bind
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.settings import Settings
 from vlcache_jax.running.state import DecodeState, Prefill
@@ -51,7 +52,7 @@ class Stages:
         trace: also tell what was kept and why, at the cost of one decode step on the full cache.
     """
 
-    config: LlavaConfig
+    config: ModelConfig
     cache: CacheMethod = field(default_factory=FullCache)
     chunk_steps: int = 1
     new_rows: int = 1
@@ -168,7 +169,7 @@ class Stages:
 
     def _run_prompt(
         self,
-        model: Llava,
+        model: Decoder,
         inputs: ModelInputs,
         keep: Callable[[int, Heads, Residual, Residual], Residual] | None = None,
     ) -> jax.Array:
@@ -277,7 +278,7 @@ class Stages:
         return jax.tree.map(write, pool, part), trace
 
     def _first_attention(
-        self, model: Llava, k: jax.Array, v: jax.Array, prompt: Prompt, token: jax.Array
+        self, model: Decoder, k: jax.Array, v: jax.Array, prompt: Prompt, token: jax.Array
     ) -> jax.Array:
         """What the first decoded token attends to, by one decode step on the full cache."""
         everything = FullCache()
@@ -399,7 +400,7 @@ class Stages:
 
     def _run_token(
         self,
-        model: Llava,
+        model: Decoder,
         token: jax.Array,
         attend_layer: Callable[[int], Attend[Kept]],
     ) -> tuple[jax.Array, list[Kept]]:

@@ -23,7 +23,7 @@ from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import AnyPool, Observation, Plan
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.cache.trace import attention_mass_recall
-from vlcache_jax.models.llava.model import Params, bind
+from vlcache_jax.models.families import Params, bind
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.generate import Generate
 from vlcache_jax.running.stages import DecodeState

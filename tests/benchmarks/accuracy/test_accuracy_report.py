@@ -18,8 +18,8 @@ from benchmarks.accuracy.scoring import agreement, summarise, variant_of
 from benchmarks.documents import NOT_MEASURED, ROOT
 from benchmarks.report import DOCUMENTS
 from vlcache_jax.cache.methods import METHODS
+from vlcache_jax.models.families import init_params
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import init_params
 from vlcache_jax.running import programs
 from vlcache_jax.running.programs import keep_programs
 

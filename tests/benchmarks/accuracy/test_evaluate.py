@@ -30,7 +30,7 @@ from vlcache_jax.cache import score
 from vlcache_jax.cache.methods import METHODS, FullCache, make_method
 from vlcache_jax.cache.quantizers import AKVQ, KIVI
 from vlcache_jax.cache.state import Pool
-from vlcache_jax.models.llava.model import abstract_params, init_params
+from vlcache_jax.models.families import abstract_params, init_params
 
 LAYERS = 3  # so that no pool is a whole number of blocks
 VISION = {

@@ -33,7 +33,7 @@ from benchmarks.documents import NOT_MEASURED
 from tests.benchmarks.accuracy.test_evaluate import make_vlm
 from vlcache_jax import SnapKV, VLCache
 from vlcache_jax.cache.methods import METHODS
-from vlcache_jax.models.llava.model import bind
+from vlcache_jax.models.families import bind
 from vlcache_jax.running import programs
 from vlcache_jax.running.stages import Stages
 

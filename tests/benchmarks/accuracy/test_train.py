@@ -18,8 +18,8 @@ from benchmarks.accuracy.loss import answer_logits, attend_patches
 from benchmarks.accuracy.network import config_json
 from benchmarks.accuracy.packing import pack, render
 from benchmarks.accuracy.train import Recipe, Stage, Trainer, drawn_ahead
+from vlcache_jax.models.families import bind
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.models.llava.model import bind
 from vlcache_jax.results.report import count_parameters
 from vlcache_jax.running.stages import Stages
 

@@ -23,9 +23,7 @@ of Hugging Face's `LlavaNextModel.pack_image_features`.
 import numpy as np
 
 from vlcache_jax.models.llava.config import LlavaConfig
-
-NEWLINE = -2
-"""Stands for the newline in the result of `visual_rows` (-1 is text, see `ModelInputs`)."""
+from vlcache_jax.requests.packing import NEWLINE
 
 
 def select_best_resolution(
@@ -64,12 +62,6 @@ def num_tiles(image_size: tuple[int, int], config: LlavaConfig) -> int:
     """Tiles that an image of (height, width) pixels becomes, the base tile included."""
     height, width = tile_grid(image_size, config)
     return 1 + height * width
-
-
-def max_tiles(config: LlavaConfig) -> int:
-    """The most tiles that one image of any size can become."""
-    side = config.vision.image_size
-    return 1 + max((h // side * (w // side) for h, w in config.grid_pinpoints), default=0)
 
 
 def visual_rows(image_size: tuple[int, int], config: LlavaConfig) -> np.ndarray:

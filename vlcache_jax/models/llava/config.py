@@ -1,31 +1,12 @@
-"""Configuration of a LLaVA model: frozen dataclasses, read from a Hugging Face `config.json`.
-
-Old and new spellings of a field are both read; a field left out of the file takes the default of
-the Hugging Face class. A value that would change the mathematics and is not implemented raises
-`NotImplementedError` naming the field, so that no model is ever run almost right.
-"""
+"""Configuration of a LLaVA model; see `vlcache_jax.models.config`."""
 
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vlcache_jax.errors import short, whole_numbers
-from vlcache_jax.fields import (
-    FLAG,
-    ID,
-    PAIRS,
-    REMOTE_CODE,
-    SECTION,
-    TEXT,
-    Kind,
-    local_path,
-    one_of,
-    read_field,
-    read_json,
-    shown,
-)
-from vlcache_jax.models.config import ONLY, TextConfig, read_dataclass, read_text
+from vlcache_jax.fields import FLAG, ID, PAIRS, Kind, one_of, read_field, shown
+from vlcache_jax.models.config import ModelConfig, read_dataclass, read_text, refuse_formats
 
 _DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -71,13 +52,13 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class LlavaConfig:
+class LlavaConfig(ModelConfig):
     """A LLaVA-style vision-language model.
 
     Attributes:
         family: "llava" (1.5: one tile per image) or "llava_next" (1.6: anyres tiles).
-        vision: the vision tower.
         text: the decoder.
+        vision: the vision tower.
         image_token_id: the id that stands for one visual token in a prompt.
         vision_layers: how many layers of the tower are run (Hugging Face's feature layer -2 of a
             24-layer tower is 23).
@@ -85,9 +66,7 @@ class LlavaConfig:
         grid_pinpoints: (height, width) resolutions that anyres chooses from; NeXT only.
     """
 
-    family: str
     vision: VisionConfig
-    text: TextConfig
     image_token_id: int = 32000
     vision_layers: int = 23
     projector_bias: bool = True
@@ -102,42 +81,28 @@ class LlavaConfig:
         pairs = tuple(whole_numbers(pair, f"{name}[{i}]", 1) for i, pair in enumerate(pairs))
         object.__setattr__(self, name, pairs)
 
-    @classmethod
-    def from_file(cls, path: str | Path) -> "LlavaConfig":
-        """Read a `config.json`, or the one inside a model directory.
+    @property
+    def max_tiles(self) -> int:
+        """The most tiles that one image of any size can become."""
+        side = self.vision.image_size
+        return 1 + max((h // side * (w // side) for h, w in self.grid_pinpoints), default=0)
 
-        Args:
-            path: the file or the directory.
+    @property
+    def tile_side(self) -> int:
+        """Side of a square tile, in pixels."""
+        return self.vision.image_size
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not a JSON object, or a value in it is impossible.
-            NotImplementedError: it describes a model that this library does not implement.
-        """
-        path = local_path(path)
-        if path.is_dir():
-            path = path / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"no config.json at {short(path)}: is this a model directory?")
-        return cls.from_hf(read_json(path))
+    @property
+    def tile_tokens(self) -> int:
+        """P: the visual tokens that a tile becomes."""
+        return self.vision.num_patches
 
     @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> "LlavaConfig":
-        """Read the content of a Hugging Face `config.json`.
-
-        Args:
-            data: its fields.
-
-        Raises:
-            ValueError: a value is impossible, or the file asks for remote code.
-            NotImplementedError: an unknown architecture, quantised weights, or a field that changes
-                the mathematics.
-        """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"config.json must hold an object, not {shown(data)}")
-        _refuse_formats(data)
+    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+        """Read the content of a Hugging Face `config.json`; see `ModelConfig.from_hf`."""
+        refuse_formats(data)
         family = read_field(data, "model_type", one_of("llava", "llava_next"))
-        for name, only in (_ONLY | ONLY).items():
+        for name, only in _ONLY.items():
             read_field(data, name, one_of(only), only)
         vision = _read_vision(data)
         layer = read_field(data, "vision_feature_layer", _LAYER, -2)
@@ -159,12 +124,25 @@ class LlavaConfig:
         return cls(
             family=family,
             vision=vision,
-            text=read_text(data),
+            text=read_text(data, "text_config."),
             image_token_id=read_field(data, "image_token_index", ID, token),
             vision_layers=vision_layers,
             projector_bias=read_field(data, "multimodal_projector_bias", FLAG, True),
             grid_pinpoints=pinpoints,
         )
+
+
+def with_vision(config: ModelConfig) -> LlavaConfig:
+    """The configuration, of a model that takes pictures.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    if not isinstance(config, LlavaConfig):
+        raise ValueError(
+            f"a {config.family} decoder reads text alone: take a model with a vision tower"
+        )
+    return config
 
 
 _LAYER = Kind(
@@ -187,37 +165,10 @@ _ONLY = {
 _LLAVA_TOWER = VisionConfig(1024, 4096, num_layers=24, num_heads=16, image_size=336, patch_size=14)
 
 
-def _refuse_formats(data: Mapping[str, Any]) -> None:
-    """Refuse files of which no field means what it says, or that describe other weights."""
-    if "auto_map" in data:
-        raise ValueError(f"config.json {REMOTE_CODE}")
-    marks = [name for name in data if str(name).startswith("mm_")]
-    own = data.get("model_type") in ("llava_llama", "llava_mistral")
-    if own or (marks and data.get("text_config") is None):
-        mark = "model_type" if own else marks[0]
-        raise NotImplementedError(
-            f"config.json: {short(mark)}={shown(data[mark])} is the LLaVA authors' own format, "
-            "which is not supported: use the llava-hf conversion of the same model from the hub, "
-            "such as llava-hf/llava-v1.6-vicuna-13b-hf"
-        )
-    for section in ("", "text_config.", "vision_config."):
-        for name in (f"{section}quantization_config", f"{section}compression_config"):
-            config = read_field(data, name, SECTION, None)
-            if config is None:
-                continue
-            bits = any(config.get(f"load_in_{bits}bit") for bits in (4, 8))
-            method = "bitsandbytes" if bits else "an unnamed method"
-            method = read_field(data, f"{name}.quant_method", TEXT, method)
-            raise NotImplementedError(
-                f"config.json: {name} says that the weights are quantised by {short(method)}, "
-                "which is not supported: use the checkpoint that was quantised"
-            )
-
-
 def _read_vision(data: Mapping[str, Any]) -> VisionConfig:
     if data.get("vision_config") is None:
         return _LLAVA_TOWER
-    config = VisionConfig(**read_dataclass(data, "vision_config", VisionConfig, {}))
+    config = VisionConfig(**read_dataclass(data, "vision_config.", VisionConfig, {}))
     if config.hidden_size % config.num_heads:
         raise ValueError(
             f"config.json: vision_config.hidden_size={config.hidden_size} must be a multiple of "

@@ -27,6 +27,7 @@ from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.trace import Trace
 from vlcache_jax.errors import short
 from vlcache_jax.files import check_file, whole_file
+from vlcache_jax.models.llava.config import with_vision
 from vlcache_jax.models.llava.patches import patch_rectangles
 from vlcache_jax.requests.images import ImageLike, Images, load_image
 from vlcache_jax.requests.processing import Processor
@@ -308,7 +309,7 @@ def locate(
     for number, source in enumerate(sources, 1):
         image = load_image(source)
         found = patch_rectangles(
-            (image.height, image.width), processor.config, processor.image_processor
+            (image.height, image.width), with_vision(processor.config), processor.image_processor
         )
         own, places = np.split(places, [len(found.part)])
         name = Path(source).name if isinstance(source, str | Path) else f"picture {number}"

@@ -1,0 +1,116 @@
+"""LLaVA's packing: pictures as tiles, and visual tokens where their marks stand in a prompt.
+
+The Hugging Face processor of the checkpoint does the tokenising and the resizing (its PIL and numpy
+backend: neither torch nor torchvision is needed); this module checks its result and adds the index
+table of the visual tokens (`anyres`).
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlcache_jax.errors import short
+from vlcache_jax.models.config import ModelConfig
+from vlcache_jax.models.llava.anyres import num_tiles, visual_rows
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.requests.images import ImageLike, load_image, name_of
+from vlcache_jax.requests.packing import Packing, Row
+
+
+class LlavaPacking(Packing):
+    """Makes a `Row` of a prompt with pictures.
+
+    Args:
+        config: the model.
+        processor: the checkpoint's `transformers` processor (`LlavaProcessor` or
+            `LlavaNextProcessor`) with a PIL image processor. It is not changed.
+
+    Raises:
+        ValueError: the processor does not belong to the model.
+    """
+
+    config: LlavaConfig
+    needs = (*Packing.needs, ("processor_config.json", "preprocessor_config.json"))
+
+    def __init__(self, config: LlavaConfig, processor: Any):
+        super().__init__(config, copy.copy(processor))
+        # Processors saved by old versions of transformers lack these three; the model knows them.
+        self.processor.patch_size = config.vision.patch_size
+        self.processor.vision_feature_select_strategy = "default"
+        self.processor.num_additional_image_tokens = 1
+        self.mark = str(processor.image_token)
+        token_id = self.tokenizer.convert_tokens_to_ids(self.mark)
+        if token_id != config.image_token_id:
+            raise ValueError(
+                f"the tokenizer's id of {self.mark} is {token_id}, but the model's image_token_id "
+                f"is {config.image_token_id}: correct image_token_index in config.json or use the "
+                "tokenizer files of the same checkpoint"
+            )
+        if config.family == "llava_next":
+            given = self.image_processor.image_grid_pinpoints
+            pairs = given if isinstance(given, list | tuple) else ()
+            if [tuple(p) if isinstance(p, list | tuple) else p for p in pairs] != [
+                *config.grid_pinpoints
+            ]:
+                raise ValueError(
+                    f"the processor's image_grid_pinpoints {short(repr(given))} differ from the "
+                    f"model's {short(repr(config.grid_pinpoints))}: use the processor files of the "
+                    "same checkpoint"
+                )
+
+    @staticmethod
+    def load(path: Path, config: ModelConfig) -> Any:
+        """What `transformers` makes of the files in a directory; may raise anything."""
+        # Imported here: it takes a second or more, which `vlcache --help` need not wait for.
+        from transformers import LlavaNextProcessor, LlavaProcessor
+
+        kind = LlavaNextProcessor if config.family == "llava_next" else LlavaProcessor
+        return kind.from_pretrained(
+            path, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+
+    def row(self, images: Sequence[ImageLike], prompt: str) -> Row:
+        """The row of a rendered prompt and its images; see `Packing.row`."""
+        config, pictures = self.config, [self._load(image) for image in images]
+        encoded = self.encode(text=prompt, images=pictures or None)
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        tokens = np.asarray(encoded["input_ids"][0], np.int32)
+        is_visual = tokens == config.image_token_id
+        visual = [visual_rows(size, config) for size in sizes]
+        pixels = encoded.get("pixel_values", ())  # of each image [3, H, W], or NeXT's [tiles, ...]
+        tiles = [
+            image.reshape(-1, *image.shape[-3:])[: num_tiles(size, config)]
+            for image, size in zip(pixels, sizes, strict=True)
+        ]
+        if (made := np.count_nonzero(is_visual)) != (count := sum(map(len, visual))):
+            raise ValueError(
+                f"the processor made {made} image tokens of images of (height, width) {sizes}, but "
+                f"the model has {count}: use the processor files of the same checkpoint"
+            )
+        self.check(tokens, is_visual)
+        side = config.vision.image_size
+        if tiles and tiles[0].shape[1:] != (3, side, side):
+            raise ValueError(
+                f"the processor made tiles of shape {tiles[0].shape[1:]}, but the model's "
+                f"image_size is {side}: use the processor files of the same checkpoint"
+            )
+        return Row(tokens, np.flatnonzero(is_visual), visual, tiles)
+
+    def _load(self, source: ImageLike) -> Image.Image:
+        """An image, within Pillow's limit even when LLaVA-1.5's processor has enlarged it."""
+        picture, limit = load_image(source), Image.MAX_IMAGE_PIXELS
+        if self.config.family == "llava" and limit is not None:
+            narrow, long = sorted(picture.size)
+            pixels = long * long if self.image_processor.do_pad else 0
+            pixels = max(pixels, self.config.vision.image_size**2 * long // narrow)
+            if pixels > limit:
+                raise ValueError(
+                    f"{name_of(source)} of {picture.width} x {picture.height} pixels is too thin: "
+                    f"resizing it would take {pixels} pixels, more than Pillow's limit of {limit}; "
+                    "crop it"
+                )
+        return picture

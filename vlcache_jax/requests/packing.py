@@ -1,0 +1,151 @@
+"""Packing: one prompt as token ids, and where its pictures' tokens stand among them.
+
+`Packing` is that of a decoder alone, which takes text; a family that takes pictures has its own.
+Both ask a Hugging Face tokenizer or processor, and check what it gives. numpy only.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from vlcache_jax.errors import reason, short
+from vlcache_jax.fields import REMOTE_CODE
+from vlcache_jax.models.config import ModelConfig
+from vlcache_jax.requests.images import ImageLike
+
+NEWLINE = -2
+"""Among a picture's rows of the visual table: the row behind those of all tiles."""
+
+
+class Row(NamedTuple):
+    """One prompt before padding.
+
+    Attributes:
+        tokens: its ids, int32 `[m]`.
+        places: the visual tokens among them, int `[n]`.
+        visual: for each picture, the rows of the visual table that its tokens are, counted from its
+            first tile's; `NEWLINE` for the row behind all tiles. Together `[n]`.
+        tiles: for each picture its tiles, float32 `[tiles, 3, side, side]`.
+    """
+
+    tokens: np.ndarray
+    places: np.ndarray
+    visual: Sequence[np.ndarray] = ()
+    tiles: Sequence[np.ndarray] = ()
+
+
+class Packing:
+    """Makes a `Row` of a prompt, of text alone.
+
+    Args:
+        config: the model.
+        processor: the checkpoint's `transformers` tokenizer or processor. It is not changed.
+
+    Attributes:
+        processor: the same, made ready.
+        tokenizer: its tokenizer.
+        image_processor: its image processor, None where it has none.
+        mark: what stands for a picture in a text; None where the model takes no pictures.
+
+    Raises:
+        ValueError: the processor does not belong to the model.
+    """
+
+    needs: ClassVar[tuple[tuple[str, ...], ...]] = (("tokenizer.json", "tokenizer.model"),)
+    """Files of a checkpoint, of each group one at least."""
+
+    def __init__(self, config: ModelConfig, processor: Any):
+        self.config, self.processor = config, processor
+        self.tokenizer: Any = getattr(processor, "tokenizer", processor)
+        self.image_processor: Any = getattr(processor, "image_processor", None)
+        self.mark: str | None = None
+
+    @staticmethod
+    def load(path: Path, config: ModelConfig) -> Any:
+        """What `transformers` makes of the files in a directory; may raise anything."""
+        from transformers import AutoTokenizer  # a second or more, which --help need not wait for
+
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+    @classmethod
+    def read(cls, path: Path, config: ModelConfig) -> Any:
+        """The tokenizer or processor of a local model directory.
+
+        Raises:
+            FileNotFoundError: there is no such directory, or the files are not in it.
+            ValueError: the files cannot be read, or ask for remote code.
+        """
+        if not path.is_dir():
+            raise FileNotFoundError(f"no model directory at {path}: download the checkpoint first")
+        for names in cls.needs:
+            if not any((path / name).is_file() for name in names):
+                raise FileNotFoundError(
+                    f"no {' or '.join(names)} in {path}: copy the processor files of the "
+                    "checkpoint there"
+                )
+        for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+            file = path / name
+            if file.is_file() and b'"auto_map"' in file.read_bytes():
+                raise ValueError(f"{file} {REMOTE_CODE}")
+        try:
+            return cls.load(path, config)
+        except Exception as error:  # the readers below raise anything, even plain Exception
+            if not (path / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+                raise ValueError(
+                    f"{path} has its tokenizer as tokenizer.model alone, which needs the package "
+                    "sentencepiece: pip install 'vlcache-jax[sentencepiece]'"
+                ) from None
+            raise ValueError(
+                f"the processor files in {short(path, 150)} cannot be read: {reason(error)}"
+            ) from error
+
+    def row(self, images: Sequence[ImageLike], prompt: str) -> Row:
+        """The row of a rendered prompt, which has as many marks as there are images.
+
+        Raises:
+            FileNotFoundError: an image file does not exist.
+            ValueError: an image cannot be read, or the model cannot take what comes of the prompt.
+        """
+        tokens = np.asarray(self.encode(text=prompt)["input_ids"][0], np.int32)
+        self.check(tokens, np.zeros(tokens.shape, bool))
+        return Row(tokens, np.zeros(0, np.int64))
+
+    def encode(self, *, text: str, **pictures: Any) -> Any:
+        """What the processor makes of a prompt."""
+        bos = self.tokenizer.bos_token
+        try:
+            return self.processor(
+                text=text,
+                add_special_tokens=not (bos and text.startswith(bos)),
+                padding=False,  # a tokenizer may have been saved with either
+                truncation=False,
+                return_tensors="np",
+                **pictures,
+            )
+        except Exception as error:  # settings of any kind may stand in the processor's files
+            raise ValueError(
+                f"the checkpoint's processor cannot prepare the prompt ({reason(error)}): use the "
+                "processor files of the checkpoint that transformers loads"
+            ) from error
+
+    def check(self, tokens: np.ndarray, is_visual: np.ndarray) -> None:
+        """Refuse ids [m] that the model cannot take, of which some are a visual token's."""
+        text = self.config.text
+        if not tokens.size:
+            raise ValueError("the prompt has no tokens: give a longer text")
+        if tokens.size > text.max_positions:
+            visual = np.count_nonzero(is_visual)
+            fewer = " or give fewer images" if self.mark else ""
+            raise ValueError(
+                f"the prompt has {tokens.size} tokens ({visual} of them visual), more than the "
+                f"model's {text.max_positions} positions: shorten the text{fewer}"
+            )
+        highest = int(tokens[~is_visual].max(initial=0))
+        if highest >= text.vocab_size:
+            raise ValueError(
+                f"the tokenizer gave id {highest}, but the model's vocabulary has "
+                f"{text.vocab_size} entries: use the tokenizer files of the same checkpoint"
+            )
