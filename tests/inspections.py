@@ -66,6 +66,7 @@ def made_up_inspection(
             budget_requested="all" if everything else "0.1",
             m=m,
             prompt_is_visual=visual,
+            prompt_is_context=np.zeros_like(visual),
             budget=budget,
             kept=kept,
             hit_rate=rng.random((layers, heads)).astype(np.float32),
@@ -91,6 +92,7 @@ def made_up_inspection(
         prompt="".join(pieces[1:]),
         pieces=["" if is_visual else next(texts) for is_visual in visual],
         visual=visual,
+        context=np.zeros_like(visual),
         pictures=pictures,
         full=full,
         outcomes=[

@@ -122,7 +122,7 @@ def test_a_file_is_read_as_it_was_written(found, tmp_path):
 
 
 def tsa_layers(vlm, cache):
-    return vlm._request(None, "x", cache=cache).generate.cache.quantize.tsa_layers
+    return vlm.request(None, "x", cache=cache).generate.cache.quantize.tsa_layers
 
 
 def test_a_file_beside_the_weights_is_used(copy):
@@ -133,7 +133,7 @@ def test_a_file_beside_the_weights_is_used(copy):
     assert vlm.tsa_layers == tsa_layers(vlm, AKVQ()) == (1,)
     assert tsa_layers(vlm, VLCache(quantize=AKVQ())) == (1,)
     assert tsa_layers(vlm, AKVQ(tsa_layers=(0,))) == (0,)
-    assert vlm._request(None, "x", cache=VLCache()).generate.cache == VLCache()
+    assert vlm.request(None, "x", cache=VLCache()).generate.cache == VLCache()
     assert describe(copy, cache=FullCache(quantize=AKVQ()))["memory"]["pool"] < plain
 
 

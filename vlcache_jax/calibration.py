@@ -170,7 +170,7 @@ def calibrate(
     quantizer = AKVQ(pivots=pivots, tsa_layers=())
     method = Custom(0.5, score=ColumnSum(), allocation="uniform", quantize=quantizer)
     unmeasured = Calibration((0.0,), threshold, pivots)  # refuses a bad setting now
-    request = vlm._request(
+    request = vlm.request(
         images, text, max_new_tokens=1, raw_prompt=raw_prompt, cache=method, prefill_batch=1
     )
     stages, prompts = request.generate.stages, request.groups

@@ -15,9 +15,9 @@ from vlcache_jax.models.families import Params
 from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.requests.detokenize import check_stop
 from vlcache_jax.requests.images import Images
-from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.requests.inputs import CONTEXT, ModelInputs
 from vlcache_jax.requests.messages import Messages, is_one
-from vlcache_jax.requests.processing import Processor
+from vlcache_jax.requests.processing import Contexts, Processor
 from vlcache_jax.results.answer import Answer
 from vlcache_jax.results.report import cache_report
 from vlcache_jax.running.driver import Run
@@ -37,6 +37,8 @@ class Options(TypedDict, total=False):
     Attributes:
         messages: a conversation instead of `text`, `[{"role": "user", "content": "..."}, ...]`, or
             a list of them (`vlcache_jax.requests.messages.Messages`).
+        context: a text that the question is about, put in front of it; for the cache it is what a
+            picture's tokens are. For a list of prompts, a list of texts or None.
         max_new_tokens: most tokens of an answer, 128 by default.
         temperature: 0, the default, is greedy.
         top_k: draw among the k most likely tokens; all by default.
@@ -55,6 +57,7 @@ class Options(TypedDict, total=False):
     """
 
     messages: Messages | Sequence[Messages] | None
+    context: Contexts
     max_new_tokens: int
     temperature: float
     top_k: int | None
@@ -133,12 +136,13 @@ class VLM:
         return self._read_params()
 
     @cached_property
-    def _folded(self) -> Params:
+    def folded(self) -> Params:
+        """The parameters with the transform of the values folded in, made at the first use."""
         return self.params if self.transformed else fold_transform(self.params)
 
     def _params_for(self, generate: Generate) -> Params:
         """The parameters that a way to generate runs on."""
-        return self._folded if generate.cache.transforms else self.params
+        return self.folded if generate.cache.transforms else self.params
 
     @overload
     def generate(
@@ -175,7 +179,7 @@ class VLM:
             ValueError: bad images or prompts, or more tokens than the model has positions for.
             FileNotFoundError: an image file does not exist.
         """
-        return self._answer(self._request(images, text, **options))
+        return self._answer(self.request(images, text, **options))
 
     def generate_each(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
         """Answer one request after the other, the next one made ready while the device works.
@@ -198,7 +202,7 @@ class VLM:
 
         def prepare() -> Request | None:
             for request in pending:
-                return self._request(**request)
+                return self.request(**request)
             return None
 
         with ThreadPoolExecutor(max_workers=1) as worker:
@@ -219,7 +223,7 @@ class VLM:
             ValueError: as `generate`, or it is a list of prompts.
             FileNotFoundError: an image file does not exist.
         """
-        request = self._request(images, text, **options)
+        request = self.request(images, text, **options)
         if not request.single:
             raise ValueError("stream answers one prompt: use generate for a list of them")
         return Stream(self, request)
@@ -232,12 +236,13 @@ class VLM:
         answers = progress.answers()
         return answers[0] if request.single else answers
 
-    def _request(
+    def request(
         self,
         images: Images | Sequence[Images] = None,
         text: Any = "",
         *,
         messages: Any = None,
+        context: Contexts = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -249,7 +254,12 @@ class VLM:
         trace: bool = False,
         prefill_batch: int | None = None,
     ) -> Request:
-        """Check a request and pad its inputs."""
+        """Check the arguments of `generate`, and pad its inputs; nothing is run.
+
+        Raises:
+            ValueError: as `generate`.
+            FileNotFoundError: an image file does not exist.
+        """
         if messages is not None:
             if text:
                 raise ValueError("give text or messages, not both")
@@ -266,7 +276,9 @@ class VLM:
             backend=self.backend,
             trace=trace,
         )
-        groups = self.processor.groups(images, text, prefill_batch, raw_prompt=raw_prompt)
+        groups = self.processor.groups(
+            images, text, prefill_batch, context=context, raw_prompt=raw_prompt
+        )
         longest = max(int(group.length.max()) for group in groups)
         limit = self.config.text.max_positions
         if longest + max_new_tokens - 1 > limit:
@@ -324,7 +336,8 @@ class Progress:
             group, place = divmod(row, len(groups[0].length))
             inputs, trace = groups[group], run.traces[group]
             length = int(inputs.length[place])
-            visual = inputs.visual_index[place, :length] >= 0
+            index = inputs.visual_index[place, :length]
+            visual, context = index >= 0, index == CONTEXT
             report = cache_report(
                 self._vlm.config.text,
                 generate.cache,
@@ -342,9 +355,10 @@ class Progress:
                     tokens=tokens[: self._words[row].count],
                     prompt_tokens=length,
                     visual_tokens=int(visual.sum()),
+                    context_tokens=int(context.sum()),
                     cache=report,
                     timings=timings,
-                    trace=trace and trace.row(place, generate.cache, visual),
+                    trace=trace and trace.row(place, generate.cache, visual, context),
                 )
             )
         return answers

@@ -18,28 +18,26 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.accuracy.comparison import Comparison, pool_shape
+from benchmarks.accuracy.comparison import Comparison
 from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import FULL
 from benchmarks.accuracy.tasks import Item
-from benchmarks.speed.cases import is_full
 from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.state import round_up
+from vlcache_jax.evaluation.comparison import Comparer
 from vlcache_jax.models.families import Params
-from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.models.llava.anyres import num_tiles, visual_rows
 from vlcache_jax.models.llava.config import LlavaConfig, with_vision
 from vlcache_jax.requests.buckets import Buckets
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.generate import Generate
-from vlcache_jax.running.programs import Programs
 from vlcache_jax.vlm import VLM
 
 Cell = tuple[str, str]
@@ -89,7 +87,7 @@ MEASURES = tuple(field.name for field in fields(Outcome))[2:]
 """The names of its arrays."""
 
 
-class Evaluation:
+class Evaluation(Comparer):
     """Runs methods on items; keeps its compiled programs from one run to the next.
 
     Attributes:
@@ -108,9 +106,9 @@ class Evaluation:
         if vlm.transformed:
             raise ValueError("quantizers without the transform need values as they are: load "
                              "the model without it")  # fmt: skip
-        self.vlm, self.batch = vlm, batch
-        self.seconds: dict[str, float] = defaultdict(float, host=0.0, compile=0.0)
-        self._programs = Programs()
+        super().__init__(vlm)
+        self.batch = batch
+        self.seconds["host"] = 0.0
 
     def run(
         self,
@@ -139,7 +137,7 @@ class Evaluation:
         """
         if not items:
             raise ValueError("no items to run")
-        if WHOLE in methods and not is_full(methods[WHOLE]):
+        if WHOLE in methods and not methods[WHOLE].is_full:
             raise ValueError(f"{WHOLE} is the full cache's, not one of {methods[WHOLE]}")
         limits, vlm = self._limits(items, max_new_tokens), self.vlm
         most = round_up(limits.max(), 16)
@@ -148,7 +146,7 @@ class Evaluation:
         some = {
             cell: method.for_model(vlm.config.text, vlm.tsa_layers)
             for cell, method in methods.items()
-            if not is_full(method)
+            if not method.is_full
         }
         way = Comparison(vlm.config, vlm.backend)
         attend = partial(self.do, way, "attend", vlm.params)
@@ -241,7 +239,7 @@ class Evaluation:
             decode: of parameters, a pool of some sequences, their first tokens, lengths and lanes,
                 gives a tuple of arrays with an axis of sequences first.
             attend: of the full cache, the prompts and what `decode` gave for it, gives what
-                `way.build` takes as `attended`.
+                `way.build` takes as `told`.
 
         Yields:
             A cell, `WHOLE` first, what `decode` gave, and the measures, None for the full cache.
@@ -253,24 +251,13 @@ class Evaluation:
         said = decode(plain, full, *lanes)
         attended = attend(full, given, said)
         yield WHOLE, said, None
-
-        groups: dict[Any, list[Cell]] = defaultdict(list)
-        saw = dict(zip(methods, seen, strict=True))
-        for cell, method in methods.items():
-            groups[pool_shape(method, self.vlm.config.text, inputs.tokens.shape[1])].append(cell)
-        for cells in groups.values():
-            some, count = tuple(methods[cell] for cell in cells), len(cells)
-            own = [saw[cell] for cell in cells]
-            pool, measures = self.do(way, "build", full, given, own, attended, methods=some)
-            params = self._folded if some[0].transforms else plain
+        for pools in self.pools(way, full, given, methods, seen, attended):
+            count = len(pools.keys)
             repeated = jax.tree.map(lambda part, n=count: np.concatenate([part] * n), lanes)
-            parts = (np.split(part, count) for part in decode(params, pool, *repeated))
-            for index, (cell, *each) in enumerate(zip(cells, *parts, strict=True)):
-                yield cell, each, jax.tree.map(lambda x, i=index: np.asarray(x[i]), measures)
-
-    @cached_property
-    def _folded(self) -> Params:
-        return fold_transform(self.vlm.params)
+            decoded = decode(pools.params, pools.pool, *repeated)
+            parts = (np.split(part, count) for part in decoded)
+            for index, (cell, *each) in enumerate(zip(pools.keys, *parts, strict=True)):
+                yield cell, each, jax.tree.map(lambda x, i=index: np.asarray(x[i]), pools.measures)
 
     def _decode(
         self,
@@ -292,26 +279,6 @@ class Evaluation:
             drawn.append(np.asarray(new))
         tokens = np.concatenate(drawn, axis=1)[:, :rows]
         return np.pad(tokens, ((0, 0), (0, rows - tokens.shape[1]))), np.asarray(state.count)
-
-    def do(
-        self, owner: Any, name: str, *args: Any, donate: tuple[int, ...] = (), **static: Any
-    ) -> Any:
-        """Run a method of `owner` as a compiled program.
-
-        Args:
-            owner: what has the method; equal owners share programs.
-            name: the method's.
-            args: trees of arrays.
-            donate: numbers of those that are given up.
-            static: further arguments, which are compiled in.
-        """
-        key, function = (owner, name, *static.items()), partial(getattr(owner, name), **static)
-        program, compiling = self._programs.ready(key, function, *args, donate=donate)
-        began = time.perf_counter()
-        result = program(*args)
-        self.seconds["compile"] += compiling
-        self.seconds[name] += time.perf_counter() - began
-        return result
 
 
 def prompt_tokens(item: Item, vlm: VLM) -> int:

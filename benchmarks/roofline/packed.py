@@ -12,7 +12,7 @@ from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.quantizers import AKVQ, make_quantizer
 from vlcache_jax.models.config import ModelConfig, TextConfig
-from vlcache_jax.results.report import packed_bytes, row_bytes
+from vlcache_jax.results.report import kept_bytes, row_bytes
 
 
 def rows_by_width(
@@ -38,23 +38,6 @@ def rows_by_width(
         dense = dense + np.where(tsa, 0, np.minimum(quantizer.pivots, kept - dense))
     runs = (wide, kept - dense - wide) if len(quantizer.widths) > 1 else (kept - dense,)
     return np.stack([dense, *runs], axis=-1)
-
-
-def kept_bytes(
-    config: TextConfig, quantizer: Quantizer | None, rows: np.ndarray, dtype: jnp.dtype = BFLOAT16
-) -> int:
-    """Bytes of rows: those of full width, codes, scales and shifts; no padding.
-
-    Args:
-        config: the decoder.
-        quantizer: how they are quantized; None where all have full width.
-        rows: of each width, int [..., 1 + widths], as of `rows_by_width`.
-        dtype: of those of full width, 16 bits whatever it is.
-    """
-    flat = rows.reshape(-1, rows.shape[-1])
-    return int(flat[:, 0].sum()) * row_bytes(config, dtype) + sum(
-        packed_bytes(config, quantizer, flat[:, 1:])
-    )
 
 
 def bits_of(

@@ -50,11 +50,6 @@ Variants = Sequence[CacheMethod]
 """Ways to keep the cache."""
 
 
-def is_full(cache: CacheMethod) -> bool:
-    """Whether everything is kept as it is: what the others are compared with."""
-    return cache.limit.keeps_all and cache.quantize is None
-
-
 def name_of(cache: CacheMethod) -> str:
     """For tables and files: the method, the bits as the command line says them, and the budget."""
     bits = kv_bits(cache.quantize)

@@ -8,7 +8,7 @@ import jax
 from benchmarks import measure
 from benchmarks.models import WINDOW
 from benchmarks.roofline import Device, Stage, decode_step, packing, prefill, scoring
-from benchmarks.speed.cases import Case, Variants, is_full, name_of
+from benchmarks.speed.cases import Case, Variants, name_of
 from benchmarks.speed.limit import in_type
 from benchmarks.speed.rows import beside_full, row_of
 from vlcache_jax.cache.method import CacheMethod
@@ -25,7 +25,7 @@ def prefill_work(case: Case) -> Stage:
 
 def method_work(case: Case, variant: CacheMethod) -> Stage:
     """What the method adds to a prefill, counted in bfloat16: in float32 it must do more."""
-    if is_full(variant):
+    if variant.is_full:
         return Stage({})
     size, bits = (case.config, case.context, case.batch), case.stored_bits(variant)
     if variant.limit.keeps_all:
@@ -68,8 +68,8 @@ def prefill_rows(
         works, more = {**prefill_work(case).parts, **method_work(case, variant).parts}, {}
         own = row_of("prefill", case, variant, timing, Stage(works), limit, **programs[variant])
         rows.append(own)
-        full = next((found[v] for v in variants if is_full(v)), None)
-        if is_full(variant) or not isinstance(full, measure.Timing):
+        full = next((found[v] for v in variants if v.is_full), None)
+        if variant.is_full or not isinstance(full, measure.Timing):
             continue
         if isinstance(timing, measure.Timing):
             more = {

@@ -25,10 +25,11 @@ from benchmarks.roofline import (
     vision_bytes,
 )
 from benchmarks.roofline.__main__ import main
-from benchmarks.roofline.packed import bits_of, kept_bytes, quantized_rows, rows_by_width
+from benchmarks.roofline.packed import bits_of, quantized_rows, rows_by_width
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.packed import arrange
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
+from vlcache_jax.results.report import kept_bytes
 
 MISTRAL = MODELS["llava-v1.6-mistral-7b"]
 VICUNA = MODELS["llava-1.5-7b"]
@@ -229,7 +230,9 @@ def test_a_tenth_in_two_bits_by_hand():
         assert rows.tolist() == 32 * [[recent + 15, kept - recent - 15]]
         bits = ((recent + 15) * 16 + (kept - recent - 15) * 2.25) / kept
         assert bits_of(MISTRAL.text, quantizer, rows) == pytest.approx(bits)
-        share = kept_bytes(MISTRAL.text, quantizer, rows) / sequence_bytes(MISTRAL, context)
+        share = kept_bytes(MISTRAL.text, quantizer, rows, jnp.dtype(jnp.bfloat16)) / sequence_bytes(
+            MISTRAL, context
+        )
         assert share == pytest.approx(kept * bits / 16 / context)
         assert share <= 0.03
     whole = quantized_rows(MISTRAL.text, AKVQ(tsa_layers=()), 4096)

@@ -15,7 +15,7 @@ from benchmarks.models import WINDOW
 from benchmarks.roofline import DEVICES, Device, Stage, Work
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import cases, limit, presets
-from benchmarks.speed.cases import FULL, Case, is_full, name_of, paper_sparsity
+from benchmarks.speed.cases import FULL, Case, name_of, paper_sparsity
 from benchmarks.speed.decoding import (
     CHUNKS,
     Decoding,
@@ -224,7 +224,7 @@ def test_quantizers_of_methods_and_of_the_full_cache():
         "vl-cache 0.1", "vl-cache+akvq 0.1", "vl-cache+2 0.1",
         "vl-cache 0.2", "vl-cache+akvq 0.2", "vl-cache+2 0.2",
     ]  # fmt: skip
-    assert [is_full(variant) for variant in found[:3]] == [True, False, False]
+    assert [variant.is_full for variant in found[:3]] == [True, False, False]
     case = Case("llava-v1.6-mistral-7b", 2048)
     shown = [cache_of(described(case, variant)) for variant in found[:6]]
     assert shown[:3] == ["full", "full+akvq", "full+rtn 2"]

@@ -85,7 +85,8 @@ def test_decoding_equals_a_pruned_cache_of_transformers(models, budget):
     pool, state, trace = jax.jit(stages.begin)(ours.params, inputs, settings)
     assert trace is not None
     length = int(inputs.length[0])
-    row = trace.row(0, generate.cache, inputs.visual_index[0, :length] >= 0)
+    visual = inputs.visual_index[0, :length] >= 0
+    row = trace.row(0, generate.cache, visual, np.zeros_like(visual))
     kept = row.kept
     assert (kept >= 0).sum() < 1.2 * budget * length * kept.shape[0] * kept.shape[1]
     theirs = hf.hf_inputs(family, images, PROMPT)

@@ -126,7 +126,7 @@ def test_a_draw_depends_on_the_seed_the_request_and_the_step_alone(vlm):
     assert "".join(stream) == alone.text
     assert stream.answer.tokens == batch[0]
     # The same prompts in other rows, each with its request's number.
-    request, order = vlm._request(IMAGES, texts, **own), np.array([3, 0, 6, 2, 1, 5, 4])
+    request, order = vlm.request(IMAGES, texts, **own), np.array([3, 0, 6, 2, 1, 5, 4])
     rows = replace(request.groups[0], **{
         name: getattr(request.groups[0], name)[order] for name in ("tokens", "length")
     }, visual_index=request.groups[0].visual_index[order])  # fmt: skip
@@ -141,7 +141,7 @@ def test_greedy_and_sampled_rows_share_a_batch(vlm):
     own = {"max_new_tokens": 6, "temperature": 1.5}
     greedy = [answer.tokens for answer in vlm.generate(IMAGES[:2], TEXTS[:2], max_new_tokens=6)]
     sampled = [answer.tokens for answer in vlm.generate(IMAGES[:2], TEXTS[:2], **own)]
-    request = vlm._request(IMAGES[:2], TEXTS[:2], **own)
+    request = vlm.request(IMAGES[:2], TEXTS[:2], **own)
     draws = request.settings.draws
     mixed = replace(draws, temperature=np.array([0.0, 1.5], np.float32))
     settings = replace(request.settings, draws=mixed)
@@ -154,7 +154,7 @@ def test_greedy_and_sampled_rows_share_a_batch(vlm):
 
 
 def test_a_step_beyond_the_tail_is_refused(vlm, ask):
-    request = vlm._request(**ask, max_new_tokens=5)
+    request = vlm.request(**ask, max_new_tokens=5)
     stages = request.generate.stages
     run = Run(Programs(), vlm.params, stages, request.groups, request.settings)
     assert sum(tokens.shape[1] for tokens in run) == 5

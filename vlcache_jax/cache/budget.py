@@ -186,7 +186,8 @@ class Prompt:
 
     Attributes:
         length: m, the true length of each prompt, int32 [B].
-        visual: which tokens are visual, bool [B, T]; false beyond a prompt's end.
+        visual: which tokens the question is about, visual ones or those of a context, bool [B, T];
+            false beyond a prompt's end.
         layers: static: L, the decoder's layers.
         budget: what may be kept.
     """

@@ -117,6 +117,11 @@ class CacheMethod:
         return [(window, threshold) for window, threshold in both if window is not None]
 
     @property
+    def is_full(self) -> bool:
+        """Whether the pool is the prompt's own keys and values."""
+        return self.limit.keeps_all and self.quantize is None
+
+    @property
     def label(self) -> str:
         """The name, with that of the quantizer behind it: "vl-cache+akvq"."""
         return self.name if self.quantize is None else f"{self.name}+{self.quantize.name}"

@@ -33,7 +33,8 @@ class Pool:
         v: values, [B, K, capacity, H].
         offset: first row of each layer, int32 [B, L].
         length: rows of each layer, int32 [B, L].
-        visual: visual tokens among them, the mean over the kv heads, float32 [B, L]: for reports.
+        visual: those among them that `Prompt.visual` has, the mean over the kv heads, float32
+            [B, L]: for reports.
         most: static: rows that one layer can have at most, a multiple of `BLOCK`.
     """
 

@@ -76,13 +76,16 @@ class BatchTrace:
 
     arrays: dict[str, jax.Array]
 
-    def row(self, row: int, method: CacheMethod, visual: np.ndarray) -> "Trace":
+    def row(
+        self, row: int, method: CacheMethod, visual: np.ndarray, context: np.ndarray
+    ) -> "Trace":
         """The trace of one prompt, with host arrays.
 
         Args:
             row: which sequence of the batch.
             method: what was run.
             visual: which tokens are visual, bool [m].
+            context: which tokens are the context's, bool [m].
         """
         m = visual.shape[0]
         own: dict[str, Any] = {name: np.asarray(part[row]) for name, part in self.arrays.items()}
@@ -96,7 +99,7 @@ class BatchTrace:
         if "tau" in own:
             own["tau"] = int(own["tau"])
             own["window_start"] = m - own["tau"]
-        return Trace(method.label, str(method.limit), m, visual, **own)
+        return Trace(method.label, str(method.limit), m, visual, context, **own)
 
 
 def trace_batch(
@@ -139,6 +142,7 @@ class Trace:
         budget_requested: as it was given: "0.1", "256tok".
         m: true length of the prompt, visual tokens expanded.
         prompt_is_visual: which tokens are visual, bool [m].
+        prompt_is_context: which tokens are the context's, bool [m].
         budget: kept tokens of each layer, int32 [L].
         kept: their positions, ascending, padded with -1, int32 [L, K, max(budget)].
         hit_rate: `cache_hit_rate` of the first decoded token, float32 [L, K].
@@ -156,6 +160,7 @@ class Trace:
     budget_requested: str
     m: int
     prompt_is_visual: np.ndarray
+    prompt_is_context: np.ndarray
     budget: np.ndarray
     kept: np.ndarray
     hit_rate: np.ndarray

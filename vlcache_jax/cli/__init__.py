@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from vlcache_jax.cli import options
+from vlcache_jax.cli.evaluating import evaluate
 from vlcache_jax.cli.terminal import (
     BAD_INPUT,
     ERRORS,
@@ -24,6 +25,7 @@ from vlcache_jax.cli.terminal import (
     open_model,
     print_result,
     progress_line,
+    read_context,
     read_messages,
     read_params,
     user_errors,
@@ -65,6 +67,7 @@ def generate(
         ),
     ] = None,
     image: options.Image = None,
+    context: options.Context = None,
     max_new_tokens: options.MaxNewTokens = 128,
     stop: Annotated[
         list[str] | None,
@@ -95,7 +98,7 @@ def generate(
     raw_prompt: options.RawPrompt = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Answer a question about images, or a question alone.
+    """Answer a question about images or a text, or a question alone.
 
     VL-Cache keeps a tenth of the prompt's cache, chosen for this question.
 
@@ -104,6 +107,8 @@ def generate(
     Fewer bytes for each token that is kept: --kv-bits akvq.
 
     Example: vlcache generate demo --image demo --kv-budget 0.2
+
+    Example: vlcache generate MODEL --context paper.txt --prompt "What is measured?"
     """
     from vlcache_jax.files import check_file
     from vlcache_jax.results import display
@@ -117,11 +122,13 @@ def generate(
             raise ValueError("give --prompt or --messages, not both")
         turns = None if messages is None else read_messages(messages)
         images, question, right = find_question(image, prompt if turns is None else "")
+        document = read_context(context)
         vlm, progress = open_model(model, revision, dtype, backend, cache=cache)
         stream = vlm.stream(
             images,
             question,
             messages=turns,
+            context=document,
             stop=[text.replace("\\n", "\n") for text in stop or []],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -148,6 +155,7 @@ def compare(
     model: options.Model,
     prompt: options.Prompt = None,
     image: options.Image = None,
+    context: options.Context = None,
     max_new_tokens: options.MaxNewTokens = 128,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
@@ -174,11 +182,13 @@ def compare(
     with user_errors():
         named = cache_methods(method or ["vl-cache"], kv_budget, kv_bits)
         images, question, right = find_question(image, prompt)
+        document = read_context(context)
         vlm, progress = open_model(model, revision, dtype, backend)
         streams = [
             vlm.stream(
                 images,
                 question,
+                context=document,
                 max_new_tokens=max_new_tokens,
                 raw_prompt=raw_prompt,
                 cache=cache,
@@ -291,6 +301,7 @@ def inspect(
     model: options.Model,
     prompt: options.Prompt = None,
     image: options.Image = None,
+    context: options.Context = None,
     method: Annotated[
         str | None, typer.Option(help=f"{options.METHOD_HELP} vl-cache by default.")
     ] = None,
@@ -355,6 +366,7 @@ def inspect(
         if png is not None:
             figures.check_folder(png, force=force)
         images, question, _ = find_question(image, prompt)
+        document = read_context(context)
         vlm, progress = open_model(model, revision, dtype, backend)
         with progress:
             found = inspection.inspect(
@@ -362,6 +374,7 @@ def inspect(
                 images,
                 question,
                 methods=methods,
+                context=document,
                 max_new_tokens=max_new_tokens,
                 raw_prompt=raw_prompt,
                 progress=progress_line(progress, "answering"),
@@ -374,6 +387,9 @@ def inspect(
             if png is not None:
                 written += found.save_figures(png, force=force)
     print_result(found.as_json(), display.inspection_table(found), as_json, written)
+
+
+app.command()(evaluate)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,14 @@ Image = Annotated[
     typer.Option(
         help="An image file, or one of the pictures in this package: 'demo' or demo:1, demo:2, ... "
         "('vlcache info demo' lists them). Give the option once for each image."
+    ),
+]
+Context = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.txt",
+        help="A text that the question is about, put in front of it; the cache keeps a part of it "
+        "as of a picture.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]

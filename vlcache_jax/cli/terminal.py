@@ -16,7 +16,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import Progress
 
-from vlcache_jax.errors import short
+from vlcache_jax.errors import reason, short
 
 if TYPE_CHECKING:
     from vlcache_jax.cache.method import CacheMethod
@@ -77,6 +77,19 @@ def read_messages(file: Path) -> list[dict[str, Any]]:
             f'{file} must hold a list of messages, such as [{{"role": "user", "content": "..."}}]'
         )
     return messages
+
+
+def read_context(file: Path | None) -> str | None:
+    """The text of a file, None for none."""
+    if file is None:
+        return None
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({reason(error)}): convert it") from None
+    if not text.strip():
+        raise ValueError(f"{file} has no text: name a file with one, or leave --context out")
+    return text
 
 
 def find_question(

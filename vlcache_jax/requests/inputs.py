@@ -9,6 +9,10 @@ Array: TypeAlias = Any
 """numpy as the processor makes it, `jax.Array` on a device and inside a traced function."""
 
 
+CONTEXT = -2
+"""In `visual_index`: a token of the text that the question is about."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ModelInputs:
@@ -19,8 +23,9 @@ class ModelInputs:
     Attributes:
         tokens: int32 `[B, T]`: prompt ids, the image token once per visual token; 0 after the end.
         length: int32 `[B]`: m, the true length of each prompt.
-        visual_index: int32 `[B, T]`: -1 for text and padding, else the row of the table of visual
-            features: tile * P + patch, or S * P for LLaVA-NeXT's newline.
+        visual_index: int32 `[B, T]`: -1 for text and padding, `CONTEXT` for the text of a
+            context, which a cache method takes for visual tokens; else the row of the table of
+            visual features: tile * P + patch, or S * P for LLaVA-NeXT's newline.
         tiles: float32 `[S, 3, image_size, image_size]`: normalised pixels, zeros after the last
             tile; S = 0 where there is no image.
     """

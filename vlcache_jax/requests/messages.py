@@ -1,16 +1,18 @@
 """Prompts as conversations: where pictures go in them, and what a chat template makes of them.
 
 "<image>What?" ─conversation─► [{"role": "user", "content": [image, "What?"]}] ─ChatTemplate─► text
+
+A context, the document that a question is about, stands in front of the question as pictures do.
 """
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, combinations
 from typing import Any, TypeAlias
 
 from vlcache_jax.errors import reason, short
-from vlcache_jax.requests.packing import Packing
+from vlcache_jax.requests.packing import Packing, Rendered
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A conversation: `{"role": "user", "content": "..."}` for each message, in their order.
@@ -24,6 +26,9 @@ Text: TypeAlias = str | Messages
 
 ROLES = "system", "user", "assistant"
 
+EDGES = "\ufdd0", "\ufdd1"
+"""Around a context until a prompt is rendered: two of Unicode's codes that are no characters."""
+
 
 def is_one(text: Any) -> bool:
     """Whether this is one prompt, a string or a conversation, and not a list of several."""
@@ -32,11 +37,18 @@ def is_one(text: Any) -> bool:
 
 
 def conversation(
-    text: Text, num_images: int, mark: str | None, raw: bool, *, breaks: bool = True
+    text: Text,
+    num_images: int,
+    mark: str | None,
+    raw: bool,
+    *,
+    breaks: bool = True,
+    context: str | None = None,
 ) -> list[dict[str, Any]]:
     """A prompt as messages whose contents are lists of parts, with a part for each picture.
 
-    Pictures stand where parts or marks are; without either in front of the first user message.
+    Pictures stand where parts or marks are; without either in front of the first user message. A
+    context comes behind these, a blank line behind it.
 
     Args:
         text: the prompt.
@@ -45,6 +57,7 @@ def conversation(
         raw: the pictures have to be marked.
         breaks: keep the line break between a mark and the text beside it, which LLaVA's own data
             have and most templates write themselves.
+        context: what the first user message is about; it is put between `EDGES`.
 
     Raises:
         ValueError: a message is not of the form that `Messages` describes, the conversation is
@@ -54,6 +67,14 @@ def conversation(
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
     made = [_message(message, f"messages[{i}]", mark, breaks) for i, message in enumerate(messages)]
     parts = [part for message in made for part in message["content"]]
+    if context is not None:
+        words = readable(context).strip()
+        if not words:
+            raise ValueError("the context is empty: give a text, or leave it out")
+        first = _of_user(made, "the context")
+        question = first.pop(0)["text"] if first and first[0]["type"] == "text" else ""
+        words = f"{EDGES[0]}{words}{EDGES[1]}\n\n{question}"
+        first.insert(0, {"type": "text", "text": words})
     if not parts and not num_images:
         raise ValueError("the prompt is empty: give a text, an image or both")
     places = sum(part["type"] == "image" for part in parts)
@@ -70,11 +91,16 @@ def conversation(
             f"give one mark for each image{hint}"
         )
     if not places and num_images:
-        first = next((m["content"] for m in made if m["role"] == "user"), None)
-        if first is None:
-            raise ValueError("no message is the user's, where the images could go: add one")
-        first[:0] = [{"type": "image"}] * num_images
+        _of_user(made, "the images")[:0] = [{"type": "image"}] * num_images
     return made
+
+
+def _of_user(messages: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    """The parts of the first message of the user."""
+    first = next((m["content"] for m in messages if m["role"] == "user"), None)
+    if first is None:
+        raise ValueError(f"no message is the user's, where {what} could go: add one")
+    return first
 
 
 def _message(
@@ -119,7 +145,8 @@ def _message(
 
 def readable(text: str) -> str:
     """The text with U+FFFD for what is no character: a shell's bytes, half of a surrogate pair."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.translate(dict.fromkeys(map(ord, EDGES), "\ufffd"))
 
 
 class ChatTemplate:
@@ -138,24 +165,26 @@ class ChatTemplate:
         self._packing, self._mark = packing, packing.mark
         self._remedy = "write the whole prompt yourself and pass raw_prompt=True (--raw-prompt)"
 
-    def render(self, text: Text, num_images: int) -> str:
+    def render(self, text: Text, num_images: int, context: str | None = None) -> Rendered:
         """The whole prompt, with a mark for each picture.
 
         Args:
             text: the prompt.
             num_images: how many pictures it has.
+            context: what it is about, if it is about a text.
 
         Raises:
             ValueError: the prompt is malformed, there is no template, or it refuses the messages or
                 writes another number of marks.
         """
-        messages = conversation(text, num_images, self._mark, False, breaks=False)
+        asked = partial(conversation, text, num_images, self._mark, False, context=context)
+        messages = asked(breaks=False)
         if not isinstance(self._template, str):
             remedy = self._remedy + (f", with {self._mark} marks" if self._mark else "")
             raise ValueError(f"this checkpoint has no chat template: {remedy}")
         rendered = self._apply(messages)
         if self._marks(rendered, "\n") < num_images:  # it writes no line breaks itself
-            rendered = self._apply(conversation(text, num_images, self._mark, False))
+            rendered = self._apply(asked())
         if (count := self._marks(rendered)) != num_images:
             raise ValueError(
                 f"the chat template wrote {count} {self._mark} marks for {num_images} images: "
@@ -163,7 +192,13 @@ class ChatTemplate:
             )
         if isinstance(text, str):
             self._warn_of_full_form(text)
-        return rendered
+        if context is None:
+            return Rendered(rendered)
+        before, edge, rest = rendered.partition(EDGES[0])
+        inside, other, behind = rest.partition(EDGES[1])
+        if not (edge and other):
+            raise ValueError(f"the chat template leaves the context out: {self._remedy}")
+        return Rendered(before + inside + behind, (len(before), len(before + inside)))
 
     def _apply(self, messages: list[dict[str, Any]]) -> str:
         """The text of messages whose contents are lists of parts."""

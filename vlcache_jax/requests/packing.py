@@ -20,11 +20,24 @@ NEWLINE = -2
 """Among a picture's rows of the visual table: the row behind those of all tiles."""
 
 
+class Rendered(NamedTuple):
+    """A whole prompt.
+
+    Attributes:
+        text: as the tokenizer gets it, with a mark for each picture.
+        context: the first character of the context in it, and the one behind its last.
+    """
+
+    text: str
+    context: tuple[int, int] = (0, 0)
+
+
 class Row(NamedTuple):
     """One prompt before padding.
 
     Attributes:
         tokens: its ids, int32 `[m]`.
+        context: the tokens of the context among them, int `[c]`.
         places: the visual tokens among them, int `[n]`.
         visual: for each picture, the rows of the visual table that its tokens are, counted from its
             first tile's; `NEWLINE` for the row behind all tiles. Together `[n]`.
@@ -32,6 +45,7 @@ class Row(NamedTuple):
     """
 
     tokens: np.ndarray
+    context: np.ndarray
     places: np.ndarray
     visual: Sequence[np.ndarray] = ()
     tiles: Sequence[np.ndarray] = ()
@@ -102,24 +116,68 @@ class Packing:
                 f"the processor files in {short(path, 150)} cannot be read: {reason(error)}"
             ) from error
 
-    def row(self, images: Sequence[ImageLike], prompt: str) -> Row:
+    def row(self, images: Sequence[ImageLike], prompt: Rendered) -> Row:
         """The row of a rendered prompt, which has as many marks as there are images.
 
         Raises:
             FileNotFoundError: an image file does not exist.
             ValueError: an image cannot be read, or the model cannot take what comes of the prompt.
         """
-        tokens = np.asarray(self.encode(text=prompt)["input_ids"][0], np.int32)
-        self.check(tokens, np.zeros(tokens.shape, bool))
-        return Row(tokens, np.zeros(0, np.int64))
+        tokens = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
+        self.check(tokens, is_visual := np.zeros(tokens.shape, bool))
+        return Row(tokens, self.context(prompt, tokens, is_visual), np.zeros(0, np.int64))
+
+    def context(self, prompt: Rendered, tokens: np.ndarray, is_visual: np.ndarray) -> np.ndarray:
+        """Where the context's tokens are, int [c]: those that hold a character of it.
+
+        Args:
+            prompt: the prompt.
+            tokens: its ids [m].
+            is_visual: which of them are a visual token's, bool [m].
+
+        Raises:
+            NotImplementedError: the tokenizer does not tell which characters a token is.
+        """
+        first, end = prompt.context
+        if first == end:
+            return np.zeros(0, np.int64)
+        if not self.tokenizer.is_fast:
+            raise NotImplementedError(
+                "a context needs a tokenizer.json, which tells where its tokens are: put the text "
+                "into the question instead"
+            )
+        found = self.tokenizer(
+            prompt.text,
+            add_special_tokens=self._adds_special(prompt.text),
+            padding=False,
+            truncation=False,
+            return_offsets_mapping=True,
+            return_tensors="np",
+        )
+        ids, spans = found["input_ids"][0], found["offset_mapping"][0]
+        # In front of the processor's work a picture is its mark alone.
+        text = np.ones(ids.shape, bool)
+        if self.mark is not None:
+            text = ids != self.tokenizer.convert_tokens_to_ids(self.mark)
+        if not np.array_equal(ids[text], tokens[~is_visual]):
+            raise ValueError(
+                "the processor makes other tokens of the prompt than its tokenizer: a context "
+                "cannot be found among them, put the text into the question instead"
+            )
+        inside = (spans[:, 0] < end) & (spans[:, 1] > first) & (spans[:, 0] < spans[:, 1])
+        return np.flatnonzero(~is_visual)[inside[text]]
+
+    def _adds_special(self, text: str) -> bool:
+        """Whether the tokenizer's own first token has to be put in front of a rendered prompt."""
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
 
     def encode(self, *, text: str, **pictures: Any) -> Any:
         """What the processor makes of a prompt."""
-        bos = self.tokenizer.bos_token
         try:
             return self.processor(
                 text=text,
-                add_special_tokens=not (bos and text.startswith(bos)),
+                add_special_tokens=self._adds_special(text),
                 padding=False,  # a tokenizer may have been saved with either
                 truncation=False,
                 return_tensors="np",
@@ -141,7 +199,7 @@ class Packing:
             fewer = " or give fewer images" if self.mark else ""
             raise ValueError(
                 f"the prompt has {tokens.size} tokens ({visual} of them visual), more than the "
-                f"model's {text.max_positions} positions: shorten the text{fewer}"
+                f"model's {text.max_positions} positions: shorten the text or its context{fewer}"
             )
         highest = int(tokens[~is_visual].max(initial=0))
         if highest >= text.vocab_size:

@@ -7,7 +7,7 @@ numpy only: no array is put on a device.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,9 +17,18 @@ from vlcache_jax.models.families import family_of
 from vlcache_jax.requests.buckets import Buckets, bucket_for, default_buckets
 from vlcache_jax.requests.detokenize import Detokenizer
 from vlcache_jax.requests.images import ImageLike, Images
-from vlcache_jax.requests.inputs import Array, ModelInputs
-from vlcache_jax.requests.messages import ChatTemplate, Text, conversation, is_one, readable
-from vlcache_jax.requests.packing import NEWLINE, Row
+from vlcache_jax.requests.inputs import CONTEXT, Array, ModelInputs
+from vlcache_jax.requests.messages import (
+    ChatTemplate,
+    Text,
+    conversation,
+    is_one,
+    readable,
+)
+from vlcache_jax.requests.packing import NEWLINE, Rendered, Row
+
+Contexts: TypeAlias = str | Sequence[str | None] | None
+"""What one prompt is about, or each of a list of them."""
 
 CLEANED = 5
 """Last characters of a text that transformers' clean-up may still change: of " n ' t"."""
@@ -98,6 +107,7 @@ class Processor:
         images: Images | Sequence[Images],
         text: Text | Sequence[Text],
         *,
+        context: Contexts = None,
         raw_prompt: bool = False,
     ) -> ModelInputs:
         """Make the inputs of a batch of prompts, padded to `buckets`; one alone is a batch of one.
@@ -110,7 +120,10 @@ class Processor:
                 `<image>` marks or `{"type": "image"}` parts say where the images go; without
                 either they come first in the first user message. The checkpoint's chat template
                 makes one text of it and may move the images (LLaVA-1.5's puts them first).
-            raw_prompt: take a string as it is, with a mark for each image and no chat template.
+            context: what a prompt is about where that is a text, put in front of the question with
+                a blank line between; for a list of prompts a list with one entry for each.
+            raw_prompt: take a string as it is, with a mark for each image and no chat template; a
+                context comes directly in front of it.
 
         Raises:
             FileNotFoundError: an image file does not exist.
@@ -118,7 +131,7 @@ class Processor:
                 empty or longer than the model's positions, a message is malformed, or there is no
                 chat template, or one that refuses the messages.
         """
-        return self.groups(images, text, raw_prompt=raw_prompt)[0]
+        return self.groups(images, text, context=context, raw_prompt=raw_prompt)[0]
 
     def groups(
         self,
@@ -126,6 +139,7 @@ class Processor:
         text: Text | Sequence[Text],
         size: int | None = None,
         *,
+        context: Contexts = None,
         raw_prompt: bool = False,
     ) -> list[ModelInputs]:
         """A batch of prompts as groups of equal shapes, so that one program serves them all.
@@ -136,6 +150,7 @@ class Processor:
             text: one prompt, a string or a list of messages, or a list of prompts.
             size: prompts of a group, all of them by default. The last group is filled up by
                 repeating the last prompt.
+            context: what each prompt is about, where that is a text.
             raw_prompt: take a string as it is, with a mark for each image and no chat template.
 
         Raises:
@@ -144,7 +159,8 @@ class Processor:
         """
         if size is not None and size < 1:
             raise ValueError(f"groups of {size} prompts: at least 1")
-        rows = [self._row(*row, raw_prompt=raw_prompt) for row in _pair(images, text)]
+        asked = _pair(images, text, context)
+        rows = [self._row(*row, raw_prompt=raw_prompt) for row in asked]
         size = min(size or len(rows), len(rows))
         groups = [rows[at : at + size] for at in range(0, len(rows), size)]
         groups[-1] += [rows[-1]] * (size - len(groups[-1]))
@@ -153,18 +169,23 @@ class Processor:
         s = bucket_for(max(counts), self.buckets.tiles)
         return [self._pad(group, t, s) for group in groups]
 
-    def _row(self, images: list[ImageLike], text: Text, *, raw_prompt: bool) -> Row:
+    def _row(
+        self, images: list[ImageLike], text: Text, context: str | None, *, raw_prompt: bool
+    ) -> Row:
         # Cheap errors of the text before slow images.
-        return self._packing.row(images, self._render(text, len(images), raw_prompt))
+        return self._packing.row(images, self._render(text, len(images), context, raw_prompt))
 
-    def _render(self, text: Text, num_images: int, raw_prompt: bool) -> str:
+    def _render(
+        self, text: Text, num_images: int, context: str | None, raw_prompt: bool
+    ) -> Rendered:
         """The prompt with one mark per image, chat template applied."""
         if not raw_prompt:
-            return self._template.render(text, num_images)
+            return self._template.render(text, num_images, context)
         if not isinstance(text, str):
             raise ValueError("raw_prompt takes a string, not messages: leave one of them out")
-        conversation(text, num_images, self._packing.mark, True)
-        return readable(text)
+        conversation(text, num_images, self._packing.mark, True, context=context)
+        before = readable(context or "")
+        return Rendered(before + readable(text), (0, len(before)))
 
     def _pad(self, rows: list[Row], t: int, s: int) -> ModelInputs:
         """The rows as arrays of T prompt rows and S tiles."""
@@ -181,26 +202,42 @@ class Processor:
                 tiles[first : first + len(pixels)] = pixels
                 first += len(pixels)
             visual_index[b, row.places] = np.concatenate(order)
+            visual_index[b, row.context] = CONTEXT
         length = np.array([row.tokens.size for row in rows], np.int32)
         return ModelInputs(tokens=tokens, length=length, visual_index=visual_index, tiles=tiles)
 
 
-def _pair(images: Images | Sequence[Images], text: Any) -> list[tuple[list[ImageLike], Text]]:
-    """One (images, text) per prompt of the batch."""
+def _pair(
+    images: Images | Sequence[Images], text: Any, context: Contexts
+) -> list[tuple[list[ImageLike], Text, str | None]]:
+    """One (images, text, context) per prompt of the batch."""
     if is_one(text):
-        return [(_as_list(images), text)]
+        return [(_as_list(images), text, _context(context))]
     if not isinstance(text, list | tuple) or not text or not all(map(is_one, text)):
         raise ValueError(
             "text must be a string, a list of messages (mappings), or a non-empty list of these, "
             f"not {short(text)}"
         )
-    per_row = [None] * len(text) if images is None else _as_list(images)
-    if len(per_row) != len(text):
-        raise ValueError(
-            f"{len(text)} texts but {len(per_row)} entries in images: give a list with one entry "
-            "for each text (None, an image or a list of images)"
-        )
-    return [(_as_list(entry), prompt) for entry, prompt in zip(per_row, text, strict=True)]
+    entries = {"images": images, "context": context}
+    for name, given in entries.items():
+        entries[name] = [None] * len(text) if given is None else _as_list(given)
+        if (count := len(entries[name])) != len(text):
+            kinds = "None, an image or a list of images" if name == "images" else "None or a text"
+            raise ValueError(
+                f"{len(text)} texts but {count} entries in {name}: give a list with one entry "
+                f"for each text ({kinds})"
+            )
+    own = zip(
+        map(_as_list, entries["images"]), text, map(_context, entries["context"]), strict=True
+    )
+    return list(own)
+
+
+def _context(given: Any) -> str | None:
+    """The context of one prompt."""
+    if given is None or isinstance(given, str):
+        return given
+    raise ValueError(f"a context must be a string, not {short(given)}: read a file before")
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -20,6 +20,7 @@ class Answer:
         tokens: its token ids, without the stop token.
         prompt_tokens: true length of the prompt, visual tokens included.
         visual_tokens: visual tokens among them.
+        context_tokens: tokens of the context among them.
         cache: what is kept of this sequence's cache, in tokens and bytes.
         timings: of the whole call; a batch shares them.
         trace: what was kept and why, where it was asked for.
@@ -29,6 +30,7 @@ class Answer:
     tokens: list[int]
     prompt_tokens: int
     visual_tokens: int
+    context_tokens: int
     cache: CacheReport
     timings: Timings
     trace: Trace | None = None

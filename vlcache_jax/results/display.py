@@ -12,12 +12,13 @@ from vlcache_jax.results.answer import Answer, same_tokens
 from vlcache_jax.results.report import human_bytes
 
 if TYPE_CHECKING:
+    from vlcache_jax.evaluation import Evaluation
     from vlcache_jax.results.inspection import Inspection
 
 
 def answer_facts(answer: Answer) -> dict[str, Any]:
     """An answer as plain values."""
-    counts = ("text", "tokens", "prompt_tokens", "visual_tokens")
+    counts = ("text", "tokens", "prompt_tokens", "visual_tokens", "context_tokens")
     times = ("compile_s", "prefill_s", "decode_s", "decode_tokens_per_s")
     return {
         **{name: getattr(answer, name) for name in counts},
@@ -49,7 +50,7 @@ def comparison(prompt: str, right: str | None, answers: list[Answer]) -> dict[st
 
 def answer_rows(facts: dict[str, Any]) -> dict[str, str]:
     """The lines of a table about an answer, given as `answer_facts`."""
-    kv, timings = facts["kv"], facts["timings"]
+    kv, timings, about = facts["kv"], facts["timings"], about_kind(facts)
     speed, budgets = timings["decode_tokens_per_s"], kv["layer_budgets"]
     size = {name: human_bytes(count) for name, count in kv.items() if name.endswith("_bytes")}
     rows = {
@@ -65,7 +66,7 @@ def answer_rows(facts: dict[str, Any]) -> dict[str, str]:
     return rows | {
         "allocated": f"{size['allocated_bytes']}, and {size['tail_bytes']} for new tokens",
         "kept per layer": f"{min(budgets)} to {max(budgets)} tokens, "
-        f"mean {kv['kept_visual']:.1f} visual, {kv['kept_text']:.1f} text",
+        f"mean {kv['kept_visual']:.1f} {about}, {kv['kept_text']:.1f} text",
         "time to first token": f"{timings['prefill_s']:.3f} s",
         "decode": "-" if speed is None else f"{speed:.1f} tokens/s",
         "compilation, apart": f"{timings['compile_s']:.1f} s",
@@ -81,10 +82,16 @@ def setting(facts: dict[str, Any]) -> str:
     return f"{words}, {bits} bits" if bits.isdecimal() else f"{words}, {bits}"
 
 
+def about_kind(facts: dict[str, Any]) -> str:
+    """What the tokens are called that the question is about, of an answer as `answer_facts`."""
+    kinds = [name for name in ("visual", "context") if facts[f"{name}_tokens"]]
+    return " and ".join(kinds or ["visual"])
+
+
 def prompt_rows(facts: dict[str, Any]) -> dict[str, str]:
     """The lines of a table about an answer's prompt, given as `answer_facts`."""
-    total, visual = facts["prompt_tokens"], facts["visual_tokens"]
-    return {"prompt tokens": f"{total} (visual {visual}, text {total - visual})"}
+    total, about = facts["prompt_tokens"], facts["visual_tokens"] + facts["context_tokens"]
+    return {"prompt tokens": f"{total} ({about_kind(facts)} {about}, text {total - about})"}
 
 
 def agreement(difference: int | None) -> str:
@@ -123,6 +130,11 @@ def inspection_table(inspection: "Inspection") -> Table:
             f"{outcome.trace.hit_rate.mean():.1%}",
         )
     return table
+
+
+def evaluation_tables(found: "Evaluation") -> Group:
+    """How far each setting is from the full cache, as table and bars, and what can be chosen."""
+    raise NotImplementedError
 
 
 def calibration_table(facts: dict[str, Any]) -> Table:

@@ -36,8 +36,9 @@ class CacheReport:
         dense_bytes: the kept tokens of full width.
         effective_bits: 8 * kept_bytes / numbers in the kept tokens' keys and values.
         layer_budgets: tokens kept by each layer, for every kv head.
-        kept_visual: visual tokens among them, the mean over layers and kv heads.
-        kept_text: text tokens among them, the mean over layers and kv heads.
+        kept_visual: visual tokens among them, and those of a context, the mean over layers and kv
+            heads.
+        kept_text: all other tokens among them, likewise.
         allocated_bytes: the pool as allocated, with its padding, and with the rows of a quantized
             one that are free for new tokens.
         tail_bytes: the tail for new tokens, as allocated.
@@ -105,6 +106,22 @@ def packed_bytes(
     return -(-bits // 8), 4 * heads * pairs  # two bfloat16 each
 
 
+def kept_bytes(
+    config: TextConfig, quantizer: Quantizer | None, rows: np.ndarray, dtype: jnp.dtype
+) -> int:
+    """Bytes of rows: those of full width, codes, scales and shifts; no padding.
+
+    Args:
+        config: the decoder.
+        quantizer: how they are quantized; None where all have full width.
+        rows: of full width and of each width of the quantizer, int [..., 1 + widths].
+        dtype: of those of full width.
+    """
+    flat = rows.reshape(-1, rows.shape[-1])
+    packed = packed_bytes(config, quantizer, flat[:, 1:])
+    return int(flat[:, 0].sum()) * row_bytes(config, dtype) + sum(packed)
+
+
 @lru_cache
 def pool_bytes(
     config: TextConfig,
@@ -152,7 +169,8 @@ def cache_report(
         prompt_tokens: true length of the prompt, m.
         counts: tokens kept by each layer: those of full width, then those of each width of the
             quantizer, int [L, 1 + widths].
-        kept_visual: visual tokens among them, the mean over the kv heads, float [L].
+        kept_visual: visual tokens among them, and those of a context, the mean over the kv heads,
+            float [L].
         prompt_rows: the prompt's bucket, T.
         tail_rows: rows of the tail, R.
         reserved_rows: rows of a layer that are left free for new tokens.
@@ -234,7 +252,7 @@ def memory_need(
         "pool": pool_bytes(
             text, cache, dtype, batch=batch, prompt_rows=rows, new_rows=stages.reserved_rows
         ),
-        "prefill": 0 if cache.limit.keeps_all and cache.quantize is None else full,
+        "prefill": 0 if cache.is_full else full,
         "tail": batch * stages.tail_rows * token_bytes(text, dtype),
         "activations": batch * (rows * width * size + text.vocab_size * 4),
     }

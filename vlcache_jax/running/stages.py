@@ -72,7 +72,7 @@ class Stages:
     @property
     def keeps_prefill(self) -> bool:
         """Whether the pool is the prefill's own buffers."""
-        return self.cache.limit.keeps_all and self.cache.quantize is None and not self.trace
+        return self.cache.is_full and not self.trace
 
     @property
     def tail_rows(self) -> int:
@@ -197,7 +197,7 @@ class Stages:
 
     def prompt(self, inputs: ModelInputs, settings: Settings) -> Prompt:
         """The prompts as the cache method sees them."""
-        visual, layers = jnp.asarray(inputs.visual_index) >= 0, self.config.text.num_layers
+        visual, layers = jnp.asarray(inputs.visual_index) != -1, self.config.text.num_layers
         return Prompt(jnp.asarray(inputs.length), visual, layers, settings.limits)
 
     def build_cache(

@@ -20,7 +20,7 @@ from benchmarks.accuracy.comparison import Comparison
 from benchmarks.accuracy.evaluate import Evaluation
 from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.method import AnyPool, Observation, Plan
+from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.cache.trace import attention_mass_recall
 from vlcache_jax.models.families import Params, bind
@@ -94,19 +94,20 @@ class Conversation(Comparison):
 
     def measure(
         self,
+        method: CacheMethod,
         pool: AnyPool,
         plan: Plan,
-        kept: jax.Array,
+        full: Pool,
         prompt: Prompt,
-        attended: Attended,
-        row_shares: jax.Array,
+        told: Attended,
     ) -> jax.Array:
         """Shares of each turn's attention that are kept, float32 [J, B].
 
         The mean over layers and kv heads; not a number where a turn has no answer. Of the arguments
-        (see `Comparison.measure`) it takes `kept`, and `attended` of `attend`.
+        (see `Comparison.measure`) it takes the plan, and `told` of `attend`.
         """
-        return jnp.mean(attention_mass_recall(attended.mass, kept), axis=(2, 3))
+        kept = jnp.broadcast_to(plan.kept(prompt), told.first.shape)
+        return jnp.mean(attention_mass_recall(told.mass, kept), axis=(2, 3))
 
     def step(self, params: Params, pool: Pool, state: DecodeState) -> DecodeState:
         """Feed a token to each sequence, and draw the next one."""

@@ -179,7 +179,9 @@ def _plan(vlm: VLM, pictures: Sequence[Dialogue]) -> tuple[Conversation, Script]
     rows = round_up(tokens.shape[1] + turns * (limit + 1), 16)
     end = vlm.processor.eos_token_id
     end = vlm.stop_ids[0] if end is None else end
-    way = Conversation(vlm.config, vlm.backend, vlm.stop_ids, rows, end, limit)
+    way = Conversation(
+        vlm.config, vlm.backend, stop_ids=vlm.stop_ids, rows=rows, end=end, limit=limit
+    )
     return way, Script(tokens, ends)
 
 

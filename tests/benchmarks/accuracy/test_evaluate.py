@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import tasks
-from benchmarks.accuracy.comparison import Comparison, Together
+from benchmarks.accuracy.comparison import Comparison
 from benchmarks.accuracy.evaluate import WHOLE, Evaluation, prompt_tokens
 from benchmarks.accuracy.network import config_json, make_files
 from benchmarks.accuracy.oracle import MostAttention, Oracle
@@ -30,6 +30,7 @@ from vlcache_jax.cache import score
 from vlcache_jax.cache.methods import METHODS, FullCache, make_method
 from vlcache_jax.cache.quantizers import AKVQ, KIVI
 from vlcache_jax.cache.state import Pool
+from vlcache_jax.evaluation.comparison import Together
 from vlcache_jax.models.families import abstract_params, init_params
 
 LAYERS = 3  # so that no pool is a whole number of blocks

@@ -18,7 +18,7 @@ from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.llava.anyres import num_tiles, visual_rows
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.requests.images import ImageLike, load_image, name_of
-from vlcache_jax.requests.packing import Packing, Row
+from vlcache_jax.requests.packing import Packing, Rendered, Row
 
 
 class LlavaPacking(Packing):
@@ -73,10 +73,10 @@ class LlavaPacking(Packing):
             path, backend="pil", local_files_only=True, trust_remote_code=False
         )
 
-    def row(self, images: Sequence[ImageLike], prompt: str) -> Row:
+    def row(self, images: Sequence[ImageLike], prompt: Rendered) -> Row:
         """The row of a rendered prompt and its images; see `Packing.row`."""
         config, pictures = self.config, [self._load(image) for image in images]
-        encoded = self.encode(text=prompt, images=pictures or None)
+        encoded = self.encode(text=prompt.text, images=pictures or None)
         sizes = [(picture.height, picture.width) for picture in pictures]
         tokens = np.asarray(encoded["input_ids"][0], np.int32)
         is_visual = tokens == config.image_token_id
@@ -98,7 +98,8 @@ class LlavaPacking(Packing):
                 f"the processor made tiles of shape {tiles[0].shape[1:]}, but the model's "
                 f"image_size is {side}: use the processor files of the same checkpoint"
             )
-        return Row(tokens, np.flatnonzero(is_visual), visual, tiles)
+        context = self.context(prompt, tokens, is_visual)
+        return Row(tokens, context, np.flatnonzero(is_visual), visual, tiles)
 
     def _load(self, source: ImageLike) -> Image.Image:
         """An image, within Pillow's limit even when LLaVA-1.5's processor has enlarged it."""

@@ -25,13 +25,14 @@ from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.trace import Trace
-from vlcache_jax.errors import short
 from vlcache_jax.files import check_file, whole_file
 from vlcache_jax.models.llava.config import with_vision
 from vlcache_jax.models.llava.patches import patch_rectangles
 from vlcache_jax.requests.images import ImageLike, Images, load_image
+from vlcache_jax.requests.inputs import CONTEXT
 from vlcache_jax.requests.processing import Processor
 from vlcache_jax.results.answer import Answer, same_tokens, versions
+from vlcache_jax.results.labels import labels, settings_of
 from vlcache_jax.results.report import CacheReport
 from vlcache_jax.running.driver import Timings
 from vlcache_jax.vlm import VLM
@@ -91,6 +92,7 @@ class Inspection:
         prompt: the question, as it was asked.
         pieces: the text of each token of the rendered prompt, m of them; "" for visual ones.
         visual: which tokens are visual, bool [m].
+        context: which tokens are the context's, bool [m].
         pictures: the pictures, in their order.
         full: the outcome of the full cache.
         outcomes: those of the methods.
@@ -102,11 +104,19 @@ class Inspection:
     prompt: str
     pieces: list[str]
     visual: np.ndarray
+    context: np.ndarray
     pictures: list[ShownPicture]
     full: Outcome
     outcomes: list[Outcome]
     settings: dict[str, Any]
     versions: dict[str, str]
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Tokens of the prompt by their kind; of visual and context those that it has."""
+        about = {"visual": int(self.visual.sum()), "context": int(self.context.sum())}
+        found = {kind: count for kind, count in about.items() if count}
+        return found | {"text": self.visual.size - sum(found.values())}
 
     def kept_share(self, outcome: Outcome) -> np.ndarray:
         """The share of layers and kv heads that keep each token, float64 [m]."""
@@ -120,7 +130,8 @@ class Inspection:
         """What each layer keeps, and why, as plain values; None for what a method does not have.
 
         `budget` tokens are kept by each kv head: `recent` of them, the prompt's last ones, whatever
-        they are worth, and of the others `visual` and `text` by their worth (means over the heads).
+        they are worth, and of the others `visual`, `context` and `text` by their worth (means over
+        the heads).
         `hit_rate` and `mass_recall` are means over the heads too.
         """
         trace = outcome.trace
@@ -132,7 +143,8 @@ class Inspection:
             "budget": trace.budget,
             "recent": recent,
             "visual": (chosen & self.visual).sum(axis=2).mean(axis=1),
-            "text": (chosen & ~self.visual).sum(axis=2).mean(axis=1),
+            "context": (chosen & self.context).sum(axis=2).mean(axis=1),
+            "text": (chosen & ~(self.visual | self.context)).sum(axis=2).mean(axis=1),
             "sparsity": none if trace.sparsity is None else trace.sparsity,
             "beta": none if trace.beta is None else trace.beta,
             "hit_rate": trace.hit_rate.mean(axis=1),
@@ -149,6 +161,7 @@ class Inspection:
         """
         return vars(self) | {
             "visual": self.visual.tolist(),
+            "context": self.context.tolist(),
             "pictures": [_picture_values(picture) for picture in self.pictures],
             "full": self._outcome_values(self.full),
             "outcomes": [self._outcome_values(outcome) for outcome in self.outcomes],
@@ -217,6 +230,7 @@ def inspect(
     text: str = "",
     *,
     methods: Sequence[CacheMethod | Quantizer],
+    context: str | None = None,
     max_new_tokens: int = 64,
     raw_prompt: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -230,6 +244,7 @@ def inspect(
         images: None, an image or a list of images: local files, PIL images or uint8 [H, W, 3].
         text: the prompt.
         methods: one or more methods, or quantizers, which keep everything.
+        context: a text that the prompt is about.
         max_new_tokens: most tokens of an answer.
         raw_prompt: take the text as it is, without the chat template.
         progress: called before each answer with its label, the answers done and those in all.
@@ -248,19 +263,22 @@ def inspect(
         as_method(method).for_model(vlm.config.text, vlm.tsa_layers)
         for method in (FullCache(), *methods)
     ]
-    labels = _labels(chosen)
-    prompt: dict[str, Any] = {"images": loaded, "text": text, "raw_prompt": raw_prompt}
+    names = labels(chosen)
+    prompt: dict[str, Any] = {
+        "images": loaded, "text": text, "context": context, "raw_prompt": raw_prompt
+    }  # fmt: skip
     streams = [
         vlm.stream(**prompt, max_new_tokens=max_new_tokens, cache=method, trace=True)
         for method in chosen
     ]
     inputs = vlm.processor(**prompt)
     length = int(inputs.length[0])
-    tokens, visual = inputs.tokens[0, :length], inputs.visual_index[0, :length] >= 0
+    tokens, index = inputs.tokens[0, :length], inputs.visual_index[0, :length]
+    visual = index >= 0
     words = iter(vlm.processor.detokenizer(special_tokens=True).split(tokens[~visual]))
     _ = vlm.params  # read before the first answer is announced
     answers: list[Answer] = []
-    for number, (name, stream) in enumerate(zip(labels, streams, strict=True)):
+    for number, (name, stream) in enumerate(zip(names, streams, strict=True)):
         if progress:
             progress(name, number, len(chosen))
         for _ in stream:
@@ -268,18 +286,19 @@ def inspect(
         answers.append(stream.answer)
     full, *outcomes = (
         _outcome(vlm.processor, name, answer, answers[0])
-        for name, answer in zip(labels, answers, strict=True)
+        for name, answer in zip(names, answers, strict=True)
     )
     return Inspection(
         model=vlm.name,
         prompt=text,
         pieces=["" if is_visual else next(words) for is_visual in visual],
         visual=visual,
+        context=index == CONTEXT,
         pictures=locate(vlm.processor, sources, visual),
         full=full,
         outcomes=outcomes,
         settings={
-            "methods": dict(zip(labels, map(_settings, chosen), strict=True)),
+            "methods": dict(zip(names, map(settings_of, chosen), strict=True)),
             "max_new_tokens": max_new_tokens,
             "raw_prompt": raw_prompt,
             "backend": vlm.backend or "the best for the device",
@@ -288,11 +307,6 @@ def inspect(
         },
         versions=versions(),
     )
-
-
-def label(method: CacheMethod) -> str:
-    """What a method is called among others: its name, and its budget where it has one."""
-    return method.label if method.limit.keeps_all else f"{method.label} {method.limit}"
 
 
 def locate(
@@ -317,34 +331,6 @@ def locate(
     return pictures
 
 
-def _labels(methods: Sequence[CacheMethod]) -> list[str]:
-    """What each of some methods is called, no two alike.
-
-    Raises:
-        ValueError: two cannot be told apart by their settings.
-    """
-    labels, settings = [label(method) for method in methods], [_flat(m) for m in methods]
-    found = []
-    for name, own in zip(labels, settings, strict=True):
-        alike = [other for other, its in zip(settings, labels, strict=True) if its == name]
-        unlike = [n for n in own if any(other.get(n) != own[n] for other in alike)]
-        found.append(", ".join([name, *(f"{n}={short(own[n])}" for n in unlike)]))
-    if twice := [name for name in found if found.count(name) > 1]:
-        raise ValueError(
-            f"several columns would be called {short(twice[0])!r}: give each method once, and "
-            "leave out the full cache, which is always shown"
-        )
-    return found
-
-
-def _flat(setting: CacheMethod | Quantizer) -> dict[str, Any]:
-    """A method's settings by name but its budget, a quantizer's among them."""
-    own = {each.name: getattr(setting, each.name) for each in dataclasses.fields(setting)}
-    if isinstance(own.get("quantize"), Quantizer):
-        own |= _flat(own.pop("quantize"))
-    return {name: _settings(value) for name, value in own.items() if name != "budget"}
-
-
 def _outcome(processor: Processor, name: str, answer: Answer, full: Answer) -> Outcome:
     assert answer.trace is not None  # it was asked for
     same = same_tokens(full.tokens, answer.tokens)
@@ -364,18 +350,6 @@ def _kept(trace: Trace) -> np.ndarray:
     mask = np.zeros((*trace.kept.shape[:2], trace.m + 1), bool)
     np.put_along_axis(mask, trace.kept, True, axis=2)  # -1 is the row behind the last
     return mask[..., :-1]
-
-
-def _settings(setting: Any) -> Any:
-    """A method's or a quantizer's settings as plain values."""
-    if isinstance(setting, CacheMethod | Quantizer):
-        names = [field.name for field in dataclasses.fields(setting)]
-        return {"name": setting.name} | {n: _settings(getattr(setting, n)) for n in names}
-    if isinstance(setting, tuple):
-        return [_settings(value) for value in setting]
-    if setting is None or isinstance(setting, str | int | float):
-        return setting
-    return getattr(setting, "__qualname__", None) or repr(setting)
 
 
 def _picture_values(picture: ShownPicture) -> dict[str, Any]:

@@ -40,19 +40,19 @@ class Chart:
     words: str
 
 
-def charts(methods: list[list[dict[str, Any]]]) -> list[list[Chart]]:
+def charts(methods: list[list[dict[str, Any]]], kinds: Sequence[str]) -> list[list[Chart]]:
     """The charts of each method, of the same scales for all.
 
     Args:
         methods: for each method its layers, as of `Inspection.layers`.
+        kinds: of the tokens that are kept.
     """
     layers = [layer for method in methods for layer in method]
     budget = max((layer["budget"] for layer in layers), default=0)
     beta = max((layer["beta"] or 0 for layer in layers), default=0)
-    kept = ("visual", "text", "recent")
     return [
         [
-            _chart("Budget, in tokens", method, kept, scale_end(budget), "{:,.5g}".format),
+            _chart("Budget, in tokens", method, kinds, scale_end(budget), "{:,.5g}".format),
             _chart("CacheHitRate", method, ("hit_rate",), 1.0, _percent),
             _chart("Sparsity", method, ("sparsity",), 1.0, _percent),
             _chart("Beta", method, ("beta",), scale_end(beta), _percent),

@@ -28,7 +28,7 @@ TALLEST = 2
 OPACITY = 0.65
 """Of a kept patch over its picture; one that is never kept is not coloured."""
 
-SPLIT = {"visual": "#3b75af", "text": "#ef8636", "recent": "#9a9a9a"}
+SPLIT = {"visual": "#3b75af", "context": "#2c8a6b", "text": "#ef8636", "recent": "#9a9a9a"}
 """Colours of the kinds of kept tokens."""
 
 PARTS = {BASE: "whole picture", GRID: "tiles"}
@@ -129,9 +129,9 @@ def draw_layers(inspection: "Inspection") -> "Figure":
     budgets, shares = figure.subplots(2, len(outcomes), squeeze=False, sharex="col", sharey="row")
     for upper, lower, outcome in zip(budgets, shares, outcomes, strict=True):
         layers, bottom = inspection.layers(outcome), np.zeros(len(outcome.trace.budget))
-        for kind, colour in SPLIT.items():
+        for kind in (*inspection.kinds, "recent"):
             values = _column(layers, kind)
-            upper.bar(range(len(layers)), values, bottom=bottom, color=colour, label=kind)
+            upper.bar(range(len(layers)), values, bottom=bottom, color=SPLIT[kind], label=kind)
             bottom += values
         upper.set_title(outcome.label)
         for name, style in (("sparsity", "o-"), ("beta", "s--")):

@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +49,11 @@ def render(inspection: "Inspection") -> str:
     environment.filters |= {"share": _share, "bytes": human_bytes, "number": _number}
     methods = inspection.outcomes
     layers = [inspection.layers(method) for method in methods]
+    kinds = (*inspection.kinds, "recent")
     outcomes = [inspection.full, *methods]
     quantized = any(outcome.cache.kv_bits for outcome in outcomes)
-    columns = [_numbers(outcome, quantized) for outcome in outcomes]
+    about = " and ".join(list(inspection.kinds)[:-1]) or "visual"
+    columns = [_numbers(outcome, about, quantized) for outcome in outcomes]
     settings = dict(inspection.settings)
     by_method = settings.pop("methods")
     # "<" could end the script element.
@@ -66,8 +68,9 @@ def render(inspection: "Inspection") -> str:
         shares=[inspection.kept_share(method) for method in methods],
         pictures=[_picture(picture) for picture in inspection.pictures],
         prompt=_prompt_parts(inspection),
-        charts=charts(layers),
-        layers=[[_layer_row(layer) for layer in method] for method in layers],
+        charts=charts(layers, kinds),
+        kinds=kinds,
+        layers=[[_layer_row(layer, kinds) for layer in method] for method in layers],
         numbers=list(zip(columns[0], *(column.values() for column in columns), strict=True)),
         settings=list(_flat(settings)),
         by_method={label: list(_flat(values)) for label, values in by_method.items()},
@@ -162,15 +165,18 @@ def _answer(full: "Outcome", outcome: "Outcome") -> dict[str, Any]:
     }
 
 
-def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
+def _layer_row(layer: dict[str, Any], kinds: Sequence[str]) -> tuple[str, ...]:
     """A layer's line of the table."""
-    counts = (_number(layer[name]) for name in ("budget", "visual", "text", "recent"))
+    counts = (_number(layer[name]) for name in ("budget", *kinds))
     shares = (_share(layer[name]) for name in ("sparsity", "beta", "hit_rate", "mass_recall"))
     return (str(layer["layer"]), *counts, *shares)
 
 
-def _numbers(outcome: "Outcome", quantized: bool) -> dict[str, str]:
-    """A column of the table of bytes, tokens and seconds, with or without a quantized cache's."""
+def _numbers(outcome: "Outcome", about: str, quantized: bool) -> dict[str, str]:
+    """A column of the table of bytes, tokens and seconds, with or without a quantized cache's.
+
+    `about` is the kind of the tokens that the question is about.
+    """
     cache, trace, times = outcome.cache, outcome.trace, outcome.timings
     lines = {
         "full cache of the prompt": human_bytes(cache.full_bytes),
@@ -188,7 +194,7 @@ def _numbers(outcome: "Outcome", quantized: bool) -> dict[str, str]:
         "allocated, with padding": human_bytes(cache.allocated_bytes),
         "allocated for new tokens": human_bytes(cache.tail_bytes),
         "tokens kept by a layer": f"{min(cache.layer_budgets):,} to {max(cache.layer_budgets):,}",
-        "visual among them, mean": f"{cache.kept_visual:,.1f}",
+        f"{about} among them, mean": f"{cache.kept_visual:,.1f}",
         "text among them, mean": f"{cache.kept_text:,.1f}",
         "CacheHitRate, mean": _share(trace.hit_rate.mean()),
         "attention kept, mean": _share(trace.mass_recall.mean()),

@@ -1,0 +1,162 @@
+"""The command `vlcache evaluate`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlcache_jax.cli import options
+from vlcache_jax.cli.terminal import (
+    cache_methods,
+    find_question,
+    open_model,
+    print_result,
+    progress_line,
+    read_context,
+    user_errors,
+)
+
+BUDGETS = ("0.05", "0.1", "0.2", "0.4")
+"""What is tried where --kv-budget is not given."""
+
+DEMO = "demo"
+"""In place of a file of requests: the pictures in this package, with their own questions."""
+
+
+def evaluate(
+    model: options.Model,
+    requests: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help='A request on each line: {"images": ["a.png"], "context": "...", "text": "..."}; '
+            "images and context may be left out, images are named as --image does, or from the "
+            "file's folder on. 'demo' stands for the pictures in this package.",
+        ),
+    ] = None,
+    prompt: options.Prompt = None,
+    image: options.Image = None,
+    context: options.Context = None,
+    method: options.Methods = None,
+    kv_budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kv-budget",
+            help="How much of the cache is kept: a share such as 0.1, or tokens per layer such as "
+            f"256tok. {options.EACH}; {', '.join(BUDGETS)} by default.",
+        ),
+    ] = None,
+    kv_bits: options.KvBitsList = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    tolerance: Annotated[
+        float,
+        typer.Option(help="Share of the tokens that have to be the full cache's, from 0 to 1."),
+    ] = 0.95,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="The page to write, or with a name in .json the numbers."
+        ),
+    ] = None,
+    force: options.Force = False,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    backend: options.Backend = None,
+    raw_prompt: options.RawPrompt = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Find the budget that is safe for a model on your own requests. No right answers are needed.
+
+    Each request is answered by the full cache. Every method, with every budget and every --kv-bits,
+    is then fed that answer, and its prediction of each token is compared with the full cache's: KL
+    in nats, and whether the likeliest token is the same. The smallest budget of a method is named
+    whose share of same tokens lies above the tolerance with its whole 95 % interval.
+
+    Example: vlcache evaluate demo --requests demo --method vl-cache --method snapkv
+
+    Example: vlcache evaluate MODEL --requests mine.jsonl --kv-budget 0.1 --kv-budget 0.2
+    --out report.html
+    """
+    from vlcache_jax import evaluation
+    from vlcache_jax.files import check_file
+    from vlcache_jax.results import display
+
+    with user_errors():
+        methods = cache_methods(method or ["vl-cache"], kv_budget or BUDGETS, kv_bits)
+        if out is not None:
+            check_file(out, "report", force=force)
+        if requests is None:
+            images, question, _ = find_question(image, prompt)
+            names, asked = (
+                None,
+                [{"images": images, "text": question, "context": read_context(context)}],
+            )
+        elif image or context or prompt is not None:
+            raise ValueError("give --requests, or one request by --image, --context and --prompt")
+        else:
+            names, asked = read_requests(requests)
+        vlm, progress = open_model(model, revision, dtype, backend)
+        with progress:
+            found = evaluation.evaluate(
+                vlm,
+                asked,
+                methods,
+                max_new_tokens=max_new_tokens,
+                tolerance=tolerance,
+                raw_prompt=raw_prompt,
+                names=names,
+                progress=progress_line(progress, "evaluating"),
+            )
+        if out is not None:
+            found.save(out, force=force)
+    written = [] if out is None else [out]
+    print_result(found.as_json(), display.evaluation_tables(found), as_json, written)
+
+
+def read_requests(file: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """The requests that a file has line by line, and what each is called: by its line.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no JSON object of the fields that there are, or there is none.
+    """
+    from vlcache_jax import demo
+    from vlcache_jax.evaluation import check_fields
+
+    if file == DEMO:
+        pictures = demo.pictures()
+        asked = [{"images": [p.file], "text": p.prompt} for p in pictures]
+        return [picture.name for picture in pictures], asked
+    path = Path(file)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8: write it as JSON lines") from None
+    names, found = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        names.append(f"{path.name}, line {number}")
+        try:
+            request = json.loads(line)
+            check_fields(request)
+            found.append(_located(request, path.parent))
+        except ValueError as error:  # that of JSON is one
+            raise ValueError(f"{names[-1]}: {error}") from None
+    if not found:
+        raise ValueError(f"{path} has no request: write one on each line, as JSON")
+    return names, found
+
+
+def _located(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A request with the files of its images, and a demo picture's own question if it has none."""
+    images = request.get("images") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise ValueError("images must be a list of file names")
+    given = [name if name.split(":")[0] == DEMO else str(folder / name) for name in images]
+    if request.get("text") is None and not (len(given) == 1 and given[0].startswith(DEMO)):
+        raise ValueError("text is missing: what is asked")
+    files, text, _ = find_question(given, request.get("text"))
+    return request | {"images": files, "text": text}
