@@ -7,8 +7,8 @@ results name them by document, version and hash (`facts`).
 Topics of the help repeat one another: `compound` holds all of `for`, `try` and `with`. One that a
 longer topic mostly holds is left out, so that no text is in two documents, and thereby in both
 splits. A topic that is then shorter than `ENOUGH` is joined with those that follow it in the
-alphabet, no further than needed: alone, three in four of them would be too short for a prompt of
-2,000 tokens, and joined to much longer documents they would be too few to be split fairly.
+alphabet, no further than needed: alone, nearly all of these are too short for 2,000 tokens, and
+the more of them are joined, the fewer documents there are to split, and the less they are about.
 """
 
 import hashlib
