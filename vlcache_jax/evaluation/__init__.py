@@ -11,7 +11,7 @@ cache's.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,12 +181,17 @@ class Replays(Comparer):
         methods: by what they are called.
         max_new_tokens: most tokens of an answer.
 
+    Attributes:
+        methods: made for the model.
+        way: the stages that they share.
+
     Raises:
         ValueError: the model cannot take a method's settings, or `max_new_tokens` is below 1.
     """
 
     def __init__(self, vlm: VLM, methods: Mapping[str, CacheMethod], max_new_tokens: int):
         super().__init__(vlm)
+        self.max_new_tokens = max_new_tokens
         self.methods = {
             name: method.for_model(vlm.config.text, vlm.tsa_layers)
             for name, method in methods.items()
@@ -194,7 +199,7 @@ class Replays(Comparer):
         self._generate = Generate(
             vlm.config, FullCache(), max_new_tokens, stop_ids=vlm.stop_ids, backend=vlm.backend
         )
-        self._way = self.stages()(vlm.config, vlm.backend, vlm.transformed, max_new_tokens)
+        self.way = self.stages()(vlm.config, vlm.backend, vlm.transformed, max_new_tokens)
 
     def stages(self) -> type[SharedPrefill]:
         """The kind of stages that all methods share."""
@@ -214,11 +219,11 @@ class Replays(Comparer):
         """
         some = {name: method for name, method in self.methods.items() if not method.is_full}
         watching, given = tuple(some.values()), jax.device_put(inputs)
-        full, token, seen = self.do(self._way, "prefill", self.vlm.params, given, methods=watching)
+        full, token, seen = self.do(self.way, "prefill", self.vlm.params, given, methods=watching)
         said = replay.answer(self, self._generate, full, token, inputs.length)
         found = {name: [_perfect(n) for n in said.compared] for name in self.methods}
         told = self.tell(full, given, said)
-        for pools in self.pools(self._way, full, given, some, seen, told):
+        for pools in self.pools(self.way, full, given, some, seen, told):
             found |= self._replay(pools, said, inputs.length)
         return said, found
 
@@ -341,27 +346,38 @@ def _perfect(count: int) -> Replayed:
 
 def _setting(name: str, method: CacheMethod, replayed: Sequence[Replayed]) -> Setting:
     """A method over all requests."""
+    own = name, method.name, str(method.limit), kv_bits(method.quantize)
+    return Setting(*own, **summarise(replayed))
+
+
+def summarise(
+    replayed: Sequence[Replayed], groups: Sequence[Hashable] | None = None
+) -> dict[str, Any]:
+    """A method over all requests, by the names of `Setting`.
+
+    Args:
+        replayed: what it made of each request.
+        groups: what each request belongs to; intervals are over these. Each is its own by default.
+    """
     kl = np.concatenate([each.kl for each in replayed]).astype(np.float64)
     same = np.concatenate([each.same for each in replayed])
-    counts = np.array([each.same.size for each in replayed])
+    known = list(dict.fromkeys(groups or range(len(replayed))))
+    places = [known.index(group) for group in groups or range(len(replayed))]
     sums = {
-        "kl": np.array([each.kl.sum(dtype=np.float64) for each in replayed]),
-        "top1": np.array([each.same.sum() for each in replayed]),
+        "count": np.bincount(places, [each.same.size for each in replayed]),
+        "kl": np.bincount(places, [each.kl.sum(dtype=np.float64) for each in replayed]),
+        "top1": np.bincount(places, [each.same.sum() for each in replayed]),
     }
     differ = [at for each in replayed if (at := each.first_difference) is not None]
-    return Setting(
-        label=name,
-        method=method.name,
-        budget=str(method.limit),
-        kv_bits=kv_bits(method.quantize),
-        kl=float(kl.mean()) if kl.size else None,
-        kl_p95=float(np.quantile(kl, 0.95)) if kl.size else None,
-        top1=float(same.mean()) if same.size else None,
-        same_answer=1 - len(differ) / len(replayed),
-        first_difference=float(np.median(differ)) if differ else None,
-        kept_share=float(np.mean([each.kept_share for each in replayed])),
-        intervals={what: ratio_interval(total, counts) for what, total in sums.items()},
-    )
+    return {
+        "kl": float(kl.mean()) if kl.size else None,
+        "kl_p95": float(np.quantile(kl, 0.95)) if kl.size else None,
+        "top1": float(same.mean()) if same.size else None,
+        "same_answer": 1 - len(differ) / len(replayed),
+        "first_difference": float(np.median(differ)) if differ else None,
+        "kept_share": float(np.mean([each.kept_share for each in replayed])),
+        "intervals": {what: ratio_interval(sums[what], sums["count"]) for what in ("kl", "top1")},
+    }
 
 
 def ratio_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float] | None:

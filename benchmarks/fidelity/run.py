@@ -1,0 +1,170 @@
+"""Replays of prose by many methods, kept as they are made: a run that was cut off goes on.
+
+passages ─► for each: what is not in the log yet ─► Replays ─► a line for each setting
+log ─► {label: {budget: facts}}
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
+from benchmarks.fidelity.prose import Passage
+from benchmarks.fidelity.settings import Cell
+from vlcache_jax.cache.method import CacheMethod, Observation
+from vlcache_jax.cache.state import Pool
+from vlcache_jax.evaluation import Replayed, Replays, summarise
+from vlcache_jax.evaluation.comparison import SharedPrefill
+from vlcache_jax.evaluation.replay import Said
+from vlcache_jax.models.families import Params, bind
+from vlcache_jax.requests.inputs import ModelInputs
+
+
+@dataclass(frozen=True)
+class Told(SharedPrefill):
+    """Stages whose oracles are told what the full cache's answers attend to."""
+
+    def inform(self, method: CacheMethod, seen: Observation, told: Attended) -> Observation:
+        """What a method plans by: an oracle by the attention of the answers."""
+        return method.told(seen, told.mass) if isinstance(method, Oracle) else seen
+
+    def attend(
+        self, params: Params, full: Pool, inputs: ModelInputs, tokens: Any, lengths: Any
+    ) -> Attended:
+        """Attention of answers [B, R] of so many tokens [B] to their prompts."""
+        model, text = bind(self.config)(params), self.config.text
+        return attention_of_answer(model, text, full, inputs, tokens, lengths, self.backend)
+
+
+class Prose(Replays):
+    """Replays that have oracles among them."""
+
+    def stages(self) -> type[SharedPrefill]:
+        """See `Replays.stages`."""
+        return Told
+
+    def tell(self, full: Pool, inputs: ModelInputs, said: Said) -> Attended | None:
+        """The attention of the full cache's answers, where an oracle asks for it."""
+        if not any(isinstance(method, Oracle) for method in self.methods.values()):
+            return None
+        fed = np.zeros((said.first.size, self.max_new_tokens), np.int32)
+        rows = min(len(said.fed), self.max_new_tokens)
+        fed[:, :rows] = np.asarray(said.fed[:rows]).T
+        return self.do(self.way, "attend", self.vlm.params, full, inputs, fed, said.compared)
+
+
+class Log:
+    """What was replayed so far: a file with a line for each prompt and setting.
+
+    Args:
+        path: the file; made where it is not there.
+        identity: what the figures depend on beside prompt and setting.
+
+    Raises:
+        ValueError: the file belongs to another identity, or is no such log.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]):
+        self.path, self._found = path, defaultdict[str, dict[str, Replayed]](dict)
+        wanted = json.loads(json.dumps(dict(identity)))
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+            return
+        head, *lines = path.read_text(encoding="utf-8").splitlines() or ["null"]
+        if (found := json.loads(head)) != wanted:
+            raise ValueError(f"{path} was made with {found}, not {wanted}: name another file")
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off while it was written: run again
+                continue
+            same = np.array([mark == "1" for mark in row["same"]], bool)
+            kl = np.array(row["kl"], np.float32)
+            self._found[row["prompt"]][row["setting"]] = Replayed(kl, same, row["kept"])
+
+    def of(self, prompt: str) -> dict[str, Replayed]:
+        """What there is of a prompt, by setting."""
+        return dict(self._found[prompt])
+
+    def add(self, prompt: str, replayed: Mapping[str, Replayed]) -> None:
+        """Write what was made of a prompt."""
+        lines = [
+            json.dumps(
+                {
+                    "prompt": prompt,
+                    "setting": name,
+                    "kl": [float(f"{value:.4g}") for value in each.kl],
+                    "same": "".join("01"[int(value)] for value in each.same),
+                    "kept": round(each.kept_share, 6),
+                }
+            )
+            for name, each in replayed.items()
+        ]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+        self._found[prompt] |= replayed
+
+
+def key_of(passage: Passage) -> str:
+    """What a log calls a prompt."""
+    return hashlib.sha256(f"{passage.context}\n{passage.question}".encode()).hexdigest()[:16]
+
+
+def measure(
+    replays: Prose,
+    passages: Sequence[Passage],
+    log: Log,
+    done: Callable[[], object] = lambda: None,
+) -> None:
+    """Replay what the log does not have, prompt by prompt.
+
+    Args:
+        replays: the model and the settings.
+        passages: the prompts.
+        log: where the results go.
+        done: called behind each prompt.
+    """
+    every = dict(replays.methods)
+    for passage in passages:
+        there = log.of(key_of(passage))
+        missing = {name: method for name, method in every.items() if name not in there}
+        if missing:
+            replays.methods = missing
+            inputs = replays.vlm.processor(None, passage.question, context=passage.context)
+            _, found = replays.run(inputs)
+            log.add(key_of(passage), {name: own[0] for name, own in found.items()})
+        done()
+    replays.methods = every
+
+
+def details(
+    cells: Iterable[Cell], passages: Sequence[Passage], log: Log
+) -> dict[str, dict[str, Any]]:
+    """{label: {budget: facts}}, the facts of `evaluation.summarise`, intervals over documents."""
+    found: dict[str, dict[str, Any]] = {}
+    documents = [passage.document for passage in passages]
+    for label, budget in cells:
+        replayed = [log.of(key_of(passage))[name_of((label, budget))] for passage in passages]
+        found.setdefault(label, {})[budget] = rounded(summarise(replayed, documents))
+    return found
+
+
+def name_of(cell: Cell) -> str:
+    """What a log calls a setting."""
+    return " ".join(cell)
+
+
+def rounded(value: Any) -> Any:
+    """Numbers as a file has them."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return [rounded(part) for part in value]
+    return round(value, 5) if isinstance(value, float) else value
