@@ -13,13 +13,12 @@ from vlcache_jax.calibration import KV_LAYERS, Calibration
 from vlcache_jax.checkpoints.checkpoint import (
     Progress,
     open_checkpoint,
-    read_config_fields,
+    read_model,
     resolve,
 )
 from vlcache_jax.checkpoints.weights import DTYPE, parse_dtype
 from vlcache_jax.fields import read_field, read_json, token_ids
 from vlcache_jax.models.config import ModelConfig
-from vlcache_jax.models.families import read_config
 from vlcache_jax.requests.buckets import Buckets, bucket_for, default_buckets, padding_shares
 from vlcache_jax.requests.processing import Processor
 from vlcache_jax.results.report import count_parameters, kv_bits, memory_need, token_bytes
@@ -75,7 +74,7 @@ def load(
     if backend == "cudnn":
         require_gpu()
     path = resolve(model, weights=False, revision=revision)
-    config = read_config(read_config_fields(path))
+    config, _ = read_model(path)
     method.for_model(config.text, _tsa_layers(path, config))
     transform = transform or method.transforms
     path = resolve(model, revision=revision)
@@ -142,8 +141,7 @@ def describe(
         NotImplementedError: the checkpoint describes a model that is not implemented.
     """
     path = resolve(model, weights=False, revision=revision)
-    stored = read_config_fields(path)
-    config = read_config(stored)
+    config, stored = read_model(path)
     if dtype is None:
         old = read_field(stored, "torch_dtype", DTYPE, "float32")
         dtype = read_field(stored, "dtype", DTYPE, old)

@@ -328,7 +328,7 @@ def test_bad_input_exits_with_2_and_one_error(model, command, tmp_path):
     for arguments, message in (
         ((tmp_path / "none", "out"), "no directory"),
         ((empty, "out"), "no config.json at"),
-        ((other, "out"), "model_type='idefics' must be \"llava\" or"),
+        ((other, "out"), "model_type='idefics' must be \"llama\" or"),
         ((short, "out"), "is truncated or damaged"),
         ((model, "out", "--dtype", "int4"), "dtype='int4' is not supported"),
         ((model, tmp_path / "no" / "place"), "no directory"),

@@ -50,7 +50,13 @@ from vlcache_jax.checkpoints.weights import (
 from vlcache_jax.errors import reason, short
 from vlcache_jax.fields import COUNT, SECTION, is_gguf, local_path, read_field, read_json, shown
 from vlcache_jax.models.config import ModelConfig, read_config_json
-from vlcache_jax.models.families import Params, abstract_params, family_of, read_config_file
+from vlcache_jax.models.families import (
+    Params,
+    abstract_params,
+    family_of,
+    read_config,
+    read_config_file,
+)
 from vlcache_jax.models.fold import fold_layer
 
 MANIFEST = "MANIFEST.json"
@@ -381,19 +387,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return SafetensorsCheckpoint(path, config)
 
 
-def read_config_fields(path: Path) -> dict[str, Any]:
-    """The fields of a model directory's config.json, or what a GGUF file says in its place.
+def read_model(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """What a model directory's config.json says, or a GGUF file in its place, and its fields.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged.
-        NotImplementedError: a GGUF file describes another kind of model.
+        NotImplementedError: it describes a model that this library does not implement.
     """
     if path.is_file():
         from vlcache_jax.checkpoints.gguf import GgufFile  # see above
 
-        return GgufFile(path).config
-    return read_config_json(path)
+        file = GgufFile(path)
+        return file.model(), file.config
+    fields = read_config_json(path)
+    return read_config(fields), fields
 
 
 def piece_directory(path: Path, piece: str) -> Path:

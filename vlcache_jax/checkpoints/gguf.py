@@ -22,7 +22,7 @@ from vlcache_jax.checkpoints.gguf_tokenizer import read_tokenizer
 from vlcache_jax.checkpoints.weights import cast, join, match
 from vlcache_jax.errors import reason, short
 from vlcache_jax.fields import COUNT, ID, NUMBER, REQUIRED, SIZE, Kind, one_of, read_value
-from vlcache_jax.models.config import RopeConfig
+from vlcache_jax.models.config import ModelConfig, RopeConfig
 from vlcache_jax.models.families import read_config
 from vlcache_jax.models.llama import rope_frequencies
 from vlcache_jax.models.names import Names, decoder_table
@@ -181,6 +181,18 @@ class GgufFile:
                 )
         return config
 
+    def model(self) -> ModelConfig:
+        """The model that it describes; errors name the file.
+
+        Raises:
+            ValueError: a key is missing, or a value is impossible.
+            NotImplementedError: it is not implemented.
+        """
+        try:
+            return read_config(self.config)
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{short(self.path)}: {reason(error, 300)}") from None
+
     def _rope(self, head_dim: int) -> dict[str, Any]:
         theta = _decimal(self.field("llama.rope.freq_base", NUMBER, RopeConfig.theta))
         old = self.field("llama.rope.scale_linear", NUMBER, None)
@@ -247,14 +259,10 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: Path):
         self._file = file = GgufFile(path)
-        try:
-            config = read_config(file.config)
-        except (ValueError, NotImplementedError) as error:
-            raise type(error)(f"{short(path)}: {reason(error, 300)}") from None
-        super().__init__(path, config)
+        super().__init__(path, file.model())
         self.dtype = file.dtype
         try:
-            self._sources = match(config, _NAMES, file.stored())
+            self._sources = match(self.config, _NAMES, file.stored())
         except ValueError as error:
             raise ValueError(f"{short(path)}: {reason(error, 320)}") from None
 
