@@ -13,7 +13,7 @@ from tests.inspections import made_up_inspection
 from tests.pages import handlers, plain, read, targets
 from vlcache_jax.results.inspection.bars import BOTTOM, TOP, charts
 from vlcache_jax.results.inspection.page import LONGEST_SIDE, data_uri, render
-from vlcache_jax.results.pages import scale_end
+from vlcache_jax.results.numbers import scale_end
 
 HOSTILE = '<img src=x onerror="alert(1)"></script><b>&amp;'
 

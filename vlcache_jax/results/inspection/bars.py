@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlcache_jax.results.pages import scale_end
+from vlcache_jax.results.numbers import scale_end
 
 LEFT, RIGHT, TOP, BOTTOM = 40, 298, 10, 106
 """Edges of the drawing, in units of the SVG's own 300 x 128."""

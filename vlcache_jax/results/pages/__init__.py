@@ -3,7 +3,6 @@
 A page's template extends `base.html.jinja`; its own style comes behind that of all pages.
 """
 
-import math
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -32,12 +31,3 @@ def template(folder: Path) -> Template:
 def included(file: Path) -> Markup:
     """A style or a script of the package, as it stands in a page."""
     return Markup(file.read_text(encoding="utf-8"))
-
-
-def scale_end(largest: float) -> float:
-    """The round number from `largest` on at which a scale may end; 1 for 0."""
-    if largest <= 0:
-        return 1.0
-    unit = 10.0 ** math.floor(math.log10(largest))
-    steps = (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10)
-    return next(unit * step for step in steps if unit * step >= largest)
