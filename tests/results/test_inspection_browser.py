@@ -1,35 +1,19 @@
-"""The page of an inspection in a real browser: it opens, asks for nothing, and its slider works.
-
-The browser is the system's chromium (`apt-get install chromium`); none is downloaded.
-"""
-
-import shutil
+"""The page of an inspection in a real browser: it opens, asks for nothing, and its slider works."""
 
 import pytest
 
+from tests.browser import (
+    COLOUR,
+    HOSTILE,
+    check_no_overflow,
+    check_quiet,
+    choose_scheme,
+    contrast,
+    luminance,
+    opened_page,
+)
 from tests.inspections import made_up_inspection
 from vlcache_jax.results.inspection.page import render
-
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="NO BROWSER TEST: playwright is not installed"
-)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip(
-        "NO BROWSER TEST: there is no chromium here (apt-get install chromium)",
-        allow_module_level=True,
-    )
-
-HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
-
-
-COLOUR = """(colour) => {
-    const context = new OffscreenCanvas(1, 1).getContext("2d");
-    context.fillStyle = colour;
-    context.fillRect(0, 0, 1, 1);
-    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
-}"""
-"""A CSS colour as [red, green, blue], from 0 to 255."""
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +27,8 @@ def opened(tmp_path_factory):
     )
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(render(inspection), encoding="utf-8")
-    complaints, requests = [], []
-    with sync_api.sync_playwright() as playwright:
-        # Without the sandbox, which does not start for root, nor in most containers.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(path.as_uri())
-        yield page, complaints, requests
-        browser.close()
-    assert complaints == []
-    assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
+    with opened_page(path) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -69,14 +42,6 @@ def page(opened):
     return page
 
 
-def choose_scheme(page, scheme):
-    """Switch to light or dark; chromium says so before the page knows."""
-    page.emulate_media(color_scheme=scheme)
-    query = "(scheme) => matchMedia(`(prefers-color-scheme: ${scheme})`).matches"
-    page.wait_for_function(query, arg=scheme)
-    page.evaluate("new Promise(requestAnimationFrame)")  # the page's listeners run before it
-
-
 def heat_maps(page):
     return page.evaluate("[...document.querySelectorAll('canvas')].map((c) => c.toDataURL())")
 
@@ -84,8 +49,7 @@ def heat_maps(page):
 def test_it_opens_without_a_complaint_and_asks_for_nothing(page, opened):
     _, complaints, requests = opened
     assert page.locator("canvas").count() == 8
-    assert complaints == []
-    assert [url for url in requests if not url.startswith("data:")] == [page.url]
+    check_quiet(page.url, complaints, requests)
 
 
 def test_the_slider_changes_heat_maps_tokens_bars_and_tables(page):
@@ -177,16 +141,7 @@ def test_text_can_be_read(page, scheme):
     assert (luminance(ground) < 0.1) == (scheme == "dark")
     assert len(texts) == 7 + 65
     for colours in texts:
-        low, high = sorted(map(luminance, colours))
-        assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG 2.2, 1.4.3
-
-
-def luminance(rgb):
-    """Relative luminance of a colour, as of WCAG."""
-    linear = [
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb)
-    ]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        assert contrast(colours) >= 4.5  # WCAG 2.2, 1.4.3
 
 
 def test_a_change_of_the_scheme_draws_the_heat_maps_anew(page):
@@ -197,9 +152,7 @@ def test_a_change_of_the_scheme_draws_the_heat_maps_anew(page):
 
 @pytest.mark.parametrize("width", [360, 1400])
 def test_nothing_overflows(page, width):
-    page.set_viewport_size({"width": width, "height": 900})
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert page.evaluate("document.body.scrollWidth") <= width
+    check_no_overflow(page, width)
 
 
 def test_html_in_names_and_prompts_is_text(page):

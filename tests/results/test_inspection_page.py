@@ -4,78 +4,27 @@ import base64
 import io
 import json
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.inspections import made_up_inspection
-from vlcache_jax.results.inspection.bars import BOTTOM, TOP, charts, scale_end
+from tests.pages import handlers, plain, read, targets
+from vlcache_jax.results.inspection.bars import BOTTOM, TOP, charts
 from vlcache_jax.results.inspection.page import LONGEST_SIDE, data_uri, render
+from vlcache_jax.results.numbers import scale_end
 
 HOSTILE = '<img src=x onerror="alert(1)"></script><b>&amp;'
-VOID = {"meta", "link", "input", "br", "img"}
 
 
-class Element:
-    """An element of a page: its tag, attributes, children, and the text of all of it."""
-
-    def __init__(self, tag, attributes):
-        self.tag, self.attributes, self.children = tag, dict(attributes), []
-
-    @property
-    def text(self):
-        parts = (c if isinstance(c, str) else c.text for c in self.children)
-        return "".join(parts)
-
-    def find(self, tag, **attributes):
-        """All elements of a tag, or of any, that have these attributes (a_b for a-b)."""
-        wanted = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
-        found = []
-        for child in self.children:
-            if isinstance(child, Element):
-                if tag in (None, child.tag) and wanted.items() <= child.attributes.items():
-                    found.append(child)
-                found += child.find(tag, **attributes)
-        return found
-
-
-class Reader(HTMLParser):
-    """Reads a page into elements; raises where tags do not match."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open = [Element("page", {})]
-        self.feed(page)
-        self.close()
-        assert len(self.open) == 1, f"not closed: {self.open[-1].tag}"
-
-    def handle_starttag(self, tag, attrs):
-        assert len({name for name, _ in attrs}) == len(attrs), f"an attribute twice: {attrs}"
-        element = Element(tag, attrs)
-        self.open[-1].children.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop().tag == tag
-
-    def handle_data(self, data):
-        self.open[-1].children.append(data)
-
-
-def read(inspection):
-    return Reader(render(inspection)).open[0]
+def page_of(inspection):
+    return read(render(inspection))
 
 
 def data_of(page):
     (script,) = page.find("script", id="data")
     return json.loads(script.text)
-
-
-def plain(text):
-    return " ".join(text.split())
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +39,7 @@ def compared():
 
 @pytest.fixture(scope="module")
 def page(compared):
-    return read(compared)
+    return page_of(compared)
 
 
 def test_the_script_is_given_the_exact_counts(compared, page):
@@ -155,7 +104,7 @@ def test_the_first_token_that_differs_is_marked(page):
     ],
 )
 def test_an_answer_that_ends_earlier_or_later(tokens, shown, verdict):
-    article = read(made_up_inspection(answers=[tokens])).find("article")[1]
+    article = page_of(made_up_inspection(answers=[tokens])).find("article")[1]
     assert article.find("p", class_="answer")[0].text == shown
     assert plain(article.find("p", class_="verdict differs")[0].text) == verdict
 
@@ -220,11 +169,10 @@ def test_everything_is_escaped():
     )
     settings = hostile.settings | {HOSTILE: {"a": [HOSTILE]}}
     hostile = replace(hostile, model=HOSTILE, settings=settings, versions={HOSTILE: HOSTILE})
-    page = read(hostile)
+    page = page_of(hostile)
     assert page.find("img") == page.find("b") == []
     assert len(page.find("script")) == 2
-    names = {name for element in page.find(None) for name in element.attributes}
-    assert not [name for name in names if name.startswith("on")]
+    assert handlers(page) == []
     assert page.find("dd")[0].text == HOSTILE
     assert page.find("dd")[1].text == hostile.prompt
     assert page.find("mark")[0].text == f" {HOSTILE}"
@@ -239,22 +187,17 @@ def test_no_address_leads_out_of_the_page(compared, page):
     text = render(compared)
     for sign in ("://", "url(", "@import", "import("):
         assert sign not in text
-    targets = [
-        target
-        for element in page.find(None)
-        for name in ("href", "src", "srcset", "action", "data", "poster")
-        if (target := element.attributes.get(name)) is not None
-    ]
-    assert len(targets) == 1 + 2 + 8  # icon, pictures, and the heat maps upon them
-    assert all(target.startswith(("data:", "#picture-")) for target in targets)
+    found = targets(page)
+    assert len(found) == 1 + 2 + 8  # icon, pictures, and the heat maps upon them
+    assert all(target.startswith(("data:", "#picture-")) for target in found)
     assert "default-src 'none'" in text
 
 
 @pytest.mark.parametrize("grid_side", [0, 4])
 def test_parts_and_pictures_may_be_missing(grid_side):
     inspection = made_up_inspection(grid_side=grid_side)
-    assert len(read(inspection).find("canvas")) == (2 if grid_side else 1)
-    page = read(made_up_inspection(names=(), grid_side=grid_side))
+    assert len(page_of(inspection).find("canvas")) == (2 if grid_side else 1)
+    page = page_of(made_up_inspection(names=(), grid_side=grid_side))
     assert page.find("canvas") == []
     assert page.find("p", class_="tokens")[0].find("span")[0].text == "<s>"
 

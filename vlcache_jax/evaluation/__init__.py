@@ -28,6 +28,7 @@ from vlcache_jax.files import check_file, whole_file
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.answer import versions
 from vlcache_jax.results.labels import labels
+from vlcache_jax.results.numbers import bits
 from vlcache_jax.results.report import kept_bytes, kv_bits, token_bytes
 from vlcache_jax.running.generate import Generate
 from vlcache_jax.vlm import VLM
@@ -119,16 +120,21 @@ class Evaluation:
     versions: dict[str, str]
 
     @property
-    def choice(self) -> dict[str, str | None]:
-        """For each method's name the budget of its smallest setting that holds; None for none.
+    def chosen(self) -> dict[str, Setting | None]:
+        """For each method's name its smallest setting that holds; None for none.
 
         It holds where the whole interval of `top1` is at the tolerance or above.
         """
-        found: dict[str, str | None] = {}
+        found: dict[str, Setting | None] = {setting.method: None for setting in self.settings}
         for setting in sorted(self.settings, key=lambda setting: setting.kept_share):
-            if found.get(setting.method) is None:
-                found[setting.method] = setting.budget if self.holds(setting) else None
-        return {setting.method: found[setting.method] for setting in self.settings}
+            if found[setting.method] is None and self.holds(setting):
+                found[setting.method] = setting
+        return found
+
+    @property
+    def choice(self) -> dict[str, str | None]:
+        """The budgets of what is `chosen`."""
+        return {method: found and found.budget for method, found in self.chosen.items()}
 
     def holds(self, setting: Setting) -> bool:
         """Whether a setting is as good as the tolerance asks, as far as the requests tell."""
@@ -139,6 +145,29 @@ class Evaluation:
     def few(self) -> bool:
         """Whether the requests are too few for intervals over them to say much."""
         return self.requests < FEW
+
+    @property
+    def conclusions(self) -> list[str]:
+        """What is `chosen` of each method, as a sentence."""
+        limit = f"{100 * self.tolerance:.6g} % or above"
+        return [
+            f"{method}: no budget that was tried has its interval at {limit}"
+            if found is None
+            else f"{method}: {' with '.join(filter(None, (found.budget, bits(found.kv_bits))))} "
+            f"is the smallest budget whose interval lies at {limit}"
+            for method, found in self.chosen.items()
+        ]
+
+    @property
+    def caution(self) -> str | None:
+        """What there is to say of so `few` requests; None where there are enough."""
+        if not self.few:
+            return None
+        asked = "1 request" if self.requests == 1 else f"{self.requests} requests"
+        return (
+            f"These numbers are of {asked}: an interval over fewer than {FEW} says little, so try "
+            "more before relying on a budget"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """All as plain values."""

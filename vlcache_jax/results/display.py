@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rich.bar import Bar
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from vlcache_jax.results.answer import Answer, same_tokens
+from vlcache_jax.results.numbers import bits, scale_end, share, small, with_interval
 from vlcache_jax.results.report import human_bytes
 
 if TYPE_CHECKING:
@@ -75,11 +77,9 @@ def answer_rows(facts: dict[str, Any]) -> dict[str, str]:
 
 def setting(facts: dict[str, Any]) -> str:
     """A method as it was asked for: name, budget and what the cache is quantized to."""
-    bits = facts.get("kv_bits")  # not in files of before there were quantized caches
-    words = f"{facts['method']}, budget {facts['budget_requested']}"
-    if bits is None:
-        return words
-    return f"{words}, {bits} bits" if bits.isdecimal() else f"{words}, {bits}"
+    quantizer = facts.get("kv_bits")  # not in files of before there were quantized caches
+    words = [facts["method"], f"budget {facts['budget_requested']}", bits(quantizer)]
+    return ", ".join(filter(None, words))
 
 
 def about_kind(facts: dict[str, Any]) -> str:
@@ -133,17 +133,38 @@ def inspection_table(inspection: "Inspection") -> Table:
 
 
 def evaluation_tables(found: "Evaluation") -> Group:
-    """How far each setting is from the full cache, as table and bars, and what can be chosen."""
-    raise NotImplementedError
+    """How far each setting is from the full cache, and what can be chosen.
+
+    The rows are in the order of the bytes that are kept, so that their bars are a plot.
+    """
+    rows = sorted(found.settings, key=lambda setting: setting.kept_share)
+    furthest = max((1 - row.top1 for row in rows if row.top1 is not None), default=1)
+    length = min(scale_end(1.1 * furthest), 1.0)  # so that the shortest bar is seen
+    table = Table()
+    table.add_column("setting", overflow="fold")
+    for name in ("kept", "same top-1", "KL"):
+        table.add_column(name, no_wrap=True)
+    table.add_column(f"{100 * (1 - length):.4g} % to 100 %", min_width=12)
+    for row in rows:
+        height = 0.0 if row.top1 is None else row.top1 - 1 + length
+        table.add_row(
+            Text(row.label),
+            share(row.kept_share),
+            with_interval(row.top1, row.intervals["top1"], share),
+            small(row.kl),
+            Bar(length, 0, height, color="green" if found.holds(row) else "default"),
+        )
+    said = [*found.conclusions, *filter(None, [found.caution])]
+    return Group(table, *map(Text, said))
 
 
 def calibration_table(facts: dict[str, Any]) -> Table:
     """A calibration, given as plain values: a line for each layer."""
     title = f"attention to text; prompts: {facts['prompts']}, threshold: {facts['threshold']:.0%}"
     table = Table("layer", "text share", "kind", title=title)
-    for layer, share in enumerate(facts["text_shares"]):
+    for layer, salience in enumerate(facts["text_shares"]):
         kind = "text-salient (TSA)" if layer in facts["tsa_layers"] else "pivot-salient (PSA)"
-        table.add_row(str(layer), f"{share:.1%}", kind)
+        table.add_row(str(layer), f"{salience:.1%}", kind)
     return table
 
 

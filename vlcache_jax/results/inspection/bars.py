@@ -1,9 +1,10 @@
 """Bar charts over the layers of a model, as shapes for inline SVG."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from vlcache_jax.results.numbers import scale_end
 
 LEFT, RIGHT, TOP, BOTTOM = 40, 298, 10, 106
 """Edges of the drawing, in units of the SVG's own 300 x 128."""
@@ -87,12 +88,3 @@ def _chart(
 
 def _percent(value: float) -> str:
     return f"{100 * value:.3g}%"
-
-
-def scale_end(largest: float) -> float:
-    """The round number from `largest` on at which a scale may end; 1 for 0."""
-    if largest <= 0:
-        return 1.0
-    unit = 10.0 ** math.floor(math.log10(largest))
-    steps = (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10)
-    return next(unit * step for step in steps if unit * step >= largest)

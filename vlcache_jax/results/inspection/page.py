@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from vlcache_jax.models.llava.patches import BASE, GRID, NEWLINE_PART
 from vlcache_jax.results.inspection.bars import charts
+from vlcache_jax.results.numbers import number, share
+from vlcache_jax.results.pages import included, template
 from vlcache_jax.results.report import human_bytes
 
 if TYPE_CHECKING:
@@ -39,14 +40,6 @@ def render(inspection: "Inspection") -> str:
     Raises:
         NotImplementedError: the model has more than 255 kv heads.
     """
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"share": _share, "bytes": human_bytes, "number": _number}
     methods = inspection.outcomes
     layers = [inspection.layers(method) for method in methods]
     kinds = (*inspection.kinds, "recent")
@@ -58,10 +51,9 @@ def render(inspection: "Inspection") -> str:
     by_method = settings.pop("methods")
     # "<" could end the script element.
     data = json.dumps(_data(inspection), separators=(",", ":")).replace("<", "\\u003c")
-    return environment.get_template("page.html.jinja").render(
+    return template(HERE).render(
         inspection=inspection,
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        script=included(HERE / "page.js"),
         data=Markup(data),
         answers=[_answer(inspection.full, method) for method in methods],
         labels=[method.label for method in methods],
@@ -167,8 +159,8 @@ def _answer(full: "Outcome", outcome: "Outcome") -> dict[str, Any]:
 
 def _layer_row(layer: dict[str, Any], kinds: Sequence[str]) -> tuple[str, ...]:
     """A layer's line of the table."""
-    counts = (_number(layer[name]) for name in ("budget", *kinds))
-    shares = (_share(layer[name]) for name in ("sparsity", "beta", "hit_rate", "mass_recall"))
+    counts = (number(layer[name]) for name in ("budget", *kinds))
+    shares = (share(layer[name]) for name in ("sparsity", "beta", "hit_rate", "mass_recall"))
     return (str(layer["layer"]), *counts, *shares)
 
 
@@ -181,7 +173,7 @@ def _numbers(outcome: "Outcome", about: str, quantized: bool) -> dict[str, str]:
     lines = {
         "full cache of the prompt": human_bytes(cache.full_bytes),
         "kept of it": human_bytes(cache.kept_bytes),
-        "kept share": _share(cache.kept_share),
+        "kept share": share(cache.kept_share),
     }
     if quantized:
         lines |= {
@@ -196,11 +188,11 @@ def _numbers(outcome: "Outcome", about: str, quantized: bool) -> dict[str, str]:
         "tokens kept by a layer": f"{min(cache.layer_budgets):,} to {max(cache.layer_budgets):,}",
         f"{about} among them, mean": f"{cache.kept_visual:,.1f}",
         "text among them, mean": f"{cache.kept_text:,.1f}",
-        "CacheHitRate, mean": _share(trace.hit_rate.mean()),
-        "attention kept, mean": _share(trace.mass_recall.mean()),
+        "CacheHitRate, mean": share(trace.hit_rate.mean()),
+        "attention kept, mean": share(trace.mass_recall.mean()),
         "time to first token, trace included": f"{times.prefill_s:.3f} s",
         "time of all further tokens": f"{times.decode_s:.3f} s",
-        "tokens per second": _number(times.decode_tokens_per_s),
+        "tokens per second": number(times.decode_tokens_per_s),
         "compilation, apart": f"{times.compile_s:.3f} s",
     }
 
@@ -212,14 +204,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", json.dumps(value) if isinstance(value, list) else str(value)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _number(value: float | None) -> str:
-    """A number, with one decimal where it is not whole."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
