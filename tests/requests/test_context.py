@@ -163,7 +163,9 @@ def test_answers_tell_it_and_methods_take_it_for_a_picture(text_dir):
     np.testing.assert_array_equal(own, about(inputs))
     assert (answer.context_tokens, answer.visual_tokens) == (own.sum(), 0)
     assert answer.trace.window_start == np.flatnonzero(own).max() + 1
-    kept = [np.isin(np.flatnonzero(own), head).sum() for l in answer.trace.kept for head in l]
+    kept = [
+        np.isin(np.flatnonzero(own), head).sum() for heads in answer.trace.kept for head in heads
+    ]
     assert answer.cache.kept_visual == pytest.approx(np.mean(kept))
     plain = vlm.generate(text=f"{ask['context'].strip()}\n\n{ask['text']}", max_new_tokens=2)
     assert plain.tokens == vlm.generate(**ask).tokens

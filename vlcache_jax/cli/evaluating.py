@@ -20,6 +20,9 @@ from vlcache_jax.cli.terminal import (
 BUDGETS = ("0.05", "0.1", "0.2", "0.4")
 """What is tried where --kv-budget is not given."""
 
+BUDGETS_OF = {"full": ("1",)}
+"""Of methods that have no others."""
+
 DEMO = "demo"
 """In place of a file of requests: the pictures in this package, with their own questions."""
 
@@ -83,7 +86,11 @@ def evaluate(
     from vlcache_jax.results import display
 
     with user_errors():
-        methods = cache_methods(method or ["vl-cache"], kv_budget or BUDGETS, kv_bits)
+        methods = [
+            each
+            for name in dict.fromkeys(method or ["vl-cache"])
+            for each in cache_methods([name], kv_budget or BUDGETS_OF.get(name, BUDGETS), kv_bits)
+        ]
         if out is not None:
             check_file(out, "report", force=force)
         if requests is None:
@@ -130,7 +137,7 @@ def read_requests(file: str) -> tuple[list[str], list[dict[str, Any]]]:
         return [picture.name for picture in pictures], asked
     path = Path(file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no text in UTF-8: write it as JSON lines") from None
     names, found = [], []
@@ -142,7 +149,10 @@ def read_requests(file: str) -> tuple[list[str], list[dict[str, Any]]]:
             request = json.loads(line)
             check_fields(request)
             found.append(_located(request, path.parent))
-        except ValueError as error:  # that of JSON is one
+        except json.JSONDecodeError as error:
+            at = f"{error.msg} at column {error.colno}"
+            raise ValueError(f"{names[-1]} is no JSON: {at}") from None
+        except ValueError as error:
             raise ValueError(f"{names[-1]}: {error}") from None
     if not found:
         raise ValueError(f"{path} has no request: write one on each line, as JSON")
