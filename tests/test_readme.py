@@ -66,8 +66,16 @@ def test_the_ten_lines_of_python_run(capsys):
 
 
 @pytest.mark.usefixtures("tiny_demo")
+def test_the_lines_about_a_safe_budget_run(capsys):
+    _, code, _ = python_of(README)
+    exec(code, namespace := {})
+    assert namespace["found"].requests == 2
+    assert "snapkv" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny_demo")
 def test_the_lines_about_two_bits_run(capsys):
-    _, code = python_of(README)
+    *_, code = python_of(README)
     exec(code, {})
     alone, both = (line.split() for line in capsys.readouterr().out.splitlines())
     assert (alone[0], both[0]) == ("full+akvq", "vl-cache+akvq")

@@ -16,6 +16,7 @@ from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.cache.score import Layer
 from vlcache_jax.cache.trace import Trace, attention_mass_recall, cache_hit_rate
 from vlcache_jax.calibration import Calibration, calibrate
+from vlcache_jax.evaluation import Evaluation, evaluate
 from vlcache_jax.loading import load
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.llava.config import LlavaConfig
@@ -43,6 +44,7 @@ __all__ = [
     "CacheReport",
     "Calibration",
     "Custom",
+    "Evaluation",
     "FullCache",
     "Generate",
     "GenerateOutput",
@@ -65,6 +67,7 @@ __all__ = [
     "attention_mass_recall",
     "cache_hit_rate",
     "calibrate",
+    "evaluate",
     "inspect",
     "load",
 ]

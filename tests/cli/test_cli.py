@@ -20,7 +20,8 @@ def test_json_is_one_object_and_nothing_else(model_dir, image):
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert set(answer) == {
-        "text", "tokens", "prompt_tokens", "visual_tokens", "timings", "kv", "model", "versions"
+        "text", "tokens", "prompt_tokens", "visual_tokens", "context_tokens",
+        "timings", "kv", "model", "versions",
     }  # fmt: skip
     assert set(answer["timings"]) == {"compile_s", "prefill_s", "decode_s", "decode_tokens_per_s"}
     assert set(answer["kv"]) == {
@@ -91,7 +92,8 @@ def test_a_trace_holds_what_was_kept(model_dir, image, tmp_path):
     assert kv["budget"] == pytest.approx(40 / m)
     with np.load(file) as trace:
         assert set(trace) == {
-            "sparsity", "beta", "budget", "kept", "scores", "prompt_is_visual", "window_start",
+            "sparsity", "beta", "budget", "kept", "scores", "prompt_is_visual",
+            "prompt_is_context", "window_start",
             "m", "tau", "method", "budget_requested", "hit_rate", "mass_recall", "recent",
         }  # fmt: skip
         assert trace["budget"].tolist() == kv["layer_budgets"]

@@ -84,13 +84,17 @@ def setting(facts: dict[str, Any]) -> str:
 
 def about_kind(facts: dict[str, Any]) -> str:
     """What the tokens are called that the question is about, of an answer as `answer_facts`."""
-    kinds = [name for name in ("visual", "context") if facts[f"{name}_tokens"]]
-    return " and ".join(kinds or ["visual"])
+    return " and ".join([kind for kind, count in _about(facts).items() if count] or ["visual"])
+
+
+def _about(facts: dict[str, Any]) -> dict[str, int]:
+    """Tokens that the question is about; in older files there are no contexts."""
+    return {"visual": facts["visual_tokens"], "context": facts.get("context_tokens", 0)}
 
 
 def prompt_rows(facts: dict[str, Any]) -> dict[str, str]:
     """The lines of a table about an answer's prompt, given as `answer_facts`."""
-    total, about = facts["prompt_tokens"], facts["visual_tokens"] + facts["context_tokens"]
+    total, about = facts["prompt_tokens"], sum(_about(facts).values())
     return {"prompt tokens": f"{total} ({about_kind(facts)} {about}, text {total - about})"}
 
 
