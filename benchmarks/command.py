@@ -32,7 +32,6 @@ def check_out(out: Path | None, what: str = "result file", *, force: bool) -> No
     """Refuse a file, one of the library's `KINDS`, that cannot be written or would be lost."""
     if out is not None:
         with bad_input():
-            out.parent.mkdir(parents=True, exist_ok=True)
             check_file(out, what, force=force)
 
 

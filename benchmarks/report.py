@@ -21,19 +21,23 @@ from benchmarks.accuracy import parity, report
 from benchmarks.accuracy.experiments import sections
 from benchmarks.documents import DOCS, ROOT, Part
 from benchmarks.environment import write_result
+from benchmarks.fidelity import report as fidelity
 
 DOCUMENTS: dict[Path, tuple[Part, ...]] = {
     ROOT / "README.md": (demo_model.DEMO, speed_sections.SUMMARY, conversion.SECTION),
     DOCS / "demo-model.md": demo_model.SECTIONS,
     DOCS / "accuracy.md": (
-        *report.SECTIONS, parity.SECTION, *sections.SECTIONS, quantization.SECTION
+        *fidelity.SECTIONS, *report.SECTIONS, parity.SECTION, *sections.SECTIONS,
+        quantization.SECTION,
     ),
     DOCS / "benchmarks.md": speed_sections.SECTIONS,
     DOCS / "performance.md": (cpu_decode.SECTION,),
 }  # fmt: skip
 """The generated parts of each document."""
 
-PLOTS = (demo_model.PLOT, report.PLOT, *sections.plots(), *speed_plots.PLOTS)
+PLOTS = (
+    demo_model.PLOT, report.PLOT, *fidelity.PLOTS, *sections.plots(), *speed_plots.PLOTS
+)  # fmt: skip
 
 
 def fill(document: Path) -> str:

@@ -82,12 +82,15 @@ class Log:
             raise ValueError(f"{path} was made with {found}, not {wanted}: name another file")
         for line in lines:
             try:
-                row = json.loads(line)
+                self._read(line)
             except ValueError:  # cut off while it was written: run again
                 continue
-            same = np.array([mark == "1" for mark in row["same"]], bool)
-            kl = np.array(row["kl"], np.float32)
-            self._found[row["prompt"]][row["setting"]] = Replayed(kl, same, row["kept"])
+
+    def _read(self, line: str) -> None:
+        row = json.loads(line)
+        same = np.array([mark == "1" for mark in row["same"]], bool)
+        own = Replayed(np.array(row["kl"], np.float32), same, row["kept"])
+        self._found[row["prompt"]][row["setting"]] = own
 
     def of(self, prompt: str) -> dict[str, Replayed]:
         """What there is of a prompt, by setting."""
@@ -109,7 +112,8 @@ class Log:
         ]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
-        self._found[prompt] |= replayed
+        for line in lines:  # as a later run will find it
+            self._read(line)
 
 
 def key_of(passage: Passage) -> str:

@@ -118,6 +118,7 @@ def test_the_same_rendered_template(ours, their_tokenizer):
     assert inputs.tokens[0, : int(inputs.length[0])].tolist() == expected
 
 
+@pytest.mark.full
 def test_the_same_logits_and_greedy_tokens(ours, theirs, their_tokenizer):
     text = prose()
     ids = their_tokenizer(text)["input_ids"][:POSITIONS]
