@@ -7,24 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
+from benchmarks.accuracy.oracle import Attended, Told
 from vlcache_jax.cache.budget import Prompt
-from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
+from vlcache_jax.cache.method import AnyPool, CacheMethod, Plan
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.cache.trace import attention_mass_recall, cache_hit_rate
-from vlcache_jax.evaluation.comparison import SharedPrefill
-from vlcache_jax.models.families import Params, bind
-from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.report import kept_bytes, row_bytes
 
 
 @dataclass(frozen=True)
-class Comparison(SharedPrefill):
-    """Methods that are measured by what the full cache's answers attend to, which oracles know."""
-
-    def inform(self, method: CacheMethod, seen: Observation, told: Attended) -> Observation:
-        """What a method plans by: an oracle by the attention of the answers."""
-        return method.told(seen, told.mass) if isinstance(method, Oracle) else seen
+class Comparison(Told):
+    """Methods that are measured by what the full cache's answers attend to."""
 
     def measure(
         self,
@@ -67,14 +60,3 @@ class Comparison(SharedPrefill):
         widths = 1 if quantizer is None else 1 + len(quantizer.widths)
         each = [kept_bytes(text, quantizer, unit * row, kind) for row in np.eye(widths, dtype=int)]
         return jnp.array(each, jnp.float32) / (unit * row_bytes(text, kind))
-
-    def attend(
-        self,
-        params: Params,
-        full: Pool,
-        inputs: ModelInputs,
-        answers: tuple[jax.Array, jax.Array],
-    ) -> Attended:
-        """What the full cache's answers attend to: their tokens [B, R], and how many are theirs."""
-        model = bind(self.config)(params)
-        return attention_of_answer(model, self.config.text, full, inputs, *answers, self.backend)

@@ -16,8 +16,10 @@ from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod, Observation
 from vlcache_jax.cache.score import RecentScore, Score
 from vlcache_jax.cache.state import Pool
+from vlcache_jax.evaluation.comparison import SharedPrefill
 from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.decoder import Decoder
+from vlcache_jax.models.families import Params, bind
 from vlcache_jax.models.llama import Attend, Residual, rope_table, rotated
 from vlcache_jax.requests.inputs import ModelInputs
 
@@ -121,7 +123,7 @@ class MostAttention(Allocation):
 
 @dataclass(frozen=True)
 class Oracle(CacheMethod):
-    """Keep what the full cache's own answer attends to most; for `comparison.Comparison` alone.
+    """Keep what the full cache's own answer attends to most; for stages that are `Told` alone.
 
     No method can know this. It tells what a budget allows, and so whether a loss is the budget's or
     the method's. `allocation` says how much each layer keeps.
@@ -139,3 +141,23 @@ class Oracle(CacheMethod):
         """What it saw of the prompt, with the attention of the answer, [B, L, K, T], beside it."""
         knows = isinstance(self.allocation, MostAttention)
         return Observation(mass, mass if knows else seen.measured, seen.salience)
+
+
+@dataclass(frozen=True)
+class Told(SharedPrefill):
+    """Stages whose oracles are told what the full cache's answers attend to."""
+
+    def inform(self, method: CacheMethod, seen: Observation, told: Attended) -> Observation:
+        """What a method plans by: an oracle by the attention of the answers."""
+        return method.told(seen, told.mass) if isinstance(method, Oracle) else seen
+
+    def attend(
+        self,
+        params: Params,
+        full: Pool,
+        inputs: ModelInputs,
+        answers: tuple[jax.Array, jax.Array],
+    ) -> Attended:
+        """What the full cache's answers attend to: their tokens [B, R], and how many are theirs."""
+        model = bind(self.config)(params)
+        return attention_of_answer(model, self.config.text, full, inputs, *answers, self.backend)

@@ -8,38 +8,19 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.oracle import Attended, Oracle, attention_of_answer
+from benchmarks.accuracy.oracle import Attended, Oracle, Told
 from benchmarks.fidelity.prose import Passage
 from benchmarks.fidelity.settings import Cell
-from vlcache_jax.cache.method import CacheMethod, Observation
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.evaluation import Replayed, Replays, summarise
 from vlcache_jax.evaluation.comparison import SharedPrefill
 from vlcache_jax.evaluation.replay import Said
-from vlcache_jax.models.families import Params, bind
 from vlcache_jax.requests.inputs import ModelInputs
-
-
-@dataclass(frozen=True)
-class Told(SharedPrefill):
-    """Stages whose oracles are told what the full cache's answers attend to."""
-
-    def inform(self, method: CacheMethod, seen: Observation, told: Attended) -> Observation:
-        """What a method plans by: an oracle by the attention of the answers."""
-        return method.told(seen, told.mass) if isinstance(method, Oracle) else seen
-
-    def attend(
-        self, params: Params, full: Pool, inputs: ModelInputs, tokens: Any, lengths: Any
-    ) -> Attended:
-        """Attention of answers [B, R] of so many tokens [B] to their prompts."""
-        model, text = bind(self.config)(params), self.config.text
-        return attention_of_answer(model, text, full, inputs, tokens, lengths, self.backend)
 
 
 class Prose(Replays):
@@ -56,7 +37,7 @@ class Prose(Replays):
         fed = np.zeros((said.first.size, self.max_new_tokens), np.int32)
         rows = min(len(said.fed), self.max_new_tokens)
         fed[:, :rows] = np.asarray(said.fed[:rows]).T
-        return self.do(self.way, "attend", self.vlm.params, full, inputs, fed, said.compared)
+        return self.do(self.way, "attend", self.vlm.params, full, inputs, (fed, said.compared))
 
 
 class Log:
