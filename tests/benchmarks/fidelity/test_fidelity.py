@@ -197,3 +197,14 @@ def test_a_passage_is_known_by_its_text_and_its_question():
     }
     assert len(keys) == 3
     assert run.key_of(one) in keys
+
+
+def test_the_committed_result_orders_the_methods():
+    """What a first trial showed: layer budgets cost VL-Cache more than its score does."""
+    result = json.loads(report.METHODS.read_text(encoding="utf-8"))
+    assert result["n"] >= 96
+    assert result["split"] == "report"
+    kl = {label: of["0.1"]["kl"] for label, of in result["details"].items()}
+    assert min(kl, key=kl.__getitem__).startswith("oracle")
+    assert max(kl, key=kl.__getitem__) == "random"
+    assert kl["vl-cache"] >= 1.4 * kl["post-vision-uniform"]
