@@ -111,7 +111,6 @@ def main(
     if len(there) < len(passages):
         errors.print(f"{len(there)} of {len(passages)} prompts so far: run it again to go on")
         raise typer.Exit(1)
-    seconds = {**replays.seconds, "total": time.perf_counter() - began}
     result = {
         **environment(),
         "model": "SmolLM2-135M-Instruct" if model is None else model,
@@ -125,7 +124,6 @@ def main(
         "documents": len({passage.document for passage in passages}),
         "prompts": prose.facts(passages),
         "details": run.details(cells, passages, kept),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
     command.finish(result, report.tables(result), as_json=as_json, out=out)
 
