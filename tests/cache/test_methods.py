@@ -222,7 +222,7 @@ def traces(method: CacheMethod, case: Case) -> list[Trace]:
         plan = method.plan(seen, prompt)
     weights = jnp.ones((batch, layers, case.k.shape[3], rows))  # of a decoded token: not looked at
     traced = jax.device_get(trace_batch(method, seen, plan, prompt, weights))
-    return [traced.row(row, method, own) for row, own in enumerate(case.visual)]
+    return [traced.row(row, method, own, np.zeros_like(own)) for row, own in enumerate(case.visual)]
 
 
 def expected(
