@@ -50,13 +50,7 @@ from vlcache_jax.checkpoints.weights import (
 from vlcache_jax.errors import reason, short
 from vlcache_jax.fields import COUNT, SECTION, is_gguf, local_path, read_field, read_json, shown
 from vlcache_jax.models.config import ModelConfig, read_config_json
-from vlcache_jax.models.families import (
-    Params,
-    abstract_params,
-    family_of,
-    read_config,
-    read_config_file,
-)
+from vlcache_jax.models.families import Params, abstract_params, family_of, read_config
 from vlcache_jax.models.fold import fold_layer
 
 MANIFEST = "MANIFEST.json"
@@ -376,7 +370,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return GgufCheckpoint(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no model directory at {short(path)}")
-    config = read_config_file(path)
+    config, _ = read_model(path)
     if (path / MANIFEST).is_file():
         return ConvertedCheckpoint(path, config)
     if (path / "params").is_dir():

@@ -6,7 +6,6 @@ Outside of its definition a model is a pure function of a plain dict of arrays:
 
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlcache_jax.fields import one_of, read_field
-from vlcache_jax.models.config import ModelConfig, read_config_json, refuse_formats
+from vlcache_jax.models.config import ModelConfig, refuse_formats
 from vlcache_jax.models.decoder import Decoder
 from vlcache_jax.models.layers import DType
 from vlcache_jax.models.llava.config import LlavaConfig
@@ -62,17 +61,6 @@ def read_config(data: Any) -> ModelConfig:
     """
     refuse_formats(data)
     return FAMILIES[read_field(data, "model_type", one_of(*FAMILIES))].config.from_hf(data)
-
-
-def read_config_file(path: str | Path) -> ModelConfig:
-    """The configuration of any family from a `config.json` or the directory that holds it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a JSON object, or a value in it is impossible.
-        NotImplementedError: it describes a model that this library does not implement.
-    """
-    return read_config(read_config_json(path))
 
 
 def init_params(config: ModelConfig, seed: int = 0, dtype: DType = jnp.float32) -> Params:
