@@ -32,7 +32,7 @@ def check_out(out: Path | None, what: str = "result file", *, force: bool) -> No
     """Refuse a file, one of the library's `KINDS`, that cannot be written or would be lost."""
     if out is not None:
         with bad_input():
-            check_file(out, what, force=force)
+            check_file(out, what, force=force, folders=True)
 
 
 def check_known(kind: str, names: Iterable[str], known: Collection[str]) -> None:

@@ -2,10 +2,13 @@
 
 import functools
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks.environment import write_whole
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -109,4 +112,6 @@ def save_svg(figure: Any, path: Path, salt: str, source: str | None = None) -> N
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
-        figure.savefig(path, format="svg", metadata={"Date": None, "Description": source})
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Description": source})
+    write_whole(path, drawn.getvalue())

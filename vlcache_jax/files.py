@@ -30,13 +30,14 @@ KINDS = {
 """Endings of the names of what is written for the user, and what each means."""
 
 
-def check_file(path: str | Path, what: str, *, force: bool) -> Path:
+def check_file(path: str | Path, what: str, *, force: bool, folders: bool = False) -> Path:
     """The file that something may be written to; to be asked before any work is done.
 
     Args:
         path: the file.
         what: what is to be written, one of `KINDS`.
         force: whether a file that is there may be overwritten.
+        folders: whether folders that are missing will be made.
 
     Raises:
         FileExistsError: the file exists and `force` is not set, or it is a symbolic link.
@@ -48,7 +49,7 @@ def check_file(path: str | Path, what: str, *, force: bool) -> Path:
     if target.suffix not in endings:
         known = " or ".join(f"{ending}{meaning}" for ending, meaning in endings.items())
         raise ValueError(f"{what} {target} must end in {known}")
-    _check_place(target, what, force)
+    _check_place(target, what, force, folders)
     if os.path.lexists(target) and not target.is_file():
         kind = "a directory" if target.is_dir() else "no file"
         raise ValueError(f"{what} {target} is {kind}: choose another name")
@@ -141,15 +142,18 @@ def whole_directory(target: Path, *, force: bool) -> Iterator[Path]:
         _remove(partial)  # what was in the place before, or what was not finished
 
 
-def _check_place(target: Path, what: str, force: bool) -> None:
-    if not target.absolute().parent.is_dir():
+def _check_place(target: Path, what: str, force: bool, folders: bool = False) -> None:
+    folder = target.absolute().parent
+    while folders and not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
         raise FileNotFoundError(f"no directory {target.parent} for the {what}: make it first")
     if target.is_symlink():
         raise FileExistsError(f"{target} is a symbolic link: name the {what} itself")
     if os.path.lexists(target) and not force:
         raise FileExistsError(f"{target} exists: choose another name, or --force to replace it")
-    if not os.access(target.absolute().parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"no permission to write in {target.parent}: choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"no permission to write in {folder}: choose another place")
 
 
 def _beside(target: Path) -> Path:
