@@ -10,7 +10,6 @@ No right answers are needed: what is measured is how far a method's predictions 
 cache's.
 """
 
-import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from vlcache_jax.cache.methods import CacheLike, FullCache, as_method
 from vlcache_jax.errors import real_number, short
 from vlcache_jax.evaluation import replay
 from vlcache_jax.evaluation.comparison import Comparer, SharedPrefill
-from vlcache_jax.files import check_file, whole_file
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.answer import versions
 from vlcache_jax.results.labels import labels
@@ -191,15 +189,10 @@ class Evaluation:
             FileNotFoundError: its directory does not exist.
             ValueError: its name ends otherwise.
         """
-        target = check_file(path, "report", force=force)
-        if target.suffix == ".json":
-            text = json.dumps(self.as_json(), ensure_ascii=False, allow_nan=False)
-        else:
-            from vlcache_jax.evaluation.page import render
+        from vlcache_jax.evaluation.page import render
+        from vlcache_jax.results.pages import write_report
 
-            text = render(self)
-        with whole_file(target, force=force) as file:
-            file.write(text.encode())
+        write_report(path, self.as_json, lambda: render(self), force=force)
 
 
 class Replays(Comparer):

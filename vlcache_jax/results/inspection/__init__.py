@@ -11,7 +11,6 @@ from `cache.trace`. The page is made by `page`, the figures by `figures`.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.trace import Trace
-from vlcache_jax.files import check_file, whole_file
+from vlcache_jax.files import whole_file
 from vlcache_jax.models.llava.config import with_vision
 from vlcache_jax.models.llava.patches import patch_rectangles
 from vlcache_jax.requests.images import ImageLike, Images, load_image
@@ -190,15 +189,10 @@ class Inspection:
             FileNotFoundError: its directory does not exist.
             ValueError: its name ends otherwise.
         """
-        target = check_file(path, "report", force=force)
-        if target.suffix == ".json":
-            text = json.dumps(self.as_json(), ensure_ascii=False, allow_nan=False)
-        else:
-            from vlcache_jax.results.inspection.page import render
+        from vlcache_jax.results.inspection.page import render
+        from vlcache_jax.results.pages import write_report
 
-            text = render(self)
-        with whole_file(target, force=force) as file:
-            file.write(text.encode())
+        write_report(path, self.as_json, lambda: render(self), force=force)
 
     def save_figures(self, folder: str | Path, *, force: bool = False) -> list[Path]:
         """Draw the figures as PNG files into a folder, which is made if it is not there.
