@@ -1,6 +1,5 @@
 """The command: `python -m benchmarks.fidelity`."""
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +12,6 @@ from benchmarks.accuracy import options
 from benchmarks.environment import environment
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlcache-jax"
-"""Where logs are kept."""
 
 BUDGETS = {"methods": "0.02,0.05,0.1,0.2,0.4", "ablation": "0.1", "layers": "0.1"}
 
@@ -77,7 +73,7 @@ def main(
     from benchmarks.fidelity import prose, report, run
     from benchmarks.fidelity.decoder import decoder
     from benchmarks.fidelity.settings import PARTS
-    from vlcache_jax.running.programs import keep_programs
+    from vlcache_jax.running.programs import cache_folder, keep_programs
 
     errors, began = Console(stderr=True, highlight=False), time.perf_counter()
     with command.bad_input():
@@ -86,26 +82,23 @@ def main(
         vlm = vlcache_jax.load(model or decoder(), lazy=True)
         passages = prose.passages(vlm.processor.tokenizer, tokens, n, split)
         cells = PARTS[part](shares, vlm.config.text.num_layers)
-        longest = passages[0]
-        vlm.request(None, longest.question, context=longest.context, max_new_tokens=max_new_tokens)
+        first = passages[0]
+        vlm.request(None, first.question, context=first.context, max_new_tokens=max_new_tokens)
     keep_programs()
     with errors.status("loading ..."), command.bad_input():
         shape = architecture(vlm)
         methods = {run.name_of(cell): method for cell, method in cells.items()}
         replays = run.Prose(vlm, methods, max_new_tokens)
         identity = {"model": shape["sha256"], "max_new_tokens": max_new_tokens}
-        log = log or FOLDER / f"fidelity-{part}-{shape['sha256'][:8]}.jsonl"
+        log = log or cache_folder() / f"fidelity-{part}-{shape['sha256'][:8]}.jsonl"
         kept = run.Log(log, identity)
-
-    def late() -> bool:
-        return minutes is not None and time.perf_counter() - began > 60 * minutes
 
     with command.counting_bar(errors) as bar:
         task = bar.add_task("prompts", total=len(passages))
         for passage in passages:
-            run.measure(replays, [passage], kept)
+            run.measure(replays, passage, kept)
             bar.advance(task)
-            if late():
+            if minutes is not None and time.perf_counter() - began > 60 * minutes:
                 break
     there = [p for p in passages if len(kept.of(run.key_of(p))) >= len(methods)]
     if len(there) < len(passages):

@@ -7,7 +7,7 @@ log ─► {label: {budget: facts}}
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from benchmarks.fidelity.prose import Passage
 from benchmarks.fidelity.settings import Cell
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.evaluation import Replayed, Replays, summarise
-from vlcache_jax.evaluation.comparison import SharedPrefill
 from vlcache_jax.evaluation.replay import Said
 from vlcache_jax.requests.inputs import ModelInputs
 
@@ -26,9 +25,7 @@ from vlcache_jax.requests.inputs import ModelInputs
 class Prose(Replays):
     """Replays that have oracles among them."""
 
-    def stages(self) -> type[SharedPrefill]:
-        """See `Replays.stages`."""
-        return Told
+    stages = Told
 
     def tell(self, full: Pool, inputs: ModelInputs, said: Said) -> Attended | None:
         """The attention of the full cache's answers, where an oracle asks for it."""
@@ -102,31 +99,19 @@ def key_of(passage: Passage) -> str:
     return hashlib.sha256(f"{passage.context}\n{passage.question}".encode()).hexdigest()[:16]
 
 
-def measure(
-    replays: Prose,
-    passages: Sequence[Passage],
-    log: Log,
-    done: Callable[[], object] = lambda: None,
-) -> None:
-    """Replay what the log does not have, prompt by prompt.
+def measure(replays: Prose, passage: Passage, log: Log) -> None:
+    """Replay what the log does not have of a prompt.
 
     Args:
         replays: the model and the settings.
-        passages: the prompts.
+        passage: the prompt.
         log: where the results go.
-        done: called behind each prompt.
     """
-    every = dict(replays.methods)
-    for passage in passages:
-        there = log.of(key_of(passage))
-        missing = {name: method for name, method in every.items() if name not in there}
-        if missing:
-            replays.methods = missing
-            inputs = replays.vlm.processor(None, passage.question, context=passage.context)
-            _, found = replays.run(inputs)
-            log.add(key_of(passage), {name: own[0] for name, own in found.items()})
-        done()
-    replays.methods = every
+    there = log.of(key_of(passage))
+    if missing := [name for name in replays.methods if name not in there]:
+        inputs = replays.vlm.processor(None, passage.question, context=passage.context)
+        _, found = replays.run(inputs, missing)
+        log.add(key_of(passage), {name: own[0] for name, own in found.items()})
 
 
 def details(

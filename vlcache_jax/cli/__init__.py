@@ -314,12 +314,7 @@ def inspect(
     ] = None,
     kv_budget: options.KvBudget = None,
     kv_bits: options.KvBitsList = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.html", help="The page to write, or with a name in .json the numbers."
-        ),
-    ] = None,
+    out: options.Report = None,
     png: Annotated[
         Path | None,
         typer.Option(

@@ -56,12 +56,7 @@ def evaluate(
         float,
         typer.Option(help="Share of the tokens that have to be the full cache's, from 0 to 1."),
     ] = 0.95,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.html", help="The page to write, or with a name in .json the numbers."
-        ),
-    ] = None,
+    out: options.Report = None,
     force: options.Force = False,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
@@ -95,10 +90,8 @@ def evaluate(
             check_file(out, "report", force=force)
         if requests is None:
             images, question, _ = find_question(image, prompt)
-            names, asked = (
-                None,
-                [{"images": images, "text": question, "context": read_context(context)}],
-            )
+            own = {"images": images, "text": question, "context": read_context(context)}
+            names, asked = None, [own]
         elif image or context or prompt is not None:
             raise ValueError("give --requests, or one request by --image, --context and --prompt")
         else:

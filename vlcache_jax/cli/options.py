@@ -74,5 +74,11 @@ Backend = Annotated[
         "the device. On a CPU triton is interpreted, for tests, and slow.",
     ),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.html", help="The page to write, or with a name in .json the numbers."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -10,10 +10,10 @@ No right answers are needed: what is measured is how far a method's predictions 
 cache's.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -211,6 +211,9 @@ class Replays(Comparer):
         ValueError: the model cannot take a method's settings, or `max_new_tokens` is below 1.
     """
 
+    stages: ClassVar[type[SharedPrefill]] = SharedPrefill
+    """The kind of stages that all methods share."""
+
     def __init__(self, vlm: VLM, methods: Mapping[str, CacheMethod], max_new_tokens: int):
         super().__init__(vlm)
         self.max_new_tokens = max_new_tokens
@@ -221,29 +224,29 @@ class Replays(Comparer):
         self._generate = Generate(
             vlm.config, FullCache(), max_new_tokens, stop_ids=vlm.stop_ids, backend=vlm.backend
         )
-        self.way = self.stages()(vlm.config, vlm.backend, vlm.transformed, max_new_tokens)
-
-    def stages(self) -> type[SharedPrefill]:
-        """The kind of stages that all methods share."""
-        return SharedPrefill
+        self.way = self.stages(vlm.config, vlm.backend, vlm.transformed, max_new_tokens)
 
     def tell(self, full: Any, inputs: ModelInputs, said: replay.Said) -> Any:
         """What `SharedPrefill.build` is told of the full cache's answers: nothing here."""
 
-    def run(self, inputs: ModelInputs) -> tuple[replay.Said, dict[str, list[Replayed]]]:
-        """Run B prompts by all methods.
+    def run(
+        self, inputs: ModelInputs, names: Iterable[str] | None = None
+    ) -> tuple[replay.Said, dict[str, list[Replayed]]]:
+        """Run B prompts by all methods, or by those that are named.
 
         Args:
             inputs: the prompts, on the host.
+            names: of the methods.
 
         Returns:
             The full cache's answers, and what each method made of each of them.
         """
-        some = {name: method for name, method in self.methods.items() if not method.is_full}
+        methods = {name: self.methods[name] for name in names or self.methods}
+        some = {name: method for name, method in methods.items() if not method.is_full}
         watching, given = tuple(some.values()), jax.device_put(inputs)
         full, token, seen = self.do(self.way, "prefill", self.vlm.params, given, methods=watching)
         said = replay.answer(self, self._generate, full, token, inputs.length)
-        found = {name: [_perfect(n) for n in said.compared] for name in self.methods}
+        found = {name: [_perfect(n) for n in said.compared] for name in methods}
         told = self.tell(full, given, said)
         for pools in self.pools(self.way, full, given, some, seen, told):
             found |= self._replay(pools, said, inputs.length)

@@ -13,14 +13,18 @@ PROGRAMS = 128
 """Programs that are kept at a time, by default."""
 
 
+def cache_folder() -> Path:
+    """What this library keeps for the user from one run to the next."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlcache-jax"
+
+
 def keep_programs() -> None:
     """Keep compiled programs in the user's cache folder.
 
     A folder that JAX was told of already (JAX_COMPILATION_CACHE_DIR) stays.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(folder / "vlcache-jax" / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
