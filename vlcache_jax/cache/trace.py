@@ -125,7 +125,7 @@ def trace_batch(
     }
     if not method.limit.keeps_all:
         score, allocation = method.rules()
-        _, found["recent"] = score.always(plan.budgets, prompt)
+        _, found["recent"], _ = method.always(plan.budgets, prompt)
         if score.window is not None:
             found["tau"] = score.window.rows(prompt)
         if isinstance(allocation, Sparsity) and seen.measured is not None:
