@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.cache import numpy_methods
 from vlcache_jax import H2O, Custom, Prompt, PyramidKV, SnapKV, StreamingLLM, VLCache
 from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.method import Observation
@@ -101,7 +102,9 @@ def test_text_is_kept_before_any_ranking(name, seed, budget, pictures):
     for b, layer, head in np.ndindex(B, L, K):
         own = scores[b, layer].sum(0) if method.shared_heads else scores[b, layer, head]
         limit = Budget.parse(budget)
-        share = Fraction(limit.tokens or 0) if limit.tokens else Fraction(str(limit.share)) * m[b]
+        share = (
+            Fraction(limit.tokens or 0) if limit.tokens else Fraction(str(limit.share)) * int(m[b])
+        )
         even = min(max(int(share + Fraction(1, 2)), 1), m[b])
         want = expected(name, own, m[b], visual[b], budgets[b, layer], even)
         assert set(np.flatnonzero(kept[b, layer, head]).tolist()) == want
@@ -140,3 +143,74 @@ def test_one_program_keeps_the_text_of_all_budgets_of_a_bucket():
         orders.append(np.asarray(run(method, *arrays, limits)).tolist())
     assert len(made) == 1
     assert orders[0] != orders[1] != orders[2]
+
+
+def uneven(prompt, sparsity):
+    """Sizes of one's own in proportion to the sparsity, a NaN among them."""
+    total = prompt.budget.shares(prompt.length) * prompt.length * prompt.layers
+    sizes = total[:, None] * sparsity / jnp.sum(sparsity, axis=-1, keepdims=True)
+    return jnp.where((prompt.length[:, None] == 7) & (jnp.arange(L) == 1), jnp.nan, sizes)
+
+
+RULES = {
+    "sparsity": lambda m, measured, limit: (
+        numpy_methods.sparsity_shares(measured, limit, False) * m
+    ),
+    "uniform": lambda m, measured, limit: np.full(L, limit.even),
+    "pyramid": lambda m, measured, limit: numpy_methods.pyramid(
+        L, m, limit.even, min(32, max(1, limit.even // 2)), 20
+    ),
+    "own": lambda m, measured, limit: np.where(
+        (m == 7) & (np.arange(L) == 1), 0, limit.alpha * m * L * measured / measured.sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    budget=st.sampled_from(["1tok", "5tok", "48tok", 0.01, 0.3, 0.6, 0.99]),
+    share=st.sampled_from([0.25, 0.8, 1.0]),
+    longest=st.sampled_from([1, 7, T]),
+)
+def test_a_share_of_the_budget_is_given_to_all_layers_alike(rule, seed, budget, share, longest):
+    _, spoilt, measured, m, visual = draw(seed, "one picture")
+    m[1] = longest
+    allocation = uneven if rule == "own" else rule
+    method = Custom(score="h2o", allocation=allocation, uniform_share=share)
+    method, limits = of_budget(method, budget)
+    budgets = np.asarray(plan(method, spoilt, measured, m, visual, limits)[0])
+    for b in range(B):
+        limit = numpy_methods.limits(budget, int(m[b]))
+        sizes = RULES[rule](int(m[b]), measured[b], limit)
+        sizes = share * limit.even + (1 - share) * sizes.astype(float)
+        want = numpy_methods.whole(sizes.astype(np.float32), int(m[b]), limit)
+        # A rounding of float32 decides between two layers, or which whole number a half becomes.
+        assert np.abs(budgets[b] - want).max() <= 1
+        assert abs(budgets[b].sum() - sum(want)) <= 1 - limit.exact
+        if share == 1 or rule == "uniform":
+            assert budgets[b].tolist() == [max(limit.even, limit.least)] * L
+        alone = plan(method, spoilt[[b]], measured[[b]], m[[b]], visual[[b]], limits)[0]
+        assert alone[0].tolist() == budgets[b].tolist()
+
+
+def test_an_even_share_lies_between_the_rule_and_even_layers():
+    """By the formula, in whole numbers: 9 of 10 tokens are even, what is left is the rule's."""
+
+    def rule(prompt, sparsity):
+        return jnp.array([[30.0, 0.0, 0.0]]) + 0 * sparsity
+
+    method = Custom(score="h2o", allocation=rule, uniform_share=0.9)
+    method, limits = of_budget(method, "10tok")
+    scores, m = np.ones((1, L, K, T), np.float32), np.array([T], np.int32)
+    budgets, _ = plan(
+        method, scores, np.zeros((1, L), np.float32), m, np.zeros((1, T), bool), limits
+    )
+    assert budgets.tolist() == [[12, 9, 9]]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match="uniform_share"):
+        VLCache(uniform_share=share)

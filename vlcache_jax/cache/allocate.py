@@ -207,6 +207,24 @@ def _where_any(rows: jax.Array, new: Callable[[], jax.Array], old: jax.Array) ->
     return jnp.where(rows, found, old)
 
 
+def mixed(sizes: jax.Array, uniform_share: float, budget: Limits, m: jax.Array) -> jax.Array:
+    """Sizes between a rule's and even ones: u * C + (1 - u) * x, float32 [B, L].
+
+    Args:
+        sizes: x, float32 [B, L].
+        uniform_share: u, from 0 to 1.
+        budget: gives C, the size of all layers if they had the same.
+        m: true prompt lengths, int32 [B].
+    """
+
+    def part(share: float, sizes: jax.Array) -> jax.Array:
+        # Clipped before they are added, which keeps XLA from fusing product and sum: they are
+        # rounded alike in any batch.
+        return jnp.clip(jnp.nan_to_num(share * sizes.astype(jnp.float32)), 0, _MOST)
+
+    return part(uniform_share, budget.even_rows(m)[:, None]) + part(1 - uniform_share, sizes)
+
+
 def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:
     """Whole-number budgets that add up to the sizes' rounded sum and fit the pool.
 

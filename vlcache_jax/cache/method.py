@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.cache.allocate import Allocation, allocate
+from vlcache_jax.cache.allocate import Allocation, allocate, mixed
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
@@ -89,6 +89,8 @@ class CacheMethod:
             least one token), the last ones fill that half. What they leave of the budget is
             divided as without them: the first and last tokens that the score always keeps are
             counted by it, and one of them that is text has its place already.
+        uniform_share: u, the share of the budget that all layers are given alike: a layer's size is
+            u * C + (1 - u) * the allocation's, C being the even size.
 
     Raises:
         ValueError: the budget or another setting is out of range.
@@ -100,8 +102,11 @@ class CacheMethod:
     shared_heads: bool = False
     quantize: Quantizer | None = field(default=None, kw_only=True)
     keep_text: bool = field(default=False, kw_only=True)
+    uniform_share: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self):
+        if not 0 <= self.uniform_share <= 1:
+            raise ValueError(f"uniform_share={self.uniform_share} must be from 0 to 1")
         # Made here so that a bad setting is refused now, not when the first prompt runs.
         _ = self.limit, self.rules()
 
@@ -210,6 +215,8 @@ class CacheMethod:
             return Plan(budgets, None, seen.salience)
         _, allocation = self.rules()
         sizes = allocation.sizes(prompt, seen.measured)
+        if self.uniform_share:
+            sizes = mixed(sizes, self.uniform_share, prompt.budget, prompt.length)
         budgets = allocate(sizes, prompt.budget, prompt.length)
         first, last, text = self.always(budgets, prompt)
         scores = seen.scores
