@@ -124,8 +124,10 @@ class CacheMethod:
         if self.limit.keeps_all:
             return []
         score, allocation = self.rules()
-        both = (score.window, None), (allocation.window, allocation.threshold)
-        return [(window, threshold) for window, threshold in both if window is not None]
+        found: list[tuple[Window, float | None]] = [(window, None) for window in score.windows]
+        if allocation.window is not None:
+            found.append((allocation.window, allocation.threshold))
+        return found
 
     @property
     def is_full(self) -> bool:

@@ -158,10 +158,15 @@ class Score:
     """A rule of what each token is worth. Subclass it as a frozen dataclass, or write a function.
 
     Attributes:
-        window: the rows that the score watches; None where it watches none.
+        window: the rows that the score watches; None where it watches none, or several windows.
     """
 
     window: Window | None = None
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """All windows of rows that the score watches."""
+        return () if self.window is None else (self.window,)
 
     def __call__(self, layer: Layer) -> jax.Array | None:
         """The score of each token, float32 [B, K, T]; None where position alone decides.
@@ -212,6 +217,16 @@ class ColumnSum(RecentScore):
     window: Window = PostVisionRows()
 
 
+def check_kernel(kernel: int) -> None:
+    """Refuse a number of neighbours that has no middle.
+
+    Raises:
+        ValueError: it is even or below 1.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{kernel=} must be odd and at least 1")
+
+
 @dataclass(frozen=True)
 class PooledWindow(Score):
     """SnapKV's score: the attention of the last rows, averaged over neighbouring tokens.
@@ -231,8 +246,7 @@ class PooledWindow(Score):
     kernel: int = 5
 
     def __post_init__(self):
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} must be odd and at least 1")
+        check_kernel(self.kernel)
 
     def __call__(self, layer: Layer) -> jax.Array:
         """See the class."""
