@@ -216,7 +216,8 @@ class CacheMethod:
             budgets = jnp.broadcast_to(prompt.length[:, None], (batch, layers))
             return Plan(budgets, None, seen.salience)
         _, allocation = self.rules()
-        sizes = allocation.sizes(prompt, seen.measured)
+        shown = seen.scores if allocation.by_scores else seen.measured
+        sizes = allocation.sizes(prompt, shown)
         if self.uniform_share:
             sizes = mixed(sizes, self.uniform_share, prompt.budget, prompt.length)
         budgets = allocate(sizes, prompt.budget, prompt.length)
