@@ -46,7 +46,8 @@ def window_scores(
         keys     0 . . . . . . . . . start . . . lengths . . T
         window                       row 0 . . . |    rows beyond the length are not there
 
-    The window's row i stands at position start[b] + i and sees the keys 0..start[b] + i. The matrix
+    The window's row i stands at position start[b] + i and sees the keys 0..start[b] + i; or rows
+    stand at positions of their own, `start[b, i]`, and see the keys up to there. The matrix
     is made block by block, so that all rows of a long prompt can be the window (start 0, W = T).
     What stands beyond the lengths is never read into a result. (VL-Cache, section 4.1 and 4.3:
     post-vision attention, its sparsity, and the accumulated score.)
@@ -54,7 +55,8 @@ def window_scores(
     Args:
         q: queries of the window's rows [B, W, N, H].
         k: keys of the whole prompt [B, T, K, H], N a multiple of K.
-        start: position of the window's first row, int32 [B].
+        start: position of the window's first row, int32 [B]; or of each row, ascending, int32
+            [B, W], where rows at or beyond the length are not there.
         lengths: true length of each prompt, int32 [B].
         threshold: p, the share of its row's maximum below which an entry counts as zeroed; None
             to count nothing.
@@ -70,8 +72,10 @@ def window_scores(
         raise ValueError(f"{q.shape=}, {k.shape=}: expected [B, W, N, H] and [B, T, K, H]")
     if heads % k.shape[2]:
         raise ValueError(f"{heads} query heads must be a multiple of {k.shape[2]} kv heads")
-    if not start.shape == lengths.shape == (batch,):
-        raise ValueError(f"{start.shape=}, {lengths.shape=} must be {(batch,)}")
+    if start.shape not in ((batch,), (batch, rows)) or lengths.shape != (batch,):
+        raise ValueError(
+            f"{start.shape=}, {lengths.shape=} must be {(batch,)}, or {(batch, rows)} of the start"
+        )
     if threshold is not None and rows * k.shape[1] >= 2**31:
         raise NotImplementedError(
             f"{rows} window rows of {k.shape[1]} keys cannot be counted in 32 bits: use fewer "
@@ -84,8 +88,11 @@ def window_scores(
     )
     if zeroed is None:
         return WindowScores(scores, None, None)
-    there = jnp.clip(lengths - start, 0, rows)  # rows, of which row i sees start + i + 1 keys
-    visible = there * start + there * (there + 1) // 2
+    if start.ndim == 2:
+        visible = jnp.where(start < lengths[:, None], start + 1, 0).sum(axis=1, dtype=jnp.int32)
+    else:
+        there = jnp.clip(lengths - start, 0, rows)  # rows, of which row i sees start + i + 1 keys
+        visible = there * start + there * (there + 1) // 2
     return WindowScores(scores, zeroed, jnp.broadcast_to(visible[:, None], zeroed.shape))
 
 

@@ -18,11 +18,12 @@ def window_scores(
     scores = np.zeros((batch, kv_heads, keys))
     zeroed = np.zeros((batch, heads), int)
     visible = np.zeros((batch, heads), int)
+    positions = start[:, None] + np.arange(rows) if start.ndim == 1 else start
     for b in range(batch):
         for n in range(heads):
             group = n // (heads // kv_heads)
-            for i in range(min(rows, int(lengths[b]) - int(start[b]))):
-                seen = int(start[b]) + i + 1
+            for i in np.flatnonzero(positions[b] < lengths[b]):
+                seen = int(positions[b, i]) + 1
                 logits = k[b, :seen, group].astype(np.float64) @ q[b, i, n].astype(np.float64)
                 weights = np.exp(scale * (logits - logits.max()))
                 scores[b, group, :seen] += weights / weights.sum()

@@ -8,7 +8,7 @@ columns   one pass over the keys: each program has a block of keys and goes over
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,31 @@ from jax.experimental import pallas as pl
 from pallas_kernels import tiles
 from pallas_kernels.splits import split_count, trips
 from pallas_kernels.tuning import WindowConfig, best
+
+
+class OwnRows(NamedTuple):
+    """Window rows that stand at positions of their own.
+
+    Attributes:
+        position: of each row, ascending, int32 [B, W].
+        before: rows in front of each block of keys, and behind them the rows that are there, int32
+            [B, key blocks + 1].
+    """
+
+    position: Any
+    before: Any
+
+
+def _start(start_ref: Any, batch: Any) -> Any:
+    """Where a sequence's window begins, or the references of `OwnRows`."""
+    return start_ref if isinstance(start_ref, OwnRows) else start_ref[batch]
+
+
+def _positions(start: Any, batch: Any, rows: jax.Array, inside: jax.Array) -> jax.Array:
+    """Where rows stand: one after the other from the start on, or each where it says."""
+    if isinstance(start, OwnRows):
+        return tiles.gather(start.position, (batch, rows), inside)
+    return start + rows
 
 
 def _rows_kernel(
@@ -35,10 +60,10 @@ def _rows_kernel(
 ) -> None:
     """References of one query head: q [W, H]; k [T, H]; maximum, total [splits, W]."""
     block, split, batch = pl.program_id(0), pl.program_id(1), pl.program_id(3)
-    start, length = start_ref[batch], lengths_ref[batch]
+    start, length = _start(start_ref, batch), lengths_ref[batch]
     rows = block * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
     inside = rows < q_ref.shape[0]
-    position = start + rows
+    position = _positions(start, batch, rows, inside)
     real = inside & (position < length)
     q = tiles.load(q_ref, rows, real)
     columns = jnp.arange(block_keys, dtype=jnp.int32)
@@ -55,8 +80,11 @@ def _rows_kernel(
         weights = jnp.exp(logits - shift[:, None])
         return new, total * jnp.exp(maximum - shift) + jnp.sum(weights, axis=1)
 
-    last = jnp.minimum(start + (block + 1) * block_rows, length)
-    last = jnp.where(start + block * block_rows < length, last, 0)
+    if isinstance(start, OwnRows):
+        last = jnp.max(jnp.where(real, position, -1)) + 1
+    else:
+        last = jnp.minimum(start + (block + 1) * block_rows, length)
+        last = jnp.where(start + block * block_rows < length, last, 0)
     blocks = trips(last, block_keys)
     each = trips(blocks, splits)
     first = split * each
@@ -88,14 +116,18 @@ def _columns_kernel(
     `zeroed` is [G, key blocks]: what this block of keys adds to each query head's count.
     """
     block, batch = pl.program_id(0), pl.program_id(2)
-    start, length = start_ref[batch], lengths_ref[batch]
+    start, length = _start(start_ref, batch), lengths_ref[batch]
     window, group, _ = q_ref.shape
     keys = block * block_keys + jnp.arange(block_keys, dtype=jnp.int32)
     k = tiles.load(k_ref, keys, keys < length)
     lines = jnp.arange(block_rows, dtype=jnp.int32)
     # Rows before the block's first key do not see it.
-    first_row = jnp.maximum(block * block_keys - start, 0)
-    stop_row = jnp.minimum(length - start, window)
+    if isinstance(start, OwnRows):
+        blocks = start.before.shape[1] - 1
+        first_row, stop_row = start.before[batch, block], start.before[batch, blocks]
+    else:
+        first_row = jnp.maximum(block * block_keys - start, 0)
+        stop_row = jnp.minimum(length - start, window)
 
     def query_head(head: jax.Array, scores: jax.Array) -> jax.Array:
         def add(index: jax.Array, carry: Any) -> Any:
@@ -106,7 +138,7 @@ def _columns_kernel(
             logits = tiles.dot(q, k, trans_b=True) * scale
             maximum = tiles.gather(maximum_ref, (head, rows), real)
             share = tiles.gather(share_ref, (head, rows), real)
-            seen = real[:, None] & (keys[None, :] <= (start + rows)[:, None])
+            seen = real[:, None] & (keys[None, :] <= _positions(start, batch, rows, real)[:, None])
             logits = jnp.where(seen, logits - maximum[:, None], -jnp.inf)
             weights = jnp.exp(logits)  # 1 at the row's maximum
             scores += jnp.sum(weights * share[:, None], axis=0)
@@ -159,6 +191,14 @@ def window_scores(
         block_keys=block_keys,
     )
     whole = pl.BlockSpec((batch,), lambda *_: (0,))
+    first: Any = whole
+    rows_at: Any = start
+    if start.ndim == 2:
+        edges = jnp.arange(pl.cdiv(keys, block_keys), dtype=jnp.int32) * block_keys
+        edges = jnp.append(jnp.broadcast_to(edges, (batch, edges.size)), lengths[:, None], axis=1)
+        before = jnp.sum(start[:, :, None] < edges[:, None, :], axis=1, dtype=jnp.int32)
+        rows_at = OwnRows(start, before)
+        first = OwnRows(*(pl.BlockSpec(each.shape, lambda *_: (0, 0)) for each in rows_at))
 
     blocks = pl.cdiv(window, block_rows)
     splits = split_count(blocks * heads * batch, keys // block_keys, per_core=4, least=4)
@@ -168,7 +208,7 @@ def window_scores(
         "window_rows",
         grid=(blocks, splits, heads, batch),
         in_specs=[
-            whole,
+            first,
             whole,
             pl.BlockSpec((None, window, None, head_dim), lambda i, s, n, b: (b, 0, n, 0)),
             pl.BlockSpec((None, keys, None, head_dim), lambda i, s, n, b: (b, 0, n // group, 0)),
@@ -176,7 +216,7 @@ def window_scores(
         out_specs=[of_head] * 2,
         out_shape=[jax.ShapeDtypeStruct((batch, heads, splits, window), jnp.float32)] * 2,
         splits=splits,
-    )(start, lengths, q, k)
+    )(rows_at, lengths, q, k)
     # An entry is exp(logit - maximum) times the row's share, 1 / sum.
     highest = jnp.max(maximum, axis=2)
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)
@@ -192,7 +232,7 @@ def window_scores(
         "window_columns",
         grid=(blocks, kv_heads, batch),
         in_specs=[
-            whole,
+            first,
             whole,
             pl.BlockSpec((None, window, None, group, head_dim), lambda j, h, b: (b, 0, h, 0, 0)),
             pl.BlockSpec((None, keys, None, head_dim), lambda j, h, b: (b, 0, h, 0)),
@@ -206,7 +246,7 @@ def window_scores(
         out_shape=shapes,
         threshold=threshold,
     )(
-        start,
+        rows_at,
         lengths,
         q.reshape(batch, window, kv_heads, group, head_dim),
         k,

@@ -36,7 +36,10 @@ def window_scores(
         row_at = jnp.minimum(first_row, window - rows)
         block = lax.dynamic_slice_in_dim(q, row_at, rows, axis=1)
         row = row_at + jnp.arange(rows, dtype=jnp.int32)
-        position = start[:, None] + row  # [B, rows]
+        if start.ndim == 2:
+            position = lax.dynamic_slice_in_dim(start, row_at, rows, axis=1)  # [B, rows]
+        else:
+            position = start[:, None] + row
         real = (row >= first_row) & (position < lengths[:, None])
         stop = jnp.max(jnp.where(real, position, -1)) + 1
         trips = (stop + columns - 1) // columns
@@ -88,7 +91,10 @@ def window_scores(
 
     counts = None if threshold is None else jnp.zeros((batch, kv_heads, group), jnp.int32)
     sums = jnp.zeros((batch, kv_heads, keys), jnp.float32), counts
-    true_rows = jnp.max(jnp.minimum(lengths - start, window))
+    if start.ndim == 2:
+        true_rows = jnp.max(jnp.sum(start < lengths[:, None], axis=1, dtype=jnp.int32))
+    else:
+        true_rows = jnp.max(jnp.minimum(lengths - start, window))
     trips = (true_rows + rows - 1) // rows
     scores, zeroed = lax.fori_loop(0, trips, row_block, sums)
     return scores, None if zeroed is None else zeroed.reshape(batch, heads)

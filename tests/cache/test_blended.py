@@ -246,3 +246,83 @@ def test_bad_settings_are_refused(layer):
     for score in (Blend(ALL, Ends()), ValueNorm(Ends()), Pooled(Ends())):
         with pytest.raises(ValueError, match="Ends keeps tokens by their position alone"):
             score(layer)
+
+
+def spread(m, spans, sample):
+    """The rows that are taken, and how many each of them counts for."""
+    n = max((stop for _, stop in spans), default=0)
+    s = min(n, sample)
+    ends = [(i + 1) * n // s for i in range(s)]
+    return [end - 1 for end in ends] + list(range(n, m)), [n / max(s, 1)] * s + [1] * (m - n)
+
+
+@pytest.mark.parametrize("sample", [1, 3, 8, 20, 29, 30, 40, 256])
+def test_sampled_rows_stand_for_all(sample, layer):
+    window = AllRows(sample)
+    seen = layer.watch(window, 0.01)
+    for b, m in enumerate(LENGTHS):
+        rows, counts = spread(m, PICTURES[b], sample)
+        every = attention(layer, b)
+        expected = np.einsum("krt,r->kt", every[:, rows], counts)
+        np.testing.assert_allclose(seen.scores[b, :, :m], expected, rtol=1e-4, atol=1e-5)
+        assert np.asarray(seen.scores)[b, :, :m].sum() == pytest.approx(N * m, rel=1e-4)
+        assert (np.asarray(seen.visible)[b] == sum(row + 1 for row in rows)).all()
+        position, s, n = (np.asarray(each)[b] for each in window.taken(layer.prompt))
+        assert position[position < m].tolist() == rows
+        assert (s, n) == (min(n, sample), max((stop for _, stop in PICTURES[b]), default=0))
+    if sample >= 30:  # the last picture's end: every row is taken
+        for one, other in zip(seen, layer.watch(AllRows(), 0.01), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(0, 300), behind=st.integers(0, 60), sample=st.integers(1, 400))
+def test_rows_are_spread_evenly(n, behind, sample):
+    m, bucket = max(n + behind, 1), 384
+    visual = (np.arange(bucket) == n - 1)[None]
+    prompt = Prompt(jnp.array([m]), jnp.asarray(visual), 1, Budget.parse(0.5).data)
+    position, s, found = AllRows(sample).taken(prompt)
+    rows = position[0][position[0] < m].tolist()
+    assert (int(s[0]), int(found[0])) == (min(n, sample), n)
+    assert rows[int(s[0]) :] == list(range(n, m))
+    assert (np.diff(position[0]) > 0).all()
+    if n:
+        pieces = np.diff([-1, *rows[: int(s[0])]])
+        assert rows[int(s[0]) - 1] == n - 1
+        assert pieces.sum() == n
+        assert pieces.max() - pieces.min() <= 1
+
+
+def test_positions_of_long_prompts_fit_32_bits():
+    bucket = 2**20
+    prompt = Prompt(jnp.array([bucket]), jnp.ones((1, bucket), bool), 1, Budget.parse(0.5).data)
+    position, _, _ = AllRows(2**15).taken(prompt)
+    assert position[0, : 2**15].tolist() == list(range(31, bucket, 32))
+
+
+def test_the_sampled_rows_do_not_depend_on_the_question(layer):
+    """With other words behind the picture, what the picture's own rows are watched for stays."""
+    first, second = (AllRows(5).taken(layer.prompt)[0][b, :5].tolist() for b in (0, 1))
+    assert first == [3, 7, 11, 15, 19]
+    for length in (20, 21, 40):
+        prompt = replace(layer.prompt, length=jnp.array([length, 30, 1, 1]))
+        taken = AllRows(5).taken(prompt)[0]
+        assert (taken[0, :5].tolist(), taken[1, :5].tolist()) == (first, second)
+
+
+@pytest.mark.parametrize("budget", ["1tok", "9tok", 0.3])
+def test_methods_run_with_sampled_rows(layer, budget):
+    """With any allocation, and nothing behind the prompts is read."""
+    for allocation in ("uniform", "global-best", "sparsity"):
+        method = Custom(budget, score=ColumnSum(AllRows(4)), allocation=allocation)
+        prompt = replace(layer.prompt, budget=method.limit.data)
+        seen = method.observe(replace(layer, prompt=prompt))
+        assert np.isfinite(np.asarray(seen.scores)).all()
+        plan = method.plan(type(seen).stack([seen]), prompt)
+        assert (plan.kept(prompt).sum(-1) == plan.budgets[..., None]).all()
+
+
+@pytest.mark.parametrize("sample", [0, -1, 1.5, True, 2**15 + 1])
+def test_a_bad_sample_is_refused(sample):
+    with pytest.raises(ValueError, match="sample="):
+        AllRows(sample)

@@ -119,6 +119,40 @@ def case(length, window, heads, kv_heads, start, sharpness=3.0) -> Any:
 
 
 @both_backends
+@pytest.mark.parametrize("length", [1, 40, 257, 700])
+def test_rows_at_positions_of_their_own(backend, length):
+    """Some rows of each prompt, all of them, one and none; a window of more than one block."""
+    q, k = draw((4, length, 4, 16), (4, length, 2, 16), dtype="float32")
+    lengths = int32(length, max(1, length // 2), length, 1)
+    rng = np.random.default_rng(length)
+    taken = [rng.random(length) < share for share in (0.4, 0.8, 1.0, 0.0)]
+    rows = max(min(133, length), *(own.sum() for own in taken))
+    start = np.full((4, rows), length + 3, np.int32)  # not there
+    for b, own in enumerate(taken):
+        at = np.flatnonzero(own[: lengths[b]])
+        start[b, : at.size] = at
+    there = (np.arange(length) < lengths[:, None])[:, :, None, None]
+    q = np.take_along_axis(poison(q, there), np.minimum(start, length - 1)[..., None, None], 1)
+    q = np.where((start < lengths[:, None])[..., None, None], q, np.nan)
+    settings = {"threshold": THRESHOLD, "scale": 0.25}
+    exact = (x.astype(np.float64) for x in (q, k))
+    expected = reference.window_scores(*exact, start, lengths, **settings)
+    ours = run(q, poison(k, there), start, lengths, backend=backend, **settings)
+    assert_close(ours.scores, expected[0], "float32")
+    assert np.abs(ours.zeroed - expected[1]).max() <= 1
+    assert ours.visible.tolist() == expected[2].tolist()
+
+
+@both_backends
+@pytest.mark.parametrize("window", [1, 7, 40])
+def test_positions_one_after_the_other_are_a_window(backend, window):
+    q, k, start, lengths = case(40, window, 4, 2, 40 - window)
+    settings = {"threshold": THRESHOLD, "backend": backend}
+    rows = start[:, None] + int32(*range(window))
+    assert same_bits(run(q, k, rows, lengths, **settings), run(q, k, start, lengths, **settings))
+
+
+@both_backends
 def test_equal_logits_are_all_visible_and_none_is_zeroed(backend):
     q, k, start, lengths = case(40, 8, 4, 2, 32)
     ours = run(0 * q, k, start, lengths, threshold=THRESHOLD, backend=backend)

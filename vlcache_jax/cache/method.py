@@ -221,14 +221,14 @@ class CacheMethod:
         if self.uniform_share:
             sizes = mixed(sizes, self.uniform_share, prompt.budget, prompt.length)
         budgets = allocate(sizes, prompt.budget, prompt.length)
-        first, last, text = self.always(budgets, prompt)
         scores = seen.scores
         if scores is None:
             scores = jnp.zeros((batch, layers, 1, prompt.rows), jnp.float32)
-            if text is not None:  # ends that are text leave places: they go to the latest tokens
+            if self.keep_text:  # ends that are text leave places: they go to the latest tokens
                 scores += jnp.arange(prompt.rows, dtype=jnp.float32)
         if self.shared_heads:
             scores = jnp.sum(scores, axis=2, keepdims=True)
+        first, last, text = self.always(budgets, prompt)
         order = rank_rows(scores, first, last, prompt.length, text)
         return Plan(budgets, order, seen.salience)
 

@@ -21,6 +21,8 @@ from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.select import recent_rows
 from vlcache_jax.errors import whole_number
 
+_MOST_SAMPLED = 2**15  # its square is a number of 32 bits
+
 
 class Window:
     """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses.
@@ -38,6 +40,14 @@ class Window:
     def rows(self, prompt: Prompt) -> jax.Array:
         """How many rows each prompt has in the window, int32 [B], from 1 to m."""
         return prompt.length
+
+    def watch(self, layer: "Layer", threshold: float | None) -> WindowScores:
+        """The attention that the rows pay to each token; `Layer.watch` remembers it."""
+        prompt, q = layer.prompt, layer.q
+        start = prompt.length - self.rows(prompt)
+        if self.maximum is not None:
+            q = layer.queries(start[:, None] + jnp.arange(self.most(prompt), dtype=jnp.int32))
+        return layer.attention(q, start, threshold)
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,58 @@ class LastRows(Window):
 
 @dataclass(frozen=True)
 class AllRows(Window):
-    """Every row of the prompt."""
+    """Every row of the prompt, or rows that stand for all of them.
+
+    With a `sample`, the n rows up to the last visual token (or a context's) are cut into that many
+    pieces that differ by one row at most, and the last row of each stands for its piece: what it
+    attends to counts n / sample times, so that the sum over all keys is that of every row. All rows
+    behind stay themselves. Which rows are taken depends on n alone, not on the question behind.
+    With n no more than the sample every row is taken. Counts of zeroed entries are those of the
+    rows taken. (Choices of this library.)
+
+    Attributes:
+        sample: rows taken up to the last visual token; None for all.
+
+    Raises:
+        ValueError: it is no whole number from 1 to 32,768.
+    """
+
+    sample: int | None = None
+
+    def __post_init__(self):
+        if self.sample is not None and whole_number(self.sample, "sample", 1) > _MOST_SAMPLED:
+            raise ValueError(
+                f"sample={self.sample} must be at most {_MOST_SAMPLED}: leave it out for all rows"
+            )
+
+    def taken(self, prompt: Prompt) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The rows that are watched, where `sample` is given.
+
+        Returns:
+            Their positions, ascending, int32 [B, T], from the length on where there are no more;
+            s, how many of them are up to the last visual token, int32 [B]; and n, int32 [B].
+        """
+        assert self.sample is not None
+        index = jnp.arange(prompt.rows, dtype=jnp.int32)
+        n = jnp.max(jnp.where(prompt.visual, index + 1, 0), axis=1, keepdims=True)
+        s = jnp.minimum(n, self.sample)
+        each = jnp.maximum(s, 1)
+        # (index + 1) * n // s - 1, whose product may be beyond 32 bits.
+        piece = (index + 1) * (n // each) + (index + 1) * (n % each) // each - 1
+        return jnp.where(index < s, piece, n - s + index), s[:, 0], n[:, 0]
+
+    def watch(self, layer: "Layer", threshold: float | None) -> WindowScores:
+        """See the class."""
+        if self.sample is None:
+            return super().watch(layer, threshold)
+        position, s, n = self.taken(layer.prompt)
+        seen = layer.attention(layer.queries(position), position, threshold)
+        # Once more the rows that stand for others, for what those would add.
+        index = jnp.arange(min(self.sample, layer.prompt.rows), dtype=jnp.int32)
+        some = jnp.where(index < s[:, None], position[:, : index.size], layer.prompt.rows)
+        others = (n - s) / jnp.maximum(s, 1).astype(jnp.float32)
+        more = layer.attention(layer.queries(some), some, None).scores
+        return seen._replace(scores=seen.scores + others[:, None, None] * more)
 
 
 @dataclass(frozen=True)
@@ -142,15 +203,17 @@ class Layer:
         counted, found = self.seen.get(window, (None, None))
         if found is not None and threshold in (counted, None):
             return found
-        prompt, q = self.prompt, self.q
-        start = prompt.length - window.rows(prompt)
-        if window.maximum is not None:
-            row = jnp.minimum(
-                start[:, None] + jnp.arange(window.most(prompt), dtype=jnp.int32), prompt.rows - 1
-            )
-            q = jnp.take_along_axis(q, row[:, :, None, None], axis=1)  # [B, W, N, H]
+        return window.watch(self, threshold)
+
+    def queries(self, position: jax.Array) -> jax.Array:
+        """Queries of the rows at some positions [B, W], any where there is no row: [B, W, N, H]."""
+        row = jnp.minimum(position, self.prompt.rows - 1)
+        return jnp.take_along_axis(self.q, row[:, :, None, None], axis=1)
+
+    def attention(self, q: jax.Array, start: jax.Array, threshold: float | None) -> WindowScores:
+        """What rows with these queries attend to; see `window_scores`."""
         return window_scores(
-            q, self.k, start, prompt.length, threshold=threshold, backend=self.backend
+            q, self.k, start, self.prompt.length, threshold=threshold, backend=self.backend
         )
 
 
