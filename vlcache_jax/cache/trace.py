@@ -153,7 +153,7 @@ class Trace:
         tau: rows of the scoring window.
         window_start: its first row, m - tau.
         recent: how many of the kept tokens are the prompt's last ones whatever they are worth,
-            int32 [L].
+            int32 [L]; text that is kept for being text is not counted.
     """
 
     method: str
