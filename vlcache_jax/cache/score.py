@@ -11,6 +11,7 @@ what was seen to the score and to the allocation.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,20 @@ class AllRows(Window):
     """Every row of the prompt."""
 
 
+class Look(NamedTuple):
+    """What is to be observed of a window's attention, beside its column sums.
+
+    Attributes:
+        window: the rows.
+        threshold: the entries below that share of their row's maximum are counted; None for none.
+        maxima: each column's largest entry too.
+    """
+
+    window: Window
+    threshold: float | None = None
+    maxima: bool = False
+
+
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer of the running prompt, after RoPE.
@@ -119,28 +134,37 @@ class Layer:
     entering: jax.Array | None = None
     seen: Mapping[Window, tuple[float | None, WindowScores]] = field(default_factory=dict)
 
-    def seeing(self, windows: Iterable[tuple[Window, float | None]]) -> "Layer":
+    def seeing(self, looks: Iterable[Look]) -> "Layer":
         """This layer with windows observed beforehand, each once for all that will `watch` it.
 
         Args:
-            windows: each with its threshold, or None.
+            looks: what will be asked for; of several thresholds for a window, the first is counted.
         """
-        seen = dict(self.seen)
-        # Those with a threshold first: they have the scores too.
-        for window, threshold in sorted(windows, key=lambda each: each[1] is None):
-            if window not in seen:
-                seen[window] = threshold, self.watch(window, threshold)
-        return replace(self, seen=seen)
+        wanted: dict[Window, Look] = {}
+        for look in looks:
+            old = wanted.get(look.window, look)
+            threshold = look.threshold if old.threshold is None else old.threshold
+            wanted[look.window] = Look(look.window, threshold, old.maxima or look.maxima)
+        seen = {
+            window: (look.threshold, self.watch(*look))
+            for window, look in wanted.items()
+            if window not in self.seen
+        }
+        return replace(self, seen={**self.seen, **seen})
 
-    def watch(self, window: Window, threshold: float | None = None) -> WindowScores:
+    def watch(
+        self, window: Window, threshold: float | None = None, maxima: bool = False
+    ) -> WindowScores:
         """The attention that a window's rows pay to each token.
 
         Args:
             window: the rows.
             threshold: also count the entries below that share of their row's maximum.
+            maxima: also give each column's largest entry.
         """
         counted, found = self.seen.get(window, (None, None))
-        if found is not None and threshold in (counted, None):
+        known = threshold in (counted, None)
+        if found is not None and known and not (maxima and found.maxima is None):
             return found
         prompt, q = self.prompt, self.q
         start = prompt.length - window.rows(prompt)
@@ -149,9 +173,8 @@ class Layer:
                 start[:, None] + jnp.arange(window.most(prompt), dtype=jnp.int32), prompt.rows - 1
             )
             q = jnp.take_along_axis(q, row[:, :, None, None], axis=1)  # [B, W, N, H]
-        return window_scores(
-            q, self.k, start, prompt.length, threshold=threshold, backend=self.backend
-        )
+        settings = {"threshold": threshold, "maxima": maxima, "backend": self.backend}
+        return window_scores(q, self.k, start, prompt.length, **settings)
 
 
 class Score:
@@ -159,9 +182,11 @@ class Score:
 
     Attributes:
         window: the rows that the score watches; None where it watches none.
+        maxima: it asks for the largest attention to each token, not for the sum alone.
     """
 
     window: Window | None = None
+    maxima: bool = False
 
     def __call__(self, layer: Layer) -> jax.Array | None:
         """The score of each token, float32 [B, K, T]; None where position alone decides.
@@ -213,6 +238,37 @@ class ColumnSum(RecentScore):
 
 
 @dataclass(frozen=True)
+class RowMaximum(RecentScore):
+    """The largest attention that any row of a window pays to each token, averaged over neighbours.
+
+    A sum forgets the one row that looked for a token; what stands beside a token that was looked at
+    is likely to be read next. It is this library's own score (docs/accuracy.md). That of a kv head
+    is the sum of its query heads' maxima; image and text tokens compete in one ranking.
+
+    Attributes:
+        window: the rows.
+        kernel: neighbours of the average, an odd number; beyond a prompt's ends there are zeros.
+
+    Raises:
+        ValueError: `kernel` is out of range.
+    """
+
+    window: Window = PostVisionRows()
+    kernel: int = 9
+    maxima = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_kernel(self.kernel)
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
+        maxima = layer.watch(self.window, maxima=True).maxima
+        assert maxima is not None  # they were asked for
+        return average_pool(maxima, layer.prompt.length, self.kernel)
+
+
+@dataclass(frozen=True)
 class PooledWindow(Score):
     """SnapKV's score: the attention of the last rows, averaged over neighbouring tokens.
 
@@ -231,8 +287,7 @@ class PooledWindow(Score):
     kernel: int = 5
 
     def __post_init__(self):
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} must be odd and at least 1")
+        _check_kernel(self.kernel)
 
     def __call__(self, layer: Layer) -> jax.Array:
         """See the class."""
@@ -320,8 +375,14 @@ class ScoreFunction(RecentScore):
         return scores.astype(jnp.float32)
 
 
+def _check_kernel(kernel: int) -> None:
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{kernel=} must be odd and at least 1")
+
+
 SCORES: dict[str, Score] = {
     "post-vision": ColumnSum(PostVisionRows()),
+    "row-maximum": RowMaximum(),
     "h2o": ColumnSum(AllRows(), recent_ratio=0.5),
     "snapkv": PooledWindow(),
     "streaming-llm": Ends(),
