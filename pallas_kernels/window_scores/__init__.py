@@ -24,11 +24,15 @@ class WindowScores(NamedTuple):
             where no threshold was given.
         visible: entries that the causal mask and the lengths leave, int32 [B, N]; None where no
             threshold was given.
+        maxima: largest of a key's attention probabilities over the window's rows, summed over the
+            query heads of its group, float32 [B, K, T]; 0 for keys that no row sees; None where
+            they were not asked for.
     """
 
     scores: jax.Array
     zeroed: jax.Array | None
     visible: jax.Array | None
+    maxima: jax.Array | None
 
 
 def window_scores(
@@ -38,10 +42,11 @@ def window_scores(
     lengths: jax.Array,
     *,
     threshold: float | None = None,
+    maxima: bool = False,
     scale: float | None = None,
     backend: str | None = None,
 ) -> WindowScores:
-    """Column sums and sparsity of softmax(q k^T * scale) for a window of rows per sequence.
+    """Column sums, column maxima and sparsity of softmax(q k^T * scale), for a window of rows.
 
         keys     0 . . . . . . . . . start . . . lengths . . T
         window                       row 0 . . . |    rows beyond the length are not there
@@ -60,6 +65,7 @@ def window_scores(
         lengths: true length of each prompt, int32 [B].
         threshold: p, the share of its row's maximum below which an entry counts as zeroed; None
             to count nothing.
+        maxima: also give the largest entry of each column, head by head.
         scale: factor of the logits; 1 / sqrt(H) by default.
         backend: "triton", "xla", or None for the best that supports the case on the device.
 
@@ -83,17 +89,16 @@ def window_scores(
         )
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     arrays = q, k, start, lengths
-    scores, zeroed = choose(
-        "window_scores", backend, BACKENDS, *arrays, threshold=threshold, scale=scale
-    )
+    settings = {"threshold": threshold, "maxima": maxima, "scale": scale}
+    scores, zeroed, highest = choose("window_scores", backend, BACKENDS, *arrays, **settings)
     if zeroed is None:
-        return WindowScores(scores, None, None)
+        return WindowScores(scores, None, None, highest)
     if start.ndim == 2:
         visible = jnp.where(start < lengths[:, None], start + 1, 0).sum(axis=1, dtype=jnp.int32)
     else:
         there = jnp.clip(lengths - start, 0, rows)  # rows, of which row i sees start + i + 1 keys
         visible = there * start + there * (there + 1) // 2
-    return WindowScores(scores, zeroed, jnp.broadcast_to(visible[:, None], zeroed.shape))
+    return WindowScores(scores, zeroed, jnp.broadcast_to(visible[:, None], zeroed.shape), highest)
 
 
 def average_pool(scores: jax.Array, last: jax.Array, kernel: int = 5) -> jax.Array:

@@ -3,8 +3,8 @@
 rows      maximum and sum of each window row's softmax. The keys are split over programs, since
           a window has few rows; the parts are merged afterwards, which is a small array.
 columns   one pass over the keys: each program has a block of keys and goes over the rows that
-          see it, so a column is summed in registers and written once. No atomics: every run
-          gives the same bits.
+          see it, so a column's sum (and its maximum) stays in registers and is written once. No
+          atomics: every run gives the same bits.
 """
 
 import functools
@@ -105,7 +105,9 @@ def _columns_kernel(
     maximum_ref: Any,
     share_ref: Any,
     scores_ref: Any,
-    *zeroed_refs: Any,
+    zeroed_ref: Any,
+    maxima_ref: Any,
+    *,
     scale: float,
     threshold: float | None,
     block_rows: int,
@@ -113,7 +115,8 @@ def _columns_kernel(
 ) -> None:
     """References of one kv head: q [W, G, H]; k [T, H]; maximum, share [G, W]; scores [T].
 
-    `zeroed` is [G, key blocks]: what this block of keys adds to each query head's count.
+    `zeroed` is [G, key blocks]: what this block of keys adds to each query head's count; `maxima`
+    is [T]. Either is None where it is not asked for.
     """
     block, batch = pl.program_id(0), pl.program_id(2)
     start, length = _start(start_ref, batch), lengths_ref[batch]
@@ -129,9 +132,9 @@ def _columns_kernel(
         first_row = jnp.maximum(block * block_keys - start, 0)
         stop_row = jnp.minimum(length - start, window)
 
-    def query_head(head: jax.Array, scores: jax.Array) -> jax.Array:
+    def query_head(head: jax.Array, sums: Any) -> Any:
         def add(index: jax.Array, carry: Any) -> Any:
-            scores, zeroed = carry
+            scores, zeroed, largest = carry
             rows = index * block_rows + lines
             real = rows < stop_row
             q = tiles.load(q_ref, rows, real, middle=(head,))
@@ -141,21 +144,31 @@ def _columns_kernel(
             seen = real[:, None] & (keys[None, :] <= _positions(start, batch, rows, real)[:, None])
             logits = jnp.where(seen, logits - maximum[:, None], -jnp.inf)
             weights = jnp.exp(logits)  # 1 at the row's maximum
-            scores += jnp.sum(weights * share[:, None], axis=0)
+            entries = weights * share[:, None]
+            scores += jnp.sum(entries, axis=0)
+            if largest is not None:
+                largest = jnp.maximum(largest, jnp.max(entries, axis=0))
             if threshold is not None:
                 small = seen & (weights < threshold)
                 small = jnp.sum(small.astype(jnp.int32), axis=1, dtype=jnp.int32)
                 zeroed += jnp.sum(small, axis=0, dtype=jnp.int32)
-            return scores, zeroed
+            return scores, zeroed, largest
 
+        scores, maxima = sums
         bounds = first_row // block_rows, trips(stop_row, block_rows)
-        scores, zeroed = lax.fori_loop(*bounds, add, (scores, jnp.int32(0)))
-        for zeroed_ref in zeroed_refs:
+        carry = scores, jnp.int32(0), none
+        scores, zeroed, largest = lax.fori_loop(*bounds, add, carry)
+        if zeroed_ref is not None:
             zeroed_ref[head, block] = zeroed
-        return scores
+        return scores, None if largest is None else maxima + largest
 
-    scores = lax.fori_loop(0, group, query_head, jnp.zeros((block_keys,), jnp.float32))
-    tiles.scatter(scores_ref, (keys,), keys < scores_ref.shape[0], scores)
+    nothing = jnp.zeros((block_keys,), jnp.float32)
+    none = None if maxima_ref is None else nothing
+    scores, maxima = lax.fori_loop(0, group, query_head, (nothing, none))
+    inside = keys < scores_ref.shape[0]
+    tiles.scatter(scores_ref, (keys,), inside, scores)
+    if maxima_ref is not None:
+        tiles.scatter(maxima_ref, (keys,), inside, maxima)
 
 
 def window_scores(
@@ -166,9 +179,10 @@ def window_scores(
     *,
     threshold: float | None,
     scale: float,
+    maxima: bool = False,
     config: WindowConfig | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """See the package's public function, of which it gives the scores and `zeroed`.
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """See the package's public function, of which it gives the scores, `zeroed` and `maxima`.
 
     `config` is that of the device by default.
     """
@@ -224,10 +238,12 @@ def window_scores(
     share = 1.0 / jnp.where(total == 0.0, 1.0, total)
 
     blocks, counted = pl.cdiv(keys, block_keys), threshold is not None
-    shapes = [jax.ShapeDtypeStruct((batch, kv_heads, keys), jnp.float32)]
-    shapes += [jax.ShapeDtypeStruct((batch, kv_heads, group, blocks), jnp.int32)] * counted
+    columns = jax.ShapeDtypeStruct((batch, kv_heads, keys), jnp.float32)
+    counts = jax.ShapeDtypeStruct((batch, kv_heads, group, blocks), jnp.int32)
+    of_keys = pl.BlockSpec((None, None, keys), lambda j, h, b: (b, h, 0))
+    of_blocks = pl.BlockSpec((None, None, group, blocks), lambda j, h, b: (b, h, 0, 0))
     by_head = pl.BlockSpec((None, None, group, window), lambda j, h, b: (b, h, 0, 0))
-    scores, *zeroed = call(
+    scores, zeroed, largest = call(
         _columns_kernel,
         "window_columns",
         grid=(blocks, kv_heads, batch),
@@ -239,11 +255,8 @@ def window_scores(
             by_head,
             by_head,
         ],
-        out_specs=[
-            pl.BlockSpec((None, None, keys), lambda j, h, b: (b, h, 0)),
-            *[pl.BlockSpec((None, None, group, blocks), lambda j, h, b: (b, h, 0, 0))] * counted,
-        ],
-        out_shape=shapes,
+        out_specs=[of_keys, of_blocks if counted else None, of_keys if maxima else None],
+        out_shape=[columns, counts if counted else None, columns if maxima else None],
         threshold=threshold,
     )(
         rows_at,
@@ -253,6 +266,6 @@ def window_scores(
         highest.reshape(batch, kv_heads, group, window),
         share.reshape(batch, kv_heads, group, window),
     )
-    if not counted:
-        return scores, None
-    return scores, jnp.sum(zeroed[0], axis=-1, dtype=jnp.int32).reshape(batch, heads)
+    if counted:
+        zeroed = jnp.sum(zeroed, axis=-1, dtype=jnp.int32).reshape(batch, heads)
+    return scores, zeroed, largest

@@ -19,9 +19,11 @@ from vlcache_jax.cache.score import (
     Ends,
     LastRows,
     Layer,
+    Look,
     Noise,
     PooledWindow,
     PostVisionRows,
+    RowMaximum,
     ScoreFunction,
 )
 
@@ -200,24 +202,27 @@ def test_every_window_is_observed_once(layer, monkeypatch):
     seen = []
 
     def counted(q, k, start, lengths, **options):
-        seen.append((q.shape[1], options["threshold"]))
+        seen.append((q.shape[1], options["threshold"], options["maxima"]))
         return window_scores(q, k, start, lengths, **options)
 
     window_scores = scoring.window_scores
     monkeypatch.setattr(scoring, "window_scores", counted)
-    score = Blend(Blend(POST, ALL), Blend(Pooled(ALL), ValueNorm(PooledWindow(LastRows(4)))))
+    window = ValueNorm(PooledWindow(LastRows(4)))
+    score = Blend(Blend(Blend(POST, ALL), Blend(Pooled(ALL), window)), RowMaximum(AllRows()))
     method = Custom(0.5, score=score, allocation="sparsity")
     windows = PostVisionRows(), AllRows(), LastRows(4)
-    assert method.windows() == [*((window, None) for window in windows), (PostVisionRows(), 0.01)]
+    looks = [*map(Look, windows), Look(AllRows(), maxima=True), Look(PostVisionRows(), 0.01)]
+    assert method.windows() == looks
     method.observe(layer)
-    assert sorted(seen, key=str) == [(4, None), (40, 0.01), (40, None)]
+    assert sorted(seen, key=str) == [(4, None, False), (40, 0.01, False), (40, None, True)]
 
 
 def test_the_windows_of_a_score():
-    assert Noise().windows == Ends().windows == Blend(Noise(), Noise()).windows == ()
+    assert Noise().looks == Ends().looks == Blend(Noise(), Noise()).looks == ()
     assert Blend(Noise(), Pooled(POST)).window == PostVisionRows()
     assert Blend(ALL, POST).window is None
-    assert Blend(ALL, POST).windows == (AllRows(), PostVisionRows())
+    assert Blend(ALL, POST).looks == (Look(AllRows()), Look(PostVisionRows()))
+    assert Blend(ALL, RowMaximum(AllRows())).window == AllRows()
     assert ValueNorm(Pooled(ALL)).window == AllRows()
 
 

@@ -18,6 +18,7 @@ from pallas_kernels.window_scores import average_pool
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.score import (
     Layer,
+    Look,
     RecentScore,
     Score,
     Window,
@@ -95,14 +96,15 @@ class Blend(RecentScore):
             raise ValueError(f"weight={self.weight} must be from 0 to 1")
 
     @property
-    def windows(self) -> tuple[Window, ...]:
+    def looks(self) -> tuple[Look, ...]:
         """Those of both."""
-        return tuple(dict.fromkeys((*self.a.windows, *self.b.windows)))
+        return tuple(dict.fromkeys((*self.a.looks, *self.b.looks)))
 
     @property
     def window(self) -> Window | None:
         """The window of both, where it is one."""
-        return self.windows[0] if len(self.windows) == 1 else None
+        windows = {look.window for look in self.looks}
+        return windows.pop() if len(windows) == 1 else None
 
     def __call__(self, layer: Layer) -> jax.Array:
         """See the class."""
@@ -122,9 +124,9 @@ class Changed(Score):
     score: Score
 
     @property
-    def windows(self) -> tuple[Window, ...]:
+    def looks(self) -> tuple[Look, ...]:
         """The other one's."""
-        return self.score.windows
+        return self.score.looks
 
     @property
     def window(self) -> Window | None:

@@ -17,7 +17,7 @@ from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
 from vlcache_jax.cache.quantize import Quantizer, groups
-from vlcache_jax.cache.score import Layer, Score, Window
+from vlcache_jax.cache.score import Layer, Look, Score
 from vlcache_jax.cache.select import kept_rows, last_marked, rank_rows
 from vlcache_jax.cache.state import Pool, round_up, whole_capacity
 from vlcache_jax.models.config import TextConfig
@@ -119,14 +119,14 @@ class CacheMethod:
         """What each token is worth, and how many of them each layer keeps."""
         raise NotImplementedError(f"{type(self).__name__} has no rules")
 
-    def windows(self) -> list[tuple[Window, float | None]]:
-        """The windows of rows that the rules look at, each with its threshold or None."""
+    def windows(self) -> list[Look]:
+        """The windows of rows that the rules look at, and what they ask of them."""
         if self.limit.keeps_all:
             return []
         score, allocation = self.rules()
-        found: list[tuple[Window, float | None]] = [(window, None) for window in score.windows]
+        found = list(score.looks)
         if allocation.window is not None:
-            found.append((allocation.window, allocation.threshold))
+            found.append(Look(allocation.window, allocation.threshold))
         return found
 
     @property

@@ -11,6 +11,7 @@ what was seen to the score and to the allocation.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,141 +20,22 @@ import numpy as np
 from pallas_kernels.window_scores import WindowScores, average_pool, window_scores
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.select import recent_rows
+from vlcache_jax.cache.windows import AllRows, LastRows, PostVisionRows, Window
 from vlcache_jax.errors import whole_number
 
-_MOST_SAMPLED = 2**15  # its square is a number of 32 bits
 
-
-class Window:
-    """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses.
+class Look(NamedTuple):
+    """What is to be observed of a window's attention, beside its column sums.
 
     Attributes:
-        maximum: the most rows of a prompt that it can have; None for all of them.
+        window: the rows.
+        threshold: the entries below that share of their row's maximum are counted; None for none.
+        maxima: each column's largest entry too.
     """
 
-    maximum: int | None = None
-
-    def most(self, prompt: Prompt) -> int:
-        """The most rows that a prompt of this bucket can have in the window: static."""
-        return min(self.maximum or prompt.rows, prompt.rows)
-
-    def rows(self, prompt: Prompt) -> jax.Array:
-        """How many rows each prompt has in the window, int32 [B], from 1 to m."""
-        return prompt.length
-
-    def watch(self, layer: "Layer", threshold: float | None) -> WindowScores:
-        """The attention that the rows pay to each token; `Layer.watch` remembers it."""
-        prompt, q = layer.prompt, layer.q
-        start = prompt.length - self.rows(prompt)
-        if self.maximum is not None:
-            q = layer.queries(start[:, None] + jnp.arange(self.most(prompt), dtype=jnp.int32))
-        return layer.attention(q, start, threshold)
-
-
-@dataclass(frozen=True)
-class PostVisionRows(Window):
-    """tau: the rows after the visual tokens (VL-Cache, section 4.1).
-
-    Choices of this library: with several images, the rows after the last visual token of the
-    prompt; where no text follows the image or there is none, the last `fallback` rows; of a long
-    question the last `maximum` rows; never more than there are.
-
-    Attributes:
-        fallback: rows where no text follows the last visual token.
-        maximum: the most rows.
-
-    Raises:
-        ValueError: one of them is below 1.
-    """
-
-    fallback: int = 32
-    maximum: int = 512
-
-    def __post_init__(self):
-        if self.fallback < 1 or self.maximum < 1:
-            raise ValueError(
-                f"fallback window {self.fallback} and longest window {self.maximum} "
-                "must be at least 1"
-            )
-
-    def rows(self, prompt: Prompt) -> jax.Array:
-        """See the class."""
-        position = jnp.arange(prompt.rows, dtype=jnp.int32)
-        last = jnp.max(jnp.where(prompt.visual, position, -1), axis=-1)
-        after = jnp.where(last < 0, 0, prompt.length - 1 - last)
-        rows = jnp.where(after > 0, after, self.fallback)
-        return jnp.minimum(jnp.minimum(rows, self.maximum), prompt.length)
-
-
-@dataclass(frozen=True)
-class LastRows(Window):
-    """SnapKV's window: `maximum` last rows, fewer where the budget is small (`Limits.window`)."""
-
-    maximum: int = 32
-
-    def __post_init__(self):
-        if self.maximum < 1:
-            raise ValueError(f"window={self.maximum} must be at least 1")
-
-    def rows(self, prompt: Prompt) -> jax.Array:
-        """See the class."""
-        return prompt.budget.window(prompt.length, self.maximum)
-
-
-@dataclass(frozen=True)
-class AllRows(Window):
-    """Every row of the prompt, or rows that stand for all of them.
-
-    With a `sample`, the n rows up to the last visual token (or a context's) are cut into that many
-    pieces that differ by one row at most, and the last row of each stands for its piece: what it
-    attends to counts n / sample times, so that the sum over all keys is that of every row. All rows
-    behind stay themselves. Which rows are taken depends on n alone, not on the question behind.
-    With n no more than the sample every row is taken. Counts of zeroed entries are those of the
-    rows taken. (Choices of this library.)
-
-    Attributes:
-        sample: rows taken up to the last visual token; None for all.
-
-    Raises:
-        ValueError: it is no whole number from 1 to 32,768.
-    """
-
-    sample: int | None = None
-
-    def __post_init__(self):
-        if self.sample is not None and whole_number(self.sample, "sample", 1) > _MOST_SAMPLED:
-            raise ValueError(
-                f"sample={self.sample} must be at most {_MOST_SAMPLED}: leave it out for all rows"
-            )
-
-    def taken(self, prompt: Prompt) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The rows that are watched, where `sample` is given.
-
-        Returns:
-            Their positions, ascending, int32 [B, T], from the length on where there are no more;
-            s, how many of them are up to the last visual token, int32 [B]; and n, int32 [B].
-        """
-        assert self.sample is not None
-        index = jnp.arange(prompt.rows, dtype=jnp.int32)
-        n = jnp.max(jnp.where(prompt.visual, index + 1, 0), axis=1, keepdims=True)
-        s = jnp.minimum(n, self.sample)
-        each = jnp.maximum(s, 1)
-        # (index + 1) * n // s - 1, whose product may be beyond 32 bits.
-        piece = (index + 1) * (n // each) + (index + 1) * (n % each) // each - 1
-        return jnp.where(index < s, piece, n - s + index), s[:, 0], n[:, 0]
-
-    def watch(self, layer: "Layer", threshold: float | None) -> WindowScores:
-        """See the class."""
-        if self.sample is None:
-            return super().watch(layer, threshold)
-        position, s, n = self.taken(layer.prompt)
-        seen = layer.attention(layer.queries(position), position, threshold)
-        # Once more the rows that stand for others, for what those would add.
-        index = jnp.arange(min(self.sample, layer.prompt.rows), dtype=jnp.int32)
-        some = jnp.where(index < s[:, None], position[:, : index.size], layer.prompt.rows)
-        others = (n - s) / jnp.maximum(s, 1).astype(jnp.float32)
-        more = layer.attention(layer.queries(some), some, None).scores
-        return seen._replace(scores=seen.scores + others[:, None, None] * more)
+    window: Window
+    threshold: float | None = None
+    maxima: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,41 +62,55 @@ class Layer:
     entering: jax.Array | None = None
     seen: Mapping[Window, tuple[float | None, WindowScores]] = field(default_factory=dict)
 
-    def seeing(self, windows: Iterable[tuple[Window, float | None]]) -> "Layer":
+    def seeing(self, looks: Iterable[Look]) -> "Layer":
         """This layer with windows observed beforehand, each once for all that will `watch` it.
 
         Args:
-            windows: each with its threshold, or None.
+            looks: what will be asked for; of several thresholds for a window, the first is counted.
         """
-        seen = dict(self.seen)
-        # Those with a threshold first: they have the scores too.
-        for window, threshold in sorted(windows, key=lambda each: each[1] is None):
-            if window not in seen:
-                seen[window] = threshold, self.watch(window, threshold)
-        return replace(self, seen=seen)
+        wanted: dict[Window, Look] = {}
+        for look in looks:
+            old = wanted.get(look.window, look)
+            threshold = look.threshold if old.threshold is None else old.threshold
+            wanted[look.window] = Look(look.window, threshold, old.maxima or look.maxima)
+        seen = {
+            window: (look.threshold, self.watch(*look))
+            for window, look in wanted.items()
+            if window not in self.seen
+        }
+        return replace(self, seen={**self.seen, **seen})
 
-    def watch(self, window: Window, threshold: float | None = None) -> WindowScores:
+    def watch(
+        self, window: Window, threshold: float | None = None, maxima: bool = False
+    ) -> WindowScores:
         """The attention that a window's rows pay to each token.
 
         Args:
             window: the rows.
             threshold: also count the entries below that share of their row's maximum.
+            maxima: also give each column's largest entry.
         """
         counted, found = self.seen.get(window, (None, None))
-        if found is not None and threshold in (counted, None):
+        known = threshold in (counted, None)
+        if found is not None and known and not (maxima and found.maxima is None):
             return found
-        return window.watch(self, threshold)
+        return window.watch(self, threshold, maxima)
 
     def queries(self, position: jax.Array) -> jax.Array:
         """Queries of the rows at some positions [B, W], any where there is no row: [B, W, N, H]."""
         row = jnp.minimum(position, self.prompt.rows - 1)
         return jnp.take_along_axis(self.q, row[:, :, None, None], axis=1)
 
-    def attention(self, q: jax.Array, start: jax.Array, threshold: float | None) -> WindowScores:
+    def attention(
+        self,
+        q: jax.Array,
+        start: jax.Array,
+        threshold: float | None = None,
+        maxima: bool = False,
+    ) -> WindowScores:
         """What rows with these queries attend to; see `window_scores`."""
-        return window_scores(
-            q, self.k, start, self.prompt.length, threshold=threshold, backend=self.backend
-        )
+        settings = {"threshold": threshold, "maxima": maxima, "backend": self.backend}
+        return window_scores(q, self.k, start, self.prompt.length, **settings)
 
 
 class Score:
@@ -222,14 +118,16 @@ class Score:
 
     Attributes:
         window: the rows that the score watches; None where it watches none, or several windows.
+        maxima: it asks for the largest attention to each token, not for the sum alone.
     """
 
     window: Window | None = None
+    maxima: bool = False
 
     @property
-    def windows(self) -> tuple[Window, ...]:
-        """All windows of rows that the score watches."""
-        return () if self.window is None else (self.window,)
+    def looks(self) -> tuple[Look, ...]:
+        """All windows of rows that the score watches, and what it asks of them."""
+        return () if self.window is None else (Look(self.window, maxima=self.maxima),)
 
     def __call__(self, layer: Layer) -> jax.Array | None:
         """The score of each token, float32 [B, K, T]; None where position alone decides.
@@ -277,7 +175,7 @@ class ColumnSum(RecentScore):
         window: the rows.
     """
 
-    window: Window = PostVisionRows()
+    window: Window = field(default=PostVisionRows())
 
 
 def check_kernel(kernel: int) -> None:
@@ -288,6 +186,37 @@ def check_kernel(kernel: int) -> None:
     """
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"{kernel=} must be odd and at least 1")
+
+
+@dataclass(frozen=True)
+class RowMaximum(RecentScore):
+    """The largest attention that any row of a window pays to each token, averaged over neighbours.
+
+    A sum forgets the one row that looked for a token; what stands beside a token that was looked at
+    is likely to be read next. It is this library's own score (docs/accuracy.md). That of a kv head
+    is the sum of its query heads' maxima; image and text tokens compete in one ranking.
+
+    Attributes:
+        window: the rows.
+        kernel: neighbours of the average, an odd number; beyond a prompt's ends there are zeros.
+
+    Raises:
+        ValueError: `kernel` is out of range.
+    """
+
+    window: Window = field(default=PostVisionRows())
+    kernel: int = 9
+    maxima = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_kernel(self.kernel)
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
+        maxima = layer.watch(self.window, maxima=True).maxima
+        assert maxima is not None  # they were asked for
+        return average_pool(maxima, layer.prompt.length, self.kernel)
 
 
 @dataclass(frozen=True)
@@ -305,7 +234,7 @@ class PooledWindow(Score):
         ValueError: `kernel` is out of range.
     """
 
-    window: Window = LastRows()
+    window: Window = field(default=LastRows())
     kernel: int = 5
 
     def __post_init__(self):
@@ -399,6 +328,7 @@ class ScoreFunction(RecentScore):
 
 SCORES: dict[str, Score] = {
     "post-vision": ColumnSum(PostVisionRows()),
+    "row-maximum": RowMaximum(),
     "h2o": ColumnSum(AllRows(), recent_ratio=0.5),
     "snapkv": PooledWindow(),
     "streaming-llm": Ends(),
