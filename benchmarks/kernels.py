@@ -139,7 +139,8 @@ def _programs(dtype: str) -> Iterator[tuple[str, str, int, dict[str, Any], tuple
         for variant, causal in (("causal", True), ("bidirectional", False)):
             yield "prefill_attention", variant, head_dim, {"causal": causal}, (*qkv, number)
         rows = _shape(dtype, BATCH, WINDOW, HEADS, head_dim), qkv[1], number, number
-        yield "window_scores", "counted", head_dim, {}, rows
+        for variant, maxima in (("counted", False), ("counted, maxima", True)):
+            yield "window_scores", variant, head_dim, {"maxima": maxima}, rows
         args = layer(_shape, dtype, BATCH, heads, head_dim, 32 * MEAN_ROWS, TAIL)
         for splits in (1, 8):
             settings = {"most_rows": LENGTH, "splits": splits}

@@ -88,7 +88,7 @@ def test_the_lines_about_two_bits_run(capsys):
 @pytest.mark.usefixtures("tiny_demo")
 def test_the_code_in_the_guide_to_the_methods_runs(capsys):
     blocks = python_of(METHODS)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for code in blocks:
         exec(code, {})
     kept, full = map(int, capsys.readouterr().out.split()[:2])

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.gpu_suite import checks
 from benchmarks.gpu_suite.checks import BOUNDS, Errors, Group, host, variants
 from benchmarks.gpu_suite.stages import Context
-from benchmarks.operations import prompt
+from benchmarks.operations import kernel, prompt
 from pallas_kernels import prefill_attention as prefill_op
 from pallas_kernels import sample_tokens as sample_op
 from pallas_kernels import window_scores as scores_op
@@ -134,22 +134,26 @@ def scores_group(rng: np.random.Generator, shape: Shape, every: bool, most: int)
     inputs = q, k, start, lengths
 
     def judge(results: list[np.ndarray], expected: list[np.ndarray]) -> Errors:
-        ours, zeroed = results
+        ours, zeroed, *maxima = results
         bound = 1e-3 if dtype != "float32" else BOUNDS[dtype]
         missed = np.abs(zeroed.astype(np.int64) - expected[1]).max() / max(1, expected[2].max())
-        return {
+        errors = {
             "scores": (checks.relative_error(ours, expected[0]), bound),
             "counts": (float(missed), 1e-3),
         }
+        for found in maxima:
+            errors["maxima"] = checks.relative_error(found, expected[3]), bound
+        return errors
 
     def expected() -> list[np.ndarray]:
         if length > FAR:
-            dense = functools.partial(scores_op.window_scores, backend="xla")
+            dense = functools.partial(scores_op.window_scores, maxima=True, backend="xla")
             return checks.in_float32(dense, *inputs, **settings)
         return list(scores_reference.window_scores(*inputs, **settings))
 
     words = f"{label(shape)}, window {window}"
     ways = variants("window_scores", dtype, head_dim, every=every)
+    ways["maxima"] = kernel("window_scores", head_dim, maxima=True)
     return Group("window_scores", words, inputs, ways, expected, judge)
 
 

@@ -24,11 +24,15 @@ class WindowScores(NamedTuple):
             where no threshold was given.
         visible: entries that the causal mask and the lengths leave, int32 [B, N]; None where no
             threshold was given.
+        maxima: largest of a key's attention probabilities over the window's rows, summed over the
+            query heads of its group, float32 [B, K, T]; 0 for keys that no row sees; None where
+            they were not asked for.
     """
 
     scores: jax.Array
     zeroed: jax.Array | None
     visible: jax.Array | None
+    maxima: jax.Array | None
 
 
 def window_scores(
@@ -38,15 +42,17 @@ def window_scores(
     lengths: jax.Array,
     *,
     threshold: float | None = None,
+    maxima: bool = False,
     scale: float | None = None,
     backend: str | None = None,
 ) -> WindowScores:
-    """Column sums and sparsity of softmax(q k^T * scale) for a window of rows per sequence.
+    """Column sums, column maxima and sparsity of softmax(q k^T * scale), for a window of rows.
 
         keys     0 . . . . . . . . . start . . . lengths . . T
         window                       row 0 . . . |    rows beyond the length are not there
 
-    The window's row i stands at position start[b] + i and sees the keys 0..start[b] + i. The matrix
+    The window's row i stands at position start[b] + i and sees the keys 0..start[b] + i; or rows
+    stand at positions of their own, `start[b, i]`, and see the keys up to there. The matrix
     is made block by block, so that all rows of a long prompt can be the window (start 0, W = T).
     What stands beyond the lengths is never read into a result. (VL-Cache, section 4.1 and 4.3:
     post-vision attention, its sparsity, and the accumulated score.)
@@ -54,10 +60,12 @@ def window_scores(
     Args:
         q: queries of the window's rows [B, W, N, H].
         k: keys of the whole prompt [B, T, K, H], N a multiple of K.
-        start: position of the window's first row, int32 [B].
+        start: position of the window's first row, int32 [B]; or of each row, ascending, int32
+            [B, W], where rows at or beyond the length are not there.
         lengths: true length of each prompt, int32 [B].
         threshold: p, the share of its row's maximum below which an entry counts as zeroed; None
             to count nothing.
+        maxima: also give the largest entry of each column, head by head.
         scale: factor of the logits; 1 / sqrt(H) by default.
         backend: "triton", "xla", or None for the best that supports the case on the device.
 
@@ -70,8 +78,10 @@ def window_scores(
         raise ValueError(f"{q.shape=}, {k.shape=}: expected [B, W, N, H] and [B, T, K, H]")
     if heads % k.shape[2]:
         raise ValueError(f"{heads} query heads must be a multiple of {k.shape[2]} kv heads")
-    if not start.shape == lengths.shape == (batch,):
-        raise ValueError(f"{start.shape=}, {lengths.shape=} must be {(batch,)}")
+    if start.shape not in ((batch,), (batch, rows)) or lengths.shape != (batch,):
+        raise ValueError(
+            f"{start.shape=}, {lengths.shape=} must be {(batch,)}, or {(batch, rows)} of the start"
+        )
     if threshold is not None and rows * k.shape[1] >= 2**31:
         raise NotImplementedError(
             f"{rows} window rows of {k.shape[1]} keys cannot be counted in 32 bits: use fewer "
@@ -79,14 +89,16 @@ def window_scores(
         )
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     arrays = q, k, start, lengths
-    scores, zeroed = choose(
-        "window_scores", backend, BACKENDS, *arrays, threshold=threshold, scale=scale
-    )
+    settings = {"threshold": threshold, "maxima": maxima, "scale": scale}
+    scores, zeroed, highest = choose("window_scores", backend, BACKENDS, *arrays, **settings)
     if zeroed is None:
-        return WindowScores(scores, None, None)
-    there = jnp.clip(lengths - start, 0, rows)  # rows, of which row i sees start + i + 1 keys
-    visible = there * start + there * (there + 1) // 2
-    return WindowScores(scores, zeroed, jnp.broadcast_to(visible[:, None], zeroed.shape))
+        return WindowScores(scores, None, None, highest)
+    if start.ndim == 2:
+        visible = jnp.where(start < lengths[:, None], start + 1, 0).sum(axis=1, dtype=jnp.int32)
+    else:
+        there = jnp.clip(lengths - start, 0, rows)  # rows, of which row i sees start + i + 1 keys
+        visible = there * start + there * (there + 1) // 2
+    return WindowScores(scores, zeroed, jnp.broadcast_to(visible[:, None], zeroed.shape), highest)
 
 
 def average_pool(scores: jax.Array, last: jax.Array, kernel: int = 5) -> jax.Array:

@@ -11,21 +11,29 @@ def window_scores(
     *,
     threshold: float,
     scale: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row by row and head by head, with whole rows of the attention matrix."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Row by row and head by head, with whole rows of the attention matrix.
+
+    Returns:
+        The fields of the package's `WindowScores`.
+    """
     batch, rows, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
-    scores = np.zeros((batch, kv_heads, keys))
+    scores, maxima = np.zeros((2, batch, kv_heads, keys))
     zeroed = np.zeros((batch, heads), int)
     visible = np.zeros((batch, heads), int)
+    positions = start[:, None] + np.arange(rows) if start.ndim == 1 else start
     for b in range(batch):
         for n in range(heads):
             group = n // (heads // kv_heads)
-            for i in range(min(rows, int(lengths[b]) - int(start[b]))):
-                seen = int(start[b]) + i + 1
+            largest = np.zeros(keys)
+            for i in np.flatnonzero(positions[b] < lengths[b]):
+                seen = int(positions[b, i]) + 1
                 logits = k[b, :seen, group].astype(np.float64) @ q[b, i, n].astype(np.float64)
                 weights = np.exp(scale * (logits - logits.max()))
                 scores[b, group, :seen] += weights / weights.sum()
+                largest[:seen] = np.maximum(largest[:seen], weights / weights.sum())
                 zeroed[b, n] += (weights < threshold).sum()
                 visible[b, n] += seen
-    return scores, zeroed, visible
+            maxima[b, group] += largest
+    return scores, zeroed, visible, maxima

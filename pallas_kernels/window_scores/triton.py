@@ -3,12 +3,12 @@
 rows      maximum and sum of each window row's softmax. The keys are split over programs, since
           a window has few rows; the parts are merged afterwards, which is a small array.
 columns   one pass over the keys: each program has a block of keys and goes over the rows that
-          see it, so a column is summed in registers and written once. No atomics: every run
-          gives the same bits.
+          see it, so a column's sum (and its maximum) stays in registers and is written once. No
+          atomics: every run gives the same bits.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,31 @@ from jax.experimental import pallas as pl
 from pallas_kernels import tiles
 from pallas_kernels.splits import split_count, trips
 from pallas_kernels.tuning import WindowConfig, best
+
+
+class OwnRows(NamedTuple):
+    """Window rows that stand at positions of their own.
+
+    Attributes:
+        position: of each row, ascending, int32 [B, W].
+        before: rows in front of each block of keys, and behind them the rows that are there, int32
+            [B, key blocks + 1].
+    """
+
+    position: Any
+    before: Any
+
+
+def _start(start_ref: Any, batch: Any) -> Any:
+    """Where a sequence's window begins, or the references of `OwnRows`."""
+    return start_ref if isinstance(start_ref, OwnRows) else start_ref[batch]
+
+
+def _positions(start: Any, batch: Any, rows: jax.Array, inside: jax.Array) -> jax.Array:
+    """Where rows stand: one after the other from the start on, or each where it says."""
+    if isinstance(start, OwnRows):
+        return tiles.gather(start.position, (batch, rows), inside)
+    return start + rows
 
 
 def _rows_kernel(
@@ -35,10 +60,10 @@ def _rows_kernel(
 ) -> None:
     """References of one query head: q [W, H]; k [T, H]; maximum, total [splits, W]."""
     block, split, batch = pl.program_id(0), pl.program_id(1), pl.program_id(3)
-    start, length = start_ref[batch], lengths_ref[batch]
+    start, length = _start(start_ref, batch), lengths_ref[batch]
     rows = block * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
     inside = rows < q_ref.shape[0]
-    position = start + rows
+    position = _positions(start, batch, rows, inside)
     real = inside & (position < length)
     q = tiles.load(q_ref, rows, real)
     columns = jnp.arange(block_keys, dtype=jnp.int32)
@@ -55,8 +80,11 @@ def _rows_kernel(
         weights = jnp.exp(logits - shift[:, None])
         return new, total * jnp.exp(maximum - shift) + jnp.sum(weights, axis=1)
 
-    last = jnp.minimum(start + (block + 1) * block_rows, length)
-    last = jnp.where(start + block * block_rows < length, last, 0)
+    if isinstance(start, OwnRows):
+        last = jnp.max(jnp.where(real, position, -1)) + 1
+    else:
+        last = jnp.minimum(start + (block + 1) * block_rows, length)
+        last = jnp.where(start + block * block_rows < length, last, 0)
     blocks = trips(last, block_keys)
     each = trips(blocks, splits)
     first = split * each
@@ -77,7 +105,9 @@ def _columns_kernel(
     maximum_ref: Any,
     share_ref: Any,
     scores_ref: Any,
-    *zeroed_refs: Any,
+    zeroed_ref: Any,
+    maxima_ref: Any,
+    *,
     scale: float,
     threshold: float | None,
     block_rows: int,
@@ -85,45 +115,60 @@ def _columns_kernel(
 ) -> None:
     """References of one kv head: q [W, G, H]; k [T, H]; maximum, share [G, W]; scores [T].
 
-    `zeroed` is [G, key blocks]: what this block of keys adds to each query head's count.
+    `zeroed` is [G, key blocks]: what this block of keys adds to each query head's count; `maxima`
+    is [T]. Either is None where it is not asked for.
     """
     block, batch = pl.program_id(0), pl.program_id(2)
-    start, length = start_ref[batch], lengths_ref[batch]
+    start, length = _start(start_ref, batch), lengths_ref[batch]
     window, group, _ = q_ref.shape
     keys = block * block_keys + jnp.arange(block_keys, dtype=jnp.int32)
     k = tiles.load(k_ref, keys, keys < length)
     lines = jnp.arange(block_rows, dtype=jnp.int32)
     # Rows before the block's first key do not see it.
-    first_row = jnp.maximum(block * block_keys - start, 0)
-    stop_row = jnp.minimum(length - start, window)
+    if isinstance(start, OwnRows):
+        blocks = start.before.shape[1] - 1
+        first_row, stop_row = start.before[batch, block], start.before[batch, blocks]
+    else:
+        first_row = jnp.maximum(block * block_keys - start, 0)
+        stop_row = jnp.minimum(length - start, window)
 
-    def query_head(head: jax.Array, scores: jax.Array) -> jax.Array:
+    def query_head(head: jax.Array, sums: Any) -> Any:
         def add(index: jax.Array, carry: Any) -> Any:
-            scores, zeroed = carry
+            scores, zeroed, largest = carry
             rows = index * block_rows + lines
             real = rows < stop_row
             q = tiles.load(q_ref, rows, real, middle=(head,))
             logits = tiles.dot(q, k, trans_b=True) * scale
             maximum = tiles.gather(maximum_ref, (head, rows), real)
             share = tiles.gather(share_ref, (head, rows), real)
-            seen = real[:, None] & (keys[None, :] <= (start + rows)[:, None])
+            seen = real[:, None] & (keys[None, :] <= _positions(start, batch, rows, real)[:, None])
             logits = jnp.where(seen, logits - maximum[:, None], -jnp.inf)
             weights = jnp.exp(logits)  # 1 at the row's maximum
-            scores += jnp.sum(weights * share[:, None], axis=0)
+            entries = weights * share[:, None]
+            scores += jnp.sum(entries, axis=0)
+            if largest is not None:
+                largest = jnp.maximum(largest, jnp.max(entries, axis=0))
             if threshold is not None:
                 small = seen & (weights < threshold)
                 small = jnp.sum(small.astype(jnp.int32), axis=1, dtype=jnp.int32)
                 zeroed += jnp.sum(small, axis=0, dtype=jnp.int32)
-            return scores, zeroed
+            return scores, zeroed, largest
 
+        scores, maxima = sums
         bounds = first_row // block_rows, trips(stop_row, block_rows)
-        scores, zeroed = lax.fori_loop(*bounds, add, (scores, jnp.int32(0)))
-        for zeroed_ref in zeroed_refs:
+        carry = scores, jnp.int32(0), none
+        scores, zeroed, largest = lax.fori_loop(*bounds, add, carry)
+        if zeroed_ref is not None:
             zeroed_ref[head, block] = zeroed
-        return scores
+        return scores, None if largest is None else maxima + largest
 
-    scores = lax.fori_loop(0, group, query_head, jnp.zeros((block_keys,), jnp.float32))
-    tiles.scatter(scores_ref, (keys,), keys < scores_ref.shape[0], scores)
+    nothing = jnp.zeros((block_keys,), jnp.float32)
+    none = None if maxima_ref is None else nothing
+    scores, maxima = lax.fori_loop(0, group, query_head, (nothing, none))
+    inside = keys < scores_ref.shape[0]
+    tiles.scatter(scores_ref, (keys,), inside, scores)
+    if maxima_ref is not None:
+        tiles.scatter(maxima_ref, (keys,), inside, maxima)
 
 
 def window_scores(
@@ -134,9 +179,10 @@ def window_scores(
     *,
     threshold: float | None,
     scale: float,
+    maxima: bool = False,
     config: WindowConfig | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """See the package's public function, of which it gives the scores and `zeroed`.
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """See the package's public function, of which it gives the scores, `zeroed` and `maxima`.
 
     `config` is that of the device by default.
     """
@@ -159,6 +205,14 @@ def window_scores(
         block_keys=block_keys,
     )
     whole = pl.BlockSpec((batch,), lambda *_: (0,))
+    first: Any = whole
+    rows_at: Any = start
+    if start.ndim == 2:
+        edges = jnp.arange(pl.cdiv(keys, block_keys), dtype=jnp.int32) * block_keys
+        edges = jnp.append(jnp.broadcast_to(edges, (batch, edges.size)), lengths[:, None], axis=1)
+        before = jnp.sum(start[:, :, None] < edges[:, None, :], axis=1, dtype=jnp.int32)
+        rows_at = OwnRows(start, before)
+        first = OwnRows(*(pl.BlockSpec(each.shape, lambda *_: (0, 0)) for each in rows_at))
 
     blocks = pl.cdiv(window, block_rows)
     splits = split_count(blocks * heads * batch, keys // block_keys, per_core=4, least=4)
@@ -168,7 +222,7 @@ def window_scores(
         "window_rows",
         grid=(blocks, splits, heads, batch),
         in_specs=[
-            whole,
+            first,
             whole,
             pl.BlockSpec((None, window, None, head_dim), lambda i, s, n, b: (b, 0, n, 0)),
             pl.BlockSpec((None, keys, None, head_dim), lambda i, s, n, b: (b, 0, n // group, 0)),
@@ -176,7 +230,7 @@ def window_scores(
         out_specs=[of_head] * 2,
         out_shape=[jax.ShapeDtypeStruct((batch, heads, splits, window), jnp.float32)] * 2,
         splits=splits,
-    )(start, lengths, q, k)
+    )(rows_at, lengths, q, k)
     # An entry is exp(logit - maximum) times the row's share, 1 / sum.
     highest = jnp.max(maximum, axis=2)
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)
@@ -184,35 +238,34 @@ def window_scores(
     share = 1.0 / jnp.where(total == 0.0, 1.0, total)
 
     blocks, counted = pl.cdiv(keys, block_keys), threshold is not None
-    shapes = [jax.ShapeDtypeStruct((batch, kv_heads, keys), jnp.float32)]
-    shapes += [jax.ShapeDtypeStruct((batch, kv_heads, group, blocks), jnp.int32)] * counted
+    columns = jax.ShapeDtypeStruct((batch, kv_heads, keys), jnp.float32)
+    counts = jax.ShapeDtypeStruct((batch, kv_heads, group, blocks), jnp.int32)
+    of_keys = pl.BlockSpec((None, None, keys), lambda j, h, b: (b, h, 0))
+    of_blocks = pl.BlockSpec((None, None, group, blocks), lambda j, h, b: (b, h, 0, 0))
     by_head = pl.BlockSpec((None, None, group, window), lambda j, h, b: (b, h, 0, 0))
-    scores, *zeroed = call(
+    scores, zeroed, largest = call(
         _columns_kernel,
         "window_columns",
         grid=(blocks, kv_heads, batch),
         in_specs=[
-            whole,
+            first,
             whole,
             pl.BlockSpec((None, window, None, group, head_dim), lambda j, h, b: (b, 0, h, 0, 0)),
             pl.BlockSpec((None, keys, None, head_dim), lambda j, h, b: (b, 0, h, 0)),
             by_head,
             by_head,
         ],
-        out_specs=[
-            pl.BlockSpec((None, None, keys), lambda j, h, b: (b, h, 0)),
-            *[pl.BlockSpec((None, None, group, blocks), lambda j, h, b: (b, h, 0, 0))] * counted,
-        ],
-        out_shape=shapes,
+        out_specs=[of_keys, of_blocks if counted else None, of_keys if maxima else None],
+        out_shape=[columns, counts if counted else None, columns if maxima else None],
         threshold=threshold,
     )(
-        start,
+        rows_at,
         lengths,
         q.reshape(batch, window, kv_heads, group, head_dim),
         k,
         highest.reshape(batch, kv_heads, group, window),
         share.reshape(batch, kv_heads, group, window),
     )
-    if not counted:
-        return scores, None
-    return scores, jnp.sum(zeroed[0], axis=-1, dtype=jnp.int32).reshape(batch, heads)
+    if counted:
+        zeroed = jnp.sum(zeroed, axis=-1, dtype=jnp.int32).reshape(batch, heads)
+    return scores, zeroed, largest

@@ -9,7 +9,7 @@ from jax import lax
 ROW_BLOCK = 128
 KEY_BLOCK = 512
 
-Sums = tuple[jax.Array, jax.Array | None]
+Sums = tuple[jax.Array, jax.Array | None, jax.Array | None]
 
 
 def window_scores(
@@ -20,8 +20,9 @@ def window_scores(
     *,
     threshold: float | None,
     scale: float,
+    maxima: bool = False,
 ) -> Sums:
-    """See the package's public function, of which it gives the scores and `zeroed`."""
+    """See the package's public function, of which it gives the scores, `zeroed` and `maxima`."""
     batch, window, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
@@ -36,7 +37,10 @@ def window_scores(
         row_at = jnp.minimum(first_row, window - rows)
         block = lax.dynamic_slice_in_dim(q, row_at, rows, axis=1)
         row = row_at + jnp.arange(rows, dtype=jnp.int32)
-        position = start[:, None] + row  # [B, rows]
+        if start.ndim == 2:
+            position = lax.dynamic_slice_in_dim(start, row_at, rows, axis=1)  # [B, rows]
+        else:
+            position = start[:, None] + row
         real = (row >= first_row) & (position < lengths[:, None])
         stop = jnp.max(jnp.where(real, position, -1)) + 1
         trips = (stop + columns - 1) // columns
@@ -73,22 +77,33 @@ def window_scores(
         total = jnp.where(total == 0.0, 1.0, total)[..., None]
 
         def column_pass(index: jax.Array, sums: Sums) -> Sums:
-            scores, zeroed = sums
+            scores, zeroed, largest = sums
             logits, seen, at = logits_of(index)
             weights = jnp.exp(logits - highest)  # 1 at the row's maximum
             old = lax.dynamic_slice_in_dim(scores, at, columns, axis=2)
-            new = old + jnp.sum(weights / total, axis=(2, 3))
+            entries = weights / total
+            new = old + jnp.sum(entries, axis=(2, 3))
             scores = lax.dynamic_update_slice_in_dim(scores, new, at, axis=2)
             if zeroed is not None and threshold is not None:
                 small = seen & (weights < threshold)
                 zeroed += jnp.sum(small, axis=(3, 4), dtype=jnp.int32)
-            return scores, zeroed
+            if largest is not None:
+                old = lax.dynamic_slice_in_dim(largest, at, columns, axis=3)
+                new = jnp.maximum(old, jnp.max(entries, axis=3))
+                largest = lax.dynamic_update_slice_in_dim(largest, new, at, axis=3)
+            return scores, zeroed, largest
 
         return lax.fori_loop(0, trips, column_pass, sums)
 
     counts = None if threshold is None else jnp.zeros((batch, kv_heads, group), jnp.int32)
-    sums = jnp.zeros((batch, kv_heads, keys), jnp.float32), counts
-    true_rows = jnp.max(jnp.minimum(lengths - start, window))
+    # Of each query head: a sum of maxima is no maximum of sums.
+    largest = jnp.zeros((batch, kv_heads, group, keys), jnp.float32) if maxima else None
+    sums = jnp.zeros((batch, kv_heads, keys), jnp.float32), counts, largest
+    if start.ndim == 2:
+        true_rows = jnp.max(jnp.sum(start < lengths[:, None], axis=1, dtype=jnp.int32))
+    else:
+        true_rows = jnp.max(jnp.minimum(lengths - start, window))
     trips = (true_rows + rows - 1) // rows
-    scores, zeroed = lax.fori_loop(0, trips, row_block, sums)
-    return scores, None if zeroed is None else zeroed.reshape(batch, heads)
+    scores, zeroed, largest = lax.fori_loop(0, trips, row_block, sums)
+    zeroed = None if zeroed is None else zeroed.reshape(batch, heads)
+    return scores, zeroed, None if largest is None else jnp.sum(largest, axis=2)

@@ -23,7 +23,7 @@ METHODS = {
 }
 """Each method's score and allocation."""
 
-RECENT = {"post-vision": 0.1, "h2o": 0.5, "random": 0.1}
+RECENT = {"post-vision": 0.1, "row-maximum": 0.1, "h2o": 0.5, "random": 0.1}
 """Share of a layer's budget that each of these scores leaves to the last tokens."""
 
 Allocate = Callable[[int, np.ndarray], np.ndarray]
@@ -100,7 +100,7 @@ def run(
         visual: which tokens are visual, bool [m].
         kv_heads: K.
         budget: as in `limits`.
-        score: one of "post-vision", "h2o", "snapkv", "streaming-llm", "random".
+        score: one of "post-vision", "row-maximum", "h2o", "snapkv", "streaming-llm", "random".
         allocation: "sparsity", "uniform", "pyramid", or a function.
         noise: the scores of "random", [L, K, m].
         shared_heads: the heads of a layer keep the same tokens, by the sum of their scores.
@@ -137,11 +137,13 @@ def run(
     k = [m] * layers if limit.alpha >= 1 else whole(sizes, m, limit)
 
     tau, scores = None, noise if score == "random" else None
-    if score in ("post-vision", "h2o", "snapkv"):
-        tau = {"post-vision": after, "h2o": m, "snapkv": watched}[score]
+    if score in ("post-vision", "row-maximum", "h2o", "snapkv"):
+        tau = {"h2o": m, "snapkv": watched}.get(score, after)
         scores = column_sums(attention[:, :, m - tau :], kv_heads)
         if score == "snapkv":
             scores = pooled(scores, m - watched, kernel)
+        if score == "row-maximum":
+            scores = pooled(column_maxima(attention[:, :, m - tau :], kv_heads), m, 9)
 
     kept, recent = [], []
     for layer in range(layers):
@@ -244,6 +246,12 @@ def column_sums(rows: np.ndarray, kv_heads: int) -> np.ndarray:
     """[L, N, tau, m] -> [L, K, m]: the sum over the rows, then over the query heads of a group."""
     layers, heads, _, m = rows.shape
     return rows.sum(2, dtype=F).reshape(layers, kv_heads, heads // kv_heads, m).sum(2, dtype=F)
+
+
+def column_maxima(rows: np.ndarray, kv_heads: int) -> np.ndarray:
+    """[L, N, tau, m] -> [L, K, m]: the largest of the rows, summed over a group's query heads."""
+    layers, heads, _, m = rows.shape
+    return rows.max(2).reshape(layers, kv_heads, heads // kv_heads, m).sum(2, dtype=F)
 
 
 def pooled(scores: np.ndarray, before: int, kernel: int) -> np.ndarray:

@@ -82,6 +82,7 @@ MAIN = {
     "pyramidkv": (PyramidKV, {}),
     "streaming-llm": (StreamingLLM, {}),
     "random": (RandomKV, {}),
+    "row-maximum x uniform": (Custom, {"score": "row-maximum", "allocation": "uniform"}),
 }
 SETTINGS = MAIN | {
     "vl-cache, shared heads": (VLCache, {"shared_heads": True}),
@@ -96,6 +97,8 @@ SETTINGS = MAIN | {
     "pyramidkv, small": (PyramidKV, {"window": 6, "slope": 3}),
     "streaming-llm, no sinks": (StreamingLLM, {"sinks": 0}),
     "random, another seed": (RandomKV, {"seed": 7, "recent_ratio": 0.5}),
+    "row-maximum x sparsity": (Custom, {"score": "row-maximum", "allocation": "sparsity"}),
+    "row-maximum, shared heads": (Custom, {"score": "row-maximum", "shared_heads": True}),
     "post-vision x uniform": (Custom, {"score": "post-vision", "allocation": "uniform"}),
     "post-vision x pyramid": (Custom, {"score": "post-vision", "allocation": "pyramid"}),
     "snapkv x sparsity": (Custom, {"score": "snapkv", "allocation": "sparsity"}),
@@ -116,9 +119,9 @@ def cases() -> list[tuple[str, str, float | str]]:
             "dense and sparse": (0.1, 0.5),
             "equal scores": (0.1, "40tok") if setting in MAIN else (0.1,),
         }
-        if "snapkv" in setting or "pyramidkv" in setting:
-            # Neighbours of SnapKV's averages share nearly all of their sum where attention is
-            # peaked: their difference vanishes in float32, and there is no order to compare.
+        if any(name in setting for name in ("snapkv", "pyramidkv", "row-maximum")):
+            # Averages over neighbours share nearly all of their sum where attention is peaked:
+            # their difference vanishes in float32, and there is no order to compare.
             del budgets["dense and sparse"]
         found += [(model, setting, budget) for model in budgets for budget in budgets[model]]
     return found
@@ -200,7 +203,9 @@ def case_of(tmp_path_factory) -> Callable[[str], Case]:
 
 # Compiled once per shape. The rest of a method runs eagerly: each method and budget is a program of
 # its own, and there are hundreds of them.
-window_scores = jax.jit(score.window_scores, static_argnames=("threshold", "scale", "backend"))
+window_scores = jax.jit(
+    score.window_scores, static_argnames=("threshold", "maxima", "scale", "backend")
+)
 allocate = jax.jit(base.allocate)
 
 

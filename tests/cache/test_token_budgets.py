@@ -45,7 +45,8 @@ class HalfOfEverything(Allocation):
 MADE = {
     **{name: make_method(name, "1tok") for name in EVICTING},
     "renormalized": VLCache("1tok", renormalize=True),
-    **{rule: Custom("1tok", allocation=rule) for rule in ALLOCATIONS},
+    **{name: Custom("1tok", allocation=name)
+       for name, rule in ALLOCATIONS.items() if not rule.by_scores},
     **{rule.__name__: Custom("1tok", score="h2o", allocation=rule)
        for rule in (first_layer_first, nothing, no_numbers)},
     "a class": Custom("1tok", score="random", allocation=HalfOfEverything()),

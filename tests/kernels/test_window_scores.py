@@ -27,7 +27,7 @@ THRESHOLD = 0.01
 WINDOW = 133
 """Rows of a window that is not the whole prompt: odd, and more than one block of any backend."""
 
-run = compiled(window_scores, "threshold", "scale", "backend")
+run = compiled(window_scores, "threshold", "maxima", "scale", "backend")
 
 
 def cut(q, start, rows):
@@ -80,12 +80,14 @@ def near_the_threshold(q, k, start, lengths):
 
 
 def check(case, backend):
-    (q, k, start, lengths), (scores, zeroed, visible), near = make(*case)
-    ours = run(q, k, start, lengths, threshold=THRESHOLD, backend=backend)
-    assert same_bits(ours, run(q, k, start, lengths, threshold=THRESHOLD, backend=backend))
-    assert ours.scores.dtype == jnp.float32
-    assert_close(ours.scores, scores, "float32")
-    assert (np.asarray(ours.scores)[scores == 0] == 0).all()
+    (q, k, start, lengths), (scores, zeroed, visible, maxima), near = make(*case)
+    settings = {"threshold": THRESHOLD, "maxima": True, "backend": backend}
+    ours = run(q, k, start, lengths, **settings)
+    assert same_bits(ours, run(q, k, start, lengths, **settings))
+    for found, expected in ((ours.scores, scores), (ours.maxima, maxima)):
+        assert found.dtype == jnp.float32
+        assert_close(found, expected, "float32")
+        assert (np.asarray(found)[expected == 0] == 0).all()
     true_rows = np.clip(lengths - start, 0, q.shape[1])
     assert np.asarray(ours.scores).sum() == pytest.approx(q.shape[2] * true_rows.sum(), rel=1e-5)
     assert (np.abs(ours.zeroed - zeroed) <= near).all()
@@ -108,7 +110,7 @@ def test_every_combination(case, backend):
 def test_counts_of_the_cases_are_exact():
     """Few entries are near the threshold, so that comparing the counts means something."""
     for window in ("first", "inside", "last", "one", "all"):
-        _, (_, zeroed, visible), near = make("float32", 64, 4, 257, window)
+        _, (_, zeroed, visible, _), near = make("float32", 64, 4, 257, window)
         assert near.sum() <= 1e-3 * visible.sum()
         assert 0.1 * visible.sum() < zeroed.sum() < visible.sum()
 
@@ -119,11 +121,47 @@ def case(length, window, heads, kv_heads, start, sharpness=3.0) -> Any:
 
 
 @both_backends
+@pytest.mark.parametrize("length", [1, 40, 257, 700])
+def test_rows_at_positions_of_their_own(backend, length):
+    """Some rows of each prompt, all of them, one and none; a window of more than one block."""
+    q, k = draw((4, length, 4, 16), (4, length, 2, 16), dtype="float32")
+    lengths = int32(length, max(1, length // 2), length, 1)
+    rng = np.random.default_rng(length)
+    taken = [rng.random(length) < share for share in (0.4, 0.8, 1.0, 0.0)]
+    rows = max(min(133, length), *(own.sum() for own in taken))
+    start = np.full((4, rows), length + 3, np.int32)  # not there
+    for b, own in enumerate(taken):
+        at = np.flatnonzero(own[: lengths[b]])
+        start[b, : at.size] = at
+    there = (np.arange(length) < lengths[:, None])[:, :, None, None]
+    q = np.take_along_axis(poison(q, there), np.minimum(start, length - 1)[..., None, None], 1)
+    q = np.where((start < lengths[:, None])[..., None, None], q, np.nan)
+    settings = {"threshold": THRESHOLD, "scale": 0.25}
+    exact = (x.astype(np.float64) for x in (q, k))
+    expected = reference.window_scores(*exact, start, lengths, **settings)
+    ours = run(q, poison(k, there), start, lengths, backend=backend, **settings)
+    assert_close(ours.scores, expected[0], "float32")
+    assert np.abs(ours.zeroed - expected[1]).max() <= 1
+    assert ours.visible.tolist() == expected[2].tolist()
+
+
+@both_backends
+@pytest.mark.parametrize("window", [1, 7, 40])
+def test_positions_one_after_the_other_are_a_window(backend, window):
+    q, k, start, lengths = case(40, window, 4, 2, 40 - window)
+    settings = {"threshold": THRESHOLD, "backend": backend}
+    rows = start[:, None] + int32(*range(window))
+    assert same_bits(run(q, k, rows, lengths, **settings), run(q, k, start, lengths, **settings))
+
+
+@both_backends
 def test_equal_logits_are_all_visible_and_none_is_zeroed(backend):
     q, k, start, lengths = case(40, 8, 4, 2, 32)
-    ours = run(0 * q, k, start, lengths, threshold=THRESHOLD, backend=backend)
+    ours = run(0 * q, k, start, lengths, threshold=THRESHOLD, maxima=True, backend=backend)
     assert (np.asarray(ours.zeroed) == 0).all()
     assert (np.asarray(ours.visible) == sum(range(33, 41))).all()
+    largest = 2 / np.maximum(np.arange(40) + 1, 33)  # of the first row that sees a key; two heads
+    np.testing.assert_allclose(ours.maxima, np.broadcast_to(largest, (1, 2, 40)), rtol=1e-6)
 
 
 @both_backends
@@ -133,22 +171,34 @@ def test_sharp_attention_is_sparse(backend):
 
 
 @both_backends
-def test_never_a_square_matrix(backend):
+@pytest.mark.parametrize("maxima", [False, True])
+def test_never_a_square_matrix(backend, maxima):
     length = 4096
     q, k = (jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32) for _ in range(2))
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    memory = run.lower(q, k, one, one, backend=backend).compile().memory_analysis()
+    program = run.lower(q, k, one, one, maxima=maxima, backend=backend).compile()
+    memory = program.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 2 * length * length * 4 / 4
 
 
 @both_backends
-def test_without_a_threshold_nothing_is_counted(backend):
+def test_what_is_not_asked_for_is_not_there(backend):
     arrays = case(40, 8, 4, 2, 32)
-    counted = run(*arrays, threshold=THRESHOLD, backend=backend)
-    ours = run(*arrays, backend=backend)
-    assert ours.zeroed is ours.visible is None
-    np.testing.assert_allclose(ours.scores, counted.scores, rtol=1e-5)
+    everything = run(*arrays, threshold=THRESHOLD, maxima=True, backend=backend)
+    for threshold, maxima in ((None, False), (None, True), (THRESHOLD, False)):
+        ours = run(*arrays, threshold=threshold, maxima=maxima, backend=backend)
+        assert (ours.zeroed is None) == (ours.visible is None) == (threshold is None)
+        assert (ours.maxima is None) == (not maxima)
+        for found, expected in zip(ours, everything, strict=True):
+            if found is not None:
+                np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@both_backends
+def test_of_one_row_and_one_head_the_maximum_is_the_sum(backend):
+    ours = run(*case(300, 1, 2, 2, 299), maxima=True, backend=backend)
+    np.testing.assert_array_equal(ours.maxima, ours.scores)
 
 
 def test_counts_beyond_32_bits_are_refused_and_sums_are_not():

@@ -1,22 +1,26 @@
 """How many prompt tokens each layer keeps.
 
 An allocation is two steps. A rule gives every layer a real-valued size x[l]: `Sparsity` for
-VL-Cache, `Uniform`, `Pyramid`, or a function of the user's own. `allocate` turns the sizes into
-whole numbers k[l] whose sum never exceeds what the pool was made for; for a budget in tokens it is
-exactly that. All of it is float32 and int32 data: the same program serves every prompt.
+VL-Cache, `Uniform`, `Pyramid`, `GlobalBest`, or a function of the user's own. `allocate` turns the
+sizes into whole numbers k[l] whose sum never exceeds what the pool was made for; for a budget in
+tokens it is exactly that. All of it is float32 and int32 data: the same program serves every
+prompt.
 
 Shapes: sizes and budgets [B, L]; m, the true prompt lengths, int32 [B].
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vlcache_jax.cache.blended import normalized
 from vlcache_jax.cache.budget import Limits, Prompt
 from vlcache_jax.cache.score import Layer, PostVisionRows, Window
+from vlcache_jax.cache.select import kept_rows, rank_rows
 
 _MOST = 2**23  # sizes beyond any prompt's length; whole numbers up to here are exact in float32
 
@@ -27,10 +31,12 @@ class Allocation:
     Attributes:
         window: the rows whose attention is measured; None where nothing is.
         threshold: p, the share of its row's maximum below which an entry counts as zeroed.
+        by_scores: whether the rule is shown the method's scores in place of measures.
     """
 
     window: Window | None = None
     threshold: float = 0.01
+    by_scores: ClassVar[bool] = False
 
     def measure(self, layer: Layer) -> jax.Array | None:
         """The sparsity gamma' of a layer of the running prompt, float32 [B]; None without a window.
@@ -45,7 +51,13 @@ class Allocation:
         return jnp.mean(seen.zeroed / jnp.maximum(seen.visible, 1), axis=-1, dtype=jnp.float32)
 
     def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
-        """The layers' sizes in tokens, float32 [B, L]; `measured` stacks the layers' measures."""
+        """The layers' sizes in tokens, float32 [B, L].
+
+        Args:
+            prompt: the prompts.
+            measured: the measures of all layers, float32 [B, L], or of a rule `by_scores` what each
+                token is worth, float32 [B, L, K, T]; None where there are none.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say sizes")
 
 
@@ -139,6 +151,41 @@ class Pyramid(Allocation):
 
 
 @dataclass(frozen=True)
+class GlobalBest(Allocation):
+    """AdaReTaKe's rule: a layer is given as many tokens as it has of the best of all layers.
+
+    A token's worth in a layer is the mean over the kv heads of its share of the score
+    (`normalized`). Of the L * m of them the alpha * L * m largest are taken, and counted by layer.
+    `allocate` raises a layer to the floor and takes that from the others. Choices of this library:
+    of equal worth the lower position comes first, in the lower layer, so that layers that are alike
+    are given the same; it is the method's own score that is compared.
+    """
+
+    by_scores: ClassVar[bool] = True
+
+    def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
+        """How many of the best tokens each layer has.
+
+        Raises:
+            ValueError: the score says nothing of what tokens are worth.
+        """
+        if measured is None:
+            raise ValueError(
+                "GlobalBest compares the scores of all layers, and this score has none: choose "
+                "another score, or another allocation"
+            )
+        worth = jnp.mean(normalized(measured, prompt.inside[:, None, None, :]), axis=2)  # [B, L, T]
+        every = prompt.length * prompt.layers
+        taken = prompt.budget.shares(prompt.length) * every.astype(jnp.float32)
+        taken = jnp.floor(taken + 0.5).astype(jnp.int32)
+        # As one row, position by position, the tokens of all layers are still the first of it.
+        row = worth.swapaxes(1, 2).reshape(len(every), 1, 1, -1)
+        nothing = jnp.zeros((len(every), 1), jnp.int32)
+        best = kept_rows(rank_rows(row, nothing, nothing, every), taken[:, None])
+        return jnp.sum(best.reshape(len(every), -1, prompt.layers), axis=1, dtype=jnp.float32)
+
+
+@dataclass(frozen=True)
 class AllocationFunction(Allocation):
     """A user's rule, which is shown the sparsity as VL-Cache measures it.
 
@@ -165,6 +212,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "sparsity": Sparsity(),
     "uniform": Uniform(),
     "pyramid": Pyramid(),
+    "global-best": GlobalBest(),
 }
 """The rules by the name that `Custom` takes."""
 
@@ -205,6 +253,24 @@ def _where_any(rows: jax.Array, new: Callable[[], jax.Array], old: jax.Array) ->
     """
     found = lax.cond(jnp.any(rows), new, lambda: jnp.zeros_like(old))
     return jnp.where(rows, found, old)
+
+
+def mixed(sizes: jax.Array, uniform_share: float, budget: Limits, m: jax.Array) -> jax.Array:
+    """Sizes between a rule's and even ones: u * C + (1 - u) * x, float32 [B, L].
+
+    Args:
+        sizes: x, float32 [B, L].
+        uniform_share: u, from 0 to 1.
+        budget: gives C, the size of all layers if they had the same.
+        m: true prompt lengths, int32 [B].
+    """
+
+    def part(share: float, sizes: jax.Array) -> jax.Array:
+        # Clipped before they are added, which keeps XLA from fusing product and sum: they are
+        # rounded alike in any batch.
+        return jnp.clip(jnp.nan_to_num(share * sizes.astype(jnp.float32)), 0, _MOST)
+
+    return part(uniform_share, budget.even_rows(m)[:, None]) + part(1 - uniform_share, sizes)
 
 
 def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:

@@ -201,3 +201,13 @@ class Prompt:
     def rows(self) -> int:
         """T, the prompt rows of the bucket."""
         return self.visual.shape[1]
+
+    @property
+    def inside(self) -> jax.Array:
+        """Which rows are tokens of the prompt, bool [B, T]."""
+        return jnp.arange(self.rows, dtype=jnp.int32) < self.length[:, None]
+
+    @property
+    def text(self) -> jax.Array:
+        """Which tokens are neither visual ones nor a context's, bool [B, T]."""
+        return self.inside & ~self.visual

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.cache.allocate import Allocation, allocate
+from vlcache_jax.cache.allocate import Allocation, allocate, mixed
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
 from vlcache_jax.cache.quantize import Quantizer, groups
-from vlcache_jax.cache.score import Layer, Score, Window
-from vlcache_jax.cache.select import kept_rows, rank_rows
+from vlcache_jax.cache.score import Layer, Look, Score
+from vlcache_jax.cache.select import kept_rows, last_marked, rank_rows
 from vlcache_jax.cache.state import Pool, round_up, whole_capacity
 from vlcache_jax.models.config import TextConfig
 
@@ -68,8 +68,8 @@ class Plan:
     def kept(self, prompt: Prompt) -> jax.Array:
         """Which tokens are kept, bool [B, L, K or 1, T]."""
         if self.order is None:
-            inside = jnp.arange(prompt.rows, dtype=jnp.int32) < prompt.length[:, None]
-            return jnp.broadcast_to(inside[:, None, None, :], (*self.budgets.shape, 1, prompt.rows))
+            inside = prompt.inside[:, None, None, :]
+            return jnp.broadcast_to(inside, (*self.budgets.shape, 1, prompt.rows))
         return kept_rows(self.order, self.budgets)
 
 
@@ -84,6 +84,13 @@ class CacheMethod:
         budget: the share of the whole cache to keep (0.1 is 10 %), or tokens per layer ("256tok").
         shared_heads: one set of tokens per layer, by the sum of its heads' scores.
         quantize: how what is kept is quantized; not at all by default.
+        keep_text: text tokens, all that are neither visual ones nor a context's, are kept before
+            any ranking. Where they are more than half of a layer's budget (rounded down, but at
+            least one token), the last ones fill that half. What they leave of the budget is
+            divided as without them: the first and last tokens that the score always keeps are
+            counted by it, and one of them that is text has its place already.
+        uniform_share: u, the share of the budget that all layers are given alike: a layer's size is
+            u * C + (1 - u) * the allocation's, C being the even size.
 
     Raises:
         ValueError: the budget or another setting is out of range.
@@ -94,8 +101,12 @@ class CacheMethod:
     budget: float | str = 0.1
     shared_heads: bool = False
     quantize: Quantizer | None = field(default=None, kw_only=True)
+    keep_text: bool = field(default=False, kw_only=True)
+    uniform_share: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self):
+        if not 0 <= self.uniform_share <= 1:
+            raise ValueError(f"uniform_share={self.uniform_share} must be from 0 to 1")
         # Made here so that a bad setting is refused now, not when the first prompt runs.
         _ = self.limit, self.rules()
 
@@ -108,13 +119,15 @@ class CacheMethod:
         """What each token is worth, and how many of them each layer keeps."""
         raise NotImplementedError(f"{type(self).__name__} has no rules")
 
-    def windows(self) -> list[tuple[Window, float | None]]:
-        """The windows of rows that the rules look at, each with its threshold or None."""
+    def windows(self) -> list[Look]:
+        """The windows of rows that the rules look at, and what they ask of them."""
         if self.limit.keeps_all:
             return []
         score, allocation = self.rules()
-        both = (score.window, None), (allocation.window, allocation.threshold)
-        return [(window, threshold) for window, threshold in both if window is not None]
+        found = list(score.looks)
+        if allocation.window is not None:
+            found.append(Look(allocation.window, allocation.threshold))
+        return found
 
     @property
     def is_full(self) -> bool:
@@ -174,6 +187,23 @@ class CacheMethod:
         layer = layer.seeing(self.windows())
         return Observation(score(layer), allocation.measure(layer), salience)
 
+    def always(
+        self, budgets: jax.Array, prompt: Prompt
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """What layers with these budgets [B, L] keep whatever it is worth.
+
+        Returns:
+            How many of a prompt's first tokens and of its last, int32 [B, L], and which of its
+            text, bool [B, L, T]; None where text is not kept for being text. Together they are
+            never more than the budget.
+        """
+        score, _ = self.rules()
+        if not self.keep_text:
+            return *score.always(budgets, prompt), None
+        text = last_marked(prompt.text, jnp.maximum(budgets // 2, 1))
+        left = budgets - jnp.sum(text, axis=-1, dtype=jnp.int32)
+        return *score.always(left, prompt), text
+
     def plan(self, seen: Observation, prompt: Prompt) -> Plan:
         """Decide what is kept: budgets by the allocation, tokens by the score.
 
@@ -185,16 +215,22 @@ class CacheMethod:
         if self.limit.keeps_all:
             budgets = jnp.broadcast_to(prompt.length[:, None], (batch, layers))
             return Plan(budgets, None, seen.salience)
-        score, allocation = self.rules()
-        sizes = allocation.sizes(prompt, seen.measured)
+        _, allocation = self.rules()
+        shown = seen.scores if allocation.by_scores else seen.measured
+        sizes = allocation.sizes(prompt, shown)
+        if self.uniform_share:
+            sizes = mixed(sizes, self.uniform_share, prompt.budget, prompt.length)
         budgets = allocate(sizes, prompt.budget, prompt.length)
         scores = seen.scores
         if scores is None:
             scores = jnp.zeros((batch, layers, 1, prompt.rows), jnp.float32)
+            if self.keep_text:  # ends that are text leave places: they go to the latest tokens
+                scores += jnp.arange(prompt.rows, dtype=jnp.float32)
         if self.shared_heads:
             scores = jnp.sum(scores, axis=2, keepdims=True)
-        first, last = score.always(budgets, prompt)
-        return Plan(budgets, rank_rows(scores, first, last, prompt.length), seen.salience)
+        first, last, text = self.always(budgets, prompt)
+        order = rank_rows(scores, first, last, prompt.length, text)
+        return Plan(budgets, order, seen.salience)
 
     def pool_shapes(
         self,

@@ -11,6 +11,7 @@ what was seen to the score and to the allocation.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,80 +20,22 @@ import numpy as np
 from pallas_kernels.window_scores import WindowScores, average_pool, window_scores
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.select import recent_rows
+from vlcache_jax.cache.windows import AllRows, LastRows, PostVisionRows, Window
 from vlcache_jax.errors import whole_number
 
 
-class Window:
-    """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses.
+class Look(NamedTuple):
+    """What is to be observed of a window's attention, beside its column sums.
 
     Attributes:
-        maximum: the most rows of a prompt that it can have; None for all of them.
+        window: the rows.
+        threshold: the entries below that share of their row's maximum are counted; None for none.
+        maxima: each column's largest entry too.
     """
 
-    maximum: int | None = None
-
-    def most(self, prompt: Prompt) -> int:
-        """The most rows that a prompt of this bucket can have in the window: static."""
-        return min(self.maximum or prompt.rows, prompt.rows)
-
-    def rows(self, prompt: Prompt) -> jax.Array:
-        """How many rows each prompt has in the window, int32 [B], from 1 to m."""
-        return prompt.length
-
-
-@dataclass(frozen=True)
-class PostVisionRows(Window):
-    """tau: the rows after the visual tokens (VL-Cache, section 4.1).
-
-    Choices of this library: with several images, the rows after the last visual token of the
-    prompt; where no text follows the image or there is none, the last `fallback` rows; of a long
-    question the last `maximum` rows; never more than there are.
-
-    Attributes:
-        fallback: rows where no text follows the last visual token.
-        maximum: the most rows.
-
-    Raises:
-        ValueError: one of them is below 1.
-    """
-
-    fallback: int = 32
-    maximum: int = 512
-
-    def __post_init__(self):
-        if self.fallback < 1 or self.maximum < 1:
-            raise ValueError(
-                f"fallback window {self.fallback} and longest window {self.maximum} "
-                "must be at least 1"
-            )
-
-    def rows(self, prompt: Prompt) -> jax.Array:
-        """See the class."""
-        position = jnp.arange(prompt.rows, dtype=jnp.int32)
-        last = jnp.max(jnp.where(prompt.visual, position, -1), axis=-1)
-        after = jnp.where(last < 0, 0, prompt.length - 1 - last)
-        rows = jnp.where(after > 0, after, self.fallback)
-        return jnp.minimum(jnp.minimum(rows, self.maximum), prompt.length)
-
-
-@dataclass(frozen=True)
-class LastRows(Window):
-    """SnapKV's window: `maximum` last rows, fewer where the budget is small (`Limits.window`)."""
-
-    maximum: int = 32
-
-    def __post_init__(self):
-        if self.maximum < 1:
-            raise ValueError(f"window={self.maximum} must be at least 1")
-
-    def rows(self, prompt: Prompt) -> jax.Array:
-        """See the class."""
-        return prompt.budget.window(prompt.length, self.maximum)
-
-
-@dataclass(frozen=True)
-class AllRows(Window):
-    """Every row of the prompt."""
+    window: Window
+    threshold: float | None = None
+    maxima: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,49 +62,72 @@ class Layer:
     entering: jax.Array | None = None
     seen: Mapping[Window, tuple[float | None, WindowScores]] = field(default_factory=dict)
 
-    def seeing(self, windows: Iterable[tuple[Window, float | None]]) -> "Layer":
+    def seeing(self, looks: Iterable[Look]) -> "Layer":
         """This layer with windows observed beforehand, each once for all that will `watch` it.
 
         Args:
-            windows: each with its threshold, or None.
+            looks: what will be asked for; of several thresholds for a window, the first is counted.
         """
-        seen = dict(self.seen)
-        # Those with a threshold first: they have the scores too.
-        for window, threshold in sorted(windows, key=lambda each: each[1] is None):
-            if window not in seen:
-                seen[window] = threshold, self.watch(window, threshold)
-        return replace(self, seen=seen)
+        wanted: dict[Window, Look] = {}
+        for look in looks:
+            old = wanted.get(look.window, look)
+            threshold = look.threshold if old.threshold is None else old.threshold
+            wanted[look.window] = Look(look.window, threshold, old.maxima or look.maxima)
+        seen = {
+            window: (look.threshold, self.watch(*look))
+            for window, look in wanted.items()
+            if window not in self.seen
+        }
+        return replace(self, seen={**self.seen, **seen})
 
-    def watch(self, window: Window, threshold: float | None = None) -> WindowScores:
+    def watch(
+        self, window: Window, threshold: float | None = None, maxima: bool = False
+    ) -> WindowScores:
         """The attention that a window's rows pay to each token.
 
         Args:
             window: the rows.
             threshold: also count the entries below that share of their row's maximum.
+            maxima: also give each column's largest entry.
         """
         counted, found = self.seen.get(window, (None, None))
-        if found is not None and threshold in (counted, None):
+        known = threshold in (counted, None)
+        if found is not None and known and not (maxima and found.maxima is None):
             return found
-        prompt, q = self.prompt, self.q
-        start = prompt.length - window.rows(prompt)
-        if window.maximum is not None:
-            row = jnp.minimum(
-                start[:, None] + jnp.arange(window.most(prompt), dtype=jnp.int32), prompt.rows - 1
-            )
-            q = jnp.take_along_axis(q, row[:, :, None, None], axis=1)  # [B, W, N, H]
-        return window_scores(
-            q, self.k, start, prompt.length, threshold=threshold, backend=self.backend
-        )
+        return window.watch(self, threshold, maxima)
+
+    def queries(self, position: jax.Array) -> jax.Array:
+        """Queries of the rows at some positions [B, W], any where there is no row: [B, W, N, H]."""
+        row = jnp.minimum(position, self.prompt.rows - 1)
+        return jnp.take_along_axis(self.q, row[:, :, None, None], axis=1)
+
+    def attention(
+        self,
+        q: jax.Array,
+        start: jax.Array,
+        threshold: float | None = None,
+        maxima: bool = False,
+    ) -> WindowScores:
+        """What rows with these queries attend to; see `window_scores`."""
+        settings = {"threshold": threshold, "maxima": maxima, "backend": self.backend}
+        return window_scores(q, self.k, start, self.prompt.length, **settings)
 
 
 class Score:
     """A rule of what each token is worth. Subclass it as a frozen dataclass, or write a function.
 
     Attributes:
-        window: the rows that the score watches; None where it watches none.
+        window: the rows that the score watches; None where it watches none, or several windows.
+        maxima: it asks for the largest attention to each token, not for the sum alone.
     """
 
     window: Window | None = None
+    maxima: bool = False
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """All windows of rows that the score watches, and what it asks of them."""
+        return () if self.window is None else (Look(self.window, maxima=self.maxima),)
 
     def __call__(self, layer: Layer) -> jax.Array | None:
         """The score of each token, float32 [B, K, T]; None where position alone decides.
@@ -209,7 +175,48 @@ class ColumnSum(RecentScore):
         window: the rows.
     """
 
-    window: Window = PostVisionRows()
+    window: Window = field(default=PostVisionRows())
+
+
+def check_kernel(kernel: int) -> None:
+    """Refuse a number of neighbours that has no middle.
+
+    Raises:
+        ValueError: it is even or below 1.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{kernel=} must be odd and at least 1")
+
+
+@dataclass(frozen=True)
+class RowMaximum(RecentScore):
+    """The largest attention that any row of a window pays to each token, averaged over neighbours.
+
+    A sum forgets the one row that looked for a token; what stands beside a token that was looked at
+    is likely to be read next. It is this library's own score (docs/accuracy.md). That of a kv head
+    is the sum of its query heads' maxima; image and text tokens compete in one ranking.
+
+    Attributes:
+        window: the rows.
+        kernel: neighbours of the average, an odd number; beyond a prompt's ends there are zeros.
+
+    Raises:
+        ValueError: `kernel` is out of range.
+    """
+
+    window: Window = field(default=PostVisionRows())
+    kernel: int = 9
+    maxima = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_kernel(self.kernel)
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
+        maxima = layer.watch(self.window, maxima=True).maxima
+        assert maxima is not None  # they were asked for
+        return average_pool(maxima, layer.prompt.length, self.kernel)
 
 
 @dataclass(frozen=True)
@@ -227,12 +234,11 @@ class PooledWindow(Score):
         ValueError: `kernel` is out of range.
     """
 
-    window: Window = LastRows()
+    window: Window = field(default=LastRows())
     kernel: int = 5
 
     def __post_init__(self):
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} must be odd and at least 1")
+        check_kernel(self.kernel)
 
     def __call__(self, layer: Layer) -> jax.Array:
         """See the class."""
@@ -322,6 +328,7 @@ class ScoreFunction(RecentScore):
 
 SCORES: dict[str, Score] = {
     "post-vision": ColumnSum(PostVisionRows()),
+    "row-maximum": RowMaximum(),
     "h2o": ColumnSum(AllRows(), recent_ratio=0.5),
     "snapkv": PooledWindow(),
     "streaming-llm": Ends(),

@@ -36,12 +36,32 @@ def recent_rows(kept: Rows, recent_ratio: float) -> Rows:
     return (share + np.float32(1e-4)).astype(np.int32)
 
 
-def rank_rows(scores: jax.Array, first: jax.Array, last: jax.Array, m: jax.Array) -> jax.Array:
+def last_marked(marked: jax.Array, most: jax.Array) -> jax.Array:
+    """The last of some marked rows, as many as each layer may have.
+
+    Args:
+        marked: bool [B, T].
+        most: int32 [B, L].
+
+    Returns:
+        Bool [B, L, T]: all marked rows, or the last `most` of them where there are more.
+    """
+    behind = lax.cumsum(marked.astype(jnp.int32), axis=1, reverse=True)  # the row itself included
+    return marked[:, None, :] & (behind[:, None, :] <= most[:, :, None])
+
+
+def rank_rows(
+    scores: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    m: jax.Array,
+    others: jax.Array | None = None,
+) -> jax.Array:
     """Rank the prompt's rows for every layer and kv head.
 
-    The prompt's `first` and `last` rows come first, then the others by score: infinity in front of
-    all numbers, minus infinity behind them, NaN behind that; rows beyond the prompt's end come
-    last. Ties go to the lower position.
+    The prompt's `first` and `last` rows and the `others` that are named come first, then the rest
+    by score: infinity in front of all numbers, minus infinity behind them, NaN behind that; rows
+    beyond the prompt's end come last. Ties go to the lower position.
 
     Args:
         scores: real [B, L, K, T], or [B, L, 1, T] for one ranking per layer, ranked as float32;
@@ -49,6 +69,7 @@ def rank_rows(scores: jax.Array, first: jax.Array, last: jax.Array, m: jax.Array
         first: rows at the prompt's beginning that are kept whatever their score, int32 [B, L].
         last: the same of its end, int32 [B, L].
         m: true prompt lengths, int32 [B].
+        others: more rows that are kept whatever their score, bool [B, L, T]; None for none.
 
     Returns:
         Positions in the order of their worth, int32, in the shape of the scores.
@@ -57,6 +78,8 @@ def rank_rows(scores: jax.Array, first: jax.Array, last: jax.Array, m: jax.Array
     end = m[:, None, None, None]
     always = position >= end - last[:, :, None, None]
     always = always | (position < first[:, :, None, None])
+    if others is not None:
+        always = always | others[:, :, None, :]
     # Of a user's scores any may come: infinities are left to what is always kept and to padding.
     worth = jnp.clip(scores.astype(jnp.float32), -_NEXT_LARGEST, _LARGEST)
     worth = jnp.where(jnp.isnan(worth), -_LARGEST, worth)

@@ -125,7 +125,7 @@ def trace_batch(
     }
     if not method.limit.keeps_all:
         score, allocation = method.rules()
-        _, found["recent"] = score.always(plan.budgets, prompt)
+        _, found["recent"], _ = method.always(plan.budgets, prompt)
         if score.window is not None:
             found["tau"] = score.window.rows(prompt)
         if isinstance(allocation, Sparsity) and seen.measured is not None:
@@ -153,7 +153,7 @@ class Trace:
         tau: rows of the scoring window.
         window_start: its first row, m - tau.
         recent: how many of the kept tokens are the prompt's last ones whatever they are worth,
-            int32 [L].
+            int32 [L]; text that is kept for being text is not counted.
     """
 
     method: str

@@ -62,13 +62,13 @@ class Together(CacheMethod):
         # Last rows are as many as a method's budget allows.
         alike: dict[Budget | None, list[CacheMethod]] = defaultdict(list)
         for method in self.methods:
-            moving = any(isinstance(window, LastRows) for window, _ in method.windows())
+            moving = any(isinstance(look.window, LastRows) for look in method.windows())
             alike[method.limit if moving else None].append(method)
         found = {}
         for group in alike.values():
             prompt = replace(layer.prompt, budget=group[0].limit.data)
-            windows = [window for method in group for window in method.windows()]
-            watched = replace(layer, prompt=prompt).seeing(windows)
+            looks = [look for method in group for look in method.windows()]
+            watched = replace(layer, prompt=prompt).seeing(looks)
             for method in group:
                 prompt = replace(layer.prompt, budget=method.limit.data)
                 found[method] = method.observe(replace(watched, prompt=prompt))

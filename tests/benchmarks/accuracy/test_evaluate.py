@@ -254,6 +254,8 @@ def test_a_score_is_computed_once_for_all_methods_that_watch_alike(vlm, monkeypa
 
     assert windows(VLCache(0.1)) == LAYERS
     assert windows(VLCache(0.1), VLCache(0.4), Custom(0.2, allocation="uniform")) == LAYERS
+    largest = Custom(0.3, score="row-maximum", allocation="uniform")
+    assert windows(VLCache(0.1), largest, Custom(0.2, score="row-maximum")) == LAYERS
     assert windows(SnapKV(0.1), SnapKV(0.4), PyramidKV(0.1)) == 2 * LAYERS  # windows by budget
 
 

@@ -10,7 +10,7 @@ from benchmarks.accuracy.experiments.row_score import RowScore
 from vlcache_jax import H2O, Custom, VLCache
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.method import Observation
-from vlcache_jax.cache.score import ColumnSum, Layer, PostVisionRows
+from vlcache_jax.cache.score import ColumnSum, Layer, PostVisionRows, RowMaximum
 from vlcache_jax.cache.state import Pool
 
 
@@ -62,6 +62,16 @@ def test_without_changes_it_is_the_score_of_vl_cache(layer):
     assert expected is not None
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found[1, :, :36], expected[1, :, :36], rtol=1e-5)
+
+
+def test_the_best_one_is_the_score_of_the_library(layer):
+    best, library = RowScore(rows="max", pool=9), RowMaximum(PostVisionRows(maximum=128))
+    np.testing.assert_allclose(library(layer), best(layer), rtol=1e-5, atol=1e-6)
+    rows = jnp.array([[30, 10, 8], [30, 10, 2]])
+    for ours, expected in zip(
+        library.always(rows, layer.prompt), best.always(rows, layer.prompt), strict=True
+    ):
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_the_question_is_kept_as_far_as_it_may(layer):

@@ -1,0 +1,172 @@
+"""Scores made of other scores.
+
+    Blend(a, b, weight)      (1 - weight) * a + weight * b, each as shares of its sum
+    ValueNorm(score)         times the norm of the token's value
+    Pooled(score, kernel)    the mean over neighbouring tokens
+
+Each takes any score, one of these among them: `Pooled(Blend(ColumnSum(), Blend(a, b)))`. Every
+window of rows that one of the terms watches is observed once.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.window_scores import average_pool
+from vlcache_jax.cache.budget import Prompt
+from vlcache_jax.cache.score import (
+    Layer,
+    Look,
+    RecentScore,
+    Score,
+    Window,
+    check_kernel,
+)
+
+_LEAST, _LARGEST = np.float32(2.0**-120), np.float32(2.0**120)
+"""Sums that a score is divided by: XLA multiplies by the inverse, which must be a normal number."""
+
+
+def normalized(scores: jax.Array, inside: jax.Array) -> jax.Array:
+    """Scores as shares of their sum over a prompt's tokens; the same for all where all are alike.
+
+    Where some are negative the least of them becomes 0: the order stays. What is minus infinity or
+    NaN is worth 0 too, and beside infinity nothing else is worth anything.
+
+    Args:
+        scores: real [..., T].
+        inside: which of them are tokens, bool, broadcast to the scores.
+
+    Returns:
+        Float32 in their shape, 0 beyond the prompt's end. (That negative scores are shifted and
+        equal ones are made equal shares are choices of this library.)
+    """
+    most = _LARGEST / scores.shape[-1]
+    there = inside & (scores > -jnp.inf)
+    worth = jnp.where(there, jnp.clip(scores.astype(jnp.float32), -most, most), 0.0)
+    least = jnp.min(worth, axis=-1, keepdims=True)
+    worth = jnp.where(there, worth - jnp.minimum(least, 0.0), 0.0)
+    total = jnp.sum(worth, axis=-1, keepdims=True)
+    even = inside / jnp.sum(inside, axis=-1, keepdims=True, dtype=jnp.float32)
+    differ = total > _LEAST
+    return jnp.where(differ, worth / jnp.where(differ, total, 1.0), even)
+
+
+def scores_of(score: Score, layer: Layer) -> jax.Array:
+    """A score's numbers, float32 [B, K, T].
+
+    Raises:
+        ValueError: it has none, as position alone decides.
+    """
+    found = score(layer)
+    if found is None:
+        raise ValueError(
+            f"{type(score).__name__} keeps tokens by their position alone: give a score that says "
+            "what each is worth"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Blend(RecentScore):
+    """Two scores as one: (1 - weight) * a + weight * b, per kv head.
+
+    Each is `normalized` first, so that it has sum 1 over the prompt's tokens. What the terms
+    themselves always keep is not kept for that: `recent_ratio` is the blend's own.
+
+    Attributes:
+        a: the first score.
+        b: the second one; either may be a blend itself.
+        weight: share of the second one, 0 to 1.
+        recent_ratio: as in `RecentScore`.
+
+    Raises:
+        ValueError: the weight or the ratio is not from 0 to 1.
+    """
+
+    a: Score
+    b: Score
+    weight: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight={self.weight} must be from 0 to 1")
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """Those of both."""
+        return tuple(dict.fromkeys((*self.a.looks, *self.b.looks)))
+
+    @property
+    def window(self) -> Window | None:
+        """The window of both, where it is one."""
+        windows = {look.window for look in self.looks}
+        return windows.pop() if len(windows) == 1 else None
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
+        inside = layer.prompt.inside[:, None, :]
+        a, b = (normalized(scores_of(score, layer), inside) for score in (self.a, self.b))
+        return (1 - self.weight) * a + self.weight * b
+
+
+@dataclass(frozen=True)
+class Changed(Score):
+    """A score that changes another one's numbers: it watches and always keeps what that one does.
+
+    Attributes:
+        score: the other one.
+    """
+
+    score: Score
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """The other one's."""
+        return self.score.looks
+
+    @property
+    def window(self) -> Window | None:
+        """The other one's."""
+        return self.score.window
+
+    def always(self, rows: jax.Array, prompt: Prompt) -> tuple[jax.Array, jax.Array]:
+        """What the other one always keeps."""
+        return self.score.always(rows, prompt)
+
+
+@dataclass(frozen=True)
+class ValueNorm(Changed):
+    """A score times the norm of each token's value, per kv head: what attention hands on.
+
+    For scores that are not negative.
+    """
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
+        norm = jnp.linalg.norm(layer.v.astype(jnp.float32), axis=-1)  # [B, T, K]
+        return scores_of(self.score, layer) * norm.swapaxes(1, 2)
+
+
+@dataclass(frozen=True)
+class Pooled(Changed):
+    """A score averaged over neighbouring tokens, as SnapKV's: zeros counted at the prompt's ends.
+
+    Attributes:
+        kernel: neighbours of the average, the token among them, an odd number.
+
+    Raises:
+        ValueError: `kernel` is out of range.
+    """
+
+    kernel: int = 5
+
+    def __post_init__(self):
+        check_kernel(self.kernel)
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
+        return average_pool(scores_of(self.score, layer), layer.prompt.length, self.kernel)

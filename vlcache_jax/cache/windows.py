@@ -1,0 +1,148 @@
+"""Windows of rows, whose attention to the prompt's tokens scores and allocations watch."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.window_scores import WindowScores
+from vlcache_jax.cache.budget import Prompt
+from vlcache_jax.errors import whole_number
+
+if TYPE_CHECKING:
+    from vlcache_jax.cache.score import Layer
+
+_MOST_SAMPLED = 2**15  # its square is a number of 32 bits
+
+
+class Window:
+    """The last rows of each prompt, which a score watches. Subclasses are frozen dataclasses.
+
+    Attributes:
+        maximum: the most rows of a prompt that it can have; None for all of them.
+    """
+
+    maximum: int | None = None
+
+    def most(self, prompt: Prompt) -> int:
+        """The most rows that a prompt of this bucket can have in the window: static."""
+        return min(self.maximum or prompt.rows, prompt.rows)
+
+    def rows(self, prompt: Prompt) -> jax.Array:
+        """How many rows each prompt has in the window, int32 [B], from 1 to m."""
+        return prompt.length
+
+    def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
+        """The attention that the rows pay to each token; `Layer.watch` remembers it."""
+        prompt, q = layer.prompt, layer.q
+        start = prompt.length - self.rows(prompt)
+        if self.maximum is not None:
+            q = layer.queries(start[:, None] + jnp.arange(self.most(prompt), dtype=jnp.int32))
+        return layer.attention(q, start, threshold, maxima)
+
+
+@dataclass(frozen=True)
+class PostVisionRows(Window):
+    """tau: the rows after the visual tokens (VL-Cache, section 4.1).
+
+    Choices of this library: with several images, the rows after the last visual token of the
+    prompt; where no text follows the image or there is none, the last `fallback` rows; of a long
+    question the last `maximum` rows; never more than there are.
+
+    Attributes:
+        fallback: rows where no text follows the last visual token.
+        maximum: the most rows.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
+
+    fallback: int = 32
+    maximum: int = 512
+
+    def __post_init__(self):
+        if self.fallback < 1 or self.maximum < 1:
+            raise ValueError(
+                f"fallback window {self.fallback} and longest window {self.maximum} "
+                "must be at least 1"
+            )
+
+    def rows(self, prompt: Prompt) -> jax.Array:
+        """See the class."""
+        position = jnp.arange(prompt.rows, dtype=jnp.int32)
+        last = jnp.max(jnp.where(prompt.visual, position, -1), axis=-1)
+        after = jnp.where(last < 0, 0, prompt.length - 1 - last)
+        rows = jnp.where(after > 0, after, self.fallback)
+        return jnp.minimum(jnp.minimum(rows, self.maximum), prompt.length)
+
+
+@dataclass(frozen=True)
+class LastRows(Window):
+    """SnapKV's window: `maximum` last rows, fewer where the budget is small (`Limits.window`)."""
+
+    maximum: int = 32
+
+    def __post_init__(self):
+        if self.maximum < 1:
+            raise ValueError(f"window={self.maximum} must be at least 1")
+
+    def rows(self, prompt: Prompt) -> jax.Array:
+        """See the class."""
+        return prompt.budget.window(prompt.length, self.maximum)
+
+
+@dataclass(frozen=True)
+class AllRows(Window):
+    """Every row of the prompt, or rows that stand for all of them.
+
+    With a `sample`, the n rows up to the last visual token (or a context's) are cut into that many
+    pieces that differ by one row at most, and the last row of each stands for its piece: what it
+    attends to counts n / sample times, so that the sum over all keys is that of every row. All rows
+    behind stay themselves. Which rows are taken depends on n alone, not on the question behind.
+    With n no more than the sample every row is taken. Counts of zeroed entries and maxima
+    are those of the rows taken. (Choices of this library.)
+
+    Attributes:
+        sample: rows taken up to the last visual token; None for all.
+
+    Raises:
+        ValueError: it is no whole number from 1 to 32,768.
+    """
+
+    sample: int | None = None
+
+    def __post_init__(self):
+        if self.sample is not None and whole_number(self.sample, "sample", 1) > _MOST_SAMPLED:
+            raise ValueError(
+                f"sample={self.sample} must be at most {_MOST_SAMPLED}: leave it out for all rows"
+            )
+
+    def taken(self, prompt: Prompt) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The rows that are watched, where `sample` is given.
+
+        Returns:
+            Their positions, ascending, int32 [B, T], from the length on where there are no more;
+            s, how many of them are up to the last visual token, int32 [B]; and n, int32 [B].
+        """
+        assert self.sample is not None
+        index = jnp.arange(prompt.rows, dtype=jnp.int32)
+        n = jnp.max(jnp.where(prompt.visual, index + 1, 0), axis=1, keepdims=True)
+        s = jnp.minimum(n, self.sample)
+        each = jnp.maximum(s, 1)
+        # (index + 1) * n // s - 1, whose product may be beyond 32 bits.
+        piece = (index + 1) * (n // each) + (index + 1) * (n % each) // each - 1
+        return jnp.where(index < s, piece, n - s + index), s[:, 0], n[:, 0]
+
+    def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
+        """See the class."""
+        if self.sample is None:
+            return super().watch(layer, threshold, maxima)
+        position, s, n = self.taken(layer.prompt)
+        seen = layer.attention(layer.queries(position), position, threshold, maxima)
+        # Once more the rows that stand for others, for what those would add.
+        index = jnp.arange(min(self.sample, layer.prompt.rows), dtype=jnp.int32)
+        some = jnp.where(index < s[:, None], position[:, : index.size], layer.prompt.rows)
+        others = (n - s) / jnp.maximum(s, 1).astype(jnp.float32)
+        more = layer.attention(layer.queries(some), some).scores
+        return seen._replace(scores=seen.scores + others[:, None, None] * more)
