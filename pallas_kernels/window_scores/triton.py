@@ -88,8 +88,7 @@ def _columns_kernel(
     """References of one kv head: q [W, G, H]; k [T, H]; maximum, share [G, W]; scores [T].
 
     `zeroed` is [G, key blocks]: what this block of keys adds to each query head's count; `maxima`
-    is [G, T], since a sum of them over the heads would take registers all the while. Either is None
-    where it is not asked for.
+    is [T]. Either is None where it is not asked for.
     """
     block, batch = pl.program_id(0), pl.program_id(2)
     start, length = start_ref[batch], lengths_ref[batch]
@@ -101,7 +100,7 @@ def _columns_kernel(
     first_row = jnp.maximum(block * block_keys - start, 0)
     stop_row = jnp.minimum(length - start, window)
 
-    def query_head(head: jax.Array, scores: jax.Array) -> jax.Array:
+    def query_head(head: jax.Array, sums: Any) -> Any:
         def add(index: jax.Array, carry: Any) -> Any:
             scores, zeroed, largest = carry
             rows = index * block_rows + lines
@@ -114,27 +113,30 @@ def _columns_kernel(
             logits = jnp.where(seen, logits - maximum[:, None], -jnp.inf)
             weights = jnp.exp(logits)  # 1 at the row's maximum
             entries = weights * share[:, None]
+            scores += jnp.sum(entries, axis=0)
             if largest is not None:
                 largest = jnp.maximum(largest, jnp.max(entries, axis=0))
-            scores += jnp.sum(entries, axis=0)
             if threshold is not None:
                 small = seen & (weights < threshold)
                 small = jnp.sum(small.astype(jnp.int32), axis=1, dtype=jnp.int32)
                 zeroed += jnp.sum(small, axis=0, dtype=jnp.int32)
             return scores, zeroed, largest
 
+        scores, maxima = sums
         bounds = first_row // block_rows, trips(stop_row, block_rows)
-        carry = scores, jnp.int32(0), None if maxima_ref is None else nothing
+        carry = scores, jnp.int32(0), none
         scores, zeroed, largest = lax.fori_loop(*bounds, add, carry)
         if zeroed_ref is not None:
             zeroed_ref[head, block] = zeroed
-        if maxima_ref is not None:
-            tiles.scatter(maxima_ref, (head, keys), keys < maxima_ref.shape[1], largest)
-        return scores
+        return scores, None if largest is None else maxima + largest
 
     nothing = jnp.zeros((block_keys,), jnp.float32)
-    scores = lax.fori_loop(0, group, query_head, nothing)
-    tiles.scatter(scores_ref, (keys,), keys < scores_ref.shape[0], scores)
+    none = None if maxima_ref is None else nothing
+    scores, maxima = lax.fori_loop(0, group, query_head, (nothing, none))
+    inside = keys < scores_ref.shape[0]
+    tiles.scatter(scores_ref, (keys,), inside, scores)
+    if maxima_ref is not None:
+        tiles.scatter(maxima_ref, (keys,), inside, maxima)
 
 
 def window_scores(
@@ -196,13 +198,11 @@ def window_scores(
     share = 1.0 / jnp.where(total == 0.0, 1.0, total)
 
     blocks, counted = pl.cdiv(keys, block_keys), threshold is not None
-    sums = jax.ShapeDtypeStruct((batch, kv_heads, keys), jnp.float32)
+    columns = jax.ShapeDtypeStruct((batch, kv_heads, keys), jnp.float32)
     counts = jax.ShapeDtypeStruct((batch, kv_heads, group, blocks), jnp.int32)
-    tops = jax.ShapeDtypeStruct((batch, kv_heads, group, keys), jnp.float32)
-
-    def by_head(size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, group, size), lambda j, h, b: (b, h, 0, 0))
-
+    of_keys = pl.BlockSpec((None, None, keys), lambda j, h, b: (b, h, 0))
+    of_blocks = pl.BlockSpec((None, None, group, blocks), lambda j, h, b: (b, h, 0, 0))
+    by_head = pl.BlockSpec((None, None, group, window), lambda j, h, b: (b, h, 0, 0))
     scores, zeroed, largest = call(
         _columns_kernel,
         "window_columns",
@@ -212,15 +212,11 @@ def window_scores(
             whole,
             pl.BlockSpec((None, window, None, group, head_dim), lambda j, h, b: (b, 0, h, 0, 0)),
             pl.BlockSpec((None, keys, None, head_dim), lambda j, h, b: (b, 0, h, 0)),
-            by_head(window),
-            by_head(window),
+            by_head,
+            by_head,
         ],
-        out_specs=[
-            pl.BlockSpec((None, None, keys), lambda j, h, b: (b, h, 0)),
-            by_head(blocks) if counted else None,
-            by_head(keys) if maxima else None,
-        ],
-        out_shape=[sums, counts if counted else None, tops if maxima else None],
+        out_specs=[of_keys, of_blocks if counted else None, of_keys if maxima else None],
+        out_shape=[columns, counts if counted else None, columns if maxima else None],
         threshold=threshold,
     )(
         start,
@@ -232,4 +228,4 @@ def window_scores(
     )
     if counted:
         zeroed = jnp.sum(zeroed, axis=-1, dtype=jnp.int32).reshape(batch, heads)
-    return scores, zeroed, jnp.sum(largest, axis=2) if maxima else None
+    return scores, zeroed, largest
