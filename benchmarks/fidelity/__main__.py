@@ -13,7 +13,12 @@ from benchmarks.environment import environment
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-BUDGETS = {"methods": "0.02,0.05,0.1,0.2,0.4", "ablation": "0.1", "layers": "0.1"}
+BUDGETS = {
+    "methods": "0.02,0.05,0.1,0.2,0.4",
+    "ablation": "0.1",
+    "layers": "0.1",
+    "candidates": "0.05,0.1,0.2",
+}
 
 
 @app.command()
@@ -22,7 +27,8 @@ def main(
         str,
         typer.Option(
             help="methods: all of them by budget; ablation: scores by divisions over the layers; "
-            "layers: one layer compressed at a time."
+            "layers: one layer compressed at a time; candidates: what the recommended method is "
+            "chosen among, with --split tune."
         ),
     ] = "methods",
     model: Annotated[

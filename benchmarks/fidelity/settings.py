@@ -7,13 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.accuracy.budgets import EXTRA
-from benchmarks.accuracy.experiments.row_score import RowScore
 from benchmarks.accuracy.oracle import Oracle
+from benchmarks.candidates import candidates
 from vlcache_jax.cache.allocate import Allocation, Sparsity
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import METHODS, Custom, make_method
-from vlcache_jax.cache.score import AllRows, ColumnSum, PooledWindow, PostVisionRows, Score
+from vlcache_jax.cache.score import (
+    AllRows,
+    ColumnSum,
+    PooledWindow,
+    PostVisionRows,
+    RowMaximum,
+    Score,
+)
 
 Cell = tuple[str, str]
 """A label and a budget."""
@@ -23,7 +30,7 @@ SCORES: dict[str, Score] = {
     "all rows": ColumnSum(AllRows()),
     "all rows, half recent": ColumnSum(AllRows(), recent_ratio=0.5),
     "last 32 rows, pooled": PooledWindow(),
-    "maximum, pooled": RowScore(rows="max", pool=9),
+    "maximum, pooled": RowMaximum(),
 }
 """VL-Cache's score, its own over all rows, H2O's, SnapKV's, and the best of the small model's."""
 
@@ -79,8 +86,18 @@ def alone(budgets: tuple[float, ...], layers: int) -> dict[Cell, CacheMethod]:
     }
 
 
+def search(budgets: tuple[float, ...], layers: int) -> dict[Cell, CacheMethod]:
+    """What the recommended method is chosen among, and what is published beside it."""
+    names = "vl-cache", "h2o", "snapkv"
+    tried = {
+        str(b): {name: make_method(name, b) for name in names} | candidates(b) for b in budgets
+    }
+    return {(label, b): method for b, own in tried.items() for label, method in own.items()}
+
+
 PARTS: Mapping[str, Callable[[tuple[float, ...], int], dict[Cell, CacheMethod]]] = {
     "methods": methods,
     "ablation": ablation,
     "layers": alone,
+    "candidates": search,
 }

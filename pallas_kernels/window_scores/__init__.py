@@ -41,6 +41,7 @@ def window_scores(
     start: jax.Array,
     lengths: jax.Array,
     *,
+    weights: jax.Array | None = None,
     threshold: float | None = None,
     maxima: bool = False,
     scale: float | None = None,
@@ -63,6 +64,8 @@ def window_scores(
         start: position of the window's first row, int32 [B]; or of each row, ascending, int32
             [B, W], where rows at or beyond the length are not there.
         lengths: true length of each prompt, int32 [B].
+        weights: how often each row's attention counts in the sums and the maxima, finite and not
+            below 0, float32 [B, 1, W], or [B, K, W] for each kv head; once where it is None.
         threshold: p, the share of its row's maximum below which an entry counts as zeroed; None
             to count nothing.
         maxima: also give the largest entry of each column, head by head.
@@ -82,6 +85,8 @@ def window_scores(
         raise ValueError(
             f"{start.shape=}, {lengths.shape=} must be {(batch,)}, or {(batch, rows)} of the start"
         )
+    if weights is not None and weights.shape not in ((batch, 1, rows), (batch, k.shape[2], rows)):
+        raise ValueError(f"{weights.shape=}: expected [B, 1, W] or [B, K, W], of {q.shape=}")
     if threshold is not None and rows * k.shape[1] >= 2**31:
         raise NotImplementedError(
             f"{rows} window rows of {k.shape[1]} keys cannot be counted in 32 bits: use fewer "
@@ -89,7 +94,7 @@ def window_scores(
         )
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     arrays = q, k, start, lengths
-    settings = {"threshold": threshold, "maxima": maxima, "scale": scale}
+    settings = {"weights": weights, "threshold": threshold, "maxima": maxima, "scale": scale}
     scores, zeroed, highest = choose("window_scores", backend, BACKENDS, *arrays, **settings)
     if zeroed is None:
         return WindowScores(scores, None, None, highest)

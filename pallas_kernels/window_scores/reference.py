@@ -11,6 +11,7 @@ def window_scores(
     *,
     threshold: float,
     scale: float,
+    weights: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Row by row and head by head, with whole rows of the attention matrix.
 
@@ -22,6 +23,8 @@ def window_scores(
     scores, maxima = np.zeros((2, batch, kv_heads, keys))
     zeroed = np.zeros((batch, heads), int)
     visible = np.zeros((batch, heads), int)
+    counts = np.ones((batch, 1, rows)) if weights is None else weights
+    counts = np.broadcast_to(counts, (batch, kv_heads, rows))
     positions = start[:, None] + np.arange(rows) if start.ndim == 1 else start
     for b in range(batch):
         for n in range(heads):
@@ -30,10 +33,11 @@ def window_scores(
             for i in np.flatnonzero(positions[b] < lengths[b]):
                 seen = int(positions[b, i]) + 1
                 logits = k[b, :seen, group].astype(np.float64) @ q[b, i, n].astype(np.float64)
-                weights = np.exp(scale * (logits - logits.max()))
-                scores[b, group, :seen] += weights / weights.sum()
-                largest[:seen] = np.maximum(largest[:seen], weights / weights.sum())
-                zeroed[b, n] += (weights < threshold).sum()
+                shares = np.exp(scale * (logits - logits.max()))
+                entries = counts[b, group, i] * shares / shares.sum()
+                scores[b, group, :seen] += entries
+                largest[:seen] = np.maximum(largest[:seen], entries)
+                zeroed[b, n] += (shares < threshold).sum()
                 visible[b, n] += seen
             maxima[b, group] += largest
     return scores, zeroed, visible, maxima

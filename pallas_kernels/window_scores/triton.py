@@ -179,6 +179,7 @@ def window_scores(
     *,
     threshold: float | None,
     scale: float,
+    weights: jax.Array | None = None,
     maxima: bool = False,
     config: WindowConfig | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
@@ -236,6 +237,9 @@ def window_scores(
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)
     total = jnp.sum(total * jnp.exp(maximum - highest[:, :, None]), axis=2)
     share = 1.0 / jnp.where(total == 0.0, 1.0, total)
+    share = share.reshape(batch, kv_heads, group, window)
+    if weights is not None:
+        share *= weights[:, :, None, :]
 
     blocks, counted = pl.cdiv(keys, block_keys), threshold is not None
     columns = jax.ShapeDtypeStruct((batch, kv_heads, keys), jnp.float32)
@@ -264,7 +268,7 @@ def window_scores(
         q.reshape(batch, window, kv_heads, group, head_dim),
         k,
         highest.reshape(batch, kv_heads, group, window),
-        share.reshape(batch, kv_heads, group, window),
+        share,
     )
     if counted:
         zeroed = jnp.sum(zeroed, axis=-1, dtype=jnp.int32).reshape(batch, heads)

@@ -20,6 +20,7 @@ def window_scores(
     *,
     threshold: float | None,
     scale: float,
+    weights: jax.Array | None = None,
     maxima: bool = False,
 ) -> Sums:
     """See the package's public function, of which it gives the scores, `zeroed` and `maxima`."""
@@ -75,6 +76,9 @@ def window_scores(
         highest, total = lax.fori_loop(0, trips, softmax_pass, nothing)
         highest = jnp.where(highest == -jnp.inf, 0.0, highest)[..., None]
         total = jnp.where(total == 0.0, 1.0, total)[..., None]
+        if weights is not None:
+            counts = lax.dynamic_slice_in_dim(weights, row_at, rows, axis=2)
+            total = total / counts[:, :, None, :, None]  # a row that counts nothing is divided away
 
         def column_pass(index: jax.Array, sums: Sums) -> Sums:
             scores, zeroed, largest = sums

@@ -146,6 +146,25 @@ def test_rows_at_positions_of_their_own(backend, length):
 
 
 @both_backends
+@pytest.mark.parametrize(("rows", "kv_heads"), [(1, 1), (133, 1), (300, 2)])
+def test_rows_that_count_more_or_less(backend, rows, kv_heads):
+    q, k, start, lengths = case(300, rows, 4, 2, min(300 - rows, 280))
+    lengths = int32(290)  # of many rows the last ten are not there
+    weights = np.random.default_rng(rows).integers(0, 4, (1, kv_heads, rows)).astype(np.float32)
+    weights[..., 0] = 2
+    ours = run(q, k, start, lengths, weights=weights, threshold=THRESHOLD, maxima=True,
+               backend=backend)  # fmt: skip
+    settings = {"threshold": THRESHOLD, "scale": 0.25}
+    expected = reference.window_scores(q, k, start, lengths, weights=weights, **settings)
+    assert_close(ours.scores, expected[0], "float32")
+    assert_close(ours.maxima, expected[3], "float32")
+    plain = run(q, k, start, lengths, threshold=THRESHOLD, maxima=True, backend=backend)
+    assert same_bits(ours.zeroed, plain.zeroed)
+    once = run(q, k, start, lengths, weights=np.ones_like(weights), maxima=True, backend=backend)
+    assert_close(once.scores, np.asarray(plain.scores), "float32")
+
+
+@both_backends
 @pytest.mark.parametrize("window", [1, 7, 40])
 def test_positions_one_after_the_other_are_a_window(backend, window):
     q, k, start, lengths = case(40, window, 4, 2, 40 - window)
@@ -231,6 +250,8 @@ def test_shapes_that_do_not_fit_are_refused():
         window_scores(q, k, start[:0], lengths)
     with pytest.raises(ValueError, match=r"expected \[B, W, N, H\]"):
         window_scores(q[..., :8], k, start, lengths)
+    with pytest.raises(ValueError, match=r"expected \[B, 1, W\] or \[B, K, W\]"):
+        window_scores(q, k, start, lengths, weights=jnp.ones((1, 4)))
     with pytest.raises(ValueError, match="odd"):
         average_pool(jnp.zeros((1, 1, 4)), jnp.array([4]), 4)
     with pytest.raises(NotImplementedError, match="no backend 'cudnn'"):

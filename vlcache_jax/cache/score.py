@@ -107,10 +107,12 @@ class Layer:
         start: jax.Array,
         threshold: float | None = None,
         maxima: bool = False,
+        weights: jax.Array | None = None,
     ) -> WindowScores:
         """What rows with these queries attend to; see `window_scores`."""
-        settings = {"threshold": threshold, "maxima": maxima, "backend": self.backend}
-        return window_scores(q, self.k, start, self.prompt.length, **settings)
+        settings = {"threshold": threshold, "maxima": maxima, "weights": weights}
+        arrays = q, self.k, start, self.prompt.length
+        return window_scores(*arrays, **settings, backend=self.backend)
 
 
 class Score:

@@ -139,10 +139,10 @@ class AllRows(Window):
         if self.sample is None:
             return super().watch(layer, threshold, maxima)
         position, s, n = self.taken(layer.prompt)
-        seen = layer.attention(layer.queries(position), position, threshold, maxima)
-        # Once more the rows that stand for others, for what those would add.
-        index = jnp.arange(min(self.sample, layer.prompt.rows), dtype=jnp.int32)
-        some = jnp.where(index < s[:, None], position[:, : index.size], layer.prompt.rows)
-        others = (n - s) / jnp.maximum(s, 1).astype(jnp.float32)
-        more = layer.attention(layer.queries(some), some).scores
-        return seen._replace(scores=seen.scores + others[:, None, None] * more)
+        q, index = layer.queries(position), jnp.arange(layer.prompt.rows, dtype=jnp.int32)
+        each = n / jnp.maximum(s, 1).astype(jnp.float32)
+        weights = jnp.where(index < s[:, None], each[:, None], 1.0)
+        seen = layer.attention(q, position, threshold, weights=weights[:, None])
+        if not maxima:
+            return seen
+        return seen._replace(maxima=layer.attention(q, position, maxima=True).maxima)
