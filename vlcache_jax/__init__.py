@@ -1,11 +1,14 @@
 """Vision-language models and text decoders in JAX with a compressed key/value cache (VL-Cache)."""
 
+from vlcache_jax.cache.aircache import AirCache
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import (
     H2O,
+    AdaReTaKe,
     Custom,
     FullCache,
+    MixKV,
     PyramidKV,
     RandomKV,
     SnapKV,
@@ -14,6 +17,7 @@ from vlcache_jax.cache.methods import (
 )
 from vlcache_jax.cache.quantizers import AKVQ, KIVI, RTN
 from vlcache_jax.cache.score import Layer
+from vlcache_jax.cache.tgvkv import TGVKV
 from vlcache_jax.cache.trace import Trace, attention_mass_recall, cache_hit_rate
 from vlcache_jax.calibration import Calibration, calibrate
 from vlcache_jax.evaluation import Evaluation, evaluate
@@ -36,7 +40,10 @@ __all__ = [
     "H2O",
     "KIVI",
     "RTN",
+    "TGVKV",
     "VLM",
+    "AdaReTaKe",
+    "AirCache",
     "Answer",
     "Buckets",
     "Budget",
@@ -51,6 +58,7 @@ __all__ = [
     "Inspection",
     "Layer",
     "LlavaConfig",
+    "MixKV",
     "ModelConfig",
     "ModelInputs",
     "Processor",

@@ -20,8 +20,15 @@ METHODS = {
     "pyramidkv": ("snapkv", "pyramid"),
     "streaming-llm": ("streaming-llm", "uniform"),
     "random": ("random", "uniform"),
+    "aircache": ("aircache", "strength-and-skewness"),
+    "tgv-kv": ("tgv-kv", "attention-to-vision"),
+    "mixkv": ("mixkv", "uniform"),
+    "adaretake": ("post-vision", "global-best"),
 }
 """Each method's score and allocation."""
+
+KEEP_TEXT = {"aircache"}
+"""Methods that keep text first."""
 
 RECENT = {"post-vision": 0.1, "row-maximum": 0.1, "h2o": 0.5, "random": 0.1}
 """Share of a layer's budget that each of these scores leaves to the last tokens."""
@@ -92,6 +99,9 @@ def run(
     kernel: int = 5,
     slope: int = 20,
     sinks: int = 4,
+    share: float = 0.9,
+    keep_text: bool = False,
+    keys: np.ndarray | None = None,
 ) -> Expected:
     """Run a pair of a score and an allocation.
 
@@ -100,8 +110,10 @@ def run(
         visual: which tokens are visual, bool [m].
         kv_heads: K.
         budget: as in `limits`.
-        score: one of "post-vision", "row-maximum", "h2o", "snapkv", "streaming-llm", "random".
-        allocation: "sparsity", "uniform", "pyramid", or a function.
+        score: one of "post-vision", "row-maximum", "h2o", "snapkv", "streaming-llm", "random",
+            "aircache", "tgv-kv", "mixkv".
+        allocation: "sparsity", "uniform", "pyramid", "strength-and-skewness",
+            "attention-to-vision", "global-best", or a function.
         noise: the scores of "random", [L, K, m].
         shared_heads: the heads of a layer keep the same tokens, by the sum of their scores.
         recent_ratio: in place of `RECENT`.
@@ -113,6 +125,9 @@ def run(
         kernel: neighbours that SnapKV averages.
         slope: of the pyramid.
         sinks: first tokens that StreamingLLM keeps.
+        share: of the largest attention, from which on AirCache's rows are elite.
+        keep_text: text is kept before any ranking, up to half of a layer's budget.
+        keys: those after RoPE, and the values too, [L, m, K, H]: what MixKV looks at beside.
     """
     layers, _, m, _ = attention.shape
     if not isinstance(budget, str) and budget >= 1:  # the full cache: nothing is scored
@@ -122,11 +137,33 @@ def run(
     after = post_vision_rows(visual, fallback_window, max_window)
     watched = min(window, max(1, limit.even // 2))
 
+    tau, scores = None, noise if score == "random" else None
+    if score in ("post-vision", "row-maximum", "h2o", "snapkv", "mixkv"):
+        tau = {"h2o": m, "snapkv": watched, "mixkv": watched}.get(score, after)
+        scores = column_sums(attention[:, :, m - tau :], kv_heads)
+        if score in ("snapkv", "mixkv"):
+            scores = pooled(scores, m - watched, kernel)
+        if score == "mixkv":
+            scores = np.stack([mixed(*of) for of in zip(scores, keys, keys, strict=True)])
+        if score == "row-maximum":
+            scores = pooled(column_maxima(attention[:, :, m - tau :], kv_heads), m, 9)
+    if score == "aircache":
+        scores = np.stack([elite_scores(of, visual, kv_heads, share) for of in attention])
+    if score == "tgv-kv":
+        scores = np.stack([text_guided(of, visual, kv_heads) for of in attention])
+
     sparsity, beta, gap = None, None, math.inf
     if allocation == "uniform":
         sizes = np.full(layers, limit.even, F)
     elif allocation == "pyramid":
         sizes = pyramid(layers, m, limit.even, watched, slope)
+    elif allocation == "strength-and-skewness":
+        sizes = strength_and_skewness(scores, visual, limit.even)
+    elif allocation == "attention-to-vision":
+        mass = attention[:, :, ~visual][..., visual].sum((1, 2, 3), dtype=float)
+        sizes = fair(mass) * limit.even * layers
+    elif allocation == "global-best":
+        sizes, gap = global_best(scores, limit)
     else:
         sparsity, gap = sparsities(attention[:, :, m - after :], threshold)
         if callable(allocation):
@@ -134,34 +171,30 @@ def run(
         else:
             beta = sparsity_shares(sparsity, limit, renormalize)
             sizes = beta * F(m)
-    k = [m] * layers if limit.alpha >= 1 else whole(sizes, m, limit)
-
-    tau, scores = None, noise if score == "random" else None
-    if score in ("post-vision", "row-maximum", "h2o", "snapkv"):
-        tau = {"h2o": m, "snapkv": watched}.get(score, after)
-        scores = column_sums(attention[:, :, m - tau :], kv_heads)
-        if score == "snapkv":
-            scores = pooled(scores, m - watched, kernel)
-        if score == "row-maximum":
-            scores = pooled(column_maxima(attention[:, :, m - tau :], kv_heads), m, 9)
+    k = [m] * layers if limit.alpha >= 1 else whole(sizes.astype(F), m, limit)
 
     kept, recent = [], []
     for layer in range(layers):
+        text = [j for j in range(m) if not visual[j]] if keep_text else []
+        text = text[-max(1, k[layer] // 2) :]
+        left = k[layer] - len(text)
         if scores is None:  # StreamingLLM: position alone decides
-            first = min(sinks, k[layer] // 2)
-            positions = [*range(first), *range(m - (k[layer] - first), m)]
+            first = min(sinks, left // 2)
+            positions = [*range(first), *range(m - (left - first), m)]
             kept.append([positions] * kv_heads)
-            recent.append(k[layer] - first)
+            recent.append(left - first)
             continue
-        if score == "snapkv":
-            last = min(watched, k[layer])
+        if score in ("snapkv", "mixkv"):
+            last = min(watched, left)
         else:
-            ratio = RECENT[score] if recent_ratio is None else recent_ratio
-            last = math.floor(Fraction(str(ratio)) * k[layer])
+            ratio = RECENT.get(score, 0) if recent_ratio is None else recent_ratio
+            last = math.floor(Fraction(str(ratio)) * left)
+        always = {*text, *range(m - last, m)}
         heads = scores[layer].sum(0, keepdims=True) if shared_heads else scores[layer]
-        chosen = [top(head, m - last, k[layer] - last) for head in heads]
+        others = [j for j in range(m) if j not in always]
+        chosen = [top(head, others, k[layer] - len(always)) for head in heads]
         gap = min([gap] + [distance for _, distance in chosen])
-        own = [[*positions, *range(m - last, m)] for positions, _ in chosen]
+        own = [sorted({*positions, *always}) for positions, _ in chosen]
         recent.append(last)
         kept.append(own * kv_heads if shared_heads else own)
     return Expected(tau, sparsity, beta, k, kept, scores, gap, recent)
@@ -264,11 +297,97 @@ def pooled(scores: np.ndarray, before: int, kernel: int) -> np.ndarray:
     return out
 
 
-def top(scores: np.ndarray, among: int, count: int) -> tuple[list[int], float]:
-    """The best `count` of the first `among` positions, the lower of equal ones; and the gap."""
-    order = sorted(range(among), key=lambda j: (-scores[j], j))
+def fair(sizes: np.ndarray) -> np.ndarray:
+    """Shares of their sum; equal ones where all are 0."""
+    return sizes / sizes.sum() if sizes.sum() > 0 else np.full(len(sizes), 1 / len(sizes))
+
+
+def mixed(scores: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """MixKV of one layer: scores [K, m], keys and values [m, K, H] -> [K, m]."""
+    found = []
+    for own, k, v in zip(scores, keys.swapaxes(0, 1), values.swapaxes(0, 1), strict=True):
+        m, unit = len(k), k / np.linalg.norm(k, axis=1, keepdims=True)
+        cosines = unit.astype(float) @ unit.T
+        r = 0.0 if m == 1 else (cosines.sum() - m) / (m * (m - 1))
+        r = min(max(r, 0.0), 1.0)
+        importance = unit_range(own * np.linalg.norm(v, axis=1))
+        found.append((1 - r) * importance + r * unit_range(-cosines.mean(1)))
+    return np.array(found)
+
+
+def unit_range(x: np.ndarray) -> np.ndarray:
+    """Scaled to 0..1; 0 where all are alike."""
+    return (x - x.min()) / np.ptp(x) if np.ptp(x) > 0 else 0 * x
+
+
+def elite_scores(
+    attention: np.ndarray, visual: np.ndarray, kv_heads: int, share: float
+) -> np.ndarray:
+    """AirCache's scores of one layer, attention [N, m, m] -> [K, m]."""
+    heads, m, _ = attention.shape
+    text = np.flatnonzero(~visual)
+    behind = [j for j in text if j > np.flatnonzero(visual).max(initial=-1)][-512:]
+    elite: list[int] = []
+    if behind:
+        last = attention[:, m - 1, text].astype(float)
+        worth = dict(zip(text, (last / last.sum(1, keepdims=True)).mean(0), strict=True))
+        most = max((worth[j] for j in behind if j > 0), default=0)
+        elite = [j for j in behind if worth[j] >= share * most or j == m - 1]
+    found = np.zeros((heads, m))
+    for row in elite or [m - 1]:
+        keys = [j for j in range(row + 1) if visual[j] or j in elite]
+        own = attention[:, row, keys].astype(float)
+        found[:, keys] += own / own.sum(1, keepdims=True)
+    found[:, ~visual] = 0
+    return found.reshape(kv_heads, -1, m).sum(1) / max(len(elite), 1)
+
+
+def strength_and_skewness(scores: np.ndarray, visual: np.ndarray, even: int) -> np.ndarray:
+    """AirCache's sizes [L] from its scores [L, K, m]."""
+    strength, skewness, n = [], [], int(visual.sum())
+    for layer in scores:
+        worth = layer[:, visual].sum(0, dtype=float)
+        strength.append(worth.sum())
+        spread = n > 2 and worth.std(ddof=1) > 1e-6 * worth.mean()
+        cubes = ((worth - worth.mean()) / worth.std(ddof=1)) ** 3 if spread else np.zeros(1)
+        skewness.append(max(n * cubes.sum() / max((n - 1) * (n - 2), 1), 0))
+    rate = (fair(np.array(strength)) + fair(np.array(skewness))) / 2 * len(scores)
+    text = min(len(visual) - n, max(even // 2, 1))
+    return text + (even - text) * rate
+
+
+def text_guided(attention: np.ndarray, visual: np.ndarray, kv_heads: int) -> np.ndarray:
+    """TGV-KV's scores of one layer, attention [N, m, m] -> [K, m]; text in front of all others."""
+    heads, m, _ = attention.shape
+    text = np.flatnonzero(~visual)
+    found = np.zeros((kv_heads, m))
+    for kv_head in range(kv_heads):
+        group = slice(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads)
+        summed = attention[group].sum(0, dtype=float)  # [m, m]
+        worth = summed[text].sum(0)
+        weights = [worth[j] / (len(text) - place) for place, j in enumerate(text)]
+        guided = sum(w * summed[i] for w, i in zip(weights, text, strict=True))
+        found[kv_head] = guided / max(sum(weights), 1e-30)
+        found[kv_head, text] = worth[text] * 2.0**100
+    return found
+
+
+def global_best(scores: np.ndarray, limit: Limits) -> tuple[np.ndarray, float]:
+    """How many of the best tokens of all layers each has [L], scores [L, K, m]; and the gap."""
+    layers, _, m = scores.shape
+    total = scores.sum(2, keepdims=True, dtype=float)
+    worth = np.where(total > 0, scores / np.where(total > 0, total, 1), 1 / m).mean(1)
+    taken = math.floor(limit.alpha * F(m * layers) + F(0.5))
+    row = worth.T.ravel()  # the lower position first, then the lower layer
+    chosen, gap = top(row, list(range(m * layers)), taken)
+    return np.bincount(np.array(chosen, int) % layers, minlength=layers).astype(F), gap
+
+
+def top(scores: np.ndarray, among: list[int], count: int) -> tuple[list[int], float]:
+    """The best `count` of some positions, the lower of equal ones; and the gap."""
+    order = sorted(among, key=lambda j: (-scores[j], j))
     gap = math.inf
-    if 0 < count < among:
+    if 0 < count < len(among):
         worst, next_best = scores[order[count - 1]], scores[order[count]]
         if worst != next_best:
             gap = float((worst - next_best) / worst)

@@ -11,10 +11,14 @@ import vlcache_jax
 from tests.tiny import picture, tiny_config, tiny_processor
 from vlcache_jax import (
     H2O,
+    TGVKV,
+    AdaReTaKe,
+    AirCache,
     Buckets,
     Custom,
     FullCache,
     Generate,
+    MixKV,
     Processor,
     PyramidKV,
     RandomKV,
@@ -23,7 +27,9 @@ from vlcache_jax import (
     VLCache,
 )
 from vlcache_jax.cache.allocate import allocate
+from vlcache_jax.cache.blended import Blend, ValueNorm
 from vlcache_jax.cache.methods import METHODS, make_method
+from vlcache_jax.cache.score import AllRows, ColumnSum, RowMaximum
 from vlcache_jax.cache.state import BLOCK, Pool, round_up
 from vlcache_jax.models.families import init_params
 
@@ -38,7 +44,18 @@ ALL = [
     PyramidKV(0.3),
     StreamingLLM("20tok"),
     RandomKV(),
+    AirCache("20tok"),
+    TGVKV(0.4),
+    MixKV(),
+    AdaReTaKe("10tok"),
     Custom(score="snapkv", allocation="sparsity"),
+    Custom(
+        0.2,
+        score=Blend(RowMaximum(), ValueNorm(ColumnSum(AllRows(sample=8))), 0.3),
+        allocation="global-best",
+        keep_text=True,
+        uniform_share=0.5,
+    ),
     FullCache(),
 ]
 

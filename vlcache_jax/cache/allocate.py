@@ -30,12 +30,13 @@ class Allocation:
 
     Attributes:
         window: the rows whose attention is measured; None where nothing is.
-        threshold: p, the share of its row's maximum below which an entry counts as zeroed.
+        threshold: p, the share of its row's maximum below which an entry counts as zeroed; None
+            where nothing is counted.
         by_scores: whether the rule is shown the method's scores in place of measures.
     """
 
     window: Window | None = None
-    threshold: float = 0.01
+    threshold: float | None = 0.01
     by_scores: ClassVar[bool] = False
 
     def measure(self, layer: Layer) -> jax.Array | None:
@@ -89,7 +90,7 @@ class Sparsity(Allocation):
 
     def beta(self, prompt: Prompt, measured: jax.Array) -> jax.Array:
         """Each layer's share of the prompt, float32 [B, L], from the sparsity gamma' [B, L]."""
-        part, budget, m = _parts(1.0 - measured.astype(jnp.float32)), prompt.budget, prompt.length
+        part, budget, m = parts(1.0 - measured.astype(jnp.float32)), prompt.budget, prompt.length
         floor, wanted = budget.floor(m)[:, None], budget.shares(m)[:, None] * prompt.layers
         again = (budget.tokens > 0) | self.renormalize
         return _where_any(
@@ -217,7 +218,7 @@ ALLOCATIONS: dict[str, Allocation] = {
 """The rules by the name that `Custom` takes."""
 
 
-def _parts(sizes: jax.Array) -> jax.Array:
+def parts(sizes: jax.Array) -> jax.Array:
     """Sizes [B, L] as parts of their sum; equal ones where all are 0."""
     total = jnp.sum(sizes, axis=-1, keepdims=True)
     fair = jnp.full_like(sizes, 1.0 / sizes.shape[-1])
@@ -306,7 +307,7 @@ def allocate(sizes: jax.Array, budget: Limits, m: jax.Array) -> jax.Array:
     total = jnp.where(exact, layers * most, jnp.minimum(total, layers * most))
     # Sizes that add up to that but for roundings stay as they are, to the last bit.
     far = exact & (jnp.abs(asked - _real(total)) > 0.5 + 1e-5 * _real(total))
-    x = _where_any(far, lambda: _renormalized(_parts(x), *map(_real, (total, lo, m))), x)
+    x = _where_any(far, lambda: _renormalized(parts(x), *map(_real, (total, lo, m))), x)
     k = jnp.clip(jnp.floor(x).astype(jnp.int32), lo, m)
     missing = total - _count(k)
     k = _hand_out(x, k, m, missing)

@@ -3,6 +3,7 @@
     Blend(a, b, weight)      (1 - weight) * a + weight * b, each as shares of its sum
     ValueNorm(score)         times the norm of the token's value
     Pooled(score, kernel)    the mean over neighbouring tokens
+    Diverse(score)           mixed with how little a token's key is like the others
 
 Each takes any score, one of these among them: `Pooled(Blend(ColumnSum(), Blend(a, b)))`. Every
 window of rows that one of the terms watches is observed once.
@@ -170,3 +171,36 @@ class Pooled(Changed):
     def __call__(self, layer: Layer) -> jax.Array:
         """See the class."""
         return average_pool(scores_of(self.score, layer), layer.prompt.length, self.kernel)
+
+
+@dataclass(frozen=True)
+class Diverse(Changed):
+    """MixKV (arXiv 2510.20707): a score, and how little a token's key is like the other keys.
+
+    Per kv head (1 - r) * importance + r * diversity. The importance is the score times the norm of
+    the value, the diversity -(k_hat . mean of k_hat) with k_hat = k / |k|; both are scaled to 0..1
+    over the prompt's tokens (all 0 where they are alike). r is the mean cosine of two keys, so that
+    diversity counts most where keys are alike. Choices of this library: r is at least 0, and 0 for
+    a single token; keys are those after RoPE.
+    """
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
+        inside, m = layer.prompt.inside, layer.prompt.length.astype(jnp.float32)[:, None]
+        keys = jnp.where(inside[:, :, None, None], layer.k.astype(jnp.float32), 0.0)
+        norm = jnp.linalg.norm(keys, axis=-1, keepdims=True)
+        keys = keys / jnp.where(norm > 0, norm, 1.0)  # [B, T, K, H]
+        mean = jnp.sum(keys, axis=1) / m[..., None]  # [B, K, H]
+        alike = jnp.einsum("btkh,bkh->bkt", keys, mean, precision=jax.lax.Precision.HIGHEST)
+        cosine = (m * jnp.sum(mean**2, axis=-1) - 1) / jnp.maximum(m - 1, 1)
+        r = jnp.where(m > 1, jnp.clip(cosine, 0.0, 1.0), 0.0)[..., None]
+        inside = inside[:, None, :]
+        importance = _unit(ValueNorm(self.score)(layer), inside)
+        return (1 - r) * importance + r * _unit(-alike, inside)
+
+
+def _unit(scores: jax.Array, inside: jax.Array) -> jax.Array:
+    """Scores of tokens scaled to 0..1, all 0 where they are alike; 0 beyond a prompt's end."""
+    least = jnp.min(jnp.where(inside, scores, jnp.inf), axis=-1, keepdims=True)
+    span = jnp.max(jnp.where(inside, scores, -jnp.inf), axis=-1, keepdims=True) - least
+    return jnp.where(inside & (span > 0), (scores - least) / jnp.where(span > 0, span, 1.0), 0.0)

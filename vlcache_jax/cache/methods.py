@@ -10,10 +10,14 @@ Every method is a pair of a token score and a layer allocation, so that any pair
     pyramidkv       PooledWindow                Pyramid                    the window
     streaming-llm   Ends                        Uniform                    first 4, last rest
     random          Noise                       Uniform                    last 10 % of the budget
+    aircache        EliteRows                   StrengthAndSkewness        text (aircache.py)
+    tgv-kv          TextGuided                  AttentionToVision          text (tgvkv.py)
+    mixkv           Diverse(PooledWindow)       Uniform                    the window
+    adaretake       ColumnSum(PostVisionRows)   GlobalBest                 last 10 % of the budget
 
 How such a pair becomes a cache is in method.py, as are the settings of all methods: budget,
-shared_heads and quantize. A method is a frozen dataclass: equal settings share one compiled
-program.
+shared_heads, quantize, keep_text and uniform_share. A method is a frozen dataclass: equal settings
+share one compiled program.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,14 +27,17 @@ from typing import ClassVar, TypeVar
 
 import jax
 
+from vlcache_jax.cache.aircache import AirCache
 from vlcache_jax.cache.allocate import (
     ALLOCATIONS,
     Allocation,
     AllocationFunction,
+    GlobalBest,
     Pyramid,
     Sparsity,
     Uniform,
 )
+from vlcache_jax.cache.blended import Diverse
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.quantize import Quantizer
@@ -48,6 +55,7 @@ from vlcache_jax.cache.score import (
     Score,
     ScoreFunction,
 )
+from vlcache_jax.cache.tgvkv import TGVKV
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,40 @@ class RandomKV(CacheMethod):
 
 
 @dataclass(frozen=True)
+class MixKV(SnapKV):
+    """MixKV (arXiv 2510.20707, ICLR 2026) around SnapKV: important tokens, and unlike ones.
+
+    Around another score it is `Custom(score=Diverse(...))`.
+    """
+
+    name: ClassVar[str] = "mixkv"
+
+    def rules(self) -> tuple[Score, Allocation]:
+        """See the class."""
+        score, allocation = super().rules()
+        return Diverse(score), allocation
+
+
+@dataclass(frozen=True)
+class AdaReTaKe(CacheMethod):
+    """AdaReTaKe's division over the layers (arXiv 2503.12559): by the best tokens of all layers.
+
+    What it does along a video, to which it gives budgets chunk by chunk, is not part of it.
+
+    Attributes:
+        recent_ratio: share of each layer's budget that goes to the prompt's last tokens.
+    """
+
+    name: ClassVar[str] = "adaretake"
+
+    recent_ratio: float = 0.1
+
+    def rules(self) -> tuple[Score, Allocation]:
+        """See the class."""
+        return ColumnSum(recent_ratio=self.recent_ratio), GlobalBest()
+
+
+@dataclass(frozen=True)
 class Custom(CacheMethod):
     """Any score with any allocation, or your own.
 
@@ -239,8 +281,11 @@ def _named(rule: str | _Rule, table: Mapping[str, _Rule], what: str) -> _Rule:
 
 METHODS: dict[str, type[CacheMethod]] = {
     method.name: method
-    for method in (FullCache, VLCache, H2O, SnapKV, PyramidKV, StreamingLLM, RandomKV)
-}
+    for method in (
+        FullCache, VLCache, H2O, SnapKV, PyramidKV, StreamingLLM, RandomKV,
+        AirCache, TGVKV, MixKV, AdaReTaKe,
+    )
+}  # fmt: skip
 """The methods of this library by the name that the command line, JSON and files use."""
 
 CacheLike = CacheMethod | Quantizer | type[CacheMethod] | type[Quantizer] | str | float | None

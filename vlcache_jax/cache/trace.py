@@ -121,13 +121,14 @@ def trace_batch(
         "hit_rate": cache_hit_rate(weights, kept, plan.budgets[..., None]),
         "mass_recall": attention_mass_recall(weights, kept),
         "scores": seen.scores,
-        "sparsity": seen.measured,
     }
     if not method.limit.keeps_all:
         score, allocation = method.rules()
         _, found["recent"], _ = method.always(plan.budgets, prompt)
         if score.window is not None:
             found["tau"] = score.window.rows(prompt)
+        if allocation.threshold is not None:
+            found["sparsity"] = seen.measured
         if isinstance(allocation, Sparsity) and seen.measured is not None:
             found["beta"] = allocation.beta(prompt, seen.measured)
     return BatchTrace({name: part for name, part in found.items() if part is not None})
