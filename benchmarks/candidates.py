@@ -6,10 +6,14 @@ candidates --split tune` on prose. A label names what differs from one of the fi
 """
 
 from vlcache_jax.cache.allocate import GlobalBest, Sparsity
-from vlcache_jax.cache.blended import Blend, Pooled, ValueNorm
+from vlcache_jax.cache.blended import Blend, Pooled, PowerMean, ValueNorm
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import Custom
 from vlcache_jax.cache.score import AllRows, ColumnSum, PostVisionRows, RowMaximum, Score
+from vlcache_jax.cache.windows import RowsInFront
+
+WIDER = RowMaximum(kernel=15)
+"""`MAXIMUM` over fifteen neighbours."""
 
 SUM = ColumnSum(PostVisionRows())
 """VL-Cache's score: the attention of the question's rows, summed."""
@@ -22,6 +26,10 @@ EVERY = ColumnSum(AllRows())
 
 SAMPLED = ColumnSum(AllRows(sample=256))
 """The same from 256 rows and all behind the picture or the context."""
+
+
+FRONT = ColumnSum(RowsInFront(256))
+"""Of 256 rows in front of the question, half of them the last ones."""
 
 
 def three(maximum: float, summed: float, every: float, *, rows: Score = SAMPLED) -> Blend:
@@ -61,6 +69,14 @@ SCORES: dict[str, Score] = {
 }
 """Each is tried with equal layers."""
 
+AGREED: dict[str, PowerMean] = {
+    "agreed: maximum, sum, front": PowerMean((MAXIMUM, SUM, FRONT)),
+    "agreed: maximum, sum, 2 front": PowerMean((MAXIMUM, SUM, FRONT), weights=(1, 1, 2)),
+    "agreed: maximum 15, sum, front": PowerMean((WIDER, SUM, FRONT)),
+    "agreed: 2 maximum 15, sum, 2 front": PowerMean((WIDER, SUM, FRONT), weights=(2, 1, 2)),
+}
+"""Power means, tried with half of the budget by the best of all layers."""
+
 
 def candidates(budget: float | str) -> dict[str, CacheMethod]:
     """All that is tried at a budget, by label."""
@@ -81,18 +97,22 @@ def candidates(budget: float | str) -> dict[str, CacheMethod]:
                 budget, score=score, allocation=GlobalBest(), uniform_share=0.5
             ),
         }
+    for label, score in AGREED.items():
+        made[f"{label}; half by the best of all layers"] = Custom(
+            budget, score=score, allocation=GlobalBest(), uniform_share=0.5
+        )
+    for label in ("agreed: maximum, sum, front", "agreed: maximum 15, sum, front"):
+        made[f"{label}; four fifths by the best of all layers"] = Custom(
+            budget, score=AGREED[label], allocation=GlobalBest(), uniform_share=0.2
+        )
+    wider = AGREED["agreed: maximum 15, sum, front"]
     best = SCORES["maximum + sum + all rows"]
-    return (
-        made
-        | {
-            f"maximum + sum + all rows; recent {ratio:g}": Custom(
-                budget, score=best, allocation="uniform", recent_ratio=ratio
-            )
-            for ratio in (0.0, 0.25)
-        }
-        | {
-            "maximum + sum + all rows; value norm": Custom(
-                budget, score=ValueNorm(best), allocation="uniform"
-            )
-        }
+    made["agreed: maximum 15, sum, front"] = Custom(budget, score=wider, allocation="uniform")
+    made["maximum + sum + all rows; value norm"] = Custom(
+        budget, score=ValueNorm(best), allocation="uniform"
     )
+    for ratio in (0.0, 0.25):
+        made[f"maximum + sum + all rows; recent {ratio:g}"] = Custom(
+            budget, score=best, allocation="uniform", recent_ratio=ratio
+        )
+    return made

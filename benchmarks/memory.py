@@ -33,7 +33,7 @@ from benchmarks.speed_sections import programs_part
 from pallas_kernels.packing import per_word
 from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.method import AnyPool
-from vlcache_jax.cache.methods import FullCache, VLCache
+from vlcache_jax.cache.methods import DEFAULT_METHOD, METHODS, FullCache, VLCache, make_method
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
 from vlcache_jax.models.families import abstract_params
@@ -54,11 +54,12 @@ class Program:
         model: a name of `MODELS`.
         context: prompt rows of each sequence, T.
         batch: sequences.
-        budget: share of the cache that VL-Cache keeps; 1 for the full cache.
+        budget: share of the cache that the method keeps; 1 for the full cache.
         new_tokens: most tokens of an answer.
         stage: "decode", a chunk of decode steps alone, or "generate", all from pixels to tokens.
         backend: of the attention, None for the best.
         kv_bits: how what is kept is quantized, as of `make_quantizer`; "16" for not at all.
+        method: what is kept, a name of `METHODS`.
     """
 
     device: str = "h200"
@@ -70,10 +71,11 @@ class Program:
     stage: str = "decode"
     backend: str | None = None
     kv_bits: str = "16"
+    method: str = VLCache.name
 
     def generate(self) -> Generate:
         """The program's functions."""
-        cache = FullCache() if self.budget >= 1 else VLCache(self.budget)
+        cache = FullCache() if self.budget >= 1 else make_method(self.method, self.budget)
         cache = replace(cache, quantize=make_quantizer(self.kv_bits))
         return Generate(MODELS[self.model], cache, self.new_tokens, backend=self.backend)
 
@@ -92,6 +94,10 @@ ALL = (
         for budget in (1.0, 0.1)
     ),
     Program(context=32768, stage="generate"),
+    *(
+        Program(context=8192, stage="generate", method=method)
+        for method in dict.fromkeys((VLCache.name, DEFAULT_METHOD))
+    ),
     *(
         Program(context=context, batch=batch, budget=budget, kv_bits="akvq")
         for context, batch in ((4096, 1), (8192, 64))
@@ -309,6 +315,7 @@ def main(
         list[float] | None,
         typer.Option(help="Share of the cache kept, 1 keeps all; may be repeated; 0.1 by default."),
     ] = None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = VLCache.name,
     kv_bits: Annotated[
         list[str] | None,
         typer.Option(
@@ -354,6 +361,7 @@ def main(
         check_known("device", [device], GPUS)
         check_known("model", [model], MODELS)
         check_known("stage", [stage], STAGES)
+        check_known("method", [method], METHODS)
         for name in kv_bits or ():
             make_quantizer(name)
         for share in shares:
@@ -363,7 +371,17 @@ def main(
                 raise ValueError("--add is for rows of a file, without --largest-batch: give --out")
             before = json.loads(out.read_text(encoding="utf-8"))
     asked = [
-        Program(device, model, context, batch, share, stage=stage, backend=backend, kv_bits=bits)
+        Program(
+            device,
+            model,
+            context,
+            batch,
+            share,
+            stage=stage,
+            backend=backend,
+            kv_bits=bits,
+            method=method,
+        )
         for share in shares
         for bits in kv_bits or ["16"]
     ]

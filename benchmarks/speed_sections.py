@@ -124,7 +124,8 @@ def _caches(model: str, context: int) -> list[tuple[float, float]]:
 def programs_part(result: Result) -> str:
     """Whole programs compiled for a GPU that is not there."""
     head = [
-        "model", "program", "prompt x batch", "budget", "bits", "cache", "of the full one",
+        "model", "program", "prompt x batch", "method", "budget", "bits", "cache",
+        "of the full one",
         "temporaries", "peak", "cache copies in the loop", "launches per layer",
         "one command buffer", "compile",
     ]  # fmt: skip
@@ -133,6 +134,7 @@ def programs_part(result: Result) -> str:
             row["model"],
             row["stage"],
             _size(row),
+            row.get("method", "vl-cache") if row["budget"] < 1 else "full",
             f"{row['budget']:.0%}",
             row.get("kv_bits", "16"),
             human_bytes(row["cache_bytes"]),

@@ -4,8 +4,10 @@ from vlcache_jax.cache.aircache import AirCache
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import (
+    DEFAULT_METHOD,
     H2O,
     AdaReTaKe,
+    Consensus,
     Custom,
     FullCache,
     MixKV,
@@ -37,6 +39,7 @@ from vlcache_jax.vlm import VLM, Stream
 
 __all__ = [
     "AKVQ",
+    "DEFAULT_METHOD",
     "H2O",
     "KIVI",
     "RTN",
@@ -50,6 +53,7 @@ __all__ = [
     "CacheMethod",
     "CacheReport",
     "Calibration",
+    "Consensus",
     "Custom",
     "Evaluation",
     "FullCache",

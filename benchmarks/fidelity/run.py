@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.accuracy.oracle import Attended, Oracle, Told
 from benchmarks.fidelity.prose import Passage
 from benchmarks.fidelity.settings import Cell
+from vlcache_jax.cache.methods import DEFAULT_METHOD
 from vlcache_jax.cache.state import Pool
 from vlcache_jax.evaluation import Replayed, Replays, summarise
 from vlcache_jax.evaluation.replay import Said
@@ -117,12 +118,24 @@ def measure(replays: Prose, passage: Passage, log: Log) -> None:
 def details(
     cells: Iterable[Cell], passages: Sequence[Passage], log: Log
 ) -> dict[str, dict[str, Any]]:
-    """{label: {budget: facts}}, the facts of `evaluation.summarise`, intervals over documents."""
+    """{label: {budget: facts}}, the facts of `evaluation.summarise`, intervals over documents.
+
+    Beside them stands "behind": by how much the KL is above the default method's at that budget,
+    prompt by prompt, with its interval; where that was run too.
+    """
     found: dict[str, dict[str, Any]] = {}
     documents = [passage.document for passage in passages]
+    logged = [log.of(key_of(passage)) for passage in passages]
     for label, budget in cells:
-        replayed = [log.of(key_of(passage))[name_of((label, budget))] for passage in passages]
-        found.setdefault(label, {})[budget] = rounded(summarise(replayed, documents))
+        replayed = [own[name_of((label, budget))] for own in logged]
+        facts = summarise(replayed, documents)
+        base = name_of((DEFAULT_METHOD, budget))
+        if label != DEFAULT_METHOD and all(base in own for own in logged):
+            pairs = zip(replayed, (own[base] for own in logged), strict=True)
+            apart = [one._replace(kl=one.kl - other.kl) for one, other in pairs]
+            difference = summarise(apart, documents)
+            facts["behind"] = {"kl": difference["kl"], "interval": difference["intervals"]["kl"]}
+        found.setdefault(label, {})[budget] = rounded(facts)
     return found
 
 

@@ -24,13 +24,14 @@ METHODS = {
     "tgv-kv": ("tgv-kv", "attention-to-vision"),
     "mixkv": ("mixkv", "uniform"),
     "adaretake": ("post-vision", "global-best"),
+    "consensus": ("consensus", "global-best"),
 }
 """Each method's score and allocation."""
 
 KEEP_TEXT = {"aircache"}
 """Methods that keep text first."""
 
-RECENT = {"post-vision": 0.1, "row-maximum": 0.1, "h2o": 0.5, "random": 0.1}
+RECENT = {"post-vision": 0.1, "row-maximum": 0.1, "h2o": 0.5, "random": 0.1, "consensus": 0.1}
 """Share of a layer's budget that each of these scores leaves to the last tokens."""
 
 Allocate = Callable[[int, np.ndarray], np.ndarray]
@@ -101,6 +102,7 @@ def run(
     sinks: int = 4,
     share: float = 0.9,
     keep_text: bool = False,
+    uniform_share: float = 0.0,
     keys: np.ndarray | None = None,
 ) -> Expected:
     """Run a pair of a score and an allocation.
@@ -111,7 +113,7 @@ def run(
         kv_heads: K.
         budget: as in `limits`.
         score: one of "post-vision", "row-maximum", "h2o", "snapkv", "streaming-llm", "random",
-            "aircache", "tgv-kv", "mixkv".
+            "aircache", "tgv-kv", "mixkv", "consensus".
         allocation: "sparsity", "uniform", "pyramid", "strength-and-skewness",
             "attention-to-vision", "global-best", or a function.
         noise: the scores of "random", [L, K, m].
@@ -127,6 +129,7 @@ def run(
         sinks: first tokens that StreamingLLM keeps.
         share: of the largest attention, from which on AirCache's rows are elite.
         keep_text: text is kept before any ranking, up to half of a layer's budget.
+        uniform_share: that share of the budget is given to all layers alike.
         keys: those after RoPE, and the values too, [L, m, K, H]: what MixKV looks at beside.
     """
     layers, _, m, _ = attention.shape
@@ -144,9 +147,12 @@ def run(
         if score in ("snapkv", "mixkv"):
             scores = pooled(scores, m - watched, kernel)
         if score == "mixkv":
+            assert keys is not None
             scores = np.stack([mixed(*of) for of in zip(scores, keys, keys, strict=True)])
         if score == "row-maximum":
             scores = pooled(column_maxima(attention[:, :, m - tau :], kv_heads), m, 9)
+    if score == "consensus":
+        scores = consensus(attention, m - after, kv_heads)
     if score == "aircache":
         scores = np.stack([elite_scores(of, visual, kv_heads, share) for of in attention])
     if score == "tgv-kv":
@@ -158,11 +164,13 @@ def run(
     elif allocation == "pyramid":
         sizes = pyramid(layers, m, limit.even, watched, slope)
     elif allocation == "strength-and-skewness":
+        assert scores is not None
         sizes = strength_and_skewness(scores, visual, limit.even)
     elif allocation == "attention-to-vision":
         mass = attention[:, :, ~visual][..., visual].sum((1, 2, 3), dtype=float)
         sizes = fair(mass) * limit.even * layers
     elif allocation == "global-best":
+        assert scores is not None
         sizes, gap = global_best(scores, limit)
     else:
         sparsity, gap = sparsities(attention[:, :, m - after :], threshold)
@@ -171,6 +179,7 @@ def run(
         else:
             beta = sparsity_shares(sparsity, limit, renormalize)
             sizes = beta * F(m)
+    sizes = uniform_share * limit.even + (1 - uniform_share) * sizes
     k = [m] * layers if limit.alpha >= 1 else whole(sizes.astype(F), m, limit)
 
     kept, recent = [], []
@@ -297,6 +306,27 @@ def pooled(scores: np.ndarray, before: int, kernel: int) -> np.ndarray:
     return out
 
 
+def consensus(attention: np.ndarray, n: int, kv_heads: int) -> np.ndarray:
+    """The mean of square roots of three scores' shares, squared: [L, N, m, m] -> [L, K, m].
+
+    The first n rows stand in front of the question.
+    """
+    m, before = attention.shape[3], max(n - 128, 0)
+    some = min(before, 128)
+    rows = [(i + 1) * before // some - 1 for i in range(some)] + list(range(before, n))
+    looks = [
+        column_sums(attention[:, :, n:], kv_heads),
+        pooled(column_maxima(attention[:, :, n:], kv_heads), m, 15),
+        column_sums(attention[:, :, rows], kv_heads),
+    ]
+    totals = [look.sum(-1, keepdims=True, dtype=float) for look in looks]
+    shares = [
+        look / total if total.all() else np.full(look.shape, 1 / m)
+        for look, total in zip(looks, totals, strict=True)
+    ]
+    return np.average([share**0.5 for share in shares], axis=0, weights=(1, 2, 2)) ** 2
+
+
 def fair(sizes: np.ndarray) -> np.ndarray:
     """Shares of their sum; equal ones where all are 0."""
     return sizes / sizes.sum() if sizes.sum() > 0 else np.full(len(sizes), 1 / len(sizes))
@@ -325,7 +355,7 @@ def elite_scores(
 ) -> np.ndarray:
     """AirCache's scores of one layer, attention [N, m, m] -> [K, m]."""
     heads, m, _ = attention.shape
-    text = np.flatnonzero(~visual)
+    text = np.flatnonzero(~visual).tolist()
     behind = [j for j in text if j > np.flatnonzero(visual).max(initial=-1)][-512:]
     elite: list[int] = []
     if behind:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlcache_jax import Custom, Prompt
 from vlcache_jax.cache import score as scoring
-from vlcache_jax.cache.blended import Blend, Pooled, ValueNorm, normalized
+from vlcache_jax.cache.blended import Blend, Pooled, PowerMean, ValueNorm, normalized
 from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.score import (
     AllRows,
@@ -26,6 +26,7 @@ from vlcache_jax.cache.score import (
     RowMaximum,
     ScoreFunction,
 )
+from vlcache_jax.cache.windows import RowsInFront
 
 N, K, T, H = 4, 2, 40, 8
 LENGTHS = (40, 33, 21, 1)
@@ -101,6 +102,24 @@ SCORES = {
         lambda x, b: (
             0.75 * shares((shares(sums(x, b, "all")) + shares(sums(x, b, "post-vision"))) / 2)
             + 0.25 * shares(sums(x, b, "all") * norms(x, b))
+        ),
+    ),
+    "power mean": (
+        PowerMean((POST, ALL, ValueNorm(ALL)), 0.25, (2, 1, 0.5)),
+        lambda x, b: (
+            np.average(
+                [
+                    shares(scores) ** 0.25
+                    for scores in (
+                        sums(x, b, "post-vision"),
+                        sums(x, b, "all"),
+                        sums(x, b, "all") * norms(x, b),
+                    )
+                ],
+                axis=0,
+                weights=(2, 1, 0.5),
+            )
+            ** 4
         ),
     ),
     "value norm": (ValueNorm(POST), lambda x, b: sums(x, b, "post-vision") * norms(x, b)),
@@ -245,6 +264,15 @@ def test_bad_settings_are_refused(layer):
             Blend(ALL, POST, wrong)
     with pytest.raises(ValueError, match="recent_ratio="):
         Blend(ALL, POST, recent_ratio=2)
+    with pytest.raises(ValueError, match="1 weights for 2 terms"):
+        PowerMean((ALL, POST), weights=(1,))
+    with pytest.raises(ValueError, match="must be above 0"):
+        PowerMean((ALL, POST), weights=(1, 0))
+    with pytest.raises(ValueError, match="terms must be"):
+        PowerMean(())
+    for wrong in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="power="):
+            PowerMean((ALL,), wrong)
     for wrong in (0, 4, -1):
         with pytest.raises(ValueError, match="must be odd"):
             Pooled(ALL, wrong)
@@ -296,6 +324,28 @@ def test_rows_are_spread_evenly(n, behind, sample):
         assert rows[int(s[0]) - 1] == n - 1
         assert pieces.sum() == n
         assert pieces.max() - pieces.min() <= 1
+
+
+@pytest.mark.parametrize("count", [2, 6, 8, 16, 26, 40, 256])
+def test_rows_in_front_of_the_question(count, layer):
+    """They end where the rows of the question begin; with no picture these are the last 32."""
+    seen = layer.watch(RowsInFront(count), 0.01)
+    for b, (m, spans) in enumerate(zip(LENGTHS, PICTURES, strict=True)):
+        behind = m - max((stop for _, stop in spans), default=m)
+        n = m - min(m, behind or 32)
+        before = max(n - count // 2, 0)
+        some = min(before, count // 2)
+        rows = [(i + 1) * before // some - 1 for i in range(some)] + list(range(before, n))
+        expected = attention(layer, b)[:, rows].sum(1)
+        np.testing.assert_allclose(seen.scores[b, :, :m], expected, rtol=1e-4, atol=1e-6)
+        assert (np.asarray(seen.visible)[b] == sum(row + 1 for row in rows)).all()
+        assert len(rows) == min(n, count)
+
+
+@pytest.mark.parametrize("count", [0, -2, 3, 2.0, 2**15 + 2])
+def test_a_bad_count_is_refused(count):
+    with pytest.raises(ValueError, match="count="):
+        RowsInFront(count)
 
 
 def test_positions_of_long_prompts_fit_32_bits():

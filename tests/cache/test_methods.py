@@ -30,6 +30,7 @@ from vlcache_jax import (
     AirCache,
     Buckets,
     CacheMethod,
+    Consensus,
     Custom,
     FullCache,
     Generate,
@@ -90,6 +91,7 @@ MAIN = {
     "tgv-kv": (TGVKV, {}),
     "mixkv": (MixKV, {}),
     "adaretake": (AdaReTaKe, {}),
+    "consensus": (Consensus, {}),
     "row-maximum x uniform": (Custom, {"score": "row-maximum", "allocation": "uniform"}),
 }
 SETTINGS = MAIN | {
@@ -132,7 +134,9 @@ def cases() -> list[tuple[str, str, float | str]]:
             "dense and sparse": (0.1, 0.5),
             "equal scores": (0.1, "40tok") if setting in MAIN else (0.1,),
         }
-        if any(name in setting for name in ("snapkv", "pyramidkv", "mixkv", "row-maximum")):
+        if any(
+            name in setting for name in ("snapkv", "pyramidkv", "mixkv", "row-max", "consensus")
+        ):
             # Averages over neighbours share nearly all of their sum where attention is peaked:
             # their difference vanishes in float32, and there is no order to compare.
             del budgets["dense and sparse"]
@@ -250,7 +254,8 @@ def expected(
     pair = numpy_methods.METHODS.get(method.name, ("", ""))
     keys = np.asarray(case.k[row, :, : trace.m])
     found = {"score": pair[0], "allocation": pair[1], "noise": trace.scores, "keys": keys}
-    settings = found | {"keep_text": method.keep_text} | settings
+    found |= {"keep_text": method.keep_text, "uniform_share": method.uniform_share}
+    settings = found | settings
     settings.pop("seed", None)
     return numpy_methods.run(
         case.attention[row], case.visual[row], case.k.shape[3], method.budget, **settings

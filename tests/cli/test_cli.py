@@ -11,7 +11,7 @@ from PIL import Image
 
 import vlcache_jax
 from tests.cli.program import refused, run, without_kept_programs
-from vlcache_jax import demo
+from vlcache_jax import DEFAULT_METHOD, demo
 
 
 def test_json_is_one_object_and_nothing_else(model_dir, image):
@@ -45,7 +45,7 @@ def test_a_terminal_sees_the_text_and_a_table(model_dir, image):
     assert shown.exit_code == 0
     assert shown.stdout.startswith(text + "\n")
     for word in (
-        "vl-cache",
+        DEFAULT_METHOD,
         "prompt tokens",
         "visual",
         "time to first token",
@@ -83,7 +83,7 @@ def test_a_revision_is_of_the_hub(model_dir, image, command, tmp_path):
 def test_a_trace_holds_what_was_kept(model_dir, image, tmp_path):
     file = tmp_path / "trace.npz"
     args = ("generate", model_dir, "--image", image, "--prompt", "what?", "--max-new-tokens", 2,
-            "--json", "--kv-budget", "40tok", "--trace", file)  # fmt: skip
+            "--json", "--method", "vl-cache", "--kv-budget", "40tok", "--trace", file)  # fmt: skip
     result = run(*args)
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
@@ -130,7 +130,7 @@ def test_backends_give_the_same_answer(model_dir, image, monkeypatch):
 def test_the_default_keeps_a_tenth(model_dir, image):
     args = ("generate", model_dir, "--image", image, "--prompt", "what?", "--max-new-tokens", 2)
     default = json.loads(run(*args, "--json").stdout)["kv"]
-    assert (default["method"], default["budget_requested"]) == ("vl-cache", "0.1")
+    assert (default["method"], default["budget_requested"]) == (DEFAULT_METHOD, "0.1")
     assert 0.08 < default["kept_share"] < 0.12
     shown = run(*args, "--method", "streaming-llm", "--kv-budget", "0.2").stdout
     assert "streaming-llm, budget 0.2" in shown
@@ -264,7 +264,7 @@ def test_info_of_a_quantized_cache(model_dir):
     assert least < need["pool"] < 2 * least  # with the ends of runs, and a block of full width
     assert need["prefill"] == 2 * 512 * 2 * 2 * 8 * 4
     shown = run("info", "demo", "--kv-bits", "akvq").stdout
-    assert "vl-cache, budget 0.1, akvq" in " ".join(shown.split())
+    assert f"{DEFAULT_METHOD}, budget 0.1, akvq" in " ".join(shown.split())
 
 
 def parameters(path):

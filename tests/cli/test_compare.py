@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.cli.program import refused, run
-from vlcache_jax import VLM, demo
+from vlcache_jax import DEFAULT_METHOD, VLM, demo
 
 
 def test_a_comparison_is_with_the_full_cache(model_dir, image):
@@ -66,11 +66,18 @@ def test_a_comparison_is_of_every_method_budget_and_bits(model_dir, image, monke
 
 def test_a_comparison_is_shown_side_by_side(model_dir):
     args = ("compare", model_dir, "--image", "demo:2", "--max-new-tokens", 3)
-    result = run(*args, "--kv-budget", "0.9", "--kv-budget", "40tok")
+    result = run(*args, "--method", "h2o", "--kv-budget", "0.9", "--kv-budget", "40tok")
     assert result.exit_code == 0, result.output
     for word in ("1.0", "0.9", "40tok", "as the full cache", "cache", "kept per layer", "decode",
                  "right answer", demo.pictures()[1].answer):  # fmt: skip
         assert word in result.stdout
+
+
+def test_the_default_stands_beside_the_method_of_the_paper(model_dir):
+    ask = ("compare", model_dir, "--image", "demo:2", "--max-new-tokens", 2, "--json")
+    answers = json.loads(run(*ask).stdout)["answers"]
+    named = [(answer["kv"]["method"], answer["kv"]["budget_requested"]) for answer in answers]
+    assert named == [("full", "1.0"), (DEFAULT_METHOD, "0.1"), ("vl-cache", "0.1")]
 
 
 @pytest.mark.parametrize(

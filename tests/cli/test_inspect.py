@@ -7,7 +7,8 @@ import pytest
 
 from tests.cli import program
 from tests.inspections import made_up_inspection
-from vlcache_jax import H2O, VLM, SnapKV, VLCache, cli, demo
+from vlcache_jax import DEFAULT_METHOD, H2O, VLM, SnapKV, VLCache, cli, demo
+from vlcache_jax.cache.methods import make_method
 from vlcache_jax.cache.quantizers import make_quantizer
 
 
@@ -40,7 +41,7 @@ def test_a_run_writes_the_numbers_and_prints_them(model_dir, image, tmp_path):
     values = json.loads(result.stdout)
     assert values == json.loads(file.read_text(encoding="utf-8"))
     (outcome,) = values["outcomes"]
-    assert (values["full"]["label"], outcome["label"]) == ("full", "vl-cache 30tok")
+    assert (values["full"]["label"], outcome["label"]) == ("full", f"{DEFAULT_METHOD} 30tok")
     assert sum(layer["budget"] for layer in outcome["layers"]) <= 2 * 31
     assert values["pictures"][0]["name"] == "image.png"
     assert (values["model"], values["prompt"]) == (str(model_dir), "what?")
@@ -72,12 +73,15 @@ def test_a_page_and_figures_of_several_methods(model_dir, image, tmp_path, asked
         assert words in shown
 
 
-def test_the_method_is_vl_cache_and_the_demo_has_its_question(model_dir, asked, tmp_path):
+def test_the_method_is_the_default_and_the_demo_has_its_question(model_dir, asked, tmp_path):
     for options in ((), ("--method", "h2o", "--kv-budget", "64tok")):
         result = run(model_dir, "--image", "demo:2", "--out", tmp_path / "a.json", "--force",
                      *options)  # fmt: skip
         assert result.exit_code == 0, result.output
-    assert [call["methods"] for call in asked] == [[VLCache()], [H2O("64tok")]]
+    assert [call["methods"] for call in asked] == [
+        [make_method(DEFAULT_METHOD)],
+        [H2O("64tok")],
+    ]
     assert asked[0]["text"] == demo.pictures()[1].prompt
     assert asked[0]["max_new_tokens"] == 64
 

@@ -1,6 +1,7 @@
 """Scores made of other scores.
 
     Blend(a, b, weight)      (1 - weight) * a + weight * b, each as shares of its sum
+    PowerMean(terms, power)  the mean of any number of them, of such shares
     ValueNorm(score)         times the norm of the token's value
     Pooled(score, kernel)    the mean over neighbouring tokens
     Diverse(score)           mixed with how little a token's key is like the others
@@ -70,12 +71,34 @@ def scores_of(score: Score, layer: Layer) -> jax.Array:
     return found
 
 
-@dataclass(frozen=True)
-class Blend(RecentScore):
-    """Two scores as one: (1 - weight) * a + weight * b, per kv head.
+class Several(RecentScore):
+    """A score of several others, each `normalized` first, so that it has sum 1 over the prompt.
 
-    Each is `normalized` first, so that it has sum 1 over the prompt's tokens. What the terms
-    themselves always keep is not kept for that: `recent_ratio` is the blend's own.
+    What the terms themselves always keep is not kept for that: `recent_ratio` is its own.
+    """
+
+    terms: tuple[Score, ...]
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """Those of all terms."""
+        return tuple(dict.fromkeys(look for term in self.terms for look in term.looks))
+
+    @property
+    def window(self) -> Window | None:
+        """The window of all terms, where it is one."""
+        windows = {look.window for look in self.looks}
+        return windows.pop() if len(windows) == 1 else None
+
+    def shares(self, layer: Layer) -> list[jax.Array]:
+        """What each term gives each token, float32 [B, K, T]."""
+        inside = layer.prompt.inside[:, None, :]
+        return [normalized(scores_of(term, layer), inside) for term in self.terms]
+
+
+@dataclass(frozen=True)
+class Blend(Several):
+    """Two scores as one: (1 - weight) * a + weight * b, per kv head.
 
     Attributes:
         a: the first score.
@@ -97,21 +120,56 @@ class Blend(RecentScore):
             raise ValueError(f"weight={self.weight} must be from 0 to 1")
 
     @property
-    def looks(self) -> tuple[Look, ...]:
-        """Those of both."""
-        return tuple(dict.fromkeys((*self.a.looks, *self.b.looks)))
-
-    @property
-    def window(self) -> Window | None:
-        """The window of both, where it is one."""
-        windows = {look.window for look in self.looks}
-        return windows.pop() if len(windows) == 1 else None
+    def terms(self) -> tuple[Score, ...]:
+        """Both."""
+        return self.a, self.b
 
     def __call__(self, layer: Layer) -> jax.Array:
         """See the class."""
-        inside = layer.prompt.inside[:, None, :]
-        a, b = (normalized(scores_of(score, layer), inside) for score in (self.a, self.b))
+        a, b = self.shares(layer)
         return (1 - self.weight) * a + self.weight * b
+
+
+@dataclass(frozen=True)
+class PowerMean(Several):
+    """Several scores as one: (weighted mean of share ** power) ** (1 / power), per kv head.
+
+    With a power below 1 a token that all terms find good comes before one that a single term finds
+    very good: agreement counts. With 1 it is the mean. (A choice of this library.)
+
+    Attributes:
+        terms: the scores.
+        power: above 0.
+        weights: of the terms, above 0; all alike where there are none.
+        recent_ratio: as in `RecentScore`.
+
+    Raises:
+        ValueError: there are no terms, not as many weights, or a number is out of range.
+    """
+
+    terms: tuple[Score, ...]
+    power: float = 0.5
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.terms:
+            raise ValueError("terms must be one score or more")
+        if not 0 < self.power < float("inf"):
+            raise ValueError(f"power={self.power} must be above 0")
+        if self.weights and len(self.weights) != len(self.terms):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.terms)} terms")
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"weights={self.weights} must be above 0")
+
+    def __call__(self, layer: Layer) -> jax.Array:
+        """See the class."""
+        weights = self.weights or (1.0,) * len(self.terms)
+        parts = [
+            weight / sum(weights) * share**self.power
+            for weight, share in zip(weights, self.shares(layer), strict=True)
+        ]
+        return sum(parts[1:], parts[0]) ** (1 / self.power)
 
 
 @dataclass(frozen=True)

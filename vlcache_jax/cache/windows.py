@@ -93,6 +93,60 @@ class LastRows(Window):
 
 
 @dataclass(frozen=True)
+class RowsInFront(Window):
+    """Rows in front of the question's (`PostVisionRows`): the last ones, and some of all before.
+
+    In most prompts the last of them is the last visual token's. Half of the count are the last
+    rows, the other half the ends of equal pieces of all rows before these; all rows where there are
+    no more. (A choice of this library.)
+
+    Attributes:
+        count: how many rows; even.
+
+    Raises:
+        ValueError: the count is no even whole number from 2 to 32,768.
+    """
+
+    count: int = 256
+
+    def __post_init__(self):
+        if _sampled(self.count, "count") % 2:
+            raise ValueError(f"count={self.count} must be even")
+
+    def position(self, prompt: Prompt) -> jax.Array:
+        """Of each row, ascending, from T on where there are no more, int32 [B, count or T]."""
+        half, index = self.count // 2, jnp.arange(min(self.count, prompt.rows), dtype=jnp.int32)
+        n = (prompt.length - PostVisionRows().rows(prompt))[:, None]
+        before = jnp.maximum(n - half, 0)
+        some = jnp.minimum(before, half)
+        row = jnp.where(index < some, piece_ends(index, before, some), before + index - some)
+        return jnp.where(row < n, row, prompt.rows)
+
+    def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
+        """See the class."""
+        position = self.position(layer.prompt)
+        return layer.attention(layer.queries(position), position, threshold, maxima)
+
+
+def piece_ends(index: jax.Array, n: jax.Array, pieces: jax.Array) -> jax.Array:
+    """The last row of each of so many equal pieces of n rows: (index + 1) * n // pieces - 1."""
+    each = jnp.maximum(pieces, 1)
+    # The product may be beyond 32 bits.
+    return (index + 1) * (n // each) + (index + 1) * (n % each) // each - 1
+
+
+def _sampled(rows: int, name: str) -> int:
+    """A number of rows, that many pieces of which fit 32 bits.
+
+    Raises:
+        ValueError: it is no whole number from 1 to 32,768.
+    """
+    if whole_number(rows, name, 1) > _MOST_SAMPLED:
+        raise ValueError(f"{name}={rows} must be at most {_MOST_SAMPLED}")
+    return rows
+
+
+@dataclass(frozen=True)
 class AllRows(Window):
     """Every row of the prompt, or rows that stand for all of them.
 
@@ -113,10 +167,8 @@ class AllRows(Window):
     sample: int | None = None
 
     def __post_init__(self):
-        if self.sample is not None and whole_number(self.sample, "sample", 1) > _MOST_SAMPLED:
-            raise ValueError(
-                f"sample={self.sample} must be at most {_MOST_SAMPLED}: leave it out for all rows"
-            )
+        if self.sample is not None:
+            _sampled(self.sample, "sample")
 
     def taken(self, prompt: Prompt) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The rows that are watched, where `sample` is given.
@@ -129,10 +181,8 @@ class AllRows(Window):
         index = jnp.arange(prompt.rows, dtype=jnp.int32)
         n = jnp.max(jnp.where(prompt.visual, index + 1, 0), axis=1, keepdims=True)
         s = jnp.minimum(n, self.sample)
-        each = jnp.maximum(s, 1)
-        # (index + 1) * n // s - 1, whose product may be beyond 32 bits.
-        piece = (index + 1) * (n // each) + (index + 1) * (n % each) // each - 1
-        return jnp.where(index < s, piece, n - s + index), s[:, 0], n[:, 0]
+        position = jnp.where(index < s, piece_ends(index, n, s), n - s + index)
+        return position, s[:, 0], n[:, 0]
 
     def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
         """See the class."""

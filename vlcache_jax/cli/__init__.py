@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from vlcache_jax.cache.methods import DEFAULT_METHOD
 from vlcache_jax.cli import options
 from vlcache_jax.cli.evaluating import evaluate
 from vlcache_jax.cli.terminal import (
@@ -84,7 +85,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
-    method: options.Method = "vl-cache",
+    method: options.Method = DEFAULT_METHOD,
     kv_budget: options.KvBudget = None,
     kv_bits: options.KvBits = None,
     backend: options.Backend = None,
@@ -180,7 +181,7 @@ def compare(
     from vlcache_jax.results.answer import versions
 
     with user_errors():
-        named = cache_methods(method or ["vl-cache"], kv_budget, kv_bits)
+        named = cache_methods(method or list(options.COMPARED), kv_budget, kv_bits)
         images, question, right = find_question(image, prompt)
         document = read_context(context)
         vlm, progress = open_model(model, revision, dtype, backend)
@@ -212,7 +213,7 @@ def info(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
-    method: options.Method = "vl-cache",
+    method: options.Method = DEFAULT_METHOD,
     kv_budget: options.KvBudget = None,
     kv_bits: options.KvBits = None,
     as_json: options.AsJson = False,
@@ -303,7 +304,7 @@ def inspect(
     image: options.Image = None,
     context: options.Context = None,
     method: Annotated[
-        str | None, typer.Option(help=f"{options.METHOD_HELP} vl-cache by default.")
+        str | None, typer.Option(help=f"{options.METHOD_HELP} {DEFAULT_METHOD} by default.")
     ] = None,
     compare: Annotated[
         str | None,
@@ -348,7 +349,7 @@ def inspect(
     with user_errors((*BAD_INPUT, ModuleNotFoundError)):
         if out is None and png is None and not as_json:
             raise ValueError("name what to make: --out report.html, --png DIR or --json")
-        names = [method or "vl-cache"]
+        names = [method or DEFAULT_METHOD]
         if compare is not None:
             if method is not None:
                 raise ValueError("give --method for one method, or --compare for several, not both")

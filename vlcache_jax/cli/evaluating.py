@@ -83,7 +83,7 @@ def evaluate(
     with user_errors():
         methods = [
             each
-            for name in dict.fromkeys(method or ["vl-cache"])
+            for name in dict.fromkeys(method or list(options.COMPARED))
             for each in cache_methods([name], kv_budget or BUDGETS_OF.get(name, BUDGETS), kv_bits)
         ]
         if out is not None:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from vlcache_jax.cache.methods import DEFAULT_METHOD, METHODS, VLCache
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -44,10 +46,11 @@ RawPrompt = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
 ]
-METHOD_HELP = (
-    "What the cache keeps of the prompt: vl-cache, h2o, snapkv, pyramidkv, streaming-llm, random, "
-    "or full."
-)
+COMPARED = tuple(dict.fromkeys((DEFAULT_METHOD, VLCache.name)))
+"""What commands that compare run where no method is named: the default, and the paper's."""
+
+METHOD_HELP = f"What the cache keeps of the prompt: {', '.join(METHODS)}."
+
 BUDGET_HELP = (
     "How much of it: a share of the cache such as 0.1, or tokens per layer such as 256tok. 0.1 by "
     "default."
@@ -60,7 +63,8 @@ BITS_HELP = (
 EACH = "Give the option once for each"
 Method = Annotated[str, typer.Option(help=METHOD_HELP)]
 Methods = Annotated[
-    list[str] | None, typer.Option("--method", help=f"{METHOD_HELP} {EACH}; vl-cache by default.")
+    list[str] | None,
+    typer.Option("--method", help=f"{METHOD_HELP} {EACH}; {' and '.join(COMPARED)} by default."),
 ]
 KvBudget = Annotated[str | None, typer.Option(help=BUDGET_HELP)]
 KvBudgets = Annotated[list[str] | None, typer.Option("--kv-budget", help=f"{BUDGET_HELP} {EACH}.")]

@@ -10,7 +10,6 @@ import numpy as np
 
 from benchmarks.accuracy.budgets import Bench, Refused
 from benchmarks.accuracy.experiments.common import Experiment, compare
-from benchmarks.accuracy.experiments.row_score import RowScore
 from benchmarks.accuracy.oracle import MostAttention, Oracle
 from benchmarks.accuracy.packing import MARK, render
 from benchmarks.accuracy.report import (
@@ -27,55 +26,18 @@ from benchmarks.accuracy.report import (
 from benchmarks.accuracy.scene import Manner
 from benchmarks.accuracy.scoring import rounded, rows_by_task
 from benchmarks.accuracy.tasks import Item
+from benchmarks.candidates import candidates
 from benchmarks.documents import table
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.cache.methods import Custom, SnapKV, VLCache
+from vlcache_jax.cache.methods import SnapKV, VLCache
 from vlcache_jax.vlm import VLM
 
 CHOSEN_ON = "tune"
 BEST = 3
 """Candidates that are reported."""
 
-SCORES: dict[str, RowScore] = {
-    "sum over rows": RowScore(),
-    "pooled 3": RowScore(pool=3),
-    "pooled 5": RowScore(pool=5),
-    "pooled 9": RowScore(pool=9),
-    "pooled 15": RowScore(pool=15),
-    "max over rows": RowScore(rows="max"),
-    "max over group": RowScore(group="max"),
-    "max over kv heads": RowScore(heads="max"),
-    "half-life 16": RowScore(half_life=16),
-    "half-life 4": RowScore(half_life=4),
-    "last 4 rows": RowScore(last=4),
-    "last row": RowScore(last=1),
-    "question kept, to half": RowScore(question=0.5),
-    "question kept": RowScore(question=1.0),
-    "max over rows, pooled 3": RowScore(rows="max", pool=3),
-    "max over rows, pooled 5": RowScore(rows="max", pool=5),
-    "max over rows, pooled 9": RowScore(rows="max", pool=9),
-    "max over rows, group, kv heads": RowScore(rows="max", group="max", heads="max"),
-    "half-life 4, pooled 3": RowScore(half_life=4, pool=3),
-    "half-life 4, max over kv heads": RowScore(half_life=4, heads="max"),
-    "half-life 4, max over kv heads, pooled 3": RowScore(half_life=4, heads="max", pool=3),
-    "last row, pooled 3": RowScore(last=1, pool=3),
-    "last row, max over kv heads": RowScore(last=1, heads="max"),
-    "last row, max over kv heads, pooled 3": RowScore(last=1, heads="max", pool=3),
-}
-"""Each is tried with both allocations. The first one is VL-Cache's."""
-
-ALLOCATIONS = {"": "sparsity", ", equal layers": "uniform"}
 MANNERS: tuple[Manner, ...] = get_args(Manner)[::-1]
 """From the shortest way of asking to the longest."""
-
-
-def candidates(budget: float) -> dict[str, CacheMethod]:
-    """All that is tried, by label."""
-    return {
-        f"{name}{suffix}": Custom(budget, score=score, allocation=allocation)
-        for suffix, allocation in ALLOCATIONS.items()
-        for name, score in SCORES.items()
-    }
 
 
 def ceilings(budget: float) -> dict[str, CacheMethod]:
@@ -103,7 +65,7 @@ def run(bench: Bench) -> Result:
     means = {
         label: float(np.mean([of[label][budget]["score"] for of in tuned.values()
                               for budget in map(str, plan.budgets)]))
-        for label in candidates(1)
+        for label in candidates(1.0)
     }  # fmt: skip
     chosen = sorted(means, key=lambda label: -means[label])[:BEST]
 
@@ -171,10 +133,11 @@ def section(result: Result) -> str:
     return told(
         result,
         f"Chosen on the split `{choice['split']}`: {choice['n']:,} items of each task, seeds "
-        f"from {choice['seed']}. {len(tried)} candidates, which change one step of VL-Cache's "
-        "score or several; where it says so, all layers have the same budget. The best "
-        f"{len(choice['chosen'])} by the mean over tasks and budgets were chosen: "
-        f"{'; '.join(choice['chosen'])}. 'sum over rows' is VL-Cache's own score.",
+        f"from {choice['seed']}. {len(tried)} candidates: parts of the library, combined "
+        "([candidates.py](../benchmarks/candidates.py) says what each is). Where it does not say "
+        "otherwise all layers have the same budget. The best "
+        f"{len(choice['chosen'])} by the mean over tasks and budgets are reported: "
+        f"{'; '.join(choice['chosen'])}. 'sum; layers by sparsity' is VL-Cache.",
         table(["chosen among, by mean", "mean", *columns], tried),
         f"Reported on the split `{result['split']}`, which nothing was chosen on. The oracle "
         "keeps what the full cache's answer really attends to, with equal layers and with the "

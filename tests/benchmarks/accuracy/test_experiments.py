@@ -25,14 +25,13 @@ from benchmarks.accuracy.experiments import (
     scores,
     sections,
 )
-from benchmarks.accuracy.experiments.row_score import RowScore
 from benchmarks.accuracy.oracle import attention_of_answer
 from benchmarks.accuracy.packing import render
 from benchmarks.accuracy.report import FULL, per_cent, points, scored
 from benchmarks.documents import NOT_MEASURED
 from tests.benchmarks.accuracy.test_evaluate import make_vlm
 from vlcache_jax import SnapKV, VLCache
-from vlcache_jax.cache.methods import METHODS
+from vlcache_jax.cache.methods import H2O, METHODS
 from vlcache_jax.models.families import bind
 from vlcache_jax.running import programs
 from vlcache_jax.running.stages import Stages
@@ -202,9 +201,7 @@ def small(evaluation, monkeypatch, tmp_path):
     monkeypatch.setattr(compared, "VARIANTS", {"plain": 1, "multi-turn": 1})
     two = {name: METHODS[name] for name in (FULL, "snapkv")}
     monkeypatch.setattr(common, "METHODS", two)
-    monkeypatch.setattr(
-        scores, "SCORES", {"last row": RowScore(last=1), "pooled": RowScore(pool=3)}
-    )
+    monkeypatch.setattr(scores, "candidates", lambda budget: {"h2o": H2O(budget)})
     monkeypatch.setattr(compared, "WHOLE_BITS", ("akvq",))
     monkeypatch.setattr(compared, "EVICTING", ("snapkv",))
     monkeypatch.setattr(scores, "MANNERS", ("brief",))
