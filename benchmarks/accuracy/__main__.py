@@ -7,6 +7,7 @@ import typer
 from benchmarks import command
 from benchmarks.accuracy import options
 from benchmarks.accuracy.report import score_tables
+from vlcache_jax.cache.methods import METHODS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -21,7 +22,7 @@ def main(
     tasks: options.Tasks = options.ALL_TASKS,
     methods: Annotated[
         str, typer.Option(metavar="A,B", help="Some of these; the full cache is always run.")
-    ] = "full,vl-cache,h2o,snapkv,pyramidkv,streaming-llm,random",
+    ] = ",".join(METHODS),
     budgets: Annotated[
         str | None,
         typer.Option(
