@@ -32,6 +32,8 @@ from benchmarks.environment import environment
 from benchmarks.make_demo import RESULTS as TRAINING
 from benchmarks.make_demo import fingerprint
 from vlcache_jax import demo
+from vlcache_jax.cache.methods import make_method
+from vlcache_jax.cli.options import COMPARED
 from vlcache_jax.results.display import comparison_tables
 
 RECIPE, LOG, MODEL = (TRAINING / name for name in ("recipe.json", "log.jsonl", "model.json"))
@@ -47,8 +49,8 @@ def run_demo() -> Result:
     )
     vlm, shown = vlcache_jax.load("demo"), demo.pictures()
     images, prompts = [picture.file for picture in shown], [picture.prompt for picture in shown]
-    full = vlm.generate(images, prompts)
-    kept = vlm.generate(images, prompts, cache=vlcache_jax.VLCache(0.1))
+    caches = [make_method("full"), *(make_method(name, 0.1) for name in COMPARED)]
+    answers = {cache.name: vlm.generate(images, prompts, cache=cache) for cache in caches}
     return {
         **environment(),
         "sha256": fingerprint(demo.CHECKPOINT),
@@ -58,10 +60,9 @@ def run_demo() -> Result:
                 "name": picture.name,
                 "task": picture.task,
                 "right_answer": picture.answer,
-                "full": all_of_it.text,
-                "kept": tenth.text,
+                "answers": {name: found[index].text for name, found in answers.items()},
             }
-            for picture, all_of_it, tenth in zip(shown, full, kept, strict=True)
+            for index, picture in enumerate(shown)
         ],
     }
 
@@ -87,13 +88,14 @@ def demo_part(result: Result, model: Result | None) -> str:
 def _right(result: Result) -> str:
     """How many of the shipped pictures are answered right."""
     rows = result["pictures"]
-    full, kept = (
-        sum(exact_match(row[name], row["right_answer"]) for row in rows)
-        for name in ("full", "kept")
+    full, *kept = (
+        (name, sum(exact_match(row["answers"][name], row["right_answer"]) for row in rows))
+        for name in rows[0]["answers"]
     )
+    tenths = _listed(f"{right:.0f} by {name}" for name, right in kept)
     return (
-        f"Of the {len(rows)} pictures in the package {full:.0f} are answered right with the full "
-        f"cache, and {kept:.0f} with a tenth of it, chosen by VL-Cache."
+        f"Of the {len(rows)} pictures in the package {full[1]:.0f} are answered right with the "
+        f"full cache. With a tenth of it, chosen by a method: {tenths}."
     )
 
 
@@ -109,10 +111,11 @@ def pictures_part(result: Result) -> str:
     rows = []
     files = {picture.name: picture.file for picture in demo.pictures()}
     for row in result["pictures"]:
-        answers = (cell(row[name]) for name in ("right_answer", "full", "kept"))
+        answers = map(cell, (row["right_answer"], *row["answers"].values()))
         file = f"../{files[row['name']].relative_to(ROOT).as_posix()}"
         rows.append([f"[{row['name']}]({file})", row["task"], *answers])
-    head = ["picture", "task", "right answer", "full cache", "a tenth"]
+    _, *tenths = result["pictures"][0]["answers"]
+    head = ["picture", "task", "right answer", "full cache", *(f"{name}, 10%" for name in tenths)]
     return f"{_right(result)}\n\n{table(head, rows)}"
 
 
@@ -210,13 +213,27 @@ def _curves(line: Result) -> dict[str, float]:
 
 @measured
 def accuracy_part(run: Result) -> str:
-    """The full cache and VL-Cache on the tasks, from a run of `python -m benchmarks.accuracy`."""
-    found = {share for methods in run["details"].values() for share in methods["vl-cache"]}
-    kept = sorted((share for share in found if float(share) < 1), key=float, reverse=True)
-    heads = ["task", "score", "full cache", *(f"VL-Cache, {float(share):.0%}" for share in kept)]
+    """The full cache and what `COMPARED` names on the tasks, by `python -m benchmarks.accuracy`."""
+    kept = sorted(
+        {
+            (name, share)
+            for methods in run["details"].values()
+            for name in COMPARED
+            for share in methods.get(name, ())
+            if float(share) < 1
+        },
+        key=lambda each: (COMPARED.index(each[0]), -float(each[1])),
+    )
+    heads = [
+        "task",
+        "score",
+        "full cache",
+        *(f"{name}, {float(share):.0%}" for name, share in kept),
+    ]
     rows = []
     for task, methods in run["details"].items():
-        facts = [methods["full"]["1.0"], *(methods["vl-cache"].get(share) for share in kept)]
+        tenths = (methods[name].get(share) for name, share in kept)
+        facts = [methods["full"]["1.0"], *tenths]
         cells = ("-" if each is None else f"{each['score']:.1%}" for each in facts)
         rows.append([task, METRICS[task], *cells])
     return (

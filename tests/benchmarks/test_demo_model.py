@@ -5,8 +5,15 @@ import json
 import pytest
 
 from benchmarks import demo_model
-from benchmarks.demo_model import accuracy_part, log_part, model_part, recipe_part
+from benchmarks.demo_model import (
+    accuracy_part,
+    log_part,
+    model_part,
+    pictures_part,
+    recipe_part,
+)
 from benchmarks.documents import NOT_MEASURED
+from vlcache_jax import DEFAULT_METHOD
 
 
 def test_what_is_not_there_is_not_measured():
@@ -15,15 +22,30 @@ def test_what_is_not_there_is_not_measured():
 
 
 def test_accuracy_is_that_of_every_budget():
-    scores = {"full": {"1.0": 0.99}, "vl-cache": {"0.05": 0.5, "0.1": 0.973, "1.0": 0.99}}
+    scores = {
+        "full": {"1.0": 0.99},
+        "vl-cache": {"0.05": 0.5, "0.1": 0.973, "1.0": 0.99},
+        "h2o": {"0.1": 0.4},
+        DEFAULT_METHOD: {"0.1": 0.98, "1.0": 0.99},
+    }
     methods = {
         name: {budget: {"score": share} for budget, share in of.items()}
         for name, of in scores.items()
     }
     text = accuracy_part({"details": {"document": methods}, "n": 500})
     assert "500 items" in text
-    assert "| task | score | full cache | VL-Cache, 10% | VL-Cache, 5% |" in text
-    assert "| document | anls | 99.0% | 97.3% | 50.0% |" in text
+    heads = f"| task | score | full cache | {DEFAULT_METHOD}, 10% | vl-cache, 10% | vl-cache, 5% |"
+    assert heads in text
+    assert "| document | anls | 99.0% | 98.0% | 97.3% | 50.0% |" in text
+
+
+def test_how_many_pictures_each_method_answers():
+    answers = {"full": "A", DEFAULT_METHOD: "A", "vl-cache": "B"}
+    row = {"name": "01.png", "task": "reading", "right_answer": "A", "answers": answers}
+    text = pictures_part({"pictures": [row]})
+    assert "Of the 1 pictures in the package 1 are answered right with the full cache." in text
+    assert f": 1 by {DEFAULT_METHOD} and 0 by vl-cache." in text
+    assert "| reading | `A` | `A` | `A` | `B` |" in text
 
 
 def test_the_plot_says_what_it_is_made_of(tmp_path):
