@@ -13,7 +13,7 @@ from benchmarks.demo_model import (
     recipe_part,
 )
 from benchmarks.documents import NOT_MEASURED
-from vlcache_jax import DEFAULT_METHOD
+from vlcache_jax import DEFAULT_METHOD, demo
 
 
 def test_what_is_not_there_is_not_measured():
@@ -41,7 +41,12 @@ def test_accuracy_is_that_of_every_budget():
 
 def test_how_many_pictures_each_method_answers():
     answers = {"full": "A", DEFAULT_METHOD: "A", "vl-cache": "B"}
-    row = {"name": "01.png", "task": "reading", "right_answer": "A", "answers": answers}
+    row = {
+        "name": demo.pictures()[0].name,
+        "task": "reading",
+        "right_answer": "A",
+        "answers": answers,
+    }
     text = pictures_part({"pictures": [row]})
     assert "Of the 1 pictures in the package 1 are answered right with the full cache." in text
     assert f": 1 by {DEFAULT_METHOD} and 0 by vl-cache." in text
