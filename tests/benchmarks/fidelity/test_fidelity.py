@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 import vlcache_jax
 from benchmarks.fidelity import __main__ as command
-from benchmarks.fidelity import prose, report, run
+from benchmarks.fidelity import prose, report, run, settings
 from benchmarks.fidelity.prose import Passage
 from benchmarks.fidelity.settings import PARTS, SCORES, ablation, alone, methods
 from vlcache_jax.cache.allocate import allocate
-from vlcache_jax.cache.methods import METHODS
+from vlcache_jax.cache.methods import DEFAULT_METHOD, H2O, METHODS
 from vlcache_jax.evaluation import Replayed, Replays
 from vlcache_jax.running import programs
 
@@ -26,6 +26,7 @@ def results(text_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fidelity")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "keep_programs", lambda: None)
+        patch.setattr(settings, "candidates", lambda budget: {"all": H2O(budget)})
         for part in PARTS:
             outcome = invoke(text_dir, folder, part)
             assert outcome.exit_code == 0, outcome.output
@@ -83,7 +84,13 @@ def test_every_score_meets_every_division(results):
     by_method = result_of(results, "methods")["details"]
     for pair, method in same.items():
         own = result_of(results, "ablation")["details"][pair]["0.4"]
-        assert own == by_method[method]["0.4"], pair
+        theirs = by_method[method]["0.4"]
+        behind = theirs.pop("behind")
+        assert own == theirs, pair
+        assert behind["kl"] == pytest.approx(
+            own["kl"] - by_method[DEFAULT_METHOD]["0.4"]["kl"], abs=2e-5
+        )
+        assert behind["interval"][0] <= behind["kl"] <= behind["interval"][1]
 
 
 @pytest.mark.parametrize("layers", [2, 5])
@@ -176,6 +183,15 @@ def test_the_document_tells_the_numbers(results):
     ablated = report.ablation_part(found["ablation"])
     for facts in found["ablation"]["details"].values():
         assert report.cell(facts["0.1"]) in ablated
+    ours, paper = (
+        found["methods"]["details"][name]["0.1"] for name in (DEFAULT_METHOD, "vl-cache")
+    )
+    default = report.default_part(found["methods"])
+    assert f"| `vl-cache` | {report.behind(paper)} |" in default
+    assert f"its KL is {ours['kl'] / paper['kl']:.2f} of VL-Cache's" in default
+    assert report.behind(ours) == "-"
+    tried = report.candidates_part(found["candidates"])
+    assert f"| all | {report.cell(found['candidates']['details']['all']['0.1'])} |" in tried
     layers = report.layers_part(found["layers"])
     total = sum(of["0.1"]["kl"] for of in found["layers"]["details"].values())
     assert f"{total:.3f}" in layers
@@ -208,3 +224,18 @@ def test_the_committed_result_orders_the_methods():
     assert min(kl, key=kl.__getitem__).startswith("oracle")
     assert max(kl, key=kl.__getitem__) == "random"
     assert kl["vl-cache"] >= 1.4 * kl["post-vision-uniform"]
+
+
+def test_the_default_is_as_good_as_every_published_method():
+    """Paired by document, at each budget that decides."""
+    details = json.loads(report.METHODS.read_text(encoding="utf-8"))["details"]
+    published = METHODS.keys() - {"full", DEFAULT_METHOD}
+    assert published < details.keys()
+    for name in published:
+        for budget in report.DECIDING:
+            behind = details[name][budget]["behind"]
+            assert behind["kl"] > 0, (name, budget)
+            assert behind["interval"][1] > 0
+    at = {name: of["0.1"]["kl"] for name, of in details.items()}
+    assert at[DEFAULT_METHOD] <= 0.5 * at["vl-cache"]
+    assert at[DEFAULT_METHOD] <= 1.05 * min(at["h2o"], at["snapkv"])
