@@ -20,7 +20,7 @@ from jax import lax
 from vlcache_jax.cache.blended import normalized
 from vlcache_jax.cache.budget import Limits, Prompt
 from vlcache_jax.cache.score import Layer, PostVisionRows, Window
-from vlcache_jax.cache.select import kept_rows, rank_rows
+from vlcache_jax.cache.select import largest
 
 _MOST = 2**23  # sizes beyond any prompt's length; whole numbers up to here are exact in float32
 
@@ -179,11 +179,10 @@ class GlobalBest(Allocation):
         every = prompt.length * prompt.layers
         taken = prompt.budget.shares(prompt.length) * every.astype(jnp.float32)
         taken = jnp.floor(taken + 0.5).astype(jnp.int32)
-        # As one row, position by position, the tokens of all layers are still the first of it.
-        row = worth.swapaxes(1, 2).reshape(len(every), 1, 1, -1)
-        nothing = jnp.zeros((len(every), 1), jnp.int32)
-        best = kept_rows(rank_rows(row, nothing, nothing, every), taken[:, None])
-        return jnp.sum(best.reshape(len(every), -1, prompt.layers), axis=1, dtype=jnp.float32)
+        row = worth.swapaxes(1, 2).reshape(len(every), -1)  # position by position
+        inside = jnp.repeat(prompt.inside, prompt.layers, axis=1)
+        best = largest(row, inside, taken).reshape(len(every), -1, prompt.layers)
+        return jnp.sum(best, axis=1, dtype=jnp.float32)
 
 
 @dataclass(frozen=True)
