@@ -11,30 +11,24 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.window_scores import WindowScores
 from vlcache_jax.cache.allocate import Allocation, parts
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.score import Layer, Look, Score
-from vlcache_jax.cache.windows import Window
+from vlcache_jax.cache.windows import ScatteredRows
 
 _BEFORE = 2.0**100
 """Puts what text is worth in front of what any visual token is: no rounding, as a power of two."""
 
 
 @dataclass(frozen=True)
-class TextRows(Window):
+class TextRows(ScatteredRows):
     """All rows that are text."""
 
     def position(self, prompt: Prompt) -> jax.Array:
-        """Of each row, ascending, from T on where there are no more, int32 [B, T]."""
+        """See the class."""
         position = jnp.arange(prompt.rows, dtype=jnp.int32)
         return jnp.sort(jnp.where(prompt.text, position, prompt.rows), axis=1)
-
-    def watch(self, layer: Layer, threshold: float | None, maxima: bool) -> WindowScores:
-        """See the class."""
-        position = self.position(layer.prompt)
-        return layer.attention(layer.queries(position), position, threshold, maxima)
 
 
 TEXT_ROWS = TextRows()

@@ -92,8 +92,21 @@ class LastRows(Window):
         return prompt.budget.window(prompt.length, self.maximum)
 
 
+class ScatteredRows(Window):
+    """Rows that need not stand beside one another."""
+
+    def position(self, prompt: Prompt) -> jax.Array:
+        """Where each stands, ascending, from T on where there are no more, int32 [B, W]."""
+        raise NotImplementedError(f"{type(self).__name__} does not say positions")
+
+    def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
+        """See the class."""
+        position = self.position(layer.prompt)
+        return layer.attention(layer.queries(position), position, threshold, maxima)
+
+
 @dataclass(frozen=True)
-class RowsInFront(Window):
+class RowsInFront(ScatteredRows):
     """Rows in front of the question's (`PostVisionRows`): the last ones, and some of all before.
 
     In most prompts the last of them is the last visual token's. Half of the count are the last
@@ -114,18 +127,13 @@ class RowsInFront(Window):
             raise ValueError(f"count={self.count} must be even")
 
     def position(self, prompt: Prompt) -> jax.Array:
-        """Of each row, ascending, from T on where there are no more, int32 [B, count or T]."""
+        """See the class."""
         half, index = self.count // 2, jnp.arange(min(self.count, prompt.rows), dtype=jnp.int32)
         n = (prompt.length - PostVisionRows().rows(prompt))[:, None]
         before = jnp.maximum(n - half, 0)
         some = jnp.minimum(before, half)
         row = jnp.where(index < some, piece_ends(index, before, some), before + index - some)
         return jnp.where(row < n, row, prompt.rows)
-
-    def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
-        """See the class."""
-        position = self.position(layer.prompt)
-        return layer.attention(layer.queries(position), position, threshold, maxima)
 
 
 def piece_ends(index: jax.Array, n: jax.Array, pieces: jax.Array) -> jax.Array:
