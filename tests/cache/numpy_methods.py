@@ -398,7 +398,7 @@ def text_guided(attention: np.ndarray, visual: np.ndarray, kv_heads: int) -> np.
         weights = [worth[j] / (len(text) - place) for place, j in enumerate(text)]
         guided = sum(w * summed[i] for w, i in zip(weights, text, strict=True))
         found[kv_head] = guided / max(sum(weights), 1e-30)
-        found[kv_head, text] = worth[text] * 2.0**100
+        found[kv_head, text] = worth[text] * 2.0**100 + heads
     return found
 
 

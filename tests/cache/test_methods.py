@@ -270,8 +270,9 @@ def compare(trace: Trace, want: Expected) -> None:
         ours, theirs = getattr(trace, name), getattr(want, name)
         assert (ours is None) == (theirs is None), name
         if ours is not None:
-            ours, theirs = (np.where(x > 1e3, x * 2.0**-100, x) for x in (ours, theirs))
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=name)
+            # What text is worth to TGV-KV is so large that only its share can be compared.
+            relative = 1e-3 if trace.method == "tgv-kv" else 0
+            np.testing.assert_allclose(ours, theirs, relative, tolerance, err_msg=name)
     assert trace.budget.tolist() == want.budget
     assert (None if trace.recent is None else trace.recent.tolist()) == want.recent
     kept = [[head[head >= 0].tolist() for head in layer] for layer in trace.kept]

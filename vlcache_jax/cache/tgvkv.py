@@ -18,7 +18,7 @@ from vlcache_jax.cache.score import Layer, Look, Score
 from vlcache_jax.cache.windows import ScatteredRows
 
 _BEFORE = 2.0**100
-"""Puts what text is worth in front of what any visual token is: no rounding, as a power of two."""
+"""What text is worth is multiplied by: far beyond any visual token, and rounded nowhere."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class TextGuided(Score):
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = weights / jnp.where(total > 0, total, 1.0)
         guided = layer.attention(layer.queries(position), position, weights=weights).scores
-        return jnp.where(text, worth * _BEFORE, guided)
+        most = layer.q.shape[2]  # of a visual token: 1 for each query head
+        return jnp.where(text, worth * _BEFORE + most, guided)
 
 
 @dataclass(frozen=True)
