@@ -227,15 +227,13 @@ def test_the_committed_result_orders_the_methods():
 
 
 def test_the_default_is_as_good_as_every_published_method():
-    """Paired by document, at each budget that decides."""
+    """Paired by document, none is surely better at a budget that decides."""
     details = json.loads(report.METHODS.read_text(encoding="utf-8"))["details"]
     published = METHODS.keys() - {"full", DEFAULT_METHOD}
     assert published < details.keys()
     for name in published:
         for budget in report.DECIDING:
-            behind = details[name][budget]["behind"]
-            assert behind["kl"] > 0, (name, budget)
-            assert behind["interval"][1] > 0
+            assert details[name][budget]["behind"]["interval"][1] > 0, (name, budget)
     at = {name: of["0.1"]["kl"] for name, of in details.items()}
-    assert at[DEFAULT_METHOD] <= 0.5 * at["vl-cache"]
-    assert at[DEFAULT_METHOD] <= 1.05 * min(at["h2o"], at["snapkv"])
+    assert at[DEFAULT_METHOD] <= 0.6 * at["vl-cache"]
+    assert at[DEFAULT_METHOD] <= min(at[name] for name in published)
