@@ -32,6 +32,15 @@ if os.environ.get("JAX_PLATFORMS") == "cpu" and jax.__version_info__ < (0, 11):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Each compiled program takes maps of memory, of which a process of Linux may have 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 16_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A tiny LLaVA-NeXT directory with random weights and a processor; made without torch."""
