@@ -43,7 +43,8 @@ class HalfOfEverything(Allocation):
 
 
 MADE = {
-    **{name: make_method(name, "1tok") for name in EVICTING},
+    **{name: method for name in EVICTING
+       if not (method := make_method(name, "1tok")).rules()[1].by_scores},
     "renormalized": VLCache("1tok", renormalize=True),
     **{name: Custom("1tok", allocation=name)
        for name, rule in ALLOCATIONS.items() if not rule.by_scores},

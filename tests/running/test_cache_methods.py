@@ -289,9 +289,12 @@ def test_every_length_fits_its_pool(method, budget):
     m = jnp.arange(1, rows + 1)
     rng = np.random.default_rng(0)
     sparsity = jnp.asarray(1 - rng.uniform(0, 1, (rows, layers)) ** 8, jnp.float32)
-    prompt = vlcache_jax.Prompt(m, jnp.zeros((rows, rows), bool), layers, cache.limit.data)
+    visual = jnp.arange(rows)[None] < m[:, None] // 2
+    prompt = vlcache_jax.Prompt(m, visual, layers, cache.limit.data)
     _, allocation = cache.rules()
-    k = np.asarray(allocate(allocation.sizes(prompt, sparsity), prompt.budget, m))
+    scores = jnp.asarray(rng.uniform(0, 1, (rows, layers, 2, rows)) ** 4, jnp.float32)
+    shown = scores if allocation.by_scores else sparsity
+    k = np.asarray(allocate(allocation.sizes(prompt, shown), prompt.budget, m))
     assert (k >= 1).all()
     assert (k <= np.asarray(m)[:, None]).all()
     assert (k.sum(1) <= layers * np.asarray(prompt.budget.most(m))).all()
