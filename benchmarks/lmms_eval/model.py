@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import vlcache_jax
 from benchmarks.lmms_eval.requests import Request, answer_all, batch_size_of, check_machine
-from vlcache_jax.cache.methods import DEFAULT_METHOD, make_method
+from vlcache_jax.cache.methods import VLCache, make_method
 from vlcache_jax.cache.quantizers import make_quantizer
 from vlcache_jax.running.programs import keep_programs
 
@@ -47,7 +47,7 @@ class VLCacheModel(lmms):
     def __init__(
         self,
         pretrained: str,
-        method: str = DEFAULT_METHOD,
+        method: str = VLCache.name,
         kv_budget: float | str | None = None,
         kv_bits: int | str | None = None,
         dtype: str | None = None,

@@ -9,12 +9,12 @@ import typer
 from benchmarks.command import check_known
 from benchmarks.speed.cases import FULL
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.cache.methods import DEFAULT_METHOD, METHODS, as_method, make_method
+from vlcache_jax.cache.methods import METHODS, VLCache, as_method, make_method
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
 
 Methods = Annotated[
     list[str] | None,
-    typer.Option(help=f"Of {', '.join(METHODS)}; {DEFAULT_METHOD} by default; several times."),
+    typer.Option(help=f"Of {', '.join(METHODS)}; {VLCache.name} by default; several times."),
 ]
 Budgets = Annotated[
     list[str] | None, typer.Option(help="As 0.1 or 256tok; 0.1 by default; several times.")
@@ -45,7 +45,7 @@ def variants_of(
     caches: list[CacheMethod] = [as_method(each) for each in quantizers if each is not None]
     caches += [
         make_method(name, budget, quantizer)
-        for name in methods or [DEFAULT_METHOD]
+        for name in methods or [VLCache.name]
         if name != FULL.name
         for budget in budgets or ["0.1"]
         for quantizer in quantizers
