@@ -161,12 +161,18 @@ class Case:
 
 
 def layer_rows(cache: CacheMethod, sparsity: np.ndarray, context: int) -> jax.Array:
-    """Rows of each layer as a method divides its budget by sparsities [B, L], int32 [B, L]."""
+    """Rows of each layer as a method divides its budget by sparsities [B, L], int32 [B, L].
+
+    A rule by scores is shown ones that fall off the faster, the sparser a layer is (a choice).
+    """
     batch, layers = sparsity.shape
     m, visual = jnp.full((batch,), context, jnp.int32), jnp.zeros((batch, context), bool)
     prompt = Prompt(m, visual, layers, cache.limit.data)
-    sizes = cache.rules()[1].sizes(prompt, jnp.asarray(sparsity, jnp.float32))
-    return allocate(sizes, prompt.budget, m)
+    rule, shown = cache.rules()[1], jnp.asarray(sparsity, jnp.float32)
+    if rule.by_scores:
+        place = jnp.arange(context, dtype=jnp.float32) / context
+        shown = jnp.exp(-place / (1 - shown)[:, :, None, None])
+    return allocate(rule.sizes(prompt, shown), prompt.budget, m)
 
 
 def paper_sparsity(batch: int, layers: int, seed: int = 0) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The command, its result file, and the document that is made of it."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 import vlcache_jax
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import report, tasks
-from benchmarks.accuracy.budgets import EXTRA, Plan
+from benchmarks.accuracy.budgets import AT_ONCE, EXTRA, Plan
 from benchmarks.accuracy.evaluate import WHOLE, Evaluation, Outcome
 from benchmarks.accuracy.network import config_json, export, make_files
 from benchmarks.accuracy.report import FULL
@@ -128,9 +129,10 @@ def test_every_method_at_every_budget(model, pretended, tmp_path):
         assert all(details[name]["1.0"]["score"] == 1 for name in METHODS)
         assert details["h2o"]["0.4"]["score"] == pytest.approx(0.4, abs=0.01)
         assert task in output
-    ((items, methods),) = pretended  # all of it from one prefill of each item
-    assert len(items) == 40 * len(tasks.TASKS)
-    assert len(methods) == (len(METHODS) - 1) * 6 + len(EXTRA) * 5
+    cells = (len(METHODS) - 1) * 6 + len(EXTRA) * 5
+    assert sum(len(methods) for _, methods in pretended) == cells
+    assert len(pretended) == math.ceil(cells / AT_ONCE)  # of as few prefills of each item
+    assert all(len(items) == 40 * len(tasks.TASKS) for items, _ in pretended)
     facts = result["details"]["reading"]["snapkv"]["0.4"]
     assert facts["agreement"] == {"answers": 0, "tokens": pytest.approx(2 / 3, abs=1e-4)}
     assert facts["difference"]["mean"] == pytest.approx(-0.6, abs=0.01)
