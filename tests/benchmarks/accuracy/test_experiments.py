@@ -316,7 +316,7 @@ def test_scores_are_chosen_on_other_seeds_than_they_are_reported_on(evaluation, 
         runs[what] = {split_of[id(item)][0] for item in items}, {label for label, _ in cells}
         right = outcome([item.answer for item in items])
         wrong = outcome(["" for _ in items])
-        good = "last row, pooled 3" if what == "choosing" else "vl-cache"
+        good = "maximum + sum" if what == "choosing" else "vl-cache"
         return {WHOLE: right} | {cell: right if cell[0] == good else wrong for cell in cells}
 
     monkeypatch.setattr(budgets, "make_item", make_item)
@@ -325,7 +325,7 @@ def test_scores_are_chosen_on_other_seeds_than_they_are_reported_on(evaluation, 
     result = scores.run(Bench(evaluation, plan))
     assert runs["choosing"][0] == {"tune"}
     assert [splits for what, (splits, _) in runs.items() if what != "choosing"] == [{"report"}] * 4
-    assert result["choice"]["chosen"][0] == "last row, pooled 3"
+    assert result["choice"]["chosen"][0] == "maximum + sum"
     assert len(result["choice"]["chosen"]) == scores.BEST
     assert runs["choosing"][1] == set(scores.candidates(0.1))
     for what in ("reporting", "full questions"):
