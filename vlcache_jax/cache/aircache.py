@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.window_scores import window_scores
-from vlcache_jax.cache.allocate import Allocation
+from vlcache_jax.cache.allocate import Allocation, parts
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.score import Layer, Score
@@ -120,14 +120,8 @@ class StrengthAndSkewness(Allocation):
         even = prompt.budget.even_rows(prompt.length)[:, None]
         text = last_marked(prompt.text, jnp.maximum(even // 2, 1))
         text = jnp.sum(text, axis=-1).astype(jnp.float32)
-        rate = (_relative(strength) + _relative(skewness)) / 2
+        rate = (parts(strength) + parts(skewness)) / 2 * prompt.layers
         return text + (even.astype(jnp.float32) - text) * rate
-
-
-def _relative(x: jax.Array) -> jax.Array:
-    """Divided by the mean over the layers; 1 where all are 0: [B, L]."""
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    return jnp.where(mean > 0, x / jnp.where(mean > 0, mean, 1.0), 1.0)
 
 
 @dataclass(frozen=True)
