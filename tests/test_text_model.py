@@ -10,7 +10,7 @@ from convert.program import convert
 from tests.cli.program import refused, run
 from tests.model_files import decoder_json, random_tensors, read_tensors, same_bits, write_model
 from tests.tiny import picture, text_tokenizer
-from vlcache_jax import ModelConfig, Processor, VLCache
+from vlcache_jax import DEFAULT_METHOD, ModelConfig, Processor, VLCache
 from vlcache_jax.checkpoints.checkpoint import open_checkpoint
 from vlcache_jax.models.families import read_config
 from vlcache_jax.models.llava.config import with_vision
@@ -132,10 +132,8 @@ def test_the_command_line(text_dir, tmp_path):
 
     converted = convert(text_dir, tmp_path / "converted")
     result = run("compare", converted, *ask, "--json")
-    assert [answer["kv"]["method"] for answer in json.loads(result.stdout)["answers"]] == [
-        "full",
-        "vl-cache",
-    ]
+    named = [answer["kv"]["method"] for answer in json.loads(result.stdout)["answers"]]
+    assert named == ["full", DEFAULT_METHOD, "vl-cache"]
     refused("reads text alone and was given 1 picture", "generate", text_dir, "--image", "demo:2")
 
     result = run("info", text_dir)
