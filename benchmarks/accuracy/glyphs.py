@@ -6,6 +6,7 @@ FreeType give the same pixels. A picture varies in sizes, weights, small shifts 
 
 import random
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,28 +26,40 @@ _SIZES = (13, 14, 15, 16)  # of the font, in pixels; capitals are 0.7 of it
 _WEIGHTS = (0, 0.6)  # pixels by which strokes are widened on either side
 NUM_STYLES = len(_SIZES) * len(_WEIGHTS)
 _WIDEST = 13
-_FINE = 16  # glyphs are drawn this much larger, then averaged
+FINE = 16
+"""Glyphs are drawn this much larger, then averaged."""
 
 
 @lru_cache
 def atlas() -> np.ndarray:
     """Coverage of each pixel, uint8 `[NUM_STYLES, len(CHARACTERS), CELL, CELL]`."""
-    styles = [(size, weight) for size in _SIZES for weight in _WEIGHTS]
-    return np.array([[_character(each, *style) for each in CHARACTERS] for style in styles])
+    styles = [
+        (ImageFont.load_default(size=size * FINE), round(weight * FINE))
+        for size in _SIZES
+        for weight in _WEIGHTS
+    ]
+    return np.array([[character(each, *style) for each in CHARACTERS] for style in styles])
 
 
-def _character(character: str, size: int, weight: float) -> np.ndarray:
-    """A character whose capitals' height is centred, squeezed where it is too wide for a cell."""
-    font = ImageFont.load_default(size=size * _FINE)
-    stroke = round(weight * _FINE)
+def character(text: str, font: Any, stroke: int = 0) -> np.ndarray:
+    """A character whose capitals' height is centred, squeezed where it is too wide for a cell.
+
+    Args:
+        text: one character.
+        font: of Pillow, `FINE` times as large as it is to be.
+        stroke: by how much it is widened on either side, in the font's pixels.
+
+    Returns:
+        Coverage of each pixel, uint8 `[CELL, CELL]`.
+    """
     height = -font.getbbox("H", anchor="ls")[1]
-    left, _, right, _ = font.getbbox(character, anchor="ls", stroke_width=stroke)
-    width, fine = round(right - left), CELL * _FINE
+    left, _, right, _ = font.getbbox(text, anchor="ls", stroke_width=stroke)
+    width, fine = round(right - left), CELL * FINE
     sheet = Image.new("L", (width, fine))
     ImageDraw.Draw(sheet).text(
-        (-left, (fine + height) / 2), character, 255, font, anchor="ls", stroke_width=stroke
+        (-left, (fine + height) / 2), text, 255, font, anchor="ls", stroke_width=stroke
     )
-    narrow = min(max(1, round(width / _FINE)), _WIDEST)
+    narrow = min(max(1, round(width / FINE)), _WIDEST)
     small = sheet.resize((narrow, CELL), Image.Resampling.BOX)
     cell = Image.new("L", (CELL, CELL))
     cell.paste(small, ((CELL - narrow) // 2, 0))
@@ -77,20 +90,35 @@ def draw(
     rows, cols = np.nonzero(cells >= 0)
     classes, count = cells[rows, cols], rows.size
     dice = np.random.default_rng(rng.getrandbits(64))
-    background, ink = _paper(rng)
+    background, ink = paper(rng)
     many_styles = rng.random() < 0.25
     style = dice.integers(NUM_STYLES, size=count) if many_styles else rng.randrange(NUM_STYLES)
     masks = atlas()[style, classes]
     for most, width in ((20, 1), (6, 3)):  # once the shades of colours: pictures stay as they were
         dice.integers(-most, most + 1, (count, width), dtype=np.int16)
-    # Neighbours may overlap by their shifts, so changes are added up and cut off at the end.
-    half = (masks >> 1)[..., None].astype(np.int16)  # whose products fit 16 bits
-    changes = half * (ink - background) >> 7
     corners = np.stack([rows, cols], axis=1) * CELL
     corners += dice.integers(-jitter, jitter + 1, corners.shape)
-    corners = corners.clip(0, np.array(size) - CELL)
+    return paint(_noise(size, rng) + background, masks, corners, ink - background)
 
-    canvas = _noise(size, rng) + background
+
+def paint(
+    canvas: np.ndarray, masks: np.ndarray, corners: np.ndarray, contrast: np.ndarray
+) -> np.ndarray:
+    """Put glyphs on a ground.
+
+    Args:
+        canvas: the ground, int16 `[height, width, 3]`; it is drawn into.
+        masks: coverage of each pixel, uint8 `[n, CELL, CELL]`.
+        corners: top and left of each in pixels `[n, 2]`; moved inside where they lie outside.
+        contrast: the ink's colour less the ground's, int16 `[3]`.
+
+    Returns:
+        uint8 `[height, width, 3]`, read-only.
+    """
+    # Neighbours may overlap by their shifts, so changes are added up and cut off at the end.
+    half = (masks >> 1)[..., None].astype(np.int16)  # whose products fit 16 bits
+    changes = half * contrast >> 7
+    corners = corners.clip(0, np.array(canvas.shape[:2]) - CELL)
     for (y, x), change in zip(corners.tolist(), changes, strict=True):
         canvas[y : y + CELL, x : x + CELL] += change
     picture = canvas.clip(0, 255).astype(np.uint8)
@@ -98,7 +126,7 @@ def draw(
     return picture
 
 
-def _paper(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+def paper(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
     """Background and ink; light on dark in 3 of 10 pictures."""
     light = [rng.randrange(215, 256) for _ in range(3)]
     dark = [rng.randrange(0, 90) for _ in range(3)]

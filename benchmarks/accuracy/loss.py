@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.accuracy.packing import Batch
-from vlcache_jax.models.families import Params, bind
-from vlcache_jax.models.llama import Residual, rope_table, rotated
+from vlcache_jax.models.llama import Attend, rope_table, rotated
 from vlcache_jax.models.llava.config import LlavaConfig
 
 HIDDEN = -1e30
@@ -42,62 +41,102 @@ class Scores(NamedTuple):
     asked: jax.Array
 
 
+class Weights(NamedTuple):
+    """What the loss takes beside a batch, float32 scalars.
+
+    Attributes:
+        glyphs: weight of the auxiliary loss that names the glyphs.
+        guide: of the one that leads the attention.
+        noise: standard deviation of what is added to the ideal visual tokens, as a share of theirs.
+        seed: of that noise, int32.
+    """
+
+    glyphs: Any = 0.0
+    guide: Any = 0.0
+    noise: Any = 0.0
+    seed: Any = 0
+
+
+class Bound(NamedTuple):
+    """A model inside a traced function, as the loss sees it.
+
+    Attributes:
+        visual_rows: tiles to the table of visual rows.
+        ideal: the visual token that each glyph should be, the last row for none, [classes + 1, D].
+        name: the glyphs' logits of visual tokens, [n, D] and `ideal` to [n, classes + 1].
+        newline: the visual token at the end of a row of patches, [D].
+        embed: token ids to rows, [..., D].
+        decode: runs the layers: rows [B, T, D] and an attention to the hidden states, and the loss
+            of the guided heads.
+        logits: of hidden states.
+    """
+
+    visual_rows: Callable[[jax.Array], jax.Array]
+    ideal: jax.Array
+    name: Callable[[jax.Array, jax.Array], jax.Array]
+    newline: jax.Array
+    embed: Callable[[jax.Array], jax.Array]
+    decode: Callable[[jax.Array, Attend], tuple[jax.Array, jax.Array]]
+    logits: Callable[[jax.Array], jax.Array]
+
+
 def make_loss(
-    config: LlavaConfig, dtype: Any, *, sight: bool = True, answers: bool = True
-) -> Callable[[dict[str, Any], Batch, Any, Any], tuple[jax.Array, Scores]]:
-    """The loss of `{"model": Params, "glyphs": [classes + 1, D]}` on a batch.
+    config: LlavaConfig,
+    bind: Callable[[Any, Any], Bound],
+    *,
+    sight: bool = True,
+    answers: bool = True,
+) -> Callable[[Any, Any, Batch, Weights], tuple[jax.Array, Scores]]:
+    """The loss of what is learned on a batch, given what is not: (learned, fixed, batch, weights).
 
-    `glyphs` has the visual token that each glyph should be, the last row for none. It takes the
-    place of the visual tokens where there is no sight: so the decoder can be trained without the
-    tower, on the same tasks. With sight there is an auxiliary loss: each visual token is to be that
-    of its glyph, and of no other.
-
-    The last two arguments of the loss are the weights of the auxiliary losses, which are a part of
-    training only: the glyphs', and the guidance's: the first query head of every kv head of two
-    middle layers is to attend to the patch that is read next.
+    The ideal tokens take the place of the visual ones where there is no sight: so the decoder can
+    be trained without the tower, on the same tasks. With sight there is an auxiliary loss: each
+    visual token is to be that of its glyph, and of no other. The other auxiliary loss is the
+    guidance's: the first query head of every kv head of two middle layers is to attend to the patch
+    that is read next. Both are a part of training only.
 
     Args:
         config: the model.
-        dtype: type of the arithmetic; the losses are float32.
+        bind: makes the model of what is learned and what is not.
         sight: run the vision tower.
         answers: run the decoder; else the tower is trained alone.
     """
-    model_of = bind(config)
 
-    def loss(
-        state: dict[str, Any], batch: Batch, glyph_weight: Any, guide_weight: Any
-    ) -> tuple[jax.Array, Scores]:
-        params: Params = jax.tree.map(lambda x: x.astype(dtype), state["model"])
-        model, ideal = model_of(params), state["glyphs"]
+    def loss(learned: Any, fixed: Any, batch: Batch, weights: Weights) -> tuple[jax.Array, Scores]:
+        model = bind(learned, fixed)
         shown = batch.glyphs.reshape(-1)
         there = shown >= 0
         zero = jnp.float32(0)
         glyph_entropy, named_right = zero, zero
         if sight:
-            table = model.visual_rows(batch.inputs.tiles, attend_patches)
-            fixed = jax.lax.stop_gradient(ideal)
+            table = model.visual_rows(batch.inputs.tiles)
+            ideal = jax.lax.stop_gradient(model.ideal)
             seen = table[: shown.size].astype(jnp.float32)
-            named = seen @ fixed.T
-            glyph_entropy = _glyph_loss(seen, named, shown, there, fixed)
+            named = model.name(seen, ideal)
+            glyph_entropy = _glyph_loss(seen, named, shown, there, ideal)
             # Blank patches are many and easy: all together they count as much as the glyphs.
             glyph_entropy += _glyph_loss(
-                seen, named, jnp.full_like(shown, ideal.shape[0] - 1), ~there, fixed
+                seen, named, jnp.full_like(shown, ideal.shape[0] - 1), ~there, ideal
             )
             named_right = jnp.sum((jnp.argmax(named, axis=-1) == shown) & there)
             named_right /= jnp.maximum(jnp.sum(there), 1)
         else:
-            # A row more for the newlines. The last class is what -1 means.
-            table = jnp.take(ideal, jnp.append(shown, -1), axis=0, mode="wrap").astype(dtype)
-        learned = batch.targets >= 0
-        asked = jnp.any(learned, axis=-1)
+            table = jnp.take(model.ideal, shown, axis=0, mode="wrap")  # the last class is -1
+            table = jnp.concatenate([table, model.newline[None]])
+            drawn = jax.random.normal(jax.random.key(weights.seed), table.shape, table.dtype)
+            scale = weights.noise * jnp.sqrt(jnp.mean(jnp.square(model.ideal)))
+            table += scale.astype(table.dtype) * drawn
+        asked = jnp.any(batch.targets >= 0, axis=-1)
         entropy, guide, exact = zero, zero, jnp.zeros_like(asked)
         if answers:
             logits, guide = answer_logits(model, config, batch, table)
-            entropy = _cross_entropy(logits, batch.targets, learned)
-            right = jnp.argmax(logits, axis=-1) == batch.targets
-            exact = jnp.all(right | ~learned, axis=-1) & asked
+            targets = jnp.take_along_axis(batch.targets, batch.answers, axis=-1)
+            learned_here = targets >= 0
+            entropy = _cross_entropy(logits, targets, learned_here)
+            right = jnp.argmax(logits, axis=-1) == targets
+            exact = jnp.all(right | ~learned_here, axis=-1) & asked
         scores = Scores(entropy, glyph_entropy, named_right, guide, exact, asked)
-        return entropy + glyph_weight * glyph_entropy + guide_weight * guide, scores
+        return entropy + weights.glyphs * glyph_entropy + weights.guide * guide, scores
 
     return loss
 
@@ -130,9 +169,9 @@ def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def answer_logits(
-    model: Any, config: LlavaConfig, batch: Batch, table: jax.Array
+    model: Bound, config: LlavaConfig, batch: Batch, table: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits of the segments' tokens, [P, Q, R, V], and the loss of the guided heads."""
+    """Logits of the answers' tokens, [P, Q, A, V], and the loss of the guided heads."""
     inputs, (pictures, questions, rows) = batch.inputs, batch.tokens.shape
     visual = jnp.take(table, jnp.maximum(inputs.visual_index, 0), axis=0)
     prefix = jnp.where(inputs.visual_index[..., None] >= 0, visual, model.embed(inputs.tokens))
@@ -144,15 +183,10 @@ def answer_logits(
     def attend(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _attend(*rotated(qkv, angles), there, batch.sources)
 
-    stream = Residual(jnp.concatenate([prefix, segments], axis=1), None)
-    guided = []
-    for layer in model.layers:
-        stream, guide = layer(stream, attend, backend="xla")
-        guided.append(guide)
-    hidden = stream.total()[:, prefix.shape[1] :]
-    middle = len(guided) // 2
-    guide = jnp.mean(jnp.stack(guided[max(middle - 1, 0) : middle + 1]))
-    return model.logits(hidden).reshape(pictures, questions, rows, -1), guide
+    hidden, guide = model.decode(jnp.concatenate([prefix, segments], axis=1), attend)
+    hidden = hidden[:, prefix.shape[1] :].reshape(pictures, questions, rows, -1)
+    said = jnp.take_along_axis(hidden, batch.answers[..., None], axis=2)
+    return model.logits(said), guide
 
 
 def _attend(

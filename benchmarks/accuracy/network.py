@@ -7,7 +7,7 @@ with grouped heads, in Hugging Face's format, loaded by the same code as the pub
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +29,25 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}"
 )
 PATCH = 14
+
+
+class Dialogue(NamedTuple):
+    """How a chat is written, as `CHAT_TEMPLATE` does it.
+
+    Attributes:
+        user: in front of what the user says.
+        assistant: behind it, in front of the answer.
+        end: the token that ends an answer.
+        between: behind that, in front of the next turn.
+    """
+
+    user: str
+    assistant: str
+    end: str
+    between: str
+
+
+DIALOGUE = Dialogue("[INST] ", " [/INST]", "</s>", "")
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
 
 
@@ -61,16 +80,23 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
     )
 
 
-def make_processor(tokenizer: Any, pinpoints: list[list[int]]) -> Any:
-    """The processor of a LLaVA-NeXT with tiles of `TILE` pixels."""
+def make_processor(
+    tokenizer: Any,
+    pinpoints: list[list[int]],
+    *,
+    tile: int = TILE,
+    template: str = CHAT_TEMPLATE,
+    **options: Any,
+) -> Any:
+    """The processor of a LLaVA-NeXT with tiles of so many pixels and a chat template."""
     from transformers import LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
     )
 
     images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": TILE},
-        crop_size={"height": TILE, "width": TILE},
+        size={"shortest_edge": tile},
+        crop_size={"height": tile, "width": tile},
         image_grid_pinpoints=pinpoints,
     )
     return LlavaNextProcessor(
@@ -79,7 +105,8 @@ def make_processor(tokenizer: Any, pinpoints: list[list[int]]) -> Any:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
+        **options,
     )
 
 

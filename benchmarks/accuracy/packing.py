@@ -14,18 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.accuracy.network import PATCH, TILE
+from benchmarks.accuracy.network import DIALOGUE, Dialogue
 from benchmarks.accuracy.tasks import Item
 from vlcache_jax.requests.buckets import bucket_for
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.requests.processing import Processor
 
 MARK = "<image>"
-END = "</s>"
 NOTHING = -1
 """Target of what is not learned."""
 
-_SIDE = TILE // PATCH
 _ROUND = 8  # segments are padded to multiples of this, to have few shapes
 
 
@@ -40,6 +38,8 @@ class Batch:
         begin: where the segments begin, int32 [P].
         tokens: of the segments, int32 [P, Q, R].
         targets: the next token where it is part of an answer, else -1, int32 [P, Q, R].
+        answers: the rows of a segment from which its answer's tokens follow, int32 [P, Q, A];
+            padded with rows from which none does.
         sources: row of the prefix whose patch shows what the next token says, else -1, int32
             [P, Q, R]; known where an answer has one token for each patch.
         glyphs: class of the glyph in each patch of the tiles, -1 for none, int32 [S, patches].
@@ -50,14 +50,18 @@ class Batch:
     begin: Any
     tokens: Any
     targets: Any
+    answers: Any
     sources: Any
     glyphs: Any
 
 
-def render(item: Item) -> str:
+def render(item: Item, dialogue: Dialogue = DIALOGUE) -> str:
     """The raw prompt of an item, its earlier turns first, as the chat template writes it."""
-    said = "".join(f"[INST] {question} [/INST]{answer}{END}" for question, answer in item.turns)
-    return f"{said}[INST] {item.prompt} [/INST]".replace(MARK, f"{MARK}\n")
+    user, assistant, end, between = dialogue
+    said = "".join(
+        f"{user}{question}{assistant}{answer}{end}{between}" for question, answer in item.turns
+    )
+    return f"{said}{user}{item.prompt}{assistant}".replace(MARK, f"{MARK}\n")
 
 
 def pack(
@@ -66,6 +70,8 @@ def pack(
     *,
     blanks: float = 1.0,
     rng: np.random.Generator | None = None,
+    dialogue: Dialogue = DIALOGUE,
+    round_to: int = _ROUND,
 ) -> Batch:
     """Make a batch of groups of items that share their pictures and what precedes them.
 
@@ -75,15 +81,19 @@ def pack(
         blanks: share of the visual tokens without a glyph that are there. Those that are left out
             leave their position empty: a shorter prefix to learn from, not another one.
         rng: which ones; None for all of them.
+        dialogue: how the model's chat is written.
+        round_to: segments and answers are padded to multiples of so many rows.
 
     Raises:
         ValueError: the items of a group do not share what is before their questions.
     """
     first = [group[0] for group in groups]
     whole = processor(
-        [list(item.images) for item in first], [render(item) for item in first], raw_prompt=True
+        [list(item.images) for item in first],
+        [render(item, dialogue) for item in first],
+        raw_prompt=True,
     )
-    glyphs, places = _glyphs(first, whole.tiles.shape[0])
+    glyphs, places = _glyphs(first, whole.tiles.shape[0], processor.config.vision.grid)
     index = np.asarray(whole.visual_index)
     visual = index >= 0
     begin = (visual.shape[1] - visual[:, ::-1].argmax(1)).astype(np.int32)
@@ -99,10 +109,17 @@ def pack(
     index = np.where(np.arange(order.shape[1]) < rows[:, None], index, NOTHING)
     inputs = ModelInputs(tokens, rows, index, whole.tiles)
 
-    segments = _segments(groups, processor)
-    longest = max(len(ids) for row in segments for ids, _ in row)
-    shape = (len(groups), max(map(len, segments)), -(-longest // _ROUND) * _ROUND)
+    segments = _segments(groups, processor, dialogue)
+
+    def rounded(count: int) -> int:
+        return -(-count // round_to) * round_to
+
+    longest = rounded(max(len(ids) for row in segments for ids, _ in row))
+    shape = (len(groups), max(map(len, segments)), longest)
     tokens = np.zeros(shape, np.int32)
+    # The last row has no next token.
+    most = rounded(max(answer for row in segments for _, answer in row))
+    answers = np.full((*shape[:2], most), longest - 1, np.int32)
     targets, sources = np.full(shape, NOTHING, np.int32), np.full(shape, NOTHING, np.int32)
     for p, row in enumerate(segments):
         row_of = {patch: at for at, patch in enumerate(index[p].tolist()) if patch >= 0}
@@ -110,22 +127,24 @@ def pack(
             tokens[p, q, : len(ids)] = ids
             start = len(ids) - answer - 1  # the question's last token predicts the answer's first
             targets[p, q, start : len(ids) - 1] = ids[start + 1 :]
+            answers[p, q, :answer] = np.arange(start, len(ids) - 1)
             evidence = groups[p][q].evidence
             if len(evidence) == answer - 1:
                 sources[p, q, start : len(ids) - 2] = [
-                    row_of[int(places[p][picture][row, col])] for picture, row, col in evidence
+                    row_of.get(int(places[p][picture][row, col]), NOTHING)
+                    for picture, row, col in evidence
                 ]
     positions = order.astype(np.int32)
-    return Batch(inputs, positions, begin, tokens, targets, sources, glyphs)
+    return Batch(inputs, positions, begin, tokens, targets, answers, sources, glyphs)
 
 
 def _segments(
-    groups: Sequence[Sequence[Item]], processor: Processor
+    groups: Sequence[Sequence[Item]], processor: Processor, dialogue: Dialogue
 ) -> list[list[tuple[list[int], int]]]:
     """Of each item the token ids behind the last picture, and how many are the answer's."""
     found = []
     for group in groups:
-        texts = [render(item).rsplit(MARK, 1) for item in group]
+        texts = [render(item, dialogue).rsplit(MARK, 1) for item in group]
         for before, _ in texts:
             if before != texts[0][0]:
                 raise ValueError(
@@ -133,7 +152,9 @@ def _segments(
                 )
         # A picture's last mark becomes what ends at a token's end: the rest can be read alone.
         pairs = zip(
-            (after for _, after in texts), (item.answer + END for item in group), strict=True
+            (after for _, after in texts),
+            (item.answer + dialogue.end for item in group),
+            strict=True,
         )
         ids = processor.tokenizer(
             [text for pair in pairs for text in pair], add_special_tokens=False
@@ -143,17 +164,19 @@ def _segments(
     return found
 
 
-def _glyphs(items: Sequence[Item], tiles: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+def _glyphs(
+    items: Sequence[Item], tiles: int, side: int
+) -> tuple[np.ndarray, list[list[np.ndarray]]]:
     """The glyph of each patch of the full-resolution tiles, and the patch of each item's cells."""
-    found = np.full((tiles, _SIDE * _SIDE), NOTHING, np.int32)
+    found = np.full((tiles, side * side), NOTHING, np.int32)
     places, at = [], 0
     for item in items:
         pages = []
         for cells in item.cells:
-            down, across = (side // _SIDE for side in cells.shape)
+            down, across = (cells_along // side for cells_along in cells.shape)
             at += 1  # the first tile is the whole picture, at half the resolution or less
-            patches = np.arange(at * _SIDE**2, (at + down * across) * _SIDE**2)
-            parts = patches.reshape(down, across, _SIDE, _SIDE).swapaxes(1, 2)
+            patches = np.arange(at * side**2, (at + down * across) * side**2)
+            parts = patches.reshape(down, across, side, side).swapaxes(1, 2)
             pages.append(parts.reshape(cells.shape))
             found.reshape(-1)[pages[-1]] = cells
             at += down * across

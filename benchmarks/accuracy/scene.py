@@ -32,10 +32,11 @@ class Page:
         index: which of the item's pictures it is.
         size: (rows, columns) of cells.
         count: pictures of the item.
+        characters: what a cell can show.
     """
 
-    def __init__(self, index: int, size: tuple[int, int], count: int):
-        self.index = index
+    def __init__(self, index: int, size: tuple[int, int], count: int, characters: str = CHARACTERS):
+        self.index, self.characters = index, characters
         self.rows, self.cols = size
         self.cells = np.full(size, EMPTY, np.int16)
         self.where = "in the picture"
@@ -46,7 +47,7 @@ class Page:
         """Put one glyph into a cell."""
         if self.cells[row, col] != EMPTY:
             raise ValueError(f"cell {(row, col)} is taken")
-        self.cells[row, col] = CHARACTERS.index(name)
+        self.cells[row, col] = self.characters.index(name)
         return self.index, row, col
 
     def write(self, row: int, col: int, text: str) -> tuple[Cell, ...]:

@@ -28,21 +28,14 @@ import typer
 from rich.console import Console
 
 from benchmarks.accuracy import tasks
-from benchmarks.accuracy.glyphs import CHARACTERS
-from benchmarks.accuracy.loss import Scores, make_loss
-from benchmarks.accuracy.network import config_json, export, make_files
+from benchmarks.accuracy.learner import Learner, SmallLearner
+from benchmarks.accuracy.loss import Scores, Weights, make_loss
 from benchmarks.accuracy.packing import Batch, pack
+from benchmarks.accuracy.pages.learner import PageLearner
 from benchmarks.accuracy.scene import Manner
 from benchmarks.command import bad_input, counting_bar
 from benchmarks.environment import write_result
 from vlcache_jax.checkpoints.checkpoint import quiet_orbax
-from vlcache_jax.models.families import init_params
-from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.requests.buckets import Buckets
-from vlcache_jax.requests.processing import Processor
-
-PREFIX_ROWS = (64, 96, 128, 192, 256, 352, 704, 1408)
-"""Sizes that prefixes are padded to: 352 for a whole picture, 704 for two of them."""
 
 AHEAD = 4
 """Batches that are drawn ahead, in a thread."""
@@ -69,6 +62,7 @@ class Stage:
         blanks: share of the visual tokens without a glyph that are there.
         glyph_weight: weight of the auxiliary loss that names the glyphs.
         guide_weight: of the one that leads the attention, see loss.py.
+        noise: of the visual tokens where there is no sight, as a share of theirs.
     """
 
     steps: int
@@ -86,6 +80,7 @@ class Stage:
     blanks: float = 1.0
     glyph_weight: float = 0.0
     guide_weight: float = 0.0
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,8 @@ class Recipe:
         seed: of the weights and of the pictures.
         dtype: type of the arithmetic; the parameters are float32.
         vision: see `network.config_json`.
-        text: likewise.
+        text: likewise; of a decoder that is published nothing.
+        rank: of the changes of the published decoder (pages/learner.py); 0 for the small LLaVA.
         warmup_steps: steps of the first stage in which the learning rate rises from 0.
         stages: in order.
         b2: AdamW's second decay.
@@ -113,6 +109,7 @@ class Recipe:
     b2: float = 0.95
     weight_decay: float = 0.05
     clip: float = 1.0
+    rank: int = 0
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
@@ -128,6 +125,17 @@ class Recipe:
             raise ValueError(
                 f"{path} is no recipe ({error}): see benchmarks/accuracy/recipes"
             ) from None
+
+    def learner(self) -> Learner:
+        """The model that is trained.
+
+        Raises:
+            FileNotFoundError: the published decoder is not installed.
+        """
+        dtype = jnp.dtype(self.dtype)
+        if self.rank:
+            return PageLearner(self.vision, self.rank, dtype)
+        return SmallLearner(self.vision, self.text, dtype)
 
     @property
     def steps(self) -> int:
@@ -165,7 +173,7 @@ class Trainer:
     Attributes:
         recipe: what is done.
         step: steps done.
-        state: {"learned": {"model": parameters, "glyphs": [classes + 1, D]}, "optimizer": its own}.
+        state: {"learned": the learner's tree, "optimizer": its own}.
     """
 
     recipe: Recipe
@@ -174,57 +182,53 @@ class Trainer:
 
     def __post_init__(self):
         recipe = self.recipe
-        self.files = make_files((*tasks.VOCABULARY_WORDS, "INST"))
-        self.config_json = config_json(recipe.vision, recipe.text, len(self.files.tokenizer))
-        self.config = LlavaConfig.from_hf(self.config_json)
-        buckets = Buckets(PREFIX_ROWS, (0, 5, 10, 20, 40, 80))
-        self.processor = Processor(self.config, self.files, buckets)
+        self.learner = recipe.learner()
+        self.processor = self.learner.processor
         self.optimizer = recipe.optimizer()
         self._programs = cache(self._compiled)
-        shape = len(CHARACTERS) + 1, self.config.text.hidden_size
-        glyphs = 0.02 * jax.random.normal(jax.random.key(recipe.seed), shape)
-        learned = {"model": init_params(self.config, recipe.seed), "glyphs": glyphs}
+        learned = self.learner.initial(recipe.seed)
         self.state = {"learned": learned, "optimizer": self.optimizer.init(learned)}
 
     def batch(self, step: int) -> Batch:
         """The pictures and questions of a step: the same in every run."""
         return self._draw(self.recipe.stage(step), step, "train")[1]
 
-    def _draw(self, stage: Stage, step: int, split: str) -> tuple[list[str], Batch]:
-        """The task of each group, and their batch: all of one variant, whose sizes are alike."""
+    def _draw(self, stage: Stage, step: int, split: str) -> tuple[list[list[tasks.Item]], Batch]:
+        """The questions of each picture, and their batch."""
         rng = np.random.default_rng((self.recipe.seed, step, tasks.SPLITS.index(split)))
-        variant = _choose(rng, stage.variants, 1)[0]
-        count = stage.pictures // 2 if variant == "two pictures" else stage.pictures
-        chosen = _choose(rng, stage.tasks, max(count, 1))
-        groups = [
-            tasks.questions_of_one_picture(
-                task,
-                int(rng.integers(2**31)),
-                1 if variant == "question first" else stage.questions,
-                split=split,
-                level=stage.level if rng.random() < 0.5 else rng.uniform(0, stage.level),
-                jitter=stage.jitter,
-                variant=variant,
-                manner=stage.manner,
-            )
-            for task in chosen
-        ]
-        some = rng if stage.blanks < 1 else None
-        return chosen, pack(groups, self.processor, blanks=stage.blanks, rng=some)
+        groups = self.learner.draw(stage, rng, split)
+        batch = pack(
+            groups,
+            self.processor,
+            blanks=stage.blanks,
+            rng=rng if stage.blanks < 1 else None,
+            dialogue=self.learner.dialogue,
+            round_to=self.learner.round_to,
+        )
+        return groups, batch
 
     def _compiled(self, sight: bool, answers: bool) -> tuple[Any, Any]:
         """One step, and the scores of a batch, compiled."""
-        dtype = jnp.dtype(self.recipe.dtype)
-        loss = make_loss(self.config, dtype, sight=sight, answers=answers)
+        learner = self.learner
+        loss = make_loss(learner.config, learner.bind, sight=sight, answers=answers)
         step = jax.jit(partial(_advance, loss, self.optimizer), donate_argnums=0)
-        return step, jax.jit(lambda learned, batch: loss(learned, batch, 0.0, 0.0)[1])
+
+        def scores(learned: Any, fixed: Any, batch: Batch) -> Scores:
+            return loss(learned, fixed, batch, Weights())[1]
+
+        return step, jax.jit(scores)
 
     def advance(self, batch: Batch) -> Scores:
         """Do one step."""
         stage = self.recipe.stage(self.step)
-        weights = jnp.float32(stage.glyph_weight), jnp.float32(stage.guide_weight)
+        weights = Weights(
+            jnp.float32(stage.glyph_weight),
+            jnp.float32(stage.guide_weight),
+            jnp.float32(stage.noise),
+            jnp.int32(self.step),
+        )
         step, _ = self._programs(stage.sight, stage.answers)
-        self.state, scores = step(self.state, batch, *weights)
+        self.state, scores = step(self.state, self.learner.fixed, batch, weights)
         self.step += 1
         return scores
 
@@ -237,11 +241,12 @@ class Trainer:
         right, asked = dict.fromkeys(stage.tasks, 0), dict.fromkeys(stage.tasks, 0)
         _, test = self._programs(stage.sight, stage.answers)
         for index in range(count):
-            chosen, batch = self._draw(stage, index, "test")
-            scores = test(self.state["learned"], batch)
-            for p, task in enumerate(chosen):
-                right[task] += int(scores.exact[p].sum())
-                asked[task] += int(scores.asked[p].sum())
+            groups, batch = self._draw(stage, index, "test")
+            scores = test(self.state["learned"], self.learner.fixed, batch)
+            for p, group in enumerate(groups):
+                for q, item in enumerate(group):
+                    right[item.task] += int(scores.exact[p, q])
+                    asked[item.task] += int(scores.asked[p, q])
         return {task: right[task] / max(asked[task], 1) for task in right}
 
     def log(self, scores: Scores, held_out: int) -> dict[str, Any]:
@@ -264,8 +269,7 @@ class Trainer:
             checkpointer.wait_until_finished()
         for old in sorted(path.parent.glob("[0-9]*"))[:-2]:
             shutil.rmtree(old)
-        params = self.state["learned"]["model"]
-        export(folder / "model", self.config_json, self.files, params, "bfloat16")
+        self.learner.export(folder / "model", self.state["learned"])
 
     def restore(self, folder: Path) -> bool:
         """Go on from the newest state of a folder; False where there is none."""
@@ -277,16 +281,11 @@ class Trainer:
         return bool(found)
 
 
-def _choose(rng: np.random.Generator, weights: dict[str, float], count: int) -> list[str]:
-    values = np.array(list(weights.values()), float)
-    return [str(name) for name in rng.choice(list(weights), count, p=values / values.sum())]
-
-
 def _advance(
-    loss: Any, optimizer: Any, state: Any, batch: Batch, *weights: jax.Array
+    loss: Any, optimizer: Any, state: Any, fixed: Any, batch: Batch, weights: Weights
 ) -> tuple[Any, Scores]:
     learned = state["learned"]
-    gradient, scores = jax.grad(loss, has_aux=True)(learned, batch, *weights)
+    gradient, scores = jax.grad(loss, has_aux=True)(learned, fixed, batch, weights)
     updates, moments = optimizer.update(gradient, state["optimizer"], learned)
     return {"learned": optax.apply_updates(learned, updates), "optimizer": moments}, scores
 

@@ -1,0 +1,257 @@
+"""A LLaVA-NeXT around a published decoder: what of it is learned, and how it is put together.
+
+Learned are a small vision tower, the projector, and low-rank changes of the decoder's products
+(LoRA: Hu et al. 2021, arXiv 2106.09685). The decoder itself stays as it is.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.accuracy import network
+from benchmarks.accuracy.learner import Learner, choose
+from benchmarks.accuracy.loss import Bound, attend_patches
+from benchmarks.accuracy.network import Dialogue
+from benchmarks.accuracy.pages import questions_of_one_page
+from benchmarks.accuracy.pages.drawing import CHARACTERS
+from benchmarks.accuracy.tasks import Item
+from benchmarks.fidelity.decoder import decoder
+from pallas_kernels.add_rms_norm.xla import rms_norm
+from vlcache_jax.checkpoints.checkpoint import open_checkpoint
+from vlcache_jax.checkpoints.gguf import GgufFile
+from vlcache_jax.models.config import read_config_json
+from vlcache_jax.models.families import Params
+from vlcache_jax.models.layers import product
+from vlcache_jax.models.llama import Attend
+from vlcache_jax.models.llava.clip import VisionTower
+from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.model import Projector
+from vlcache_jax.requests.buckets import Buckets
+
+if TYPE_CHECKING:
+    from benchmarks.accuracy.train import Stage
+
+TILE = 336
+PINPOINTS = [[672, 672], [336, 672], [672, 336], [1008, 336], [336, 1008]]
+IMAGE = "<image>"
+UNUSED = "<empty_output>"
+"""A special token of the decoder's vocabulary that no chat has: it becomes the picture's."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DIALOGUE = Dialogue("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n")
+
+SHARPNESS = 3.0
+"""How much surer the auxiliary loss is of the nearest glyph."""
+
+SCALE = 2.0
+"""What the product of two factors is multiplied by."""
+
+CHANGED = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
+"""The kernels of a layer that get factors, and how many of their axes go into the product."""
+
+
+class Eyes(nnx.Module):
+    """What of a LLaVA is in front of the decoder."""
+
+    def __init__(self, config: LlavaConfig, rngs: nnx.Rngs):
+        self.vision_layers = config.vision_layers
+        self.vision = VisionTower(config.vision, dtype=jnp.float32, rngs=rngs)
+        self.projector = Projector(config, dtype=jnp.float32, rngs=rngs)
+
+
+class PageLearner(Learner):
+    """The LLaVA that reads pages.
+
+    Args:
+        vision: see `network.config_json`.
+        rank: of the decoder's changes.
+        dtype: type of the arithmetic.
+        path: the decoder, a checkpoint of the Llama family; the published one by default.
+    """
+
+    dialogue = DIALOGUE
+    buckets = Buckets(
+        (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 6144), (0, 3, 4, 5, 8, 10)
+    )
+    round_to = 16
+
+    def __init__(self, vision: dict[str, int], rank: int, dtype: Any, path: Path | None = None):
+        self.rank, self.dtype = rank, dtype
+        checkpoint = open_checkpoint(path or decoder())
+        self.files = _processor(checkpoint.processor())
+        tokenizer = self.files.tokenizer
+        image = tokenizer.convert_tokens_to_ids(IMAGE)
+        text = checkpoint.config.text
+        self.config_json = _config_json(vision, _text_config(checkpoint.path), image)
+        params = checkpoint.load("float32")
+        embedding = np.asarray(params["embed"]["embedding"])
+
+        def rows(texts: str) -> np.ndarray:
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            return embedding[[id_ for (id_,) in ids]]
+
+        layers = [params["layers"][i] for i in range(text.num_layers)]
+        fixed = {
+            "embedding": embedding,
+            "norm": params["head"]["norm"]["scale"],
+            "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers),
+            "ideal": rows(CHARACTERS + " "),
+            "newline": rows("\n")[0],
+        }
+        self.fixed = jax.tree.map(lambda x: jnp.asarray(x, dtype), fixed)
+        self._eps = text.rms_norm_eps
+        self._eyes = nnx.split(nnx.eval_shape(lambda: Eyes(self.config, nnx.Rngs(0))))[0]
+
+    def initial(self, seed: int) -> Any:
+        """{"eyes": tower and projector, "factors": kernel to its (down, up) of all layers}."""
+        eyes = nnx.to_pure_dict(nnx.state(Eyes(self.config, nnx.Rngs(seed))))
+        # A copy: what is learned is donated to each step.
+        eyes["projector"]["newline"] = jnp.array(self.fixed["newline"], jnp.float32, copy=True)
+        factors, key = {}, jax.random.key(seed)
+        for number, (name, axes) in enumerate(CHANGED.items()):
+            layers, *shape = self.fixed["layers"][name].shape
+            into, out = int(np.prod(shape[:axes])), int(np.prod(shape[axes:]))
+            down = jax.random.normal(jax.random.fold_in(key, number), (layers, into, self.rank))
+            factors[name] = {"down": down * into**-0.5, "up": jnp.zeros((layers, self.rank, out))}
+        return {"eyes": eyes, "factors": factors}
+
+    def bind(self, learned: Any, fixed: Any) -> Bound:
+        """The library's tower and projector; the layers with their factors, in a scan."""
+        learned = jax.tree.map(lambda x: x.astype(self.dtype), learned)
+        eyes: Any = nnx.merge(self._eyes, learned["eyes"])
+
+        def visual_rows(tiles: jax.Array) -> jax.Array:
+            features = eyes.vision(tiles, eyes.vision_layers, attend=attend_patches)
+            return eyes.projector(features)
+
+        def decode(rows: jax.Array, attend: Attend) -> tuple[jax.Array, jax.Array]:
+            @jax.checkpoint
+            def layer(x: jax.Array, each: tuple[Any, Any]) -> tuple[jax.Array, None]:
+                weights, factors = each
+                return changed_layer(weights, factors, x, attend, self._eps), None
+
+            x, _ = jax.lax.scan(layer, rows, (fixed["layers"], learned["factors"]))
+            return x, jnp.float32(0)
+
+        def logits(hidden: jax.Array) -> jax.Array:
+            hidden = rms_norm(hidden, fixed["norm"], self._eps)
+            return product("...d,vd->...v", hidden, fixed["embedding"], out=jnp.float32)
+
+        return Bound(
+            visual_rows,
+            fixed["ideal"],
+            _nearest,
+            fixed["newline"],
+            lambda tokens: fixed["embedding"][tokens],
+            decode,
+            logits,
+        )
+
+    def draw(self, stage: "Stage", rng: np.random.Generator, split: str) -> list[list[Item]]:
+        """Pages; half as many where there are pairs."""
+        variant = choose(rng, stage.variants, 1)[0]
+        count = stage.pictures // 2 if variant == "two pictures" else stage.pictures
+        return [
+            questions_of_one_page(
+                stage.tasks,
+                int(rng.integers(2**31)),
+                stage.questions,
+                split=split,
+                level=stage.level if rng.random() < 0.5 else rng.uniform(0, stage.level),
+                jitter=stage.jitter,
+                variant=variant,
+            )
+            for _ in range(max(count, 1))
+        ]
+
+    def export(self, folder: Path, learned: Any) -> None:
+        """Write the whole model, factors merged, as a Hugging Face checkpoint in bfloat16."""
+        network.export(folder, self.config_json, self.files, self.merged(learned), "bfloat16")
+
+    def merged(self, learned: Any) -> Params:
+        """The parameters of the whole model."""
+        fixed = jax.tree.map(np.asarray, self.fixed)
+        layers = dict(fixed["layers"])
+        for name, factors in learned["factors"].items():
+            change = SCALE * np.einsum(
+                "lir,lro->lio", np.asarray(factors["down"]), np.asarray(factors["up"])
+            )
+            layers[name] = layers[name] + change.reshape(layers[name].shape)
+        count = self.config.text.num_layers
+        return {
+            **learned["eyes"],
+            "embed": {"embedding": fixed["embedding"]},
+            "head": {"norm": {"scale": fixed["norm"]}},
+            "layers": {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)},
+        }
+
+
+def changed_layer(
+    weights: Any, factors: Any, x: jax.Array, attend: Attend, eps: float
+) -> jax.Array:
+    """`DecoderLayer` with factors beside its kernels: [B, T, D] -> [B, T, D].
+
+    They are not added to the kernels here: so no gradient is made of a whole kernel.
+    """
+
+    def changed(name: str, x: jax.Array) -> jax.Array:
+        kernel = weights[name]
+        axes = CHANGED[name]
+        plain = product("bti,io->bto", x, kernel.reshape(x.shape[-1], -1))
+        low = product("bti,ir->btr", x, factors[name]["down"])
+        change = product("btr,ro->bto", low, factors[name]["up"])
+        return (plain + SCALE * change).reshape(*x.shape[:2], *kernel.shape[axes:])
+
+    normed = rms_norm(x, weights["attention_norm"]["scale"], eps)
+    mixed, _ = attend(changed("qkv", normed))
+    x = x + changed("out", mixed.reshape(*x.shape[:2], -1))
+    normed = rms_norm(x, weights["mlp_norm"]["scale"], eps)
+    gate_up = changed("gate_up", normed)
+    return x + changed("down", jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1])
+
+
+def _nearest(seen: jax.Array, ideal: jax.Array) -> jax.Array:
+    """Logits by distance: the embeddings of digits are close to each other, of unequal length."""
+    return SHARPNESS * (seen @ ideal.T - jnp.sum(jnp.square(ideal), axis=-1) / 2)
+
+
+def _processor(tokenizer: Any) -> Any:
+    """The processor of the decoder's tokenizer, with a token for pictures."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    told = tokenizer.backend_tokenizer.to_str().replace(f'"{UNUSED}"', f'"{IMAGE}"')
+    renamed = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(told),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        additional_special_tokens=[IMAGE],
+    )
+    return network.make_processor(renamed, PINPOINTS, tile=TILE, template=CHAT_TEMPLATE)
+
+
+def _text_config(path: Path) -> dict[str, Any]:
+    return read_config_json(path / "config.json") if path.is_dir() else GgufFile(path).config
+
+
+def _config_json(vision: dict[str, int], text: dict[str, Any], image: int) -> dict[str, Any]:
+    data = network.config_json({**vision, "image_size": TILE}, {}, text["vocab_size"])
+    return data | {
+        "image_token_index": image,
+        "image_grid_pinpoints": PINPOINTS,
+        "image_seq_length": (TILE // network.PATCH) ** 2,
+        "vision_feature_layer": -1,
+        "text_config": text,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+    }
