@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.accuracy.network import DIALOGUE, Dialogue
 from benchmarks.accuracy.tasks import Item
+from vlcache_jax.models.llava.config import with_vision
 from vlcache_jax.requests.buckets import bucket_for
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.requests.processing import Processor
@@ -93,7 +94,7 @@ def pack(
         [render(item, dialogue) for item in first],
         raw_prompt=True,
     )
-    glyphs, places = _glyphs(first, whole.tiles.shape[0], processor.config.vision.grid)
+    glyphs, places = _glyphs(first, whole.tiles.shape[0], with_vision(processor.config).vision.grid)
     index = np.asarray(whole.visual_index)
     visual = index >= 0
     begin = (visual.shape[1] - visual[:, ::-1].argmax(1)).astype(np.int32)

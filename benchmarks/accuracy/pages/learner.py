@@ -56,6 +56,9 @@ SHARPNESS = 3.0
 SCALE = 2.0
 """What the product of two factors is multiplied by."""
 
+KEPT_ROWS = 1536
+"""Rows of a batch up to which a step keeps what its layers computed: 3 GB."""
+
 CHANGED = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
 """The kernels of a layer that get factors, and how many of their axes go into the product."""
 
@@ -135,12 +138,14 @@ class PageLearner(Learner):
             return eyes.projector(features)
 
         def decode(rows: jax.Array, attend: Attend) -> tuple[jax.Array, jax.Array]:
-            @jax.checkpoint
             def layer(x: jax.Array, each: tuple[Any, Any]) -> tuple[jax.Array, None]:
                 weights, factors = each
                 return changed_layer(weights, factors, x, attend, self._eps), None
 
-            x, _ = jax.lax.scan(layer, rows, (fixed["layers"], learned["factors"]))
+            # What a layer computed is kept for the way back, or computed again where it is much.
+            once = rows.shape[0] * rows.shape[1] <= KEPT_ROWS
+            step = layer if once else jax.checkpoint(layer)
+            x, _ = jax.lax.scan(step, rows, (fixed["layers"], learned["factors"]))
             return x, jnp.float32(0)
 
         def logits(hidden: jax.Array) -> jax.Array:
