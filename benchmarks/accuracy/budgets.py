@@ -14,9 +14,11 @@ from rich.console import Console
 import vlcache_jax
 from benchmarks.accuracy import evaluate
 from benchmarks.accuracy.evaluate import Cell, Evaluation, Outcome
+from benchmarks.accuracy.glyphs import CELL
 from benchmarks.accuracy.metrics import METRICS
 from benchmarks.accuracy.network import TILE
 from benchmarks.accuracy.oracle import MostAttention, Oracle
+from benchmarks.accuracy.pages import KINDS, TILE_CELLS, make_page_item
 from benchmarks.accuracy.report import FULL, Result
 from benchmarks.accuracy.scene import Manner
 from benchmarks.accuracy.scoring import summarise
@@ -64,7 +66,7 @@ class Plan:
     """What is to be run.
 
     Attributes:
-        tasks: keys of `TASKS`.
+        tasks: keys of `TASKS`, or kinds of questions about pages, `pages.KINDS`.
         methods: keys of `METHODS`; the full cache is always run.
         budgets: shares of the cache, above 0 and at most 1.
         extra: keys of `EXTRA`.
@@ -89,7 +91,7 @@ class Plan:
     manner: Manner = "full"
 
     def __post_init__(self):
-        check_known("task", self.tasks, TASKS)
+        check_known("task", self.tasks, (*TASKS, *KINDS))
         check_known("method", self.methods, METHODS)
         check_known("extra method", self.extra, EXTRA)
         if not self.tasks or not self.budgets:
@@ -112,6 +114,12 @@ class Plan:
 
     def item(self, task: str, index: int, tile: int = TILE) -> Item:
         """One item of a task, for tiles of that many pixels a side."""
+        if task in KINDS:
+            side = max(TILE_CELLS, tile // CELL)
+            variant = self.variant
+            return make_page_item(
+                task, self.seed + index, split=self.split, variant=variant, side=side
+            )
         return make_item(
             task, self.seed + index, split=self.split, variant=self.variant, manner=self.manner,
             tile=tile,

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks.accuracy.comparison import Comparison
-from benchmarks.accuracy.packing import render
+from benchmarks.accuracy.packing import prompt_of
 from benchmarks.accuracy.report import FULL
 from benchmarks.accuracy.tasks import Item
 from vlcache_jax.cache.method import AnyPool, CacheMethod
@@ -214,7 +214,7 @@ class Evaluation(Comparer):
                 began = time.perf_counter()
                 inputs = processor(
                     [list(items[row].images) for row in some],
-                    [render(items[row]) for row in some],
+                    [prompt_of(items[row], processor) for row in some],
                     raw_prompt=True,
                 )
                 self.seconds["host"] += time.perf_counter() - began
@@ -283,7 +283,7 @@ class Evaluation(Comparer):
 
 def prompt_tokens(item: Item, vlm: VLM) -> int:
     """Length of an item's prompt, visual tokens included, without reading its pictures."""
-    text = vlm.processor.tokenizer(render(item))["input_ids"]
+    text = vlm.processor.tokenizer(prompt_of(item, vlm.processor))["input_ids"]
     visual = sum(
         visual_rows(image.shape[:2], with_vision(vlm.config)).size for image in item.images
     )

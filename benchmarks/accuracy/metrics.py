@@ -6,7 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-METRICS = {"document": "anls", "reading": "exact"}
+from benchmarks.accuracy.pages.content import KINDS
+
+METRICS = {
+    "document": "anls", "reading": "exact",
+    **dict.fromkeys(KINDS, "exact"), "copy": "anls",
+}  # fmt: skip
 """The metric of each task. The answers of other items score 0 to 1 %."""
 
 Z = 1.959963984540054

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.accuracy.pages.content import KINDS
 from benchmarks.accuracy.tasks import SPLITS, TASKS
 
 Model = Annotated[
@@ -11,7 +12,13 @@ Model = Annotated[
     typer.Option(help="A model directory of a LLaVA, or 'demo' for the model in the package."),
 ]
 ALL_TASKS = ",".join(TASKS)
-Tasks = Annotated[str, typer.Option(metavar="A,B", help=f"Some of {', '.join(TASKS)}.")]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B",
+        help=f"Some of {', '.join(TASKS)}, or of the questions about pages: {', '.join(KINDS)}.",
+    ),
+]
 Items = Annotated[int, typer.Option(help="Items of each task.")]
 Seed = Annotated[int, typer.Option(help="The first item's seed; the others follow it.")]
 Split = Annotated[

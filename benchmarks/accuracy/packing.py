@@ -7,6 +7,7 @@
 So Q questions cost one pass over the visual tokens, and each is computed as if it stood alone.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,18 @@ def render(item: Item, dialogue: Dialogue = DIALOGUE) -> str:
         f"{user}{question}{assistant}{answer}{end}{between}" for question, answer in item.turns
     )
     return f"{said}{user}{item.prompt}{assistant}".replace(MARK, f"{MARK}\n")
+
+
+def messages(item: Item) -> list[dict[str, str]]:
+    """An item as a conversation, for the chat template of any model."""
+    said = [text for turn in item.turns for text in turn] + [item.prompt]
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+
+
+def prompt_of(item: Item, processor: Processor) -> str:
+    """The raw prompt of an item, as the chat template of a checkpoint writes it."""
+    return processor.render(messages(item), len(item.images))
 
 
 def pack(

@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.accuracy import options
 from benchmarks.accuracy.budgets import Plan, tile_of
 from benchmarks.accuracy.metrics import mean_interval, score
-from benchmarks.accuracy.packing import render
+from benchmarks.accuracy.packing import prompt_of
 from benchmarks.accuracy.report import RESULTS, per_cent
 from benchmarks.accuracy.scoring import plain, rows_by_task
 from benchmarks.accuracy.tasks import Item
@@ -41,7 +41,12 @@ Answers = list[tuple[list[int], str]]
 
 
 def hugging_face_answers(
-    path: Path, items: Sequence[Item], stop_ids: Sequence[int], most: int, advance: Advance
+    path: Path,
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    stop_ids: Sequence[int],
+    most: int,
+    advance: Advance,
 ) -> Answers:
     """Greedy answers of transformers' own model, in float32, one prompt at a time.
 
@@ -58,8 +63,8 @@ def hugging_face_answers(
     model: Any = LlavaNextForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
     files: Any = LlavaNextProcessor.from_pretrained(path, backend="pil")
     found = []
-    for item in items:
-        inputs = files(images=list(item.images), text=render(item), return_tensors="pt")
+    for item, text in zip(items, prompts, strict=True):
+        inputs = files(images=list(item.images), text=text, return_tensors="pt")
         whole = model.eval().generate(
             **inputs, max_new_tokens=most, do_sample=False, eos_token_id=list(stop_ids),
             pad_token_id=files.tokenizer.pad_token_id,
@@ -71,22 +76,28 @@ def hugging_face_answers(
     return found
 
 
-def our_answers(vlm: VLM, items: Sequence[Item], most: int, advance: Advance) -> Answers:
+def our_answers(
+    vlm: VLM, items: Sequence[Item], prompts: Sequence[str], most: int, advance: Advance
+) -> Answers:
     """The same by `VLM.generate`, which `vlcache generate` calls, with the full cache.
 
-    At most `most` tokens; `advance` is called with the number of items done at a time.
+    `prompts` are raw, one to each item. At most `most` tokens; `advance` is called with the
+    number of items done at a time.
     """
     found: Answers = []
     for at in range(0, len(items), GROUP):
         group = items[at : at + GROUP]
-        images, texts = [list(item.images) for item in group], [render(item) for item in group]
+        images = [list(item.images) for item in group]
+        texts = list(prompts[at : at + GROUP])
         answers = vlm.generate(images, texts, raw_prompt=True, max_new_tokens=most)
         found += [(answer.tokens, answer.text) for answer in answers]
         advance(len(group))
     return found
 
 
-def compare(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str, Any]:
+def compare(
+    items: Sequence[Item], prompts: Sequence[str], answers: Mapping[str, Answers]
+) -> dict[str, Any]:
     """What a result file says of the answers of each side."""
 
     def interval(own: Answers, task: str, rows: list[int]) -> dict[str, float]:
@@ -106,7 +117,7 @@ def compare(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str, 
         "rows": [
             {
                 "task": item.task,
-                "prompt": render(item),
+                "prompt": prompts[row],
                 "right": item.answer,
                 "answers": {side: own[row][1] for side, own in answers.items()},
             }
@@ -167,21 +178,22 @@ def main(
         if exact.config.family != "llava_next":
             raise ValueError(f"{model} is no LLaVA-NeXT model")
     items = plan.items(tile_of(exact))
+    prompts = [prompt_of(item, exact.processor) for item in items]
     tokenizer = exact.processor.tokenizer
     most = 1 + max(len(tokenizer(item.answer).input_ids) for item in items)
     began = time.perf_counter()
     answers = {}
     with counting_bar(errors) as bar:
         for side, ask in (
-            (HUGGING_FACE, partial(hugging_face_answers, path, items, exact.stop_ids)),
-            (OURS, partial(our_answers, exact, items)),
-            (SHIPPED, partial(our_answers, shipped, items)),
+            (HUGGING_FACE, partial(hugging_face_answers, path, items, prompts, exact.stop_ids)),
+            (OURS, partial(our_answers, exact, items, prompts)),
+            (SHIPPED, partial(our_answers, shipped, items, prompts)),
         ):
             task = bar.add_task(side, total=len(items))
             answers[side] = ask(most, lambda done, task=task: bar.advance(task, done))
     result = {
         **environment(), "torch": torch, "transformers": transformers, "model": model, "n": n,
-        "seed": seed, "split": split, **compare(items, answers),
+        "seed": seed, "split": split, **compare(items, prompts, answers),
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     finish(result, parity_part(result), as_json=as_json, out=out)

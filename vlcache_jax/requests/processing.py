@@ -169,6 +169,14 @@ class Processor:
         s = bucket_for(max(counts), self.buckets.tiles)
         return [self._pad(group, t, s) for group in groups]
 
+    def render(self, text: Text, num_images: int = 0) -> str:
+        """A prompt as the checkpoint's chat template writes it, with a mark for each image.
+
+        Raises:
+            ValueError: as of `groups`.
+        """
+        return self._render(text, num_images, None, False).text
+
     def _row(
         self, images: list[ImageLike], text: Text, context: str | None, *, raw_prompt: bool
     ) -> Row:

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.accuracy.budgets import Bench, Refused
 from benchmarks.accuracy.experiments.common import Experiment, compare
 from benchmarks.accuracy.oracle import MostAttention, Oracle
-from benchmarks.accuracy.packing import MARK, render
+from benchmarks.accuracy.packing import MARK, prompt_of
 from benchmarks.accuracy.report import (
     FULL,
     Result,
@@ -95,7 +95,7 @@ def run(bench: Bench) -> Result:
 
 def post_vision_rows(item: Item, vlm: VLM) -> int:
     """tau: tokens behind the last picture of an item's prompt."""
-    text = render(item).rsplit(MARK, 1)[-1]
+    text = prompt_of(item, vlm.processor).rsplit(MARK, 1)[-1]
     return len(vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -15,6 +15,7 @@ from benchmarks.accuracy.metrics import (
     paired_difference,
     score,
 )
+from benchmarks.accuracy.pages import KINDS
 from benchmarks.accuracy.tasks import TASKS
 
 texts = st.text(alphabet="ab cAB1,.", max_size=12)
@@ -62,7 +63,7 @@ def test_scores_are_shares_and_right_answers_have_all(pairs):
 
 
 def test_every_task_has_its_score():
-    assert METRICS.keys() == TASKS.keys()
+    assert METRICS.keys() == {*TASKS, *KINDS}
     predictions, answers = ["48", "x"], ["4821", "X"]
     assert score("document", predictions, answers).tolist() == [0.5, 1.0]
     assert score("reading", predictions, answers).tolist() == [0.0, 1.0]

@@ -22,14 +22,14 @@ def test_a_difference_counts_and_costs_the_exit_code(monkeypatch, tmp_path):
     pytest.importorskip("torch")
     right = {"tokens": [5, 6], "text": "A1"}
 
-    def theirs(path, items, stop_ids, most, advance):
+    def theirs(path, items, prompts, stop_ids, most, advance):
         return [(right["tokens"], item.answer) for item in items]
 
     monkeypatch.setattr(parity, "hugging_face_answers", theirs)
     monkeypatch.setattr(
         parity,
         "our_answers",
-        lambda vlm, items, most, advance: [([5, 6], items[0].answer), ([5, 7], "wrong")],
+        lambda vlm, items, prompts, most, advance: [([5, 6], items[0].answer), ([5, 7], "wrong")],
     )
     file = tmp_path / "parity.json"
     result = run("--n", 1, "--out", file, "--json")
