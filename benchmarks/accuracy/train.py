@@ -33,9 +33,12 @@ from benchmarks.accuracy.loss import Scores, Weights, make_loss
 from benchmarks.accuracy.packing import Batch, pack
 from benchmarks.accuracy.pages.learner import PageLearner
 from benchmarks.accuracy.scene import Manner
-from benchmarks.command import bad_input, counting_bar
+from benchmarks.command import bad_input, check_known, counting_bar
 from benchmarks.environment import write_result
 from vlcache_jax.checkpoints.checkpoint import quiet_orbax
+
+RECIPE = "recipe.json"
+"""In the folder of a run."""
 
 AHEAD = 4
 """Batches that are drawn ahead, in a thread."""
@@ -136,6 +139,11 @@ class Recipe:
         if self.rank:
             return PageLearner(self.vision, self.rank, dtype)
         return SmallLearner(self.vision, self.text, dtype)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What the shapes of all that is learned depend on."""
+        return self.vision, self.text, self.rank
 
     @property
     def steps(self) -> int:
@@ -273,12 +281,35 @@ class Trainer:
 
     def restore(self, folder: Path) -> bool:
         """Go on from the newest state of a folder; False where there is none."""
+        found = self._newest(folder)
+        if found is not None:
+            self.step, self.state = found
+        return found is not None
+
+    def take(self, part: str, folder: Path) -> None:
+        """Begin with what another run has learned of a part, a key of the learned tree.
+
+        Raises:
+            ValueError: there is no such part, or no run of a model of the same shapes.
+        """
+        check_known("part", [part], self.state["learned"])
+        if not (folder / RECIPE).is_file():
+            raise ValueError(f"{folder} is no folder of a run: train it first")
+        if Recipe.read(folder / RECIPE).shape != self.recipe.shape:
+            raise ValueError(f"the model of {folder} has another shape: take one of the same")
+        found = self._newest(folder)
+        if found is None:
+            raise ValueError(f"{folder} has no state yet: let it save one")
+        self.state["learned"][part] = found[1]["learned"][part]
+
+    def _newest(self, folder: Path) -> tuple[int, Any] | None:
+        """The step and the state that a folder's run was saved at last."""
         found = sorted(path for path in (folder / "state").glob("[0-9]*") if path.name.isdigit())
-        if found:
-            with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-                self.state = checkpointer.restore(found[-1].resolve(), self.state)
-            self.step = int(found[-1].name)
-        return bool(found)
+        if not found:
+            return None
+        with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+            state = checkpointer.restore(found[-1].resolve(), self.state)
+        return int(found[-1].name), state
 
 
 def _advance(
@@ -313,13 +344,23 @@ def main(
     ] = math.inf,
     every: Annotated[int, typer.Option(min=1, help="Steps between two tests and saves.")] = 250,
     held_out: Annotated[int, typer.Option(min=1, help="Batches of a test.")] = 4,
+    take: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART=RUN",
+            help="Begin with a part that another run has learned, such as eyes=RUN.",
+        ),
+    ] = None,
 ) -> None:
     """Train, or go on with a training that was cut off."""
     errors = Console(stderr=True, highlight=False)
     with bad_input():
         what = Recipe.read(recipe)
-    trainer = Trainer(what)
-    kept = out / "recipe.json"
+        trainer = Trainer(what)
+        for pair in take or ():
+            part, _, run = pair.partition("=")
+            trainer.take(part, Path(run))
+    kept = out / RECIPE
     if kept.exists() and Recipe.read(kept) != what:
         raise typer.BadParameter(f"{out} holds the run of another recipe: choose another folder")
     write_result(kept, asdict(what))

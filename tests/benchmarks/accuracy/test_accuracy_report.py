@@ -290,3 +290,10 @@ def test_a_plan_without_a_name_runs_everything():
     cells = Plan().cells()
     assert {name for name, _ in cells} == {*METHODS, *EXTRA} - {"full"}
     assert vlcache_jax.VLCache(0.1) in cells.values()
+
+
+def test_a_plan_may_ask_about_pages():
+    plan = Plan(("copy", "document"), n=2, split="test")
+    items = plan.items(112)
+    assert [item.task for item in items] == ["copy", "copy", "document", "document"]
+    assert items[0].images[0].shape[0] % 336 == 0  # the decoder reads letters of 14 pixels

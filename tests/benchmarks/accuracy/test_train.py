@@ -152,6 +152,27 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_were_not(tmp_path):
     assert answer.prompt_tokens > 300
 
 
+def test_a_part_is_taken_from_another_run(trainer, tmp_path):
+    """What `--take` does; and a folder that has nothing to take is named."""
+    other = Trainer(replace(RECIPE, seed=1))
+    other.save(tmp_path)
+    (tmp_path / "recipe.json").write_text(json.dumps(train.asdict(other.recipe)))
+    fresh = Trainer(RECIPE)
+    before = jax.tree.map(np.asarray, fresh.state["learned"])
+    fresh.take("glyphs", tmp_path)
+    assert np.array_equal(fresh.state["learned"]["glyphs"], other.state["learned"]["glyphs"])
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, fresh.state["learned"]["model"], before["model"])
+    )
+    with pytest.raises(ValueError, match="is no folder of a run"):
+        fresh.take("glyphs", tmp_path / "none")
+    with pytest.raises(ValueError, match="part 'eyes'"):
+        fresh.take("eyes", tmp_path)
+    wider = Trainer(replace(RECIPE, text=RECIPE.text | {"hidden_size": 32}))
+    with pytest.raises(ValueError, match="has another shape"):
+        wider.take("glyphs", tmp_path)
+
+
 def test_batches_come_in_order_and_errors_come_through():
     def step_itself(step) -> Any:
         return step
@@ -260,4 +281,11 @@ def test_the_committed_recipes_are_recipes():
         assert recipe.stage(recipe.steps - 1) == recipe.stages[-1]
         shape = LlavaConfig.from_hf(config_json(recipe.vision, recipe.text, 978))
         sizes[name] = count_parameters(shape)["total"]
+    shapes = set()
+    for name in ("tower", "decoder", "together"):
+        recipe = Recipe.read(folder / f"pages-{name}.json")
+        assert recipe.rank > 0
+        assert {stage.guide_weight for stage in recipe.stages} == {0.0}
+        shapes.add((*recipe.vision.values(), recipe.rank))
+    assert len(shapes) == 1  # what one has learned the other takes
     assert sizes["gpu"] > 10 * sizes["cpu"]
