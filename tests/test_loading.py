@@ -63,6 +63,8 @@ def test_an_unknown_type_of_config_json_is_named(name, value, copy):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"^config\.json: {name}=.* must be \"float32\" or"):
         describe(copy)
+    with pytest.raises(ValueError, match=rf"^config\.json: {name}=.* must be \"float32\" or"):
+        vlcache_jax.load(copy)
     assert describe(copy, "bfloat16")["dtype"] == "bfloat16"
 
 

@@ -370,7 +370,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return GgufCheckpoint(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no model directory at {short(path)}")
-    config, _ = read_model(path)
+    config, fields = read_model(path)
+    for section in ("", "text_config.", "vision_config."):
+        # Not used here, but transformers looks it up as it reads the processor.
+        for name in ("dtype", "torch_dtype"):
+            read_field(fields, f"{section}{name}", DTYPE, None)
     if (path / MANIFEST).is_file():
         return ConvertedCheckpoint(path, config)
     if (path / "params").is_dir():
