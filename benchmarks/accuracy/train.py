@@ -36,6 +36,7 @@ from benchmarks.accuracy.scene import Manner
 from benchmarks.command import bad_input, check_known, counting_bar
 from benchmarks.environment import write_result
 from vlcache_jax.checkpoints.checkpoint import quiet_orbax
+from vlcache_jax.running import programs
 
 RECIPE = "recipe.json"
 """In the folder of a run."""
@@ -354,6 +355,7 @@ def main(
 ) -> None:
     """Train, or go on with a training that was cut off."""
     errors = Console(stderr=True, highlight=False)
+    programs.keep_programs()
     with bad_input():
         what = Recipe.read(recipe)
         trainer = Trainer(what)

@@ -16,6 +16,9 @@ from benchmarks.accuracy.scene import Cell, Page
 from benchmarks.accuracy.tasks import IMAGE, SPLITS, Item
 from benchmarks.command import check_known
 
+Placed = tuple[Fact, tuple[Cell, ...]]
+"""A fact, and the cells that its answer is read from."""
+
 TILE_CELLS = 24
 """Cells along a side of a tile: 336 pixels of 14."""
 
@@ -68,13 +71,12 @@ def questions_of_one_page(
     rng = random.Random(f"{split}/pages/{name}/{seed}/scene")
     variant = variant or _draw(rng, VARIANTS)
     first = _draw(rng, kinds)
-    supply = Supply(rng)
     pages, asked, images = [], [], []
     for index in range(2 if variant == "two pictures" else 1):
         tiles = SHAPES[shape or rng.choice((*SHAPES, "square", "square"))]
         size = tiles[0] * side, tiles[1] * side
         page = Page(index, size, 2 if variant == "two pictures" else 1, CHARACTERS)
-        facts, bars = _fill(page, supply, first, level)
+        facts, bars = _fill(page, Supply(rng), first, level)
         brush = random.Random(f"{split}/pages/{name}/{seed}/picture {index}")
         images.append(draw_page(page.cells, bars, brush, jitter=jitter))
         page.cells.flags.writeable = False
@@ -122,19 +124,20 @@ def _choose(
     return at
 
 
-def _fill(
-    page: Page, supply: Supply, first: str, level: float
-) -> tuple[list[tuple[Fact, tuple[Cell, ...]]], list[Box]]:
+def _fill(page: Page, supply: Supply, first: str, level: float) -> tuple[list[Placed], list[Box]]:
     """Write columns of blocks; one of them has a question of the kind `first`."""
     rng = supply.rng
     most = page.cols // TILE_CELLS
     columns = rng.randint(1, most) if rng.random() < level else 1
     stride = page.cols // columns
     width = stride - (3 if columns > 1 else 0)
-    facts, bars = [], []
+    facts: list[Placed] = []
+    bars: list[Box] = []
     for number, column in enumerate(rng.sample(range(columns), columns)):
         blocks = _blocks(supply, page.rows, width, "" if number else first, level)
-        _place(page, blocks, column * stride, width, rng, facts, bars)
+        placed, painted = _place(page, blocks, column * stride, width, rng)
+        facts += placed
+        bars += painted
     # Two lines of prose may begin with the same words.
     times = Counter((fact.wording, *fact.fields.values()) for fact, _ in facts)
     return [each for each in facts if times[each[0].wording, *each[0].fields.values()] == 1], bars
@@ -147,10 +150,7 @@ def _blocks(supply: Supply, rows: int, width: int, first: str, level: float) -> 
     longest = round(3 + (MOST_LINES - 3) * level)
     blocks: list[Block] = []
     while not blocks or room > 3:
-        kinds = supply.blocks() + ["prose"] * (level > 0.5)
-        if first and not blocks:
-            kinds = list(ASKED[first])
-        kind = rng.choice(kinds)
+        kind = rng.choice(ASKED[first] if first and not blocks else supply.blocks())
         count = rng.randint(2, max(2, min(longest, room - 1)))
         block = BLOCKS[kind](supply, rng.randint(min(22, width), width), count)
         if blocks or not first or any(fact.kind == first for fact in block.facts):
@@ -163,15 +163,10 @@ def _blocks(supply: Supply, rows: int, width: int, first: str, level: float) -> 
 
 
 def _place(
-    page: Page,
-    blocks: list[Block],
-    left: int,
-    width: int,
-    rng: random.Random,
-    facts: list[tuple[Fact, tuple[Cell, ...]]],
-    bars: list[Box],
-) -> None:
-    """Write blocks below one another into a column of a page, and note where what stands."""
+    page: Page, blocks: list[Block], left: int, width: int, rng: random.Random
+) -> tuple[list[Placed], list[Box]]:
+    """Write blocks below one another into a column of a page: where their facts and bars are."""
+    facts, bars = [], []
     step = 1
     if rng.random() < 0.3 and sum(2 * len(block.lines) + 1 for block in blocks) < page.rows:
         step = 2  # an empty line behind each
@@ -194,3 +189,4 @@ def _place(
             facts.append((fact, cells))
         bars += [(row + step * line, col + at, 1, length) for line, at, length in block.bars]
         row += step * len(block.lines) + 1
+    return facts, bars

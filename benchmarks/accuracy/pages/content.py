@@ -67,7 +67,7 @@ class Block:
 
 
 class Supply:
-    """Words and values of one item, none of which is given twice."""
+    """Words and values of one page, none of which is given twice."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng

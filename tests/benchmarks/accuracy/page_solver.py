@@ -18,12 +18,12 @@ def solve(cells: tuple[np.ndarray, ...], question: str) -> str:
     quoted = re.findall(r'"([^"]+)"', question)
     bare = re.sub(r'"[^"]*"', "", question)
     number = next(iter(re.findall(r"\d[\d:.]*\d|\d", bare)), "")
-    if re.search(r"[Yy]es or no|yes or no", question):
+    if re.search(r"yes or no", bare):
         names = {text.rstrip(":") for *_, text in words}
         return "yes" if quoted[0] in names else "no"
-    if "paragraph" in question:
+    if "paragraph" in bare:
         return " ".join(paragraph(words, quoted[0]))
-    if re.search(r"line (that|of|go)|the line", question):
+    if re.search(r"line (that|of|go)|the line", bare):
         start = quoted[0]
         return next(
             line for line in lines_of(words) if re.match(rf"{re.escape(start)}(:| |$)", line)
@@ -32,7 +32,7 @@ def solve(cells: tuple[np.ndarray, ...], question: str) -> str:
         return next(line for line in lines_of(words) if line.startswith(quoted[0]))
     head = next((q for q in quoted if is_head(words, q)), None)
     names = [q for q in quoted if q != head]
-    if re.search(r"sum|total|together|add up|Add", question):
+    if re.search(r"sum|total|together|add up|Add", bare):
         values = [hundredths(value_of(words, name, head)) for name in names]
         total = sum(values)
         if "." in value_of(words, names[0], head):
@@ -40,16 +40,16 @@ def solve(cells: tuple[np.ndarray, ...], question: str) -> str:
         return str(total // 100)
     if len(names) == 2:
         first, second = (hundredths(value_of(words, name, head)) for name in names)
-        if "earlier" in question:
+        if "earlier" in bare:
             first, second = second, first
         return names[0] if first > second else names[1]
-    if len(names) == 1 and re.search(r"entry that says|has the value|has the", question):
+    if len(names) == 1 and re.search(r"entry that says|has the value|has the", bare):
         return label_of(words, names[0])
     if number and not names:
         return name_of(words, number, head)
     if "platform" in bare:
         return line_of(words, names[0])[-1]
-    if "departure" in question or "train" in question:
+    if "departure" in bare or "train" in bare:
         return line_of(words, names[0])[0]
     return value_of(words, names[0], head)
 
