@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -371,10 +371,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_dir():
         raise FileNotFoundError(f"no model directory at {short(path)}")
     config, fields = read_model(path)
-    for section in ("", "text_config.", "vision_config."):
-        # Not used here, but transformers looks it up as it reads the processor.
-        for name in ("dtype", "torch_dtype"):
-            read_field(fields, f"{section}{name}", DTYPE, None)
+    # Not used here, but transformers looks them up as it reads the processor.
+    for section, name in product(("", "text_config.", "vision_config."), ("dtype", "torch_dtype")):
+        read_field(fields, f"{section}{name}", DTYPE, None)
     if (path / MANIFEST).is_file():
         return ConvertedCheckpoint(path, config)
     if (path / "params").is_dir():
