@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 
-from tests.model_files import config_json, decoder_json, random_tensors, write_model
+from tests.model_files import config_json, decoder_json, write_tiny
 from tests.tiny import text_tokenizer, tiny_pinpoints, tiny_processor
 
 if os.environ.get("JAX_PLATFORMS") == "cpu" and jax.__version_info__ < (0, 11):
@@ -48,30 +48,15 @@ def model_dir(tmp_path_factory):
     config["text_config"] |= {"vocab_size": 264, "max_position_embeddings": 1024}
     config["vision_config"] |= {"image_size": 56}
     config["image_grid_pinpoints"] = [list(pair) for pair in tiny_pinpoints()]
-    tensors = {
-        name: 1 + 0.3 * array if "norm" in name else 0.4 * array  # so that answers are varied
-        for name, array in random_tensors(config).items()
-    }
-    path = write_model(tmp_path_factory.mktemp("model") / "tiny", config, tensors)
-    (path / "tokenizer.model").unlink()
-    (path / "generation_config.json").unlink()
-    tiny_processor("llava_next").save_pretrained(path)
-    return path
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    return write_tiny(path, config, tiny_processor("llava_next"))
 
 
 @pytest.fixture(scope="session")
 def text_dir(tmp_path_factory):
     """A tiny Llama directory with random weights and a tokenizer; made without torch."""
     config = decoder_json() | {"vocab_size": 264, "max_position_embeddings": 1024}
-    tensors = {
-        name: 1 + 0.3 * array if "norm" in name else 0.4 * array
-        for name, array in random_tensors(config).items()
-    }
-    path = write_model(tmp_path_factory.mktemp("text") / "tiny", config, tensors)
-    (path / "tokenizer.model").unlink()
-    (path / "generation_config.json").unlink()
-    text_tokenizer().save_pretrained(path)
-    return path
+    return write_tiny(tmp_path_factory.mktemp("text") / "tiny", config, text_tokenizer())
 
 
 @pytest.fixture

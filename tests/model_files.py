@@ -95,6 +95,19 @@ def write_model(
     return directory
 
 
+def write_tiny(directory: Path, config: dict[str, Any], processor: Any, scale: float = 0.4) -> Path:
+    """Write a model that gives varied answers, with the files of its processor or tokenizer."""
+    tensors = {
+        name: 1 + 0.3 * array if "norm" in name else scale * array
+        for name, array in random_tensors(config).items()
+    }
+    path = write_model(directory, config, tensors)
+    (path / "tokenizer.model").unlink()
+    (path / "generation_config.json").unlink()
+    processor.save_pretrained(path)
+    return path
+
+
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     """Every tensor of a Hugging Face model directory, by the safetensors library itself."""
     from safetensors.numpy import load_file

@@ -1,6 +1,7 @@
 """What the training needs to know of a model: its arrays, its questions, and its files."""
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +42,12 @@ class Learner(ABC):
     round_to: int = 8
     fixed: Any = None
 
-    @property
+    @cached_property
     def config(self) -> LlavaConfig:
         """The model's shape."""
         return LlavaConfig.from_hf(self.config_json)
 
-    @property
+    @cached_property
     def processor(self) -> Processor:
         """Pictures and texts to arrays."""
         return Processor(self.config, self.files, self.buckets)
@@ -119,20 +120,19 @@ class SmallLearner(Learner):
 
     def draw(self, stage: "Stage", rng: np.random.Generator, split: str) -> list[list[tasks.Item]]:
         """Pictures of `tasks`; half as many where there are pairs."""
-        variant = choose(rng, stage.variants, 1)[0]
-        count = stage.pictures // 2 if variant == "two pictures" else stage.pictures
+        variant, count = of_a_step(stage, rng)
         return [
             tasks.questions_of_one_picture(
                 task,
                 int(rng.integers(2**31)),
                 1 if variant == "question first" else stage.questions,
                 split=split,
-                level=stage.level if rng.random() < 0.5 else rng.uniform(0, stage.level),
+                level=level_of(stage, rng),
                 jitter=stage.jitter,
                 variant=variant,
                 manner=stage.manner,
             )
-            for task in choose(rng, stage.tasks, max(count, 1))
+            for task in choose(rng, stage.tasks, count)
         ]
 
     def export(self, folder: Path, learned: Any) -> None:
@@ -144,3 +144,15 @@ def choose(rng: np.random.Generator, weights: dict[str, float], count: int) -> l
     """So many keys, as often as their weights say."""
     values = np.array(list(weights.values()), float)
     return [str(name) for name in rng.choice(list(weights), count, p=values / values.sum())]
+
+
+def of_a_step(stage: "Stage", rng: np.random.Generator) -> tuple[str, int]:
+    """The variant of a step's items, and its pictures or pairs."""
+    variant = choose(rng, stage.variants, 1)[0]
+    count = stage.pictures // 2 if variant == "two pictures" else stage.pictures
+    return variant, max(count, 1)
+
+
+def level_of(stage: "Stage", rng: np.random.Generator) -> float:
+    """The difficulty of a picture: the stage's of half of them, anywhere below of the others."""
+    return stage.level if rng.random() < 0.5 else rng.uniform(0, stage.level)

@@ -104,11 +104,7 @@ def questions_of_one_picture(
     check_known("split", [split], SPLITS)
     check_known("variant", [variant or "plain"], VARIANTS)
     check_known("shape", [shape or "square"], SHAPES)
-    if seed < 0 or count < 1 or not 0 <= level <= 1 or not 0 <= jitter <= MAX_JITTER or tile < 112:
-        raise ValueError(
-            f"{seed=}, {count=}, {level=}, {jitter=}, {tile=}: a seed is 0 or more, a count 1 or "
-            f"more, a level 0 to 1, jitter 0 to {MAX_JITTER}, a tile 112 or more"
-        )
+    check_numbers(seed, count, level, jitter, tile=tile, least=112)
 
     def stream(use: str) -> random.Random:
         return random.Random(f"{split}/{task}/{seed}/{use}")
@@ -147,6 +143,23 @@ def questions_of_one_picture(
             prompt, turns = text, ((f"{marks}{first}", earlier.answer),)
         items.append(Item(task, images, prompt, turns, fact.answer, cells, fact.evidence))
     return items
+
+
+def check_numbers(
+    seed: int, count: int, level: float, jitter: int, *, least: int, **size: int
+) -> None:
+    """Refuse what no item can be made of; `size` is named, and is `least` or more.
+
+    Raises:
+        ValueError: a number is out of its bounds.
+    """
+    [(name, value)] = size.items()
+    sound = seed >= 0 and count >= 1 and 0 <= level <= 1 and 0 <= jitter <= MAX_JITTER
+    if not sound or value < least:
+        raise ValueError(
+            f"{seed=}, {count=}, {level=}, {jitter=}, {name}={value}: a seed is 0 or more, a count "
+            f"1 or more, a level 0 to 1, jitter 0 to {MAX_JITTER}, a {name} {least} or more"
+        )
 
 
 def _new_question(

@@ -7,13 +7,13 @@ is the same `Item` as those of the small tasks.
 import random
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
-from benchmarks.accuracy.glyphs import MAX_JITTER
 from benchmarks.accuracy.pages.content import ASKED, BLOCKS, KINDS, MOST_LINES, Block, Fact, Supply
 from benchmarks.accuracy.pages.drawing import CHARACTERS, Box, draw_page
 from benchmarks.accuracy.pages.wording import put
 from benchmarks.accuracy.scene import Cell, Page
-from benchmarks.accuracy.tasks import IMAGE, SPLITS, Item
+from benchmarks.accuracy.tasks import IMAGE, SPLITS, Item, check_numbers
 from benchmarks.command import check_known
 
 Placed = tuple[Fact, tuple[Cell, ...]]
@@ -62,11 +62,7 @@ def questions_of_one_page(
     check_known("split", [split], SPLITS)
     check_known("variant", [variant or "plain"], VARIANTS)
     check_known("shape", [shape or "square"], SHAPES)
-    if seed < 0 or count < 1 or not 0 <= level <= 1 or not 0 <= jitter <= MAX_JITTER or side < 24:
-        raise ValueError(
-            f"{seed=}, {count=}, {level=}, {jitter=}, {side=}: a seed is 0 or more, a count 1 or "
-            f"more, a level 0 to 1, jitter 0 to {MAX_JITTER}, a side 24 or more"
-        )
+    check_numbers(seed, count, level, jitter, side=side, least=TILE_CELLS)
     name = ",".join(f"{kind}" for kind in sorted(kinds))
     rng = random.Random(f"{split}/pages/{name}/{seed}/scene")
     variant = variant or _draw(rng, VARIANTS)
@@ -105,9 +101,9 @@ def questions_of_one_page(
     return items
 
 
-def make_page_item(kind: str, seed: int, **options: object) -> Item:
+def make_page_item(kind: str, seed: int, **options: Any) -> Item:
     """One item of a kind: the first of `questions_of_one_page`, which has the same options."""
-    return questions_of_one_page({kind: 1.0}, seed, 1, **options)[0]  # type: ignore[arg-type]
+    return questions_of_one_page({kind: 1.0}, seed, 1, **options)[0]
 
 
 def _draw(rng: random.Random, weights: Mapping[str, float]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.accuracy import network
-from benchmarks.accuracy.learner import Learner, choose
+from benchmarks.accuracy.learner import Learner, level_of, of_a_step
 from benchmarks.accuracy.loss import Bound, attend_patches
 from benchmarks.accuracy.network import Dialogue
 from benchmarks.accuracy.pages import questions_of_one_page
@@ -163,19 +163,18 @@ class PageLearner(Learner):
 
     def draw(self, stage: "Stage", rng: np.random.Generator, split: str) -> list[list[Item]]:
         """Pages; half as many where there are pairs."""
-        variant = choose(rng, stage.variants, 1)[0]
-        count = stage.pictures // 2 if variant == "two pictures" else stage.pictures
+        variant, count = of_a_step(stage, rng)
         return [
             questions_of_one_page(
                 stage.tasks,
                 int(rng.integers(2**31)),
                 stage.questions,
                 split=split,
-                level=stage.level if rng.random() < 0.5 else rng.uniform(0, stage.level),
+                level=level_of(stage, rng),
                 jitter=stage.jitter,
                 variant=variant,
             )
-            for _ in range(max(count, 1))
+            for _ in range(count)
         ]
 
     def export(self, folder: Path, learned: Any) -> None:

@@ -15,7 +15,7 @@ from benchmarks.accuracy.pages import learner as page_learner
 from benchmarks.accuracy.pages import make_page_item, questions_of_one_page
 from benchmarks.accuracy.pages.learner import UNUSED, PageLearner
 from benchmarks.accuracy.train import Recipe, Stage, Trainer
-from tests.model_files import decoder_json, random_tensors, write_model
+from tests.model_files import decoder_json, write_tiny
 from vlcache_jax.running.stages import Stages
 
 VISION = {
@@ -37,21 +37,14 @@ def decoder_dir(tmp_path_factory):
     )
     tokenizer.train_from_iterator([], trainer)
     config = decoder_json(tied=True) | {"vocab_size": 260, "max_position_embeddings": 4096}
-    tensors = {
-        name: 1 + 0.3 * array if "norm" in name else 0.3 * array
-        for name, array in random_tensors(config).items()
-    }
-    path = write_model(tmp_path_factory.mktemp("decoder") / "tiny", config, tensors)
-    (path / "tokenizer.model").unlink()
-    (path / "generation_config.json").unlink()
-    PreTrainedTokenizerFast(
+    files = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         additional_special_tokens=special,
-    ).save_pretrained(path)
-    return path
+    )
+    return write_tiny(tmp_path_factory.mktemp("decoder") / "tiny", config, files, scale=0.3)
 
 
 @pytest.fixture(scope="module")
