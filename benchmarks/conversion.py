@@ -26,8 +26,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from benchmarks.documents import RESULTS, ROOT, Part, measured, table
 from benchmarks.environment import environment, write_result
-from convert.safetensors_writer import SHARD_BYTES, write_tensors
 from vlcache_jax.checkpoints.checkpoint import open_checkpoint
+from vlcache_jax.checkpoints.safetensors_writer import SHARD_BYTES, write_tensors
 from vlcache_jax.checkpoints.weights import DTYPES, parameter_name, parameter_shapes, tensors_of
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.names import LLAVA

@@ -1,6 +1,6 @@
-"""What the documents say of the shipped model: made of the files of its training and of its runs.
+"""What the documents say of the shipped models: made of the files of their training and runs.
 
-`python -m benchmarks.report` puts these parts into README.md and docs/demo-model.md.
+`python -m benchmarks.report` puts these parts into README.md, docs/demo.md and docs/demo-small.md.
 """
 
 import json
@@ -8,7 +8,9 @@ import statistics
 import subprocess
 import sys
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -36,31 +38,42 @@ from vlcache_jax.cache.methods import make_method
 from vlcache_jax.cli.options import COMPARED
 from vlcache_jax.results.display import comparison_tables
 
-RECIPE, LOG, MODEL = (TRAINING / name for name in ("recipe.json", "log.jsonl", "model.json"))
-RESULT = RESULTS / "cpu" / "demo.json"
-PLOT_FILE = DOCS / "demo-training.svg"
+
+SHOWN = ("demo-small",)
+"""The models of the package, by their own names."""
 
 
-def run_demo() -> Result:
-    """What `make demo` gives, and the answers to all pictures with the versions that gave them."""
-    command = ["--no-compilation-cache", "compare", "demo", "--image", "demo", "--json"]
+def result_file(name: str) -> Path:
+    """What a model of the package answers, of a name of `demo.MODELS`."""
+    return RESULTS / "cpu" / f"{name}.json"
+
+
+def training_files(folder: Path) -> tuple[Path, Path]:
+    """Recipe and log of a run."""
+    return folder / "recipe.json", folder / "log.jsonl"
+
+
+def run_demo(name: str) -> Result:
+    """What `compare` shows of a model's first picture, and the answers to all of its pictures."""
+    command = ["--no-compilation-cache", "compare", name, "--image", name, "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "vlcache_jax.cli", *command], stdout=subprocess.PIPE, check=True
     )
-    vlm, shown = vlcache_jax.load("demo"), demo.pictures()
+    vlm, shown = vlcache_jax.load(name), demo.pictures(name)
     images, prompts = [picture.file for picture in shown], [picture.prompt for picture in shown]
     caches = [make_method("full"), *(make_method(name, 0.1) for name in COMPARED)]
     answers = {cache.name: vlm.generate(images, prompts, cache=cache) for cache in caches}
     return {
         **environment(),
-        "sha256": fingerprint(demo.CHECKPOINT),
+        "model": name,
+        "sha256": fingerprint(demo.MODELS[name]),
         "comparison": json.loads(done.stdout),
         "pictures": [
             {
                 "name": picture.name,
                 "task": picture.task,
                 "right_answer": picture.answer,
-                "answers": {name: found[index].text for name, found in answers.items()},
+                "answers": {method: found[index].text for method, found in answers.items()},
             }
             for index, picture in enumerate(shown)
         ],
@@ -79,7 +92,7 @@ def demo_part(result: Result, model: Result | None) -> str:
             f"The shipped model is a LLaVA-NeXT in shape and small in size "
             f"({model['parameters']['total'] / 1e6:.1f} million parameters). The project has "
             "trained it on pictures that it draws itself, and "
-            "[docs/demo-model.md](docs/demo-model.md) says what it can do and what not. The "
+            "[docs/demo-small.md](docs/demo-small.md) says what it can do and what not. The "
             "pictures that come with it are of seeds that it was not trained on."
         )
     return f"{what}\n\n```\n{printed.get().strip()}\n```\n\n{_right(result)}"
@@ -109,7 +122,7 @@ def pictures_part(result: Result) -> str:
         return f"`{' '.join(text.split()) or ' '}`"
 
     rows = []
-    files = {picture.name: picture.file for picture in demo.pictures()}
+    files = {picture.name: picture.file for name in SHOWN for picture in demo.pictures(name)}
     for row in result["pictures"]:
         answers = map(cell, (row["right_answer"], *row["answers"].values()))
         file = f"../{files[row['name']].relative_to(ROOT).as_posix()}"
@@ -174,8 +187,8 @@ def _guidance(stages: list[Result]) -> str:
     )
 
 
-def log_part(log: list[Result] | None, recipe: Result | None) -> str:
-    """How far the training went, and its curves."""
+def log_part(plot: str, recipe: Result | None, log: list[Result] | None) -> str:
+    """How far the training went, and its curves, which the file `plot` shows."""
     if not log or recipe is None:
         return NOT_MEASURED
     last = log[-1]
@@ -193,7 +206,7 @@ def log_part(log: list[Result] | None, recipe: Result | None) -> str:
     values = "; ".join(f"{name} {_shown(value)}" for name, value in _curves(last).items())
     return (
         f"{done}. The last line of the log: {values}.\n\n"
-        f"![Losses and accuracies over the steps]({PLOT_FILE.name})\n\n"
+        f"![Losses and accuracies over the steps]({plot})\n\n"
         "Held-out pictures are of seeds that are never trained on, as hard as those of the stage: "
         "where a stage begins, the curve may fall."
     )
@@ -281,16 +294,32 @@ def draw_training(recipe: Result, log: list[Result]) -> Any:
     return figure
 
 
-DEMO = Part("demo", demo_part, (RESULT, MODEL))
+def _training(folder: Path, plot: Path, which: str = "") -> tuple[Part, ...]:
+    """Recipe and log of a run."""
+    files = training_files(folder)
+    return (
+        Part(f"{which}recipe", recipe_part, files[:1]),
+        Part(f"{which}log", partial(log_part, plot.name), files),
+    )
+
+
+def _model_file(name: str) -> Path:
+    return TRAINING / name / "model.json"
+
+
+SMALL_PLOT = Plot(
+    DOCS / "demo-small-training.svg", training_files(TRAINING / "demo-small"), draw_training, "demo"
+)
+
+DEMO = Part("demo", demo_part, (result_file("demo-small"), _model_file("demo-small")))
 """Of the README."""
 
-SECTIONS = (
-    Part("model", model_part, (MODEL,)),
-    Part("recipe", recipe_part, (RECIPE,)),
-    Part("log", log_part, (LOG, RECIPE)),
+SMALL_SECTIONS = (
+    Part("model", model_part, (_model_file("demo-small"),)),
+    *_training(TRAINING / "demo-small", SMALL_PLOT.path),
     Part("accuracy", accuracy_part, (BUDGETS,)),
-    Part("pictures", pictures_part, (RESULT,)),
+    Part("pictures", pictures_part, (result_file("demo-small"),)),
 )
-"""Of docs/demo-model.md."""
+"""Of docs/demo-small.md."""
 
-PLOT = Plot(PLOT_FILE, (RECIPE, LOG), draw_training, "demo")
+PLOTS = (SMALL_PLOT,)

@@ -1,6 +1,6 @@
 """Fill the documents' generated parts from committed files: `python -m benchmarks.report`.
 
-`--demo` runs the shipped demo anew first. A part stands between two comments that name it.
+`--demo` runs the shipped models anew first. A part stands between two comments that name it.
 """
 
 import re
@@ -25,7 +25,7 @@ from benchmarks.fidelity import report as fidelity
 
 DOCUMENTS: dict[Path, tuple[Part, ...]] = {
     ROOT / "README.md": (demo_model.DEMO, speed_sections.SUMMARY, conversion.SECTION),
-    DOCS / "demo-model.md": demo_model.SECTIONS,
+    DOCS / "demo-small.md": demo_model.SMALL_SECTIONS,
     DOCS / "accuracy.md": (
         *fidelity.SECTIONS, *report.SECTIONS, parity.SECTION, *sections.SECTIONS,
         quantization.SECTION,
@@ -36,7 +36,7 @@ DOCUMENTS: dict[Path, tuple[Part, ...]] = {
 """The generated parts of each document."""
 
 PLOTS = (
-    demo_model.PLOT, report.PLOT, *fidelity.PLOTS, *sections.plots(), *speed_plots.PLOTS
+    *demo_model.PLOTS, report.PLOT, *fidelity.PLOTS, *sections.plots(), *speed_plots.PLOTS
 )  # fmt: skip
 
 
@@ -61,11 +61,14 @@ def fill(document: Path) -> str:
 
 
 def main(
-    demo: Annotated[bool, typer.Option("--demo", help="Run the shipped demo anew first.")] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Run the shipped models anew first.")
+    ] = False,
 ) -> None:
     """Write the generated parts of the README and the docs, and the plots."""
     if demo:
-        write_result(demo_model.RESULT, demo_model.run_demo())
+        for name in demo_model.SHOWN:
+            write_result(demo_model.result_file(name), demo_model.run_demo(name))
     for document in DOCUMENTS:
         document.write_text(fill(document), encoding="utf-8")
     for plot in PLOTS:

@@ -160,7 +160,9 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="demo, small-mha, small-gqa, or llava-...")] = "demo",
+    model: Annotated[
+        str, typer.Option(help="demo-small, small-mha, small-gqa, or llava-...")
+    ] = "demo-small",
     context: Annotated[int, typer.Option(min=64, help="Tokens of a prompt.")] = 512,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences; as many as fit by default.")

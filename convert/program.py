@@ -1,35 +1,10 @@
-"""The conversion itself: read one kind of checkpoint piece by piece, write the other."""
+"""The conversion itself: where a model is, and what it becomes."""
 
-import gc
-import json
-import platform
-import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import orbax.checkpoint as ocp
-
-from convert.safetensors_writer import write_tensors
-from vlcache_jax.checkpoints.checkpoint import (
-    FORMAT,
-    MANIFEST,
-    Checkpoint,
-    Pieces,
-    Progress,
-    config_files,
-    open_checkpoint,
-    piece_directory,
-    quiet_orbax,
-    resolve,
-)
-from vlcache_jax.checkpoints.weights import piece_of, split, tensors_of
-from vlcache_jax.errors import reason
-from vlcache_jax.files import whole_directory
+from vlcache_jax.checkpoints.checkpoint import Progress, open_checkpoint
+from vlcache_jax.checkpoints.find import resolve
+from vlcache_jax.checkpoints.writing import write_checkpoint
 
 
 def convert(
@@ -71,102 +46,7 @@ def convert(
     if path.is_relative_to(target) or target.is_relative_to(path):
         raise ValueError(f"{path} and {target} must not contain each other: give another place")
     checkpoint = open_checkpoint(path)
-    kind = checkpoint.target_dtype(dtype)
-    with _quiet_threads(), whole_directory(target, force=force) as directory:
-        check_space(checkpoint.num_bytes(kind), directory)
-        pieces = checkpoint.read_all(kind, progress)
-        if to_hf:
-            _write_hf(pieces, checkpoint, kind, directory)
-        else:
-            _write_orbax(pieces, directory)
-        checkpoint.write_files(directory, kind)
-        if not to_hf:
-            _write_manifest(checkpoint, kind, str(source), directory / MANIFEST)
-    return target
-
-
-def _write_orbax(pieces: Pieces, directory: Path) -> None:
-    """One Orbax checkpoint per piece: saving a tree holds it in memory twice."""
-    for piece, parameters in pieces:
-        arrays = {piece_of(name)[1]: array for name, array in parameters}
-        check_space(sum(array.nbytes for array in arrays.values()), directory)
-        try:
-            with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(piece_directory(directory, piece), arrays)
-                checkpointer.wait_until_finished()
-        except (ValueError, OSError) as error:
-            why = reason(error)
-            if "No space left" in why:
-                why = "no space left on the disk"
-            raise OSError(f"could not write {piece} to {directory.parent}: {why}") from None
-
-
-@contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """Keep quiet about the other arrays of a save after one of them has failed.
-
-    Their writes end later, and each says that nobody is left to hear of it.
-    """
-    before = sys.unraisablehook
-
-    def hook(event: Any) -> None:
-        if str(event.exc_value) != "Event loop is closed":
-            before(event)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        gc.collect()  # what they hold
-        sys.unraisablehook = before
-
-
-def check_space(needed: int, directory: Path) -> None:
-    """Raise OSError unless the disk of a directory has room for so many bytes."""
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise OSError(
-            f"not enough room in {directory.parent}: {needed / 1e9:.2f} GB needed, "
-            f"{free / 1e9:.2f} GB free"
-        )
-
-
-def _write_hf(pieces: Pieces, checkpoint: Checkpoint, dtype: np.dtype, directory: Path) -> None:
-    shapes = {
-        tensor: shape
-        for name, whole in checkpoint.shapes.items()
-        for tensor, shape in tensors_of(checkpoint.names, name, whole).items()
-    }
-    tensors = (
-        tensor
-        for _, parameters in pieces
-        for name, array in parameters
-        for tensor in split(checkpoint.names, name, array)
+    write_checkpoint(
+        checkpoint, target, dtype, to_hf=to_hf, force=force, source=str(source), progress=progress
     )
-    write_tensors(directory, shapes, dtype, tensors)
-
-
-def _write_manifest(checkpoint: Checkpoint, dtype: np.dtype, source: str, target: Path) -> None:
-    weights = checkpoint.path.glob("*.safetensors*")  # with their index
-    beside = sorted([*weights, *config_files(checkpoint.path)])
-    files = [checkpoint.path] if checkpoint.path.is_file() else beside
-    manifest = {
-        "format": FORMAT,
-        "dtype": dtype.name,
-        "parameters": {
-            name: {"shape": list(shape), "dtype": dtype.name}
-            for name, shape in checkpoint.shapes.items()
-        },
-        "source": {
-            "name": source,
-            "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
-        },
-        "versions": _versions(),
-    }
-    target.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def _versions() -> dict[str, Any]:
-    names = {"vlcache-jax", "jax", "orbax-checkpoint", "safetensors", "numpy"}
-    found = {item.name: item.version for item in metadata.distributions() if item.name in names}
-    return {"python": platform.python_version(), **found}
+    return target

@@ -24,8 +24,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 
+from tests import gguf_files
 from tests.model_files import config_json, decoder_json, write_tiny
 from tests.tiny import text_tokenizer, tiny_pinpoints, tiny_processor
+from vlcache_jax.checkpoints.changed import Published
+from vlcache_jax.files import sha256
 
 if os.environ.get("JAX_PLATFORMS") == "cpu" and jax.__version_info__ < (0, 11):
     # The older code generator of fusions takes half the time again. Later releases have but one.
@@ -57,6 +60,22 @@ def text_dir(tmp_path_factory):
     """A tiny Llama directory with random weights and a tokenizer; made without torch."""
     config = decoder_json() | {"vocab_size": 264, "max_position_embeddings": 1024}
     return write_tiny(tmp_path_factory.mktemp("text") / "tiny", config, text_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """A tiny decoder in a package, as the published one is; found as long as the tests run."""
+    folder = tmp_path_factory.mktemp("packages")
+    package = folder / "tiny_decoder"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    tokenizer = gguf_files.chat()
+    tensors = gguf_files.hub_tensors(len(tokenizer["tokenizer.ggml.tokens"]), tied=True)
+    keys = gguf_files.metadata(context_length=4096)
+    file = gguf_files.write(package / "tiny.gguf", tensors, keys, tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield Published("tiny-decoder", "1.0", sha256(file))
 
 
 @pytest.fixture

@@ -49,6 +49,19 @@ def sentencepiece() -> dict[str, Any]:
     }
 
 
+def chat() -> dict[str, Any]:
+    """Metadata of a byte-level tokenizer with the special tokens that SmolLM2's chat has."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<empty_output>"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    return byte_level() | {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * len(special) + [1] * (len(tokens) - len(special)),
+        "tokenizer.ggml.merges": ["t h"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
 def metadata(**changes: Any) -> dict[str, Any]:
     """What a file says of a Llama; `changes` by the key behind "llama.", dots as "__"."""
     found = {

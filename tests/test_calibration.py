@@ -164,7 +164,7 @@ def test_a_damaged_file_is_named_with_a_remedy(copy, content, message):
 
 def test_where_a_file_goes(copy, monkeypatch):
     assert file_beside(copy) == copy / KV_LAYERS
-    for model in ("demo", demo.CHECKPOINT, "owner/name"):
+    for model in ("demo-small", demo.MODELS["demo-small"], "owner/name"):
         with pytest.raises(ValueError, match="--out"):
             file_beside(model)
     monkeypatch.setattr(os, "access", lambda path, mode: False)

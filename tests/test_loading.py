@@ -109,7 +109,7 @@ def test_progress_reaches_the_end(copy):
 def test_describe_takes_what_fits_by_default(model_dir):
     facts = describe(model_dir)
     assert facts["memory"]["context"] == 1024 + 1 - 128
-    assert describe("demo")["dtype"] == "bfloat16"
+    assert describe("demo-small")["dtype"] == "bfloat16"
     with pytest.raises(ValueError, match="float8"):
         describe(model_dir, "float8")
 
@@ -144,7 +144,7 @@ def test_a_revision_of_the_hub_is_opened(model_dir, monkeypatch):
     weights = [("owner/name", "v1.6", False), ("owner/name", "v1.6", True)]
     assert asked == [*weights, ("owner/name", "main", False)]
     assert (facts["model"], facts["revision"]) == ("owner/name", "main")
-    for model in (model_dir, "demo"):
+    for model in (model_dir, "demo-small"):
         with pytest.raises(ValueError, match=r"is not on the hub and has no revision='v1\.6'"):
             vlcache_jax.load(model, revision="v1.6", lazy=True)
         with pytest.raises(ValueError, match="has no revision='main'"):

@@ -51,7 +51,7 @@ def tiny_demo(models, monkeypatch):
     """A model smaller than the demo in its place."""
 
     def load(name, transform=False):
-        assert name == "demo"
+        assert name == "demo-small"
         return models[transform]
 
     monkeypatch.setattr(vlcache_jax, "load", load)

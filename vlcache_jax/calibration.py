@@ -127,8 +127,9 @@ def file_beside(model: str | Path) -> Path:
         PermissionError: nothing can be written to the directory.
     """
     path, remedy = Path(model).expanduser(), "say where to write with --out FILE.json"
-    if path.samefile(demo.CHECKPOINT) if path.is_dir() else str(model) == "demo":
-        raise ValueError(f"{model} is the model in this package, which stays as it is: {remedy}")
+    own = demo.MODELS
+    if any(map(path.samefile, own.values())) if path.is_dir() else str(model) in own:
+        raise ValueError(f"{model} is a model of this package, which stays as it is: {remedy}")
     if not path.is_dir():
         raise ValueError(f"no directory {model} to write to: name one; of a hub id, {remedy}")
     if not os.access(path, os.W_OK):

@@ -6,6 +6,7 @@ overwritten if `force` says so, and never through a symbolic link.
 """
 
 import ctypes
+import hashlib
 import os
 import re
 import secrets
@@ -28,6 +29,17 @@ KINDS = {
     "plot": {".svg": ""},
 }
 """Endings of the names of what is written for the user, and what each means."""
+
+
+def cache_folder() -> Path:
+    """What this library keeps for the user from one run to the next."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlcache-jax"
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_file(path: str | Path, what: str, *, force: bool, folders: bool = False) -> Path:

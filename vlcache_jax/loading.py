@@ -14,8 +14,8 @@ from vlcache_jax.checkpoints.checkpoint import (
     Progress,
     open_checkpoint,
     read_model,
-    resolve,
 )
+from vlcache_jax.checkpoints.find import resolve
 from vlcache_jax.checkpoints.weights import DTYPE, parse_dtype
 from vlcache_jax.fields import read_field, read_json, token_ids
 from vlcache_jax.models.config import ModelConfig
@@ -44,8 +44,8 @@ def load(
 
     Args:
         model: a directory in Hugging Face format, a directory made by `python -m convert`, a GGUF
-            file of a Llama, a hub id such as "llava-hf/llava-v1.6-mistral-7b-hf", or "demo" for the
-            one in this package.
+            file of a Llama, a hub id such as "llava-hf/llava-v1.6-mistral-7b-hf", or "demo" or
+            "demo-small" for one of this package.
         dtype: "float32", "bfloat16" or "float16" for parameters, activations and cache; the type
             that the checkpoint is stored in by default, float32 for a quantised GGUF file.
         buckets: sizes that prompts and tiles are padded to.
@@ -63,7 +63,8 @@ def load(
         progress: called after each parameter with its piece, the bytes done and those in all.
 
     Raises:
-        FileNotFoundError: a file of the checkpoint is missing.
+        FileNotFoundError: a file of the checkpoint is missing, or the package with the demo's
+            decoder.
         ConnectionError: the hub cannot be reached.
         ValueError: a file is damaged, `dtype` or `backend` is unknown, the model cannot take the
             `cache`, or a `revision` is given for what is not on the hub.
@@ -77,7 +78,7 @@ def load(
     config, _ = read_model(path)
     method.for_model(config.text, _tsa_layers(path, config))
     transform = transform or method.transforms
-    path = resolve(model, revision=revision)
+    path = resolve(model, revision=revision, progress=progress)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config  # what the weights fit: a branch of the hub may have moved meanwhile
     kind = checkpoint.target_dtype(dtype)
@@ -125,7 +126,7 @@ def describe(
 
     Args:
         model: a directory in Hugging Face format, a directory made by `python -m convert`, a GGUF
-            file, a hub id, or "demo" for the one in this package.
+            file, a hub id, or "demo" or "demo-small" for one of this package.
         dtype: "float32", "bfloat16" or "float16"; the type named by config.json by default.
         context: prompt tokens of one sequence; 4096 or what the model can hold by default.
         batch: sequences.
@@ -155,7 +156,7 @@ def describe(
     rows = bucket_for(context, buckets.prompt)
     cache = (cache or FullCache()).for_model(config.text, _tsa_layers(path, config))
     need = memory_need(config, kind, cache, rows=rows, batch=batch, new_tokens=new_tokens)
-    shown = demo.pictures() if path == demo.CHECKPOINT else ()
+    shown = demo.pictures(str(model)) if path in demo.MODELS.values() else ()
     pictures = [dataclasses.asdict(picture) | {"file": str(picture.file)} for picture in shown]
     return {
         "model": str(model),

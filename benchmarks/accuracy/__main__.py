@@ -14,7 +14,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: options.Model = "demo",
+    model: options.Model = "demo-small",
     quick: Annotated[
         bool,
         typer.Option("--quick", help="64 items of a task, and the budgets 0.1 and 1.0 only."),

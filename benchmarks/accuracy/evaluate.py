@@ -1,6 +1,6 @@
 """Answers of many methods to the same items, from one prefill of each.
 
-    evaluation = Evaluation(vlcache_jax.load("demo"))
+    evaluation = Evaluation(vlcache_jax.load("demo-small"))
     outcomes = evaluation.run(items, {("mine", "0.1"): Custom(0.1, score=...)})
     outcomes["mine", "0.1"].answers, outcomes[WHOLE].answers
 

@@ -179,9 +179,10 @@ def answer_logits(
     own = batch.begin[:, None] + jnp.tile(jnp.arange(rows), questions)
     angles = rope_table(jnp.concatenate([batch.positions, own], axis=1), config.text)
     there = jnp.arange(prefix.shape[1]) < inputs.length[:, None]  # [P, T]
+    shares = jnp.where(there, jnp.log(batch.counts), HIDDEN)
 
     def attend(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _attend(*rotated(qkv, angles), there, batch.sources)
+        return _attend(*rotated(qkv, angles), shares, batch.sources)
 
     hidden, guide = model.decode(jnp.concatenate([prefix, segments], axis=1), attend)
     hidden = hidden[:, prefix.shape[1] :].reshape(pictures, questions, rows, -1)
@@ -190,7 +191,7 @@ def answer_logits(
 
 
 def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, there: jax.Array, sources: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, shares: jax.Array, sources: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of the prefixes to themselves and of the segments to both, and the guidance's loss.
 
@@ -198,10 +199,11 @@ def _attend(
         q: [P, T + Q * R, N, H].
         k: [P, T + Q * R, K, H].
         v: likewise.
-        there: which rows of the prefixes there are, [P, T].
+        shares: logarithm of how many rows each of the prefixes' stands for, `HIDDEN` of those that
+            are not there, [P, T].
         sources: see `packing.Batch`, [P, Q, R].
     """
-    (pictures, total, heads, width), prefix_rows = q.shape, there.shape[1]
+    (pictures, total, heads, width), prefix_rows = q.shape, shares.shape[1]
     kv_heads = k.shape[2]
     questions, rows = sources.shape[1:]
     q = (q * width**-0.5).reshape(pictures, total, kv_heads, -1, width)
@@ -213,11 +215,11 @@ def _attend(
         return first, rest.reshape(*rest.shape[:-2], questions, rows, width)
 
     (q_first, q_own), (k_first, k_own), (v_first, v_own) = map(cut, (q, k, v))
-    first = _attend_prefix(q_first, k_first, v_first, there)
+    first = _attend_prefix(q_first, k_first, v_first, shares)
 
     q_own = q_own.swapaxes(2, 3).reshape(pictures, kv_heads, questions, -1, width)  # G * R rows
     far = _dot("pkqmh,pksh->pkqms", q_own, k_first)
-    far = jnp.where(there[:, None, None, None], far, HIDDEN)
+    far += shares[:, None, None, None]
     near = _dot("pkqmh,pkqsh->pkqms", q_own, k_own)
     near = jnp.where(jnp.tile(jnp.tri(rows, dtype=bool), (heads // kv_heads, 1)), near, HIDDEN)
     weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1)
@@ -236,13 +238,13 @@ def _attend(
     return jnp.concatenate([first, second], axis=1), guide
 
 
-def _attend_prefix(q: jax.Array, k: jax.Array, v: jax.Array, there: jax.Array) -> jax.Array:
+def _attend_prefix(q: jax.Array, k: jax.Array, v: jax.Array, shares: jax.Array) -> jax.Array:
     """Causal attention of the prefixes alone: q [P, K, G, T, H], k and v [P, K, T, H]."""
     pictures, kv_heads, group, rows, width = q.shape
     logits = _dot("pkmh,pksh->pkms", q.reshape(pictures, kv_heads, -1, width), k)
     # Rows behind a prefix would see nothing: they see the first key, and nobody sees them.
-    seen = jnp.tri(rows, dtype=bool) & there[:, None, :] | (jnp.arange(rows) == 0)
-    seen = jnp.tile(seen, (1, group, 1))[:, None]  # [P, 1, G * T, T]
-    weights = jax.nn.softmax(jnp.where(seen, logits, HIDDEN), axis=-1)
+    seen = jnp.where(jnp.tri(rows, dtype=bool), shares[:, None, :], HIDDEN)
+    seen = jnp.where(jnp.arange(rows) == 0, 0.0, seen)
+    weights = jax.nn.softmax(logits + jnp.tile(seen, (1, group, 1))[:, None], axis=-1)
     mixed = _dot("pkms,pksh->pkmh", weights.astype(v.dtype), v).astype(v.dtype)
     return mixed.reshape(q.shape).transpose(0, 3, 1, 2, 4).reshape(pictures, rows, -1, width)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from convert.safetensors_writer import write_tensors
+from vlcache_jax.checkpoints.safetensors_writer import write_tensors
 from vlcache_jax.checkpoints.weights import parameter_name, parse_dtype, split, tensors_of
 from vlcache_jax.files import whole_directory
 from vlcache_jax.models.families import Params

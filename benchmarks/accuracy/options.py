@@ -9,7 +9,9 @@ from benchmarks.accuracy.tasks import SPLITS, TASKS
 
 Model = Annotated[
     str,
-    typer.Option(help="A model directory of a LLaVA, or 'demo' for the model in the package."),
+    typer.Option(
+        help="A model directory of a LLaVA, or a model of the package, 'demo' or 'demo-small'."
+    ),
 ]
 ALL_TASKS = ",".join(TASKS)
 Tasks = Annotated[

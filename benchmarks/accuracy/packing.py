@@ -37,6 +37,8 @@ class Batch:
     Attributes:
         inputs: the prefixes: tokens, visual_index [P, T], tiles; `length` is theirs, int32 [P].
         positions: where each of their rows stands, int32 [P, T].
+        counts: for how many rows each of them stands, float32 [P, T]: a blank that is there also
+            for those that are left out.
         begin: where the segments begin, int32 [P].
         tokens: of the segments, int32 [P, Q, R].
         targets: the next token where it is part of an answer, else -1, int32 [P, Q, R].
@@ -49,6 +51,7 @@ class Batch:
 
     inputs: ModelInputs
     positions: Any
+    counts: Any
     begin: Any
     tokens: Any
     targets: Any
@@ -92,11 +95,12 @@ def pack(
     Args:
         groups: as many items in each, or fewer: the rest is padding.
         processor: pictures and texts to arrays.
-        blanks: share of the visual tokens without a glyph that are there. Those that are left out
-            leave their position empty: a shorter prefix to learn from, not another one.
+        blanks: share of the visual tokens without a glyph that are there; of newlines all, unless
+            it is 0. Those that are left out leave their position empty, and the others count for
+            them in each attention: a shorter prefix to learn from, not another one.
         rng: which ones; None for all of them.
         dialogue: how the model's chat is written.
-        round_to: segments and answers are padded to multiples of so many rows.
+        round_to: segments are padded to multiples of so many rows, answers of twice as many.
 
     Raises:
         ValueError: the items of a group do not share what is before their questions.
@@ -112,27 +116,32 @@ def pack(
     visual = index >= 0
     begin = (visual.shape[1] - visual[:, ::-1].argmax(1)).astype(np.int32)
     here = np.arange(visual.shape[1]) < begin[:, None]
-    if rng is not None:
+    counts = np.ones(visual.shape, np.float32)
+    if rng is not None and blanks < 1:
         drawn = np.append(glyphs.reshape(-1), NOTHING)[np.minimum(index, glyphs.size)] >= 0
-        here &= ~visual | drawn | (rng.random(visual.shape) < blanks)
+        blank = visual & ~drawn & ((index < glyphs.size) | (blanks == 0))
+        here &= ~blank | (rng.random(visual.shape) < blanks)
+        counts[blank] = 1 / max(blanks, np.finfo(np.float32).tiny)
     rows = here.sum(1).astype(np.int32)
     order = np.argsort(~here, axis=1, kind="stable")[
         :, : bucket_for(rows.max(), processor.buckets.prompt)
     ]
-    tokens, index = (np.take_along_axis(x, order, 1) for x in (np.asarray(whole.tokens), index))
+    tokens, index, counts = (
+        np.take_along_axis(x, order, 1) for x in (np.asarray(whole.tokens), index, counts)
+    )
     index = np.where(np.arange(order.shape[1]) < rows[:, None], index, NOTHING)
     inputs = ModelInputs(tokens, rows, index, whole.tiles)
 
     segments = _segments(groups, processor, dialogue)
 
-    def rounded(count: int) -> int:
-        return -(-count // round_to) * round_to
+    def rounded(count: int, step: int) -> int:
+        return -(-count // step) * step
 
-    longest = rounded(max(len(ids) for row in segments for ids, _ in row))
+    longest = rounded(max(len(ids) for row in segments for ids, _ in row), round_to)
     shape = (len(groups), max(map(len, segments)), longest)
     tokens = np.zeros(shape, np.int32)
     # The last row has no next token.
-    most = rounded(max(answer for row in segments for _, answer in row))
+    most = rounded(max(answer for row in segments for _, answer in row), 2 * round_to)
     answers = np.full((*shape[:2], most), longest - 1, np.int32)
     targets, sources = np.full(shape, NOTHING, np.int32), np.full(shape, NOTHING, np.int32)
     for p, row in enumerate(segments):
@@ -149,7 +158,7 @@ def pack(
                     for picture, row, col in evidence
                 ]
     positions = order.astype(np.int32)
-    return Batch(inputs, positions, begin, tokens, targets, answers, sources, glyphs)
+    return Batch(inputs, positions, counts, begin, tokens, targets, answers, sources, glyphs)
 
 
 def _segments(

@@ -147,7 +147,7 @@ SECTION = Part("parity", parity_part, (RESULTS / "parity.json",))
 
 
 def main(
-    model: options.Model = "demo",
+    model: options.Model = "demo-small",
     tasks: options.Tasks = "document,reading",
     n: options.Items = 32,
     seed: options.Seed = 0,
@@ -166,7 +166,7 @@ def main(
     errors = Console(stderr=True, highlight=False)
     with errors.status("loading ..."), bad_input():
         import vlcache_jax
-        from vlcache_jax.checkpoints.checkpoint import resolve
+        from vlcache_jax.checkpoints.find import resolve
 
         path = resolve(model)
         plan = Plan(options.names(tasks), (), (1.0,), (), n, seed, split)

@@ -77,15 +77,16 @@ def main(
     import vlcache_jax
     from benchmarks.accuracy.budgets import architecture
     from benchmarks.fidelity import prose, report, run
-    from benchmarks.fidelity.decoder import decoder
     from benchmarks.fidelity.settings import PARTS
-    from vlcache_jax.running.programs import cache_folder, keep_programs
+    from vlcache_jax.checkpoints.changed import SMOLLM2
+    from vlcache_jax.files import cache_folder
+    from vlcache_jax.running.programs import keep_programs
 
     errors, began = Console(stderr=True, highlight=False), time.perf_counter()
     with command.bad_input():
         command.check_known("part", [part], PARTS)
         shares = options.shares(budgets or BUDGETS[part])
-        vlm = vlcache_jax.load(model or decoder(), lazy=True)
+        vlm = vlcache_jax.load(model or SMOLLM2.file(), lazy=True)
         passages = prose.passages(vlm.processor.tokenizer, tokens, n, split)
         cells = PARTS[part](shares, vlm.config.text.num_layers)
         first = passages[0]

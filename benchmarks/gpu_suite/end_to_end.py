@@ -174,7 +174,7 @@ def flags(context: Context) -> dict[str, Any]:
 def _run(context: Context, chosen: tuple[str, ...]) -> list[dict[str, Any]]:
     """Rows of `benchmarks.speed`; one with the last words of the process where it failed."""
     name, sizes, repeats = (
-        ("demo", ("--context", "64", "--batch", "1", "--new-tokens", "4"), "2")
+        ("demo-small", ("--context", "64", "--batch", "1", "--new-tokens", "4"), "2")
         if context.dry
         else (PAPER_MODEL, ("--context", "2048", "--batch", "1", "--batch", "32"), "20")
     )
@@ -191,7 +191,7 @@ def _run(context: Context, chosen: tuple[str, ...]) -> list[dict[str, Any]]:
 
 def _case(context: Context, rows: int, batch: int) -> Case:
     if context.dry:
-        return Case("demo", rows, batch, "float32", chunk=2, new_tokens=4)
+        return Case("demo-small", rows, batch, "float32", chunk=2, new_tokens=4)
     return Case(PAPER_MODEL, rows, batch, "bfloat16")
 
 

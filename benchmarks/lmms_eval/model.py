@@ -22,7 +22,7 @@ class VLCacheModel(lmms):
     All arguments but the first have defaults; lmms-eval's `--model_args` gives them by name.
 
     Args:
-        pretrained: a model directory, a hub id, or "demo"; see `vlcache_jax.load`.
+        pretrained: a model directory, a hub id, or "demo-small"; see `vlcache_jax.load`.
         method: what the cache keeps of a prompt: "vl-cache", "h2o", ..., "full".
         kv_budget: how much of it, a share or tokens per layer ("256tok"); the method's own default
             where it is None.

@@ -23,7 +23,9 @@ CPU_EFFORT = measure.Effort(warm_ups=2, repeats=7)
 def main(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="demo (the default), small-mha, small-gqa, llava-...; several times."),
+        typer.Option(
+            help="demo-small (the default), small-mha, small-gqa, llava-...; several times."
+        ),
     ] = None,
     context: Annotated[
         list[int] | None,
@@ -84,7 +86,7 @@ def main(
             )
         variants = variants_of(method, budget, kv_bits)
         stages, effort = tuple(stage or STAGES), measure.Effort(repeats=repeats)
-        sizes = product(model or ["demo"], context or [1024], batch or [1])
+        sizes = product(model or ["demo-small"], context or [1024], batch or [1])
         cases: dict[Any, Case] = {size: Case(*size, kind, images, new_tokens) for size in sizes}
         if preset:
             cases, stages, effort = {0: presets.cpu_case(kind)}, ("decode",), CPU_EFFORT

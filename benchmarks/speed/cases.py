@@ -39,7 +39,7 @@ def models() -> Mapping[str, ModelConfig]:
     mha = LlavaConfig(family="llava", vision=SMALL_TOWER, text=_SMALL, vision_layers=2)
     wide = replace(_SMALL, hidden_size=1024, intermediate_size=2816, num_heads=16)
     return {
-        "demo": LlavaConfig.from_file(demo.CHECKPOINT / "config.json"),
+        "demo-small": LlavaConfig.from_file(demo.MODELS["demo-small"] / "config.json"),
         "small-mha": mha,
         "small-gqa": replace(mha, text=wide),
         **MODELS,

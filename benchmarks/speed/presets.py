@@ -37,7 +37,7 @@ def paper_cases(
         contexts: of the rows wanted, as in the paper.
         batches: of the rows wanted, as in the paper.
     """
-    model = PAPER_MODEL if scale == 1 else "demo"
+    model = PAPER_MODEL if scale == 1 else "demo-small"
     return {
         (batch, context): Case(model, context // scale, batch, dtype)
         for batch, context in PAPER

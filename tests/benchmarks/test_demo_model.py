@@ -18,7 +18,7 @@ from vlcache_jax import DEFAULT_METHOD, demo
 
 def test_what_is_not_there_is_not_measured():
     assert model_part(None).startswith(NOT_MEASURED)
-    assert recipe_part(None) == log_part(None, None) == accuracy_part(None) == NOT_MEASURED
+    assert recipe_part(None) == log_part("", None, None) == accuracy_part(None) == NOT_MEASURED
 
 
 def test_accuracy_is_that_of_every_budget():
@@ -42,7 +42,7 @@ def test_accuracy_is_that_of_every_budget():
 def test_how_many_pictures_each_method_answers():
     answers = {"full": "A", DEFAULT_METHOD: "A", "vl-cache": "B"}
     row = {
-        "name": demo.pictures()[0].name,
+        "name": demo.pictures("demo-small")[0].name,
         "task": "reading",
         "right_answer": "A",
         "answers": answers,
@@ -55,8 +55,8 @@ def test_how_many_pictures_each_method_answers():
 
 def test_the_plot_says_what_it_is_made_of(tmp_path):
     pytest.importorskip("matplotlib")
-    recipe, log = (tmp_path / file.name for file in demo_model.PLOT.files)
-    plot = demo_model.PLOT._replace(path=tmp_path / "plot.svg", files=(recipe, log))
+    recipe, log = (tmp_path / file.name for file in demo_model.SMALL_PLOT.files)
+    plot = demo_model.SMALL_PLOT._replace(path=tmp_path / "plot.svg", files=(recipe, log))
     plot.write()
     assert not list(tmp_path.iterdir())
     lines = [

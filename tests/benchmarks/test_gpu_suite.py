@@ -60,9 +60,9 @@ class Here:
 
 def shallow():
     """The shapes that a dry run takes, with few layers: it is their compilation that takes long."""
-    demo = with_vision(MODELS["demo"])
+    demo = with_vision(MODELS["demo-small"])
     text, vision = replace(demo.text, num_layers=2), replace(demo.vision, num_layers=2)
-    return {"demo": replace(demo, text=text, vision=vision, vision_layers=1)}
+    return {"demo-small": replace(demo, text=text, vision=vision, vision_layers=1)}
 
 
 def command_here(arguments, **_):

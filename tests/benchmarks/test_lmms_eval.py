@@ -331,7 +331,7 @@ def process_results(doc, results):
     "Python of an environment made with pip install '.[eval]'",
 )
 def test_lmms_eval_runs_the_demo_on_a_local_task(tmp_path):
-    shown = demo.pictures()[:3]
+    shown = demo.pictures("demo-small")[:3]
     data = tmp_path / "data"
     data.mkdir()
     for shot in shown:
@@ -361,7 +361,12 @@ def test_lmms_eval_runs_the_demo_on_a_local_task(tmp_path):
         [
             *(os.environ["LMMS_EVAL_PYTHON"], "-m", "lmms_eval"),
             *("--model", "vlcache", "--device", "cpu"),
-            *("--model_args", "pretrained=demo,method=full,dtype=float32", "--batch_size", "2"),
+            *(
+                "--model_args",
+                "pretrained=demo-small,method=full,dtype=float32",
+                "--batch_size",
+                "2",
+            ),
             *("--tasks", ",".join(generations), "--include_path", str(tasks)),
             *("--output_path", str(tmp_path / "out"), "--log_samples"),
         ],

@@ -2,16 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import typer
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from benchmarks import make_demo
+from benchmarks.accuracy.pages.learner import PageLearner
 from benchmarks.demo_model import log_part, model_part, recipe_part
+from vlcache_jax.checkpoints.checkpoint import open_checkpoint
 
 RECIPE = {
     "seed": 0,
@@ -72,7 +77,7 @@ def test_everything_of_a_run_is_shipped(run):
     assert not list(package.rglob(".*"))
     # What the documents say of it.
     assert "shipped for the tasks document and reading" in model_part(facts)
-    text = log_part(make_demo.read_log((results / "log.jsonl").read_text()), RECIPE)
+    text = log_part("x.svg", RECIPE, make_demo.read_log((results / "log.jsonl").read_text()))
     assert "200 of the recipe's 300 steps" in text
     assert "step, 1.00 s" in text
     assert "held out exact, document 1" in text
@@ -88,7 +93,8 @@ def test_a_demo_is_replaced_only_where_that_is_asked_for(run):
 
 
 def too_large(run, monkeypatch):
-    monkeypatch.setattr(make_demo, "MOST_BYTES", 1000)
+    small = replace(make_demo.KINDS_OF["demo-small"], most_bytes=1000)
+    monkeypatch.setitem(make_demo.KINDS_OF, "demo-small", small)
 
 
 def in_float32(run, monkeypatch):
@@ -136,17 +142,47 @@ def test_a_run_that_does_not_fit_changes_nothing(run, monkeypatch, damage, messa
 
 @pytest.mark.parametrize("names", [["poetry"], [""], ["document", "document"]])
 def test_tasks_that_there_are(run, names):
-    with pytest.raises(ValueError, match="different ones of document, reading"):
+    with pytest.raises(ValueError, match="1 or 2 different ones of document, reading"):
         ship(run, names)
     assert not (run.parent / "demo").exists()
 
 
-def test_every_choice_of_tasks_gives_twelve_pictures():
+@pytest.mark.parametrize("name", make_demo.KINDS_OF)
+def test_every_choice_of_tasks_gives_twelve_pictures(name):
+    kind = make_demo.KINDS_OF[name]
     for count in (1, 2):
-        names = list(make_demo.TASKS)[:count]
-        recipes = make_demo.recipes(names)
+        names = list(kind.tasks)[:count]
+        recipes = make_demo.recipes(kind, names)
         assert len(recipes) == make_demo.COUNT
         assert [recipe["task"] for recipe in recipes[:: 12 // count]] == names
+
+
+def test_what_a_decoder_was_taught_is_shipped_with_its_pages(published, tmp_path):
+    run, before = tmp_path / "together", tmp_path / "tower"
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    learner = PageLearner(vision, 4, jnp.dtype("float32"), published)
+    for folder in (run, before):
+        folder.mkdir()
+        (folder / "recipe.json").write_text(json.dumps(RECIPE))
+        (folder / "log.jsonl").write_text(json.dumps(LOG[-1]) + "\n")
+    learner.export(run / "model", learner.initial(0))
+    package, results = tmp_path / "package", tmp_path / "results"
+    make_demo.make_demo(
+        run, ["look up", "read"], package=package, results=results, force=False, before=[before]
+    )
+    assert open_checkpoint(package / "checkpoint").dtype == ml_dtypes.bfloat16
+    index = json.loads((package / "pictures" / "index.json").read_text())
+    assert [entry["task"] for entry in index] == 6 * ["look up"] + 6 * ["read"]
+    with Image.open(package / "pictures" / index[0]["file"]) as page:
+        assert page.format == "JPEG"
+        assert {side % 336 for side in page.size} == {0}
+    assert json.loads((results / "tower" / "log.jsonl").read_text()) == LOG[-1]
+    facts = json.loads((results / "model.json").read_text())
+    assert facts["weights_bytes"] < 10**6
+    assert facts["sha256"] == make_demo.fingerprint(run / "model")
 
 
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ DEVICE = Device("test", 1e9, 1e10, 1e9, "given")
 
 DEEP = tiny_config("llava", max_positions=128)
 FLAT = dataclasses.replace(DEEP, text=dataclasses.replace(DEEP.text, num_layers=1))
-SHAPES = {"tiny": FLAT, "demo": FLAT, "deep": DEEP}
+SHAPES = {"tiny": FLAT, "demo-small": FLAT, "deep": DEEP}
 
 
 @pytest.fixture

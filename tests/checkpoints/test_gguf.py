@@ -26,7 +26,8 @@ from tests.gguf_files import (
     write,
 )
 from tests.model_files import read_tensors
-from vlcache_jax.checkpoints.checkpoint import open_checkpoint, resolve
+from vlcache_jax.checkpoints.checkpoint import open_checkpoint
+from vlcache_jax.checkpoints.find import resolve
 from vlcache_jax.checkpoints.gguf import GgufFile
 from vlcache_jax.checkpoints.weights import join, tensors_of
 from vlcache_jax.models.config import RopeConfig
@@ -336,4 +337,4 @@ def test_the_command_line(model, tmp_path):
     assert len(answer["tokens"]) == 4
     facts = json.loads(run("info", model, "--json").stdout)
     assert (facts["family"], facts["dtype"], facts["max_positions"]) == ("llama", "float32", 512)
-    refused("reads text alone", "generate", model, "--image", "demo", "--prompt", "What?")
+    refused("reads text alone", "generate", model, "--image", "demo-small", "--prompt", "What?")

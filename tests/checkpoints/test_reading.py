@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from convert.program import convert
 from tests.model_files import SPELLINGS, config_json, random_tensors, respell, write_model
-from vlcache_jax.checkpoints.checkpoint import open_checkpoint, resolve
+from vlcache_jax.checkpoints.checkpoint import open_checkpoint
+from vlcache_jax.checkpoints.find import resolve
 from vlcache_jax.checkpoints.weights import join, parameter_name, tensors_of
 from vlcache_jax.errors import short
 from vlcache_jax.loading import describe
@@ -323,7 +324,7 @@ def test_resolve_says_what_to_do(raised, expected, message, monkeypatch):
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_revision_is_of_the_hub(weights, tmp_path):
-    for model in (tmp_path, "demo"):
+    for model in (tmp_path, "demo-small"):
         with pytest.raises(
             ValueError, match=f"{short(model)} is not on the hub and has no revision='v1'"
         ):

@@ -263,7 +263,7 @@ def test_info_of_a_quantized_cache(model_dir):
     least = 2 * 2 * 2 * 512 * (8 * 2 // 8 + 4)
     assert least < need["pool"] < 2 * least  # with the ends of runs, and a block of full width
     assert need["prefill"] == 2 * 512 * 2 * 2 * 8 * 4
-    shown = run("info", "demo", "--kv-bits", "akvq").stdout
+    shown = run("info", "demo-small", "--kv-bits", "akvq").stdout
     assert f"{DEFAULT_METHOD}, budget 0.1, akvq" in " ".join(shown.split())
 
 
@@ -280,7 +280,7 @@ def test_info_refuses_more_than_the_model_has_positions_for(model_dir):
 def test_help_teaches():
     text = run("generate", "--help").stdout
     assert "--image" in text
-    assert "demo:1" in text
+    assert "demo-small:1" in text
     text = " ".join(run("calibrate", "--help").stdout.split())
     for word in ("Example: vlcache calibrate", "kv_layers.json", "akvq"):
         assert word in text
@@ -291,8 +291,8 @@ def test_help_teaches():
 
 
 def test_the_shipped_demo_answers():
-    result = run("generate", "demo", "--image", "demo", "--prompt", "What is in the picture?",
-                 "--max-new-tokens", 4, "--json")  # fmt: skip
+    result = run("generate", "demo-small", "--image", "demo-small", "--max-new-tokens", 4,
+                 "--prompt", "What is in the picture?", "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert len(answer["tokens"]) <= 4
@@ -344,22 +344,30 @@ def test_calibration_leaves_a_file_that_later_runs_find(model_dir, image, tmp_pa
         assert word in shown.stdout.replace("\n", "")
     assert json.loads(out.read_text()) == written
     for options, message in (
-        (("demo", "--image", "demo"), "--out FILE"),
+        (("demo-small", "--image", "demo-small"), "--out FILE"),
         ((copy, "--force"), "give one --image or more"),
         ((copy, "--force", "--image", image), "give a --prompt"),
         (
-            (copy, "--force", "--image", "demo", "--image", "demo", *("--prompt", "x") * 3),
+            (
+                copy,
+                "--force",
+                "--image",
+                "demo-small",
+                "--image",
+                "demo-small",
+                *("--prompt", "x") * 3,
+            ),
             "2 images and 3 prompts",
         ),
-        ((copy, "--out", tmp_path / "none" / "x.json", "--image", "demo"), "no directory"),
-        ((copy, "--force", "--image", "demo", "--threshold", 2), "threshold=2"),
+        ((copy, "--out", tmp_path / "none" / "x.json", "--image", "demo-small"), "no directory"),
+        ((copy, "--force", "--image", "demo-small", "--threshold", 2), "threshold=2"),
     ):
         refused(message, "calibrate", *options)
 
 
 def test_a_demo_picture_brings_its_question(model_dir):
-    third = demo.pictures()[2]
-    args = ("generate", model_dir, "--image", "demo:3", "--max-new-tokens", 2)
+    third = demo.pictures("demo-small")[2]
+    args = ("generate", model_dir, "--image", "demo-small:3", "--max-new-tokens", 2)
     own = run(*args)
     assert own.exit_code == 0, own.output
     assert third.prompt[:20] in own.stdout
@@ -372,10 +380,10 @@ def test_a_demo_picture_brings_its_question(model_dir):
 
 
 def test_info_lists_the_demo_pictures():
-    facts = json.loads(run("info", "demo", "--json").stdout)
-    names = [shown.name for shown in demo.pictures()]
+    facts = json.loads(run("info", "demo-small", "--json").stdout)
+    names = [shown.name for shown in demo.pictures("demo-small")]
     assert [shown["name"] for shown in facts["pictures"]] == names
-    table = run("info", "demo").stdout
+    table = run("info", "demo-small").stdout
     for name in names:
         assert name in table
 

@@ -49,4 +49,4 @@ def test_a_module_of_the_working_directory_does_not_stand_in_for_conversion(tmp_
 def test_a_bare_number_of_tokens_or_per_cent_is_refused(command, budget):
     asked = ("--prompt", "x") if command != "info" else ()
     for reading in ("0.1 for 10 %", f"{budget}tok for {budget} tokens"):
-        refused(reading, command, "demo", *asked, "--json", "--kv-budget", budget)
+        refused(reading, command, "demo-small", *asked, "--json", "--kv-budget", budget)

@@ -65,16 +65,16 @@ def test_a_comparison_is_of_every_method_budget_and_bits(model_dir, image, monke
 
 
 def test_a_comparison_is_shown_side_by_side(model_dir):
-    args = ("compare", model_dir, "--image", "demo:2", "--max-new-tokens", 3)
+    args = ("compare", model_dir, "--image", "demo-small:2", "--max-new-tokens", 3)
     result = run(*args, "--method", "h2o", "--kv-budget", "0.9", "--kv-budget", "40tok")
     assert result.exit_code == 0, result.output
     for word in ("1.0", "0.9", "40tok", "as the full cache", "cache", "kept per layer", "decode",
-                 "right answer", demo.pictures()[1].answer):  # fmt: skip
+                 "right answer", demo.pictures("demo-small")[1].answer):  # fmt: skip
         assert word in result.stdout
 
 
 def test_the_default_stands_beside_the_method_of_the_paper(model_dir):
-    ask = ("compare", model_dir, "--image", "demo:2", "--max-new-tokens", 2, "--json")
+    ask = ("compare", model_dir, "--image", "demo-small:2", "--max-new-tokens", 2, "--json")
     answers = json.loads(run(*ask).stdout)["answers"]
     named = [(answer["kv"]["method"], answer["kv"]["budget_requested"]) for answer in answers]
     assert named == [("full", "1.0"), (DEFAULT_METHOD, "0.1"), ("vl-cache", "0.1")]
@@ -84,11 +84,14 @@ def test_the_default_stands_beside_the_method_of_the_paper(model_dir):
     ("options", "message"),
     [
         ((), "give a --prompt"),
-        (("--image", "demo", "--image", "demo:2"), "give a --prompt"),
-        (("--image", "demo:0"), "there is no picture demo:0: choose one of demo:1"),
-        (("--image", "demo", "--method", "fastv"), "fastv"),
-        (("--image", "demo", "--kv-budget", "0.1", "--kv-budget", "x"), "'x'"),
-        (("--image", "demo", "--method", "full", "--kv-budget", "0.1"), "keeps everything"),
+        (("--image", "demo-small", "--image", "demo-small:2"), "give a --prompt"),
+        (
+            ("--image", "demo-small:0"),
+            "there is no picture demo-small:0: choose one of demo-small:1",
+        ),
+        (("--image", "demo-small", "--method", "fastv"), "fastv"),
+        (("--image", "demo-small", "--kv-budget", "0.1", "--kv-budget", "x"), "'x'"),
+        (("--image", "demo-small", "--method", "full", "--kv-budget", "0.1"), "keeps everything"),
     ],
 )
 def test_comparisons_that_cannot_be_made(model_dir, options, message):

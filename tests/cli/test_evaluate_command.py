@@ -75,14 +75,24 @@ def test_one_request_and_a_page(text_dir, tmp_path):
 
 
 def test_demo_stands_for_the_pictures_of_the_package(lines):
-    names, requests = read_requests("demo")
-    assert names == [picture.name for picture in demo.pictures()]
-    assert [request["text"] for request in requests] == [p.prompt for p in demo.pictures()]
+    names, requests = read_requests("demo-small")
+    assert names == [picture.name for picture in demo.pictures("demo-small")]
+    assert [request["text"] for request in requests] == [
+        p.prompt for p in demo.pictures("demo-small")
+    ]
     _, [own, asked] = read_requests(
-        str(lines({"images": ["demo:2"]}, {"images": ["demo:2", "a.png"], "text": "which?"}))
+        str(
+            lines(
+                {"images": ["demo-small:2"]},
+                {"images": ["demo-small:2", "a.png"], "text": "which?"},
+            )
+        )
     )
     assert own == requests[1]
-    assert [file.name for file in asked["images"]] == [demo.pictures()[1].file.name, "a.png"]
+    assert [file.name for file in asked["images"]] == [
+        demo.pictures("demo-small")[1].file.name,
+        "a.png",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +109,8 @@ def test_demo_stands_for_the_pictures_of_the_package(lines):
         (({"text": "a", "context": 5},), "mine.jsonl, line 1: a context must be a string"),
         (({"text": "a"}, {"text": "a", "images": ["no.png"]}), "mine.jsonl, line 2: "),
         (
-            ({"text": "a", "images": ["demo:99"]},),
-            "mine.jsonl, line 1: there is no picture demo:99",
+            ({"text": "a", "images": ["demo-small:99"]},),
+            "mine.jsonl, line 1: there is no picture demo-small:99",
         ),
         (
             ({"text": "a"}, {"text": "a", "context": "b " * 999}),

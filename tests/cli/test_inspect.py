@@ -75,14 +75,14 @@ def test_a_page_and_figures_of_several_methods(model_dir, image, tmp_path, asked
 
 def test_the_method_is_the_default_and_the_demo_has_its_question(model_dir, asked, tmp_path):
     for options in ((), ("--method", "h2o", "--kv-budget", "64tok")):
-        result = run(model_dir, "--image", "demo:2", "--out", tmp_path / "a.json", "--force",
+        result = run(model_dir, "--image", "demo-small:2", "--out", tmp_path / "a.json", "--force",
                      *options)  # fmt: skip
         assert result.exit_code == 0, result.output
     assert [call["methods"] for call in asked] == [
         [make_method(DEFAULT_METHOD)],
         [H2O("64tok")],
     ]
-    assert asked[0]["text"] == demo.pictures()[1].prompt
+    assert asked[0]["text"] == demo.pictures("demo-small")[1].prompt
     assert asked[0]["max_new_tokens"] == 64
 
 

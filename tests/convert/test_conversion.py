@@ -17,10 +17,8 @@ import typer
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-import convert.program
 from convert.__main__ import convert_command
 from convert.program import convert as run
-from convert.safetensors_writer import write_tensors
 from tests.cli.program import without_kept_programs
 from tests.model_files import (
     SPELLINGS,
@@ -31,6 +29,8 @@ from tests.model_files import (
     same_bits,
     write_model,
 )
+from vlcache_jax.checkpoints import writing
+from vlcache_jax.checkpoints.safetensors_writer import write_tensors
 
 CONFIG = config_json()
 ROOT = Path(__file__).parents[2]
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_nothing(option, model, command, small_disk, monkeypa
     assert code == 1
     assert "not enough room in" in text
     plenty = namedtuple("usage", "free")(10**9)
-    monkeypatch.setattr(convert.program.shutil, "disk_usage", lambda path: plenty)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: plenty)
     code, text = command(model, small_disk / "out", *option)
     assert code == 1
     assert text.startswith("error: ")
@@ -352,6 +352,6 @@ def test_ctrl_c_is_one_line(model, command, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert.program, "_write_manifest", interrupted)
+    monkeypatch.setattr(writing, "_write_manifest", interrupted)
     assert command(model, tmp_path / "out") == (1, "error: interrupted\n")
     assert _entries(tmp_path) == ["hf"]

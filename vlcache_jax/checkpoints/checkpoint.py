@@ -1,6 +1,7 @@
 """Reading checkpoints: a Hugging Face directory of safetensors, or one that `convert` has made.
 
-GGUF files are the third kind (`vlcache_jax.checkpoints.gguf`). All are read piece by piece (vision,
+GGUF files are the third kind (`vlcache_jax.checkpoints.gguf`), and what was learned beside one the
+fourth (`changed`). All are read piece by piece (vision,
 projector, embed, layer_000..., head; a decoder alone has no first two), and inside a piece array by
 array, so that the host holds little beside the parameters themselves. Everything that can be
 checked without reading the weights is checked when a checkpoint is opened.
@@ -9,7 +10,6 @@ checked without reading the weights is checked when a checkpoint is opened.
 import json
 import logging
 import math
-import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -19,20 +19,11 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import huggingface_hub
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 
-from vlcache_jax import demo
 from vlcache_jax.checkpoints.weights import (
     DTYPE,
     DTYPES,
@@ -48,7 +39,7 @@ from vlcache_jax.checkpoints.weights import (
     refuse_differences,
 )
 from vlcache_jax.errors import reason, short
-from vlcache_jax.fields import COUNT, SECTION, is_gguf, local_path, read_field, read_json, shown
+from vlcache_jax.fields import COUNT, SECTION, local_path, read_field, read_json
 from vlcache_jax.models.config import ModelConfig, read_config_json
 from vlcache_jax.models.families import Params, abstract_params, family_of, read_config
 from vlcache_jax.models.fold import fold_layer
@@ -58,6 +49,9 @@ MANIFEST = "MANIFEST.json"
 
 FORMAT = 1
 """Version of the converted layout; raised when an older reader would misread it."""
+
+DECODER = "decoder.json"
+"""File of a directory that holds changes of a published decoder, see `changed`."""
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -71,58 +65,6 @@ Progress = Callable[[str, int, int], None]
 
 Pieces: TypeAlias = Iterator[tuple[str, Iterator[tuple[str, np.ndarray]]]]
 """The pieces of a checkpoint in their order, each with the names and values of its parameters."""
-
-
-def resolve(model: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
-    """Where a model is: a local directory or GGUF file, "demo" in this package, or a download.
-
-    Only weights in safetensors, configuration and tokenizer files are fetched; nothing that is
-    fetched is ever run.
-
-    Args:
-        model: a directory or a GGUF file; where there is none of that name, `owner/name` on the hub
-            or "demo".
-        weights: whether a download includes the weights.
-        revision: branch, tag or commit of a hub id; its main branch by default.
-
-    Raises:
-        ValueError: it is another file, or a `revision` is given for what is not on the hub.
-        FileNotFoundError: there is no such directory, nor such a model or revision on the hub.
-        ConnectionError: the hub cannot be reached and the model is not in the local cache.
-    """
-    path, name = local_path(model), str(model)
-    if path.is_dir() or is_gguf(path) or (name == "demo" and not path.exists()):
-        if revision is not None:
-            raise ValueError(
-                f"{short(name)} is not on the hub and has no revision={shown(revision)}: leave "
-                "that out"
-            )
-        return path if path.exists() else demo.CHECKPOINT
-    if path.exists():
-        raise ValueError(f"{short(path)} is a file, but no GGUF file: give the model's directory")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise FileNotFoundError(
-            f"no directory {short(name)}: give a model's directory or a hub id such as "
-            "llava-hf/llava-1.5-7b-hf"
-        )
-    files = [*CONFIG_PATTERNS, "*.safetensors"] if weights else [*CONFIG_PATTERNS]
-    try:
-        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)
-    except RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"no directory {short(name)}, and no model of that name on the Hugging Face hub: check "
-            "the spelling, or log in with `hf auth login` if the model is private or gated"
-        ) from None
-    except RevisionNotFoundError:
-        raise FileNotFoundError(
-            f"{short(name)} has no revision={shown(revision)} on the hub: check it"
-        ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise ConnectionError(
-            f"no directory {short(name)}, and no reply from the hub ({reason(error)}): go online, "
-            "or download the model elsewhere and give its directory"
-        ) from None
-    return Path(found)
 
 
 class Checkpoint(ABC):
@@ -349,16 +291,17 @@ class ConvertedCheckpoint(Checkpoint):
 def config_files(path: Path) -> list[Path]:
     """Configuration, tokenizer and processor files beside the weights of a directory."""
     files = {file for pattern in CONFIG_PATTERNS for file in path.glob(pattern)}
-    own = (MANIFEST, INDEX)
+    own = (MANIFEST, INDEX, DECODER)
     return sorted(file for file in files if file.name not in own and file.is_file())
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a model directory of either kind, or a GGUF file, and check all that can be checked
+    """Open a model directory of any kind, or a GGUF file, and check all that can be checked
     without reading the weights.
 
     Raises:
-        FileNotFoundError: there are no weights, or files of them are missing.
+        FileNotFoundError: there are no weights, or files of them are missing, or the package with
+            the decoder that they change.
         ValueError: the weights do not fit the configuration, a file is damaged, the weights are
             pickles, or the conversion that made the directory was interrupted.
         NotImplementedError: the configuration describes another kind of model.
@@ -376,6 +319,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         read_field(fields, f"{section}{name}", DTYPE, None)
     if (path / MANIFEST).is_file():
         return ConvertedCheckpoint(path, config)
+    if (path / DECODER).is_file():
+        from vlcache_jax.checkpoints.changed import ChangedCheckpoint  # see above
+
+        return ChangedCheckpoint(path, config)
     if (path / "params").is_dir():
         raise ValueError(
             f"{short(path)} has params but no {MANIFEST}: its conversion was interrupted; delete "

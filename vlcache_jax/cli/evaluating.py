@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vlcache_jax import demo
 from vlcache_jax.cli import options
 from vlcache_jax.cli.terminal import (
     cache_methods,
@@ -23,9 +24,6 @@ BUDGETS = ("0.05", "0.1", "0.2", "0.4")
 BUDGETS_OF = {"full": ("1",)}
 """Of methods that have no others."""
 
-DEMO = "demo"
-"""In place of a file of requests: the pictures in this package, with their own questions."""
-
 
 def evaluate(
     model: options.Model,
@@ -35,7 +33,8 @@ def evaluate(
             metavar="FILE.jsonl",
             help='A request on each line: {"images": ["a.png"], "context": "...", "text": "..."}; '
             "images and context may be left out, images are named as --image does, or from the "
-            "file's folder on. 'demo' stands for the pictures in this package.",
+            "file's folder on. 'demo' and 'demo-small' stand for the pictures in this package, "
+            "with their own questions.",
         ),
     ] = None,
     prompt: options.Prompt = None,
@@ -121,11 +120,10 @@ def read_requests(file: str) -> tuple[list[str], list[dict[str, Any]]]:
         FileNotFoundError: there is no such file.
         ValueError: a line is no JSON object of the fields that there are, or there is none.
     """
-    from vlcache_jax import demo
     from vlcache_jax.evaluation import check_fields
 
-    if file == DEMO:
-        pictures = demo.pictures()
+    if file in demo.MODELS:
+        pictures = demo.pictures(file)
         asked = [{"images": [p.file], "text": p.prompt} for p in pictures]
         return [picture.name for picture in pictures], asked
     path = Path(file)
@@ -158,8 +156,9 @@ def _located(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise ValueError("images must be a list of file names")
-    given = [name if name.split(":")[0] == DEMO else str(folder / name) for name in images]
-    if request.get("text") is None and not (len(given) == 1 and given[0].startswith(DEMO)):
+    own = [name.partition(":")[0] in demo.MODELS for name in images]
+    given = [name if ours else str(folder / name) for name, ours in zip(images, own, strict=True)]
+    if request.get("text") is None and own != [True]:
         raise ValueError("text is missing: what is asked")
     files, text, _ = find_question(given, request.get("text"))
     return request | {"images": files, "text": text}

@@ -11,7 +11,7 @@ Model = Annotated[
     str,
     typer.Argument(
         help="A model directory (Hugging Face format or converted), a GGUF file, a hub id such as "
-        "llava-hf/llava-v1.6-mistral-7b-hf, or 'demo' for the tiny model in this package."
+        "llava-hf/llava-v1.6-mistral-7b-hf, or a model of this package, 'demo' or 'demo-small'."
     ),
 ]
 Revision = Annotated[
@@ -27,8 +27,9 @@ Prompt = Annotated[
 Image = Annotated[
     list[str] | None,
     typer.Option(
-        help="An image file, or one of the pictures in this package: 'demo' or demo:1, demo:2, ... "
-        "('vlcache info demo' lists them). Give the option once for each image."
+        help="An image file, or a picture of this package: 'demo' or demo:1, demo:2, ... and "
+        "'demo-small' or demo-small:1, ... ('vlcache info demo' lists them). Give the option once "
+        "for each image."
     ),
 ]
 Context = Annotated[

@@ -1,20 +1,22 @@
-"""The model and the pictures in this package, for a first run without a download.
+"""The models and the pictures in this package, for a first run without a model hub.
 
-Both are made by `python -m benchmarks.make_demo`: a small LLaVA-NeXT, and twelve pictures with a
-question to each and its right answer, of seeds that the model was not trained on.
+`demo-small` is a small LLaVA-NeXT, with twelve pictures, a question to each and its right answer, of
+seeds that it was not trained on; `python -m benchmarks.make_demo` makes both. `demo` is another name
+of it until the model that reads pages is good enough (docs/demo.md).
 """
 
 import json
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
-"""A Hugging Face model directory."""
+_SMALL = Path(__file__).parent / "small" / "checkpoint"
 
-INDEX = Path(__file__).parent / "pictures" / "index.json"
-"""What each of the pictures beside it is."""
+MODELS = {"demo": _SMALL, "demo-small": _SMALL}
+"""Names of the models, with a directory each; their pictures stand beside it."""
+
+INDEX = "index.json"
+"""In the folder of the pictures: what each of them is."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Picture:
 
     Attributes:
         name: what the command line calls it: "demo:1".
-        task: the kind of question: document, reading, reasoning or caption.
+        task: the kind of question: look up, document, ...
         file: the picture.
         prompt: the question.
         answer: what is to be answered.
@@ -37,14 +39,15 @@ class Picture:
 
 
 @cache
-def pictures() -> tuple[Picture, ...]:
-    """All pictures of the package, in their order."""
-    entries = json.loads(INDEX.read_text(encoding="utf-8"))
+def pictures(model: str = "demo") -> tuple[Picture, ...]:
+    """All pictures that come with a model of `MODELS`, in their order."""
+    folder = MODELS[model].with_name("pictures")
+    entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     return tuple(
         Picture(
-            name=f"demo:{number}",
+            name=f"{model}:{number}",
             task=entry["task"],
-            file=INDEX.parent / entry["file"],
+            file=folder / entry["file"],
             prompt=entry["prompt"],
             answer=entry["answer"],
         )
@@ -53,21 +56,23 @@ def pictures() -> tuple[Picture, ...]:
 
 
 def find(name: str) -> Picture | None:
-    """The picture that is called "demo" (the first), "demo:2", ...; None for any other name.
+    """The picture that is called "demo" (the first), "demo:2", "demo-small:3", ...; None for any
+    other name.
 
     A file of that name in the working directory has precedence.
 
     Raises:
         ValueError: there are not so many pictures.
     """
-    if not re.fullmatch("demo(:.*)?", name) or Path(name).exists():
+    model, colon, _ = name.partition(":")
+    if model not in MODELS or Path(name).exists():
         return None
-    known = {picture.name: picture for picture in pictures()}
+    known = {picture.name: picture for picture in pictures(model)}
     first, *_, last = known
-    wanted = first if name == "demo" else name
+    wanted = name if colon else first
     if wanted not in known:
         raise ValueError(
             f"there is no picture {name}: choose one of {first} to {last}, which "
-            "`vlcache info demo` lists"
+            f"`vlcache info {model}` lists"
         )
     return known[wanted]

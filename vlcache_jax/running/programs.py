@@ -1,21 +1,16 @@
 """Compiled programs: those of this process, and where they are kept from one run to the next."""
 
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from vlcache_jax.files import cache_folder
+
 PROGRAMS = 128
 """Programs that are kept at a time, by default."""
-
-
-def cache_folder() -> Path:
-    """What this library keeps for the user from one run to the next."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlcache-jax"
 
 
 def keep_programs() -> None:

@@ -37,7 +37,7 @@ def command_of(name: str) -> Callable[..., None]:
     all_tasks, all_budgets = (",".join(map(str, x)) for x in (experiment.tasks, experiment.budgets))
 
     def command(
-        model: options.Model = "demo",
+        model: options.Model = "demo-small",
         tasks: options.Tasks = all_tasks,
         budgets: Annotated[
             str, typer.Option(metavar="X,Y", help="Shares of the cache to keep, below 1.")

@@ -4,6 +4,8 @@ Learned are a small vision tower, the projector, and low-rank changes of the dec
 (LoRA: Hu et al. 2021, arXiv 2106.09685). The decoder itself stays as it is.
 """
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from safetensors.numpy import save_file
 
 from benchmarks.accuracy import network
 from benchmarks.accuracy.learner import Learner, level_of, of_a_step
@@ -19,17 +23,18 @@ from benchmarks.accuracy.network import Dialogue
 from benchmarks.accuracy.pages import questions_of_one_page
 from benchmarks.accuracy.pages.drawing import CHARACTERS
 from benchmarks.accuracy.tasks import Item
-from benchmarks.fidelity.decoder import decoder
 from pallas_kernels.add_rms_norm.xla import rms_norm
-from vlcache_jax.checkpoints.checkpoint import open_checkpoint
-from vlcache_jax.checkpoints.gguf import GgufFile
-from vlcache_jax.models.config import read_config_json
-from vlcache_jax.models.families import Params
+from vlcache_jax.checkpoints.changed import LEARNED, SMOLLM2, TOKENIZER, Published, renamed
+from vlcache_jax.checkpoints.checkpoint import DECODER
+from vlcache_jax.checkpoints.gguf import GgufCheckpoint, GgufFile
+from vlcache_jax.checkpoints.weights import parameter_name, parse_dtype, split
+from vlcache_jax.files import sha256, whole_directory
 from vlcache_jax.models.layers import product
 from vlcache_jax.models.llama import Attend
 from vlcache_jax.models.llava.clip import VisionTower
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.model import Projector
+from vlcache_jax.models.llava.names import LLAVA
 from vlcache_jax.requests.buckets import Buckets
 
 if TYPE_CHECKING:
@@ -56,8 +61,8 @@ SHARPNESS = 3.0
 SCALE = 2.0
 """What the product of two factors is multiplied by."""
 
-KEPT_ROWS = 1536
-"""Rows of a batch up to which a step keeps what its layers computed: 3 GB."""
+KEPT = "product"
+"""What a step keeps of its layers for the way back; the rest is computed again."""
 
 CHANGED = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
 """The kernels of a layer that get factors, and how many of their axes go into the product."""
@@ -79,22 +84,24 @@ class PageLearner(Learner):
         vision: see `network.config_json`.
         rank: of the decoder's changes.
         dtype: type of the arithmetic.
-        path: the decoder, a checkpoint of the Llama family; the published one by default.
+        published: the decoder.
     """
 
     dialogue = DIALOGUE
     # Few shapes: each is compiled for itself, which takes as long as a dozen steps.
-    buckets = Buckets((128, 256, 512, 1024, 2048, 3072, 6144), (0, 3, 4, 5, 10))
-    round_to = 32
+    buckets = Buckets((128, 256, 384, 512, 768, 1024, 2048, 3072, 6144), (0, 3, 4, 5, 10))
+    round_to = 16
 
-    def __init__(self, vision: dict[str, int], rank: int, dtype: Any, path: Path | None = None):
-        self.rank, self.dtype = rank, dtype
-        checkpoint = open_checkpoint(path or decoder())
+    def __init__(
+        self, vision: dict[str, int], rank: int, dtype: Any, published: Published = SMOLLM2
+    ):
+        self.rank, self.dtype, self._published = rank, dtype, published
+        checkpoint = GgufCheckpoint(published.file())
         self.files = _processor(checkpoint.processor())
         tokenizer = self.files.tokenizer
         image = tokenizer.convert_tokens_to_ids(IMAGE)
         text = checkpoint.config.text
-        self.config_json = _config_json(vision, _text_config(checkpoint.path), image)
+        self.config_json = _config_json(vision, GgufFile(checkpoint.path).config, image)
         params = checkpoint.load("float32")
         embedding = np.asarray(params["embed"]["embedding"])
 
@@ -141,9 +148,8 @@ class PageLearner(Learner):
                 weights, factors = each
                 return changed_layer(weights, factors, x, attend, self._eps), None
 
-            # What a layer computed is kept for the way back, or computed again where it is much.
-            once = rows.shape[0] * rows.shape[1] <= KEPT_ROWS
-            step = layer if once else jax.checkpoint(layer)
+            kept = jax.checkpoint_policies.save_only_these_names(KEPT)
+            step = jax.checkpoint(layer, policy=kept)
             x, _ = jax.lax.scan(step, rows, (fixed["layers"], learned["factors"]))
             return x, jnp.float32(0)
 
@@ -177,43 +183,43 @@ class PageLearner(Learner):
             for _ in range(count)
         ]
 
-    def export(self, folder: Path, learned: Any) -> None:
-        """Write the whole model, factors merged, as a Hugging Face checkpoint in bfloat16."""
-        network.export(folder, self.config_json, self.files, self.merged(learned), "bfloat16")
-
-    def merged(self, learned: Any) -> Params:
-        """The parameters of the whole model."""
-        fixed = jax.tree.map(np.asarray, self.fixed)
-        layers = dict(fixed["layers"])
-        for name, factors in learned["factors"].items():
-            change = SCALE * np.einsum(
-                "lir,lro->lio", np.asarray(factors["down"]), np.asarray(factors["up"])
-            )
-            layers[name] = layers[name] + change.reshape(layers[name].shape)
-        count = self.config.text.num_layers
-        return {
-            **learned["eyes"],
-            "embed": {"embedding": fixed["embedding"]},
-            "head": {"norm": {"scale": fixed["norm"]}},
-            "layers": {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)},
+    def export(self, folder: Path, learned: Any, dtype: str = "bfloat16") -> None:
+        """Write what was learned as a `ChangedCheckpoint` reads it."""
+        kind = parse_dtype(dtype)
+        tensors = {
+            tensor: view
+            for key, leaf in jax.tree_util.tree_leaves_with_path(learned["eyes"])
+            for tensor, view in split(LLAVA, parameter_name(key), np.asarray(leaf).astype(kind))
         }
+        for name, factors in learned["factors"].items():
+            for part, scale in (("down", 1.0), ("up", SCALE)):
+                tensors[f"factors.{name}.{part}"] = (scale * np.asarray(factors[part])).astype(kind)
+        with whole_directory(folder.resolve(), force=True) as directory:
+            save_file(tensors, directory / LEARNED)
+            note = {
+                "decoder": asdict(self._published),
+                "learned": sha256(directory / LEARNED),
+                "tokens": {IMAGE: UNUSED},
+            }
+            self.files.save_pretrained(directory)
+            (directory / TOKENIZER).unlink()  # the decoder's, which comes with it
+            config = {**self.config_json, "dtype": kind.name}
+            for name, content in ((DECODER, note), ("config.json", config)):
+                text = json.dumps(content, indent=2) + "\n"
+                (directory / name).write_text(text, encoding="utf-8")
 
 
 def changed_layer(
     weights: Any, factors: Any, x: jax.Array, attend: Attend, eps: float
 ) -> jax.Array:
-    """`DecoderLayer` with factors beside its kernels: [B, T, D] -> [B, T, D].
-
-    They are not added to the kernels here: so no gradient is made of a whole kernel.
-    """
+    """`DecoderLayer` with factors beside its kernels: [B, T, D] -> [B, T, D]."""
 
     def changed(name: str, x: jax.Array) -> jax.Array:
         kernel = weights[name]
         axes = CHANGED[name]
-        plain = product("bti,io->bto", x, kernel.reshape(x.shape[-1], -1))
-        low = product("bti,ir->btr", x, factors[name]["down"])
-        change = product("btr,ro->bto", low, factors[name]["up"])
-        return (plain + SCALE * change).reshape(*x.shape[:2], *kernel.shape[axes:])
+        flat = kernel.reshape(x.shape[-1], -1)
+        whole = changed_product(x, flat, factors[name]["down"], SCALE * factors[name]["up"])
+        return checkpoint_name(whole.reshape(*x.shape[:2], *kernel.shape[axes:]), KEPT)
 
     normed = rms_norm(x, weights["attention_norm"]["scale"], eps)
     mixed, _ = attend(changed("qkv", normed))
@@ -221,6 +227,31 @@ def changed_layer(
     normed = rms_norm(x, weights["mlp_norm"]["scale"], eps)
     gate_up = changed("gate_up", normed)
     return x + changed("down", jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1])
+
+
+@jax.custom_vjp
+def changed_product(x: jax.Array, kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
+    """Give x @ (kernel + down @ up): [..., I], [I, O], [I, r], [r, O] -> [..., O].
+
+    No gradient is made of the kernel, which stays as it is: it would cost as much as the product.
+    """
+    return product("...i,io->...o", x, kernel + down @ up)
+
+
+def _product_and_inputs(*inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return changed_product(*inputs), inputs
+
+
+def _gradients(inputs: tuple[jax.Array, ...], back: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, kernel, down, up = inputs
+    of_x = product("...o,io->...i", back, kernel + down @ up)
+    rows, back = x.reshape(-1, x.shape[-1]), back.reshape(-1, back.shape[-1])
+    of_down = rows.T @ (back @ up.T)
+    of_up = (rows @ down).T @ back
+    return of_x, None, of_down, of_up
+
+
+changed_product.defvjp(_product_and_inputs, _gradients)
 
 
 def _nearest(seen: jax.Array, ideal: jax.Array) -> jax.Array:
@@ -233,19 +264,14 @@ def _processor(tokenizer: Any) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    told = tokenizer.backend_tokenizer.to_str().replace(f'"{UNUSED}"', f'"{IMAGE}"')
-    renamed = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(told),
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(renamed(tokenizer, {IMAGE: UNUSED})),
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
         additional_special_tokens=[IMAGE],
     )
-    return network.make_processor(renamed, PINPOINTS, tile=TILE, template=CHAT_TEMPLATE)
-
-
-def _text_config(path: Path) -> dict[str, Any]:
-    return read_config_json(path / "config.json") if path.is_dir() else GgufFile(path).config
+    return network.make_processor(own, PINPOINTS, tile=TILE, template=CHAT_TEMPLATE)
 
 
 def _config_json(vision: dict[str, int], text: dict[str, Any], image: int) -> dict[str, Any]:

@@ -1,21 +1,21 @@
 """A LLaVA around a decoder that is given: factors applied are factors merged, and it learns."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 import vlcache_jax
+from benchmarks.accuracy import train
 from benchmarks.accuracy.loss import answer_logits
 from benchmarks.accuracy.packing import pack, render
-from benchmarks.accuracy.pages import learner as page_learner
 from benchmarks.accuracy.pages import make_page_item, questions_of_one_page
-from benchmarks.accuracy.pages.learner import UNUSED, PageLearner
+from benchmarks.accuracy.pages.learner import PageLearner, changed_product
 from benchmarks.accuracy.train import Recipe, Stage, Trainer
-from tests.model_files import decoder_json, write_tiny
+from convert.program import convert
 from vlcache_jax.running.stages import Stages
 
 VISION = {
@@ -25,31 +25,8 @@ EASY = {"level": 0.0, "shape": "half", "variant": "plain"}
 
 
 @pytest.fixture(scope="module")
-def decoder_dir(tmp_path_factory):
-    """A tiny decoder whose tokenizer has a token for each byte, and those of a chat."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", UNUSED]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=260, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([], trainer)
-    config = decoder_json(tied=True) | {"vocab_size": 260, "max_position_embeddings": 4096}
-    files = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        additional_special_tokens=special,
-    )
-    return write_tiny(tmp_path_factory.mktemp("decoder") / "tiny", config, files, scale=0.3)
-
-
-@pytest.fixture(scope="module")
-def learner(decoder_dir):
-    return PageLearner(VISION, 4, jnp.dtype("float32"), decoder_dir)
+def learner(published):
+    return PageLearner(VISION, 4, jnp.dtype("float32"), published)
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +38,19 @@ def learned(learner):
     return tree.unflatten([jnp.asarray(x) for x in moved])
 
 
-def test_at_first_the_decoder_is_as_it_was_given(learner, decoder_dir):
-    params = learner.merged(learner.initial(0))
-    given = vlcache_jax.load(decoder_dir, "float32").params
+def test_at_first_the_decoder_is_as_it_was_given(learner, published, tmp_path):
+    learner.export(tmp_path / "model", learner.initial(0))
+    params = vlcache_jax.load(tmp_path / "model", "float32").params
+    given = vlcache_jax.load(published.file(), "float32").params
     for name in ("embed", "layers", "head"):
         ours, theirs = jax.tree.leaves(params[name]), jax.tree.leaves(given[name])
         assert all(map(np.array_equal, ours, theirs))
         assert len(ours) == len(theirs)
 
 
-def test_factors_applied_are_factors_merged(learner, learned):
+def test_factors_applied_are_factors_merged(learner, learned, tmp_path):
+    learner.export(tmp_path / "model", learned, "float32")
+    params = vlcache_jax.load(tmp_path / "model").params
     group = questions_of_one_page({"look up": 1, "present": 1}, 1, 3, **EASY)
     options = {"dialogue": learner.dialogue, "round_to": learner.round_to}
     batch = pack([group], learner.processor, **options)
@@ -82,7 +62,7 @@ def test_factors_applied_are_factors_merged(learner, learned):
         return answer_logits(model, learner.config, batch, table)[0]
 
     ours = np.asarray(packed(learned, learner.fixed, batch))
-    alone, params = jax.jit(Stages(learner.config).prompt_logits), learner.merged(learned)
+    alone = jax.jit(Stages(learner.config).prompt_logits)
     for q, item in enumerate(group):
         text = render(item, learner.dialogue) + item.answer + learner.dialogue.end
         inputs = learner.processor(list(item.images), text, raw_prompt=True)
@@ -118,7 +98,8 @@ def test_the_merged_checkpoint_is_read_by_transformers(learner, learned, tmp_pat
     torch = pytest.importorskip("torch")
     from transformers import LlavaNextForConditionalGeneration
 
-    learner.export(tmp_path / "model", learned)
+    learner.export(tmp_path / "learned", learned)
+    convert(tmp_path / "learned", tmp_path / "model", to_hf=True)
     theirs = LlavaNextForConditionalGeneration.from_pretrained(
         tmp_path / "model", dtype=torch.float32
     ).eval()
@@ -137,8 +118,8 @@ def test_the_merged_checkpoint_is_read_by_transformers(learner, learned, tmp_pat
 
 @pytest.mark.full
 @pytest.mark.parametrize("sight", [False, True])
-def test_it_learns_a_few_items_by_heart(decoder_dir, monkeypatch, sight):
-    monkeypatch.setattr(page_learner, "decoder", lambda: decoder_dir)
+def test_it_learns_a_few_items_by_heart(published, monkeypatch, sight):
+    monkeypatch.setattr(train, "PageLearner", partial(PageLearner, published=published))
     stage = Stage(
         steps=400, lr=1e-2, last_lr=1e-3, tasks={"present": 1.0}, pictures=1, questions=8,
         level=0.0, jitter=1, variants={"plain": 1}, sight=sight, answers=not sight, blanks=0.0,
@@ -161,3 +142,20 @@ def test_it_learns_a_few_items_by_heart(decoder_dir, monkeypatch, sight):
     else:
         assert int(scores.exact.sum()) == int(scores.asked.sum()) == 8
         assert float(scores.loss) < 0.3 * float(before.loss)
+
+
+def test_the_gradients_of_achanged_product():
+    rng = np.random.default_rng(0)
+    shapes = ((2, 5, 6), (6, 8), (6, 3), (3, 8))
+    inputs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+    def of(product, x, kernel, down, up):
+        return jnp.sum(jnp.sin(product(x, kernel, down, up)))
+
+    def plain(x, kernel, down, up):
+        return x @ kernel + x @ down @ up
+
+    ours = jax.grad(partial(of, changed_product), argnums=(0, 2, 3))(*inputs)
+    theirs = jax.grad(partial(of, plain), argnums=(0, 2, 3))(*inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 import vlcache_jax
-from benchmarks.accuracy import tasks, train
+from benchmarks.accuracy import loss, tasks, train
 from benchmarks.accuracy.glyphs import CHARACTERS
 from benchmarks.accuracy.loss import answer_logits
 from benchmarks.accuracy.network import config_json
@@ -210,6 +210,23 @@ def test_blank_patches_are_left_out_and_positions_stay(trainer):
         shown = some.glyphs.reshape(-1)[index[index >= 0]]
         assert sorted(shown) == sorted(cells[cells >= 0])
         assert (index < 0).sum() == (whole.inputs.visual_index[p, : whole.begin[p]] < 0).sum()
+
+
+def test_a_blank_counts_for_those_that_are_left_out():
+    """Attention to one key that stands for three is that to three of them."""
+    rng = np.random.default_rng(0)
+    width, times = 8, 3
+    q, k, v = (rng.standard_normal((1, 6, heads, width)).astype(np.float32) for heads in (4, 2, 2))
+    sources = jnp.full((1, 1, 2), -1)
+
+    def attend(rows, counts):
+        one, two, three = (jnp.asarray(x[:, rows]) for x in (q, k, v))
+        shares = jnp.log(jnp.asarray([counts]))
+        return np.asarray(loss._attend(one, two, three, shares, sources)[0])
+
+    few = attend([0, 1, 2, 3, 4, 5], [1.0, times, 1.0, 1.0])  # the last two are the segment's
+    many = attend([0, 1, 1, 1, 2, 3, 4, 5], [1.0] * 6)
+    np.testing.assert_allclose(few[:, 2:], many[:, 4:], rtol=1e-5, atol=1e-6)
 
 
 def test_sources_are_the_patches_that_are_read(trainer):

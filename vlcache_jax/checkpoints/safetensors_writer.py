@@ -50,6 +50,8 @@ def write_tensors(
                 if (given, array.shape, array.dtype) != (key, shape, dtype):
                     raise ValueError(f"expected {key} {shape} {dtype}, got {given} {array.shape}")
                 file.write(array.reshape(-1).view(np.uint8).data)
+    if (rest := next(stream, None)) is not None:  # asked for, so that the last one's end is told
+        raise ValueError(f"expected no more, got {rest[0]}")
     if len(shards) > 1:
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(_size(shape, dtype) for shape in shapes.values())
