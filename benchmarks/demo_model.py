@@ -38,7 +38,6 @@ from vlcache_jax.cache.methods import make_method
 from vlcache_jax.cli.options import COMPARED
 from vlcache_jax.results.display import comparison_tables
 
-
 SHOWN = ("demo-small",)
 """The models of the package, by their own names."""
 

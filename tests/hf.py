@@ -24,12 +24,21 @@ KINDS = {
 """Family, decoder and its shape of the models that parity is shown for."""
 
 
+CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+}
+"""Configurations of decoders by their kind."""
+
+
 def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0) -> Any:
     """A random model in evaluation mode; norms and biases are random too.
 
     The family "text" is the decoder alone.
     """
-    text_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[decoder]
+    text_class = CONFIGS[decoder]
     text: dict[str, Any] = {
         "vocab_size": 264,
         "hidden_size": 32,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vlcache_jax.models.config import RopeConfig
+from vlcache_jax.models.config import DECODERS, ModelConfig, RopeConfig
 from vlcache_jax.models.llava.config import LlavaConfig
 
 MISTRAL = {
@@ -126,7 +126,7 @@ def test_llama3_rope():
     [
         ({**MISTRAL, "model_type": "qwen2_vl"}, "qwen2_vl"),
         ({"architectures": ["GPT2LMHeadModel"]}, "model_type"),
-        (with_text(model_type="qwen2"), "qwen2"),
+        (with_text(model_type="gemma2"), "gemma2"),
         (with_text(hidden_act="gelu"), "hidden_act"),
         (with_text(attention_bias=True), "attention_bias"),
         (with_text(mlp_bias=True), "mlp_bias"),
@@ -207,6 +207,28 @@ def test_defaults_are_those_of_transformers(family):
     }})  # fmt: skip
     assert config.text.intermediate_size == theirs.text_config.intermediate_size
     assert config.vision.image_size == theirs.vision_config.image_size
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_defaults_of_decoders_are_those_of_transformers(kind):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(kind).to_dict()
+    bare = ModelConfig.from_hf({"model_type": kind} | (
+        {"sliding_window": None} if kind == "mistral" else {}
+    ))  # fmt: skip
+    told = {key: value for key, value in theirs.items() if key != "eos_token_id"}
+    assert bare == ModelConfig.from_hf(told | {"sliding_window": None})
+    assert bare.text.head_dim == theirs.get("head_dim", 128)
+    assert bare.text.vocab_size == theirs["vocab_size"]
+
+
+def test_what_of_qwen_changes_the_mathematics_is_refused_by_name():
+    for kind in ("qwen2", "qwen3"):
+        ModelConfig.from_hf({"model_type": kind, "sliding_window": 128})  # means nothing alone
+        with pytest.raises(NotImplementedError, match="use_sliding_window"):
+            ModelConfig.from_hf({"model_type": kind, "use_sliding_window": True})
+    with pytest.raises(NotImplementedError, match="attention_bias"):
+        ModelConfig.from_hf({"model_type": "qwen3", "attention_bias": True})
 
 
 def test_null_is_the_default():

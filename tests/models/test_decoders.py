@@ -1,4 +1,4 @@
-"""Decoders alone are Hugging Face's: logits and greedy answers of random Llamas and Mistrals."""
+"""Decoders alone are Hugging Face's: logits and greedy answers of random decoders of each kind."""
 
 import jax
 import numpy as np
@@ -10,7 +10,8 @@ import vlcache_jax
 from convert.program import convert
 from tests import hf
 from tests.model_files import read_tensors, same_bits
-from vlcache_jax import Buckets
+from vlcache_jax import AKVQ, Buckets, FullCache
+from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.running.stages import Stages
 
 BOUND = 1e-4
@@ -35,6 +36,12 @@ KINDS = {
     ),
     "Llama 3.1's rope": ("llama", {"num_key_value_heads": 2, "rope_parameters": ROPE}),
     "Mistral GQA": ("mistral", {"num_key_value_heads": 2, "head_dim": 16}),
+    "Qwen2, 7 to a kv head": (
+        "qwen2",
+        {"hidden_size": 112, "num_attention_heads": 14, "num_key_value_heads": 2},
+    ),
+    "Qwen2 tied": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "Qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
 }
 TEXTS = ["no picture at all, only words", "why?", "a longer text: " + "words and words " * 7]
 
@@ -88,6 +95,25 @@ def test_the_same_greedy_tokens(pair, text):
     assert answer.tokens == expected
     assert answer.visual_tokens == 0
     assert len(set(expected)) > 3, "the model says one thing only: the test would prove little"
+
+
+def test_transformed_values_change_no_logits(pair):
+    inputs = pair.ours.processor(None, TEXTS[0], raw_prompt=True)
+    plain = np.asarray(pair.logits(pair.ours.params, inputs))
+    folded = np.asarray(pair.logits(fold_transform(pair.ours.params), inputs))
+    assert hf.relative_error(folded, plain) < BOUND
+    # The same where they are folded as they are read.
+    params = vlcache_jax.load(pair.path, transform=True).params
+    assert np.array_equal(np.asarray(pair.logits(params, inputs)), folded)
+
+
+def test_a_quantized_cache_begins_the_same_answer(pair):
+    asked = {"text": TEXTS[2], "max_new_tokens": 12, "raw_prompt": True}
+    full = pair.ours.generate(**asked)
+    akvq = AKVQ(bits=8, text_bits=8, recent=8)
+    packed = pair.ours.generate(**asked, cache=FullCache(quantize=akvq))
+    assert packed.tokens[:3] == full.tokens[:3]  # the first is that of the prompt itself
+    assert packed.cache.kept_bytes < full.cache.kept_bytes
 
 
 def test_a_batch_of_unequal_prompts_equals_batch_one(pair):

@@ -200,7 +200,7 @@ class Quantizer:
         """This quantizer for a decoder: settings that follow from the model are filled in.
 
         Args:
-            kind: "llama" or "mistral".
+            kind: of `TextConfig`.
             layers: L.
             tsa_layers: text-salient layers that were calibrated for the checkpoint, if any were.
         """

@@ -28,7 +28,7 @@ from vlcache_jax.cache.select import Rows, recent_rows
 from vlcache_jax.errors import short, whole_numbers
 
 TSA_LAYERS: dict[str, tuple[int, ...]] = {"llama": (0, 1), "mistral": ()}
-"""Text-salient layers by the kind of decoder, as the paper found them."""
+"""Text-salient layers by the kind of decoder, as the paper found them; of others none is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class AKVQ(Quantizer):
         """
         chosen = tsa_layers if self.tsa_layers is None else self.tsa_layers
         if chosen is None:
-            chosen = tuple(i for i in TSA_LAYERS[kind] if i < layers)
+            chosen = tuple(i for i in TSA_LAYERS.get(kind, ()) if i < layers)
         if wrong := [i for i in chosen if i >= layers]:
             raise ValueError(
                 f"tsa_layers {short(wrong)} are not layers of a model that has {layers}: choose "

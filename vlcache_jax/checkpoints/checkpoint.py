@@ -42,7 +42,7 @@ from vlcache_jax.errors import reason, short
 from vlcache_jax.fields import COUNT, SECTION, local_path, read_field, read_json
 from vlcache_jax.models.config import ModelConfig, read_config_json
 from vlcache_jax.models.families import Params, abstract_params, family_of, read_config
-from vlcache_jax.models.fold import fold_layer
+from vlcache_jax.models.fold import FOLDED, fold_layer
 
 MANIFEST = "MANIFEST.json"
 """File that a finished conversion has and an interrupted one lacks."""
@@ -183,9 +183,10 @@ class Checkpoint(ABC):
                 # Waiting keeps the host from holding every array whose transfer is under way.
                 leaves[name] = jax.device_put(array).block_until_ready()
             if transform and piece.startswith("layer_"):  # at once: never two layers unfolded
-                names = [f"layers.{int(piece[6:])}.{leaf}" for leaf in ("qkv", "out")]
-                folded = jax.block_until_ready(fold_layer(*(leaves.pop(name) for name in names)))
-                leaves.update(zip(names, folded, strict=True))
+                names = {leaf: f"layers.{int(piece[6:])}.{leaf}" for leaf in FOLDED}
+                own = {leaf: leaves.pop(name) for leaf, name in names.items() if name in leaves}
+                folded = jax.block_until_ready(fold_layer(own))
+                leaves.update({names[leaf]: array for leaf, array in folded.items()})
         paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(self.config))
         return tree.unflatten([leaves[parameter_name(path)] for path, _ in paths])
 

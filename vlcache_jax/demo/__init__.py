@@ -1,8 +1,8 @@
 """The models and the pictures in this package, for a first run without a model hub.
 
-`demo-small` is a small LLaVA-NeXT, with twelve pictures, a question to each and its right answer, of
-seeds that it was not trained on; `python -m benchmarks.make_demo` makes both. `demo` is another name
-of it until the model that reads pages is good enough (docs/demo.md).
+`demo-small` is a small LLaVA-NeXT, with twelve pictures, a question to each and its right answer,
+of seeds that it was not trained on; `python -m benchmarks.make_demo` makes both. `demo` is another
+name of it until the model that reads pages is good enough (docs/demo.md).
 """
 
 import json

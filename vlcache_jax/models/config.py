@@ -53,7 +53,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A Llama-family decoder (Llama, Vicuna, Mistral, Yi).
+    """A decoder of Llama's kind (Llama, Vicuna, Mistral, Yi, Qwen2, Qwen3).
 
     Attributes:
         vocab_size: V, rows of the embedding.
@@ -69,7 +69,8 @@ class TextConfig:
         tie_embeddings: the output projection is the transposed embedding.
         eos_token_ids: ids that end an answer, where generation_config.json names none; empty
             where the file leaves it to the tokenizer.
-        kind: "llama" (Vicuna and Yi too) or "mistral": the same mathematics, other defaults.
+        kind: "llama" (Vicuna and Yi too), "mistral" (the same mathematics, other defaults), "qwen2"
+            or "qwen3".
     """
 
     vocab_size: int = 32000
@@ -91,6 +92,16 @@ class TextConfig:
         object.__setattr__(self, "eos_token_ids", ids)
 
     @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return self.kind == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of queries and keys is normalised in front of its rotation."""
+        return self.kind == "qwen3"
+
+    @property
     def group_size(self) -> int:
         """G: query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
@@ -101,7 +112,7 @@ class ModelConfig:
     """A decoder alone; a family that takes pictures adds what it makes of them.
 
     Attributes:
-        family: `model_type` of its config.json: "llama" or "mistral" of a decoder.
+        family: `model_type` of its config.json, of a decoder one of `DECODERS`.
         text: the decoder.
     """
 
@@ -150,8 +161,11 @@ class ModelConfig:
                 the mathematics.
         """
         refuse_formats(data)
-        return cls(read_field(data, "model_type", one_of("llama", "mistral")), read_text(data, ""))
+        return cls(read_field(data, "model_type", one_of(*DECODERS)), read_text(data, ""))
 
+
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+"""Kinds of decoders, by their `model_type`."""
 
 ONLY = {
     "hidden_act": "silu",
@@ -167,6 +181,7 @@ ONLY = {
     "logits_scaling": 1.0,
     "logit_scale": None,
     "use_qk_norm": False,
+    "use_sliding_window": False,
     "num_local_experts": None,
 }
 """Fields that change a decoder's mathematics, each with the one value that is implemented."""
@@ -187,19 +202,30 @@ _KINDS: dict[Any, Kind] = {
     "num_hidden_layers": whole(1, 512),
     "max_position_embeddings": COUNT,
     "hidden_act": one_of("quick_gelu", "gelu"),
-    "model_type": one_of("llama", "mistral"),
+    "model_type": one_of(*DECODERS),
     int: SIZE,
     float: NUMBER,
     bool: FLAG,
 }
 _ROPE = one_of("default", "linear", "llama3")
 
-# What of Mistral's defaults are not Llama's, which are those of the dataclasses above.
-_MISTRAL = {
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
+_QWEN = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+}
+# What of a kind's defaults are not Llama's, which are those of the dataclasses above.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
 }
 
 
@@ -234,6 +260,7 @@ def read_text(data: Mapping[str, Any], section: str) -> TextConfig:
     text = read_field(data, section[:-1], SECTION, {}) if section else data
     for name, only in ONLY.items():
         read_field(data, section + name, one_of(only), only)
+    kind = read_field(data, f"{section}model_type", one_of(*DECODERS), TextConfig.kind)
     heads = read_field(data, f"{section}num_attention_heads", SIZE, TextConfig.num_heads)
     hidden = read_field(data, f"{section}hidden_size", SIZE, TextConfig.hidden_size)
     # Of these null is a value of its own, not the default of the class.
@@ -241,10 +268,10 @@ def read_text(data: Mapping[str, Any], section: str) -> TextConfig:
     defaults = {
         "head_dim": hidden // heads,
         **null,
-        **(_MISTRAL if text.get("model_type") == "mistral" else {}),
+        **_DEFAULTS[kind],
         **{name: value for name, value in null.items() if name in text},
     }
-    if text.get("head_dim") is None and hidden % heads:
+    if "head_dim" not in _DEFAULTS[kind] and text.get("head_dim") is None and hidden % heads:
         raise ValueError(
             f"config.json: {section}hidden_size={hidden} must be a multiple of {heads} heads"
         )
@@ -257,6 +284,8 @@ def read_text(data: Mapping[str, Any], section: str) -> TextConfig:
         eos_token_ids=read_field(data, f"{section}eos_token_id", ids, ()),
     )
     window = read_field(data, f"{section}sliding_window", COUNT, defaults["sliding_window"])
+    if kind.startswith("qwen"):  # means something with use_sliding_window alone, refused above
+        window = None
     if window is not None and window < config.max_positions:
         raise NotImplementedError(
             f"config.json: {section}sliding_window={window} binds below {config.max_positions} "

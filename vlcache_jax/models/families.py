@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlcache_jax.fields import one_of, read_field
-from vlcache_jax.models.config import ModelConfig, refuse_formats
+from vlcache_jax.models.config import DECODERS, ModelConfig, refuse_formats
 from vlcache_jax.models.decoder import Decoder
 from vlcache_jax.models.layers import DType
 from vlcache_jax.models.llava.config import LlavaConfig
@@ -44,7 +44,7 @@ class Family(NamedTuple):
 
 _TEXT = Family(ModelConfig, Decoder, DECODER, Packing)
 _LLAVA = Family(LlavaConfig, Llava, LLAVA, LlavaPacking)
-FAMILIES = {"llama": _TEXT, "mistral": _TEXT, "llava": _LLAVA, "llava_next": _LLAVA}
+FAMILIES = {**dict.fromkeys(DECODERS, _TEXT), "llava": _LLAVA, "llava_next": _LLAVA}
 
 
 def family_of(config: ModelConfig) -> Family:

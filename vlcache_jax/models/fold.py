@@ -12,6 +12,9 @@ import numpy as np
 from pallas_kernels.hadamard import factor, signs
 from vlcache_jax.models.families import Params
 
+FOLDED = ("qkv", "qkv_bias", "out")
+"""The parameters of a layer that change."""
+
 
 def fold_transform(params: Params) -> Params:
     """The same model with transformed values in its cache; all else are the arrays given.
@@ -19,15 +22,15 @@ def fold_transform(params: Params) -> Params:
     Args:
         params: the parameters, as `vlcache_jax.models.families.init_params` makes them.
     """
-    layers = {}
-    for index, layer in params["layers"].items():
-        qkv, out = fold_layer(layer["qkv"], layer["out"])
-        layers[index] = {**layer, "qkv": qkv, "out": out}
+    layers = {
+        index: {**layer, **fold_layer({name: layer[name] for name in FOLDED if name in layer})}
+        for index, layer in params["layers"].items()
+    }
     return {**params, "layers": layers}
 
 
 @jax.jit
-def fold_layer(qkv: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
+def fold_layer(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """One layer's projections with the transform folded in.
 
     Each kv head's columns of the value weights are multiplied by the transform, and the rows of the
@@ -35,12 +38,20 @@ def fold_layer(qkv: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
     to the type of the weights.
 
     Args:
-        qkv: the kernel of queries, keys and values, [D, K, G + 2, H].
-        out: the kernel of the attention's output, [K, G, H, D].
+        weights: those of `FOLDED` that the layer has: the kernel and bias of queries, keys and
+            values, [D, K, G + 2, H] and [K, G + 2, H], and that of the attention's output,
+            [K, G, H, D].
     """
-    size = qkv.shape[-1]
+    size = weights["qkv"].shape[-1]
     turn = signs(size).astype(np.float32) * np.float32(factor(size))
-    exact = jax.lax.Precision.HIGHEST
-    v = jnp.einsum("dkh,hj->dkj", qkv[:, :, -1].astype(jnp.float32), turn, precision=exact)
-    back = jnp.einsum("kghd,hj->kgjd", out.astype(jnp.float32), turn, precision=exact)
-    return qkv.at[:, :, -1].set(v.astype(qkv.dtype)), back.astype(out.dtype)
+
+    def turned(equation: str, x: jax.Array) -> jax.Array:
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum(equation, x.astype(jnp.float32), turn, precision=exact).astype(x.dtype)
+
+    made = {"out": turned("kghd,hj->kgjd", weights["out"])}
+    for name in ("qkv", "qkv_bias"):
+        if name in weights:
+            values = turned("...h,hj->...j", weights[name][..., -1, :])
+            made[name] = weights[name].at[..., -1, :].set(values)
+    return made

@@ -1,4 +1,5 @@
-"""Llama-family decoder layers (Llama, Vicuna, Mistral, Yi): RMSNorm, RoPE, GQA, gated MLP.
+"""Decoder layers of Llama's kind (Llama, Vicuna, Mistral, Yi, Qwen2, Qwen3): RMSNorm, RoPE, GQA,
+gated MLP. Qwen2 adds a bias to queries, keys and values, Qwen3 a norm of each query and key head.
 
 A layer does not know what a cache is, nor at which positions its tokens stand. Its caller passes
 `attend`, which receives the product qkv [B, T, K, G + 2, H] and returns the mixed heads
@@ -8,6 +9,7 @@ A layer does not know what a cache is, nor at which positions its tokens stand. 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -93,6 +95,8 @@ class DecoderLayer(nnx.Module):
 
     Attributes:
         qkv: [D, K, G + 2, H]: for each kv head its G query heads, then its key and its value.
+        qkv_bias: [K, G + 2, H]; None but for Qwen2.
+        q_norm, k_norm: norms over H; None but for Qwen3.
         out: [K, G, H, D].
         gate_up: [D, 2, F].
         down: [F, D].
@@ -101,8 +105,13 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: TextConfig, *, dtype: DType, rngs: nnx.Rngs):
         width, kv_heads, group = config.hidden_size, config.num_kv_heads, config.group_size
         self.attention_norm = RMSNorm(width, config.rms_norm_eps, dtype=dtype)
-        self.qkv = normal(rngs, (width, kv_heads, group + 2, config.head_dim), dtype)
-        self.out = normal(rngs, (kv_heads, group, config.head_dim, width), dtype)
+        head_dim = config.head_dim
+        self.qkv = normal(rngs, (width, kv_heads, group + 2, head_dim), dtype)
+        bias = jnp.zeros((kv_heads, group + 2, head_dim), dtype) if config.qkv_bias else None
+        self.qkv_bias = None if bias is None else nnx.Param(bias)
+        norm = partial(RMSNorm, head_dim, config.rms_norm_eps, dtype=dtype)
+        self.q_norm, self.k_norm = (norm(), norm()) if config.qk_norm else (None, None)
+        self.out = normal(rngs, (kv_heads, group, head_dim, width), dtype)
         self.mlp_norm = RMSNorm(width, config.rms_norm_eps, dtype=dtype)
         self.gate_up = normal(rngs, (width, 2, config.intermediate_size), dtype)
         self.down = normal(rngs, (config.intermediate_size, width), dtype)
@@ -120,7 +129,7 @@ class DecoderLayer(nnx.Module):
         x, normed = self.attention_norm.add(*stream, backend)
         batch, length, _ = x.shape
         with jax.named_scope("projections"):
-            qkv = product("btd,dkch->btkch", normed, self.qkv)
+            qkv = self._with_extras(product("btd,dkch->btkch", normed, self.qkv))
         mixed, kept = attend(qkv)
         # As two matrices: a product over several axes at once makes XLA transpose the kernel.
         mixed = mixed.reshape(batch, length, -1)  # [B, T, K * G * H]
@@ -129,6 +138,15 @@ class DecoderLayer(nnx.Module):
             delta = product("bti,id->btd", mixed, out)
         x, normed = self.mlp_norm.add(x, delta, backend)
         return Residual(x, self.mlp(normed)), kept
+
+    def _with_extras(self, qkv: jax.Array) -> jax.Array:
+        """The product [B, T, K, G + 2, H] with its bias, or its queries and keys normalised."""
+        if self.qkv_bias is not None:
+            qkv += self.qkv_bias[...]
+        if self.q_norm is not None and self.k_norm is not None:
+            parts = self.q_norm(qkv[..., :-2, :]), self.k_norm(qkv[..., -2:-1, :]), qkv[..., -1:, :]
+            qkv = jnp.concatenate(parts, axis=-2)
+        return qkv
 
     @jax.named_scope("mlp")
     def mlp(self, x: jax.Array) -> jax.Array:

@@ -42,6 +42,11 @@ def _grouped_qkv(x: np.ndarray) -> Parts:
     return [(heads[:, rows], (-1, x.shape[0])) for rows in (slice(-2), -2, -1)]
 
 
+def _grouped_bias(x: np.ndarray) -> Parts:
+    """[K, G + 2, H]: q [K * G * H], k and v [K * H]."""
+    return [(x[:, rows], (-1,)) for rows in (slice(-2), -2, -1)]
+
+
 def modules(names: Mapping[str, str]) -> Table:
     """Rows for norms (scale and bias) and linear layers (kernel and bias), by their modules."""
     table: Table = {}
@@ -58,6 +63,8 @@ HUB = {
     "q": "model.layers.{}.self_attn.q_proj",
     "k": "model.layers.{}.self_attn.k_proj",
     "v": "model.layers.{}.self_attn.v_proj",
+    "q_norm": "model.layers.{}.self_attn.q_norm",
+    "k_norm": "model.layers.{}.self_attn.k_norm",
     "out": "model.layers.{}.self_attn.o_proj",
     "mlp_norm": "model.layers.{}.post_attention_layernorm",
     "gate": "model.layers.{}.mlp.gate_proj",
@@ -67,6 +74,9 @@ HUB = {
     "head": "lm_head",
 }
 """A decoder's modules as Hugging Face calls them."""
+
+
+_HEAD_NORMS = ("q_norm", "k_norm")
 
 
 def decoder_table(names: Mapping[str, str], prefix: str = "") -> Table:
@@ -81,11 +91,13 @@ def decoder_table(names: Mapping[str, str], prefix: str = "") -> Table:
     return {
         "embed.embedding": (same, tensor["embed"]),
         "layers.{}.qkv": (_grouped_qkv, tensor["q"], tensor["k"], tensor["v"]),
+        "layers.{}.qkv_bias": (_grouped_bias, *(f"{module[name]}.bias" for name in "qkv")),
         "layers.{}.out": (kernel, tensor["out"]),
         "layers.{}.gate_up": (stacked, tensor["gate"], tensor["up"]),
         "layers.{}.down": (kernel, tensor["down"]),
         **modules(
             {
+                **{f"layers.{{}}.{name}": module[name] for name in _HEAD_NORMS if name in module},
                 "layers.{}.attention_norm": module["attention_norm"],
                 "layers.{}.mlp_norm": module["mlp_norm"],
                 "head.norm": module["norm"],
