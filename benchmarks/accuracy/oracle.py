@@ -58,7 +58,7 @@ def attention_of_answer(
         backend: of the norms.
     """
     count, answer = inputs.tokens.shape[1], jnp.arange(tokens.shape[1])
-    table = rope_table(inputs.length[:, None] + answer, config)
+    table = rope_table(inputs.next_position()[:, None] + answer, config)
     before = (jnp.arange(count) < inputs.length[:, None])[:, None, :]
     before = jnp.broadcast_to(before, (before.shape[0], answer.size, count))
     own = jnp.broadcast_to(jnp.tri(answer.size, dtype=bool), (*before.shape[:2], answer.size))

@@ -35,21 +35,27 @@ def inputs():
     )
 
 
-def run(params, inputs, **settings):
-    output = jax.jit(Generate(CONFIG, **settings))(params, inputs, KEY)
+def run(params, inputs, config=CONFIG, **settings):
+    output = jax.jit(Generate(config, **settings))(params, inputs, KEY)
     return [
         row[:n].tolist() for row, n in zip(np.asarray(output.tokens), output.lengths, strict=True)
     ]
 
 
-def recompute(params, inputs, row, count):
+def recompute(params, inputs, row, count, config=CONFIG):
     """Greedy tokens without any cache: the whole text is run anew for each one."""
-    logits_of = jax.jit(Stages(CONFIG).prompt_logits)
+    logits_of = jax.jit(Stages(config).prompt_logits)
     tokens, index = np.array(inputs.tokens), np.array(inputs.visual_index)
     length, answer = int(inputs.length[row]), []
     room = np.zeros((len(tokens), count), np.int32)
     tokens = np.concatenate([tokens, room], 1)
     index = np.concatenate([index, room - 1], 1)
+    if inputs.positions is not None:
+        positions = np.concatenate([inputs.positions, np.stack([room] * 3)], 2)
+        for b, first in enumerate(inputs.next_position()):  # of the rows behind each prompt's end
+            end = inputs.length[b]
+            positions[:, b, end : end + count] = first + np.arange(count)
+        inputs = replace(inputs, positions=positions)
     for _ in range(count):
         lengths = np.array(inputs.length)
         lengths[row] = length
@@ -67,6 +73,36 @@ def test_cached_decoding_equals_recomputation(params, inputs):
         assert answer == recompute(params, inputs, row, 7)
     assert len({tuple(answer) for answer in answers}) == 3
     assert max(len(set(answer)) for answer in answers) > 2
+
+
+def on_three_axes(inputs):
+    """Positions as M-RoPE has them: visual tokens at one time, text behind the widest axis."""
+    positions = np.zeros((3, *inputs.tokens.shape), np.int32)
+    for b, length in enumerate(inputs.length):
+        at = 0
+        for t in range(length):
+            row = inputs.visual_index[b, t]
+            seen = np.array([0, row // 4 % 4, row % 4]) if row >= 0 else np.zeros(3, int)
+            positions[:, b, t] = at + seen
+            last = t + 1 < length and row >= 0 and inputs.visual_index[b, t + 1] < 0
+            at += 4 if last else int(row < 0)
+    return replace(inputs, positions=positions)
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_positions_of_three_axes(params, inputs, trace):
+    half = CONFIG.text.head_dim // 2
+    rope = replace(CONFIG.text.rope, axes=tuple(i % 3 for i in range(half)))
+    config = replace(CONFIG, text=replace(CONFIG.text, rope=rope))
+    placed = on_three_axes(inputs)
+    assert (placed.next_position() < placed.length)[[0, 2]].all()
+    answers = run(params, placed, config, max_new_tokens=7, chunk=4, trace=trace)
+    for row, answer in enumerate(answers):
+        assert answer == recompute(params, placed, row, 7, config)
+    # Text stands at the same place on all three, as if there were one.
+    plain = run(params, inputs, max_new_tokens=7, chunk=4)
+    assert answers[1] == plain[1]
+    assert answers[0] != plain[0]
 
 
 def test_the_stages_give_what_the_whole_gives(params, inputs):

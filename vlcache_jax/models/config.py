@@ -41,6 +41,8 @@ class RopeConfig:
         factor: the scaling factor of "linear" and "llama3".
         low_freq_factor, high_freq_factor: llama3 only.
         original_max_positions: llama3 only: context length before scaling.
+        axes: of each rotated pair which of the three axes of a position turns it (M-RoPE: Qwen2-VL,
+            section 2.1); empty where positions have one axis.
     """
 
     theta: float = 10000.0
@@ -49,6 +51,7 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

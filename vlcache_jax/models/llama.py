@@ -66,9 +66,21 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rope_table(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every position's angles: [..., T] int32 -> two float32 [..., T, H / 2]."""
+    """Cosine and sine of every position's angles.
+
+    Args:
+        positions: int32 [T] or [B, T]; [3, B, T] where they have three axes (`RopeConfig.axes`), of
+            which text has three times the same.
+        config: the decoder.
+
+    Returns:
+        Two float32 [T, H / 2] or [B, T, H / 2].
+    """
     frequencies = rope_frequencies(config.rope, config.head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    each = positions[..., None]
+    if positions.ndim == 3:
+        each = jnp.moveaxis(positions[np.array(config.rope.axes)], 0, -1)
+    angles = each.astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

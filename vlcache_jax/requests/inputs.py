@@ -28,9 +28,16 @@ class ModelInputs:
             visual features: tile * P + patch, or S * P for LLaVA-NeXT's newline.
         tiles: float32 `[S, 3, image_size, image_size]`: normalised pixels, zeros after the last
             tile; S = 0 where there is no image.
+        positions: int32 `[3, B, T]`: where each token stands in time, down and across, for a model
+            whose rotary positions have three axes, 0 after the end; None for 0, 1, 2, ...
     """
 
     tokens: Array
     length: Array
     visual_index: Array
     tiles: Array
+    positions: Array | None = None
+
+    def next_position(self) -> Array:
+        """Where the first token of each answer stands, int32 `[B]`."""
+        return self.length if self.positions is None else self.positions.max((0, 2)) + 1

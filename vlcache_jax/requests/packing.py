@@ -42,6 +42,7 @@ class Row(NamedTuple):
         visual: for each picture, the rows of the visual table that its tokens are, counted from its
             first tile's; `NEWLINE` for the row behind all tiles. Together `[n]`.
         tiles: for each picture its tiles, float32 `[tiles, 3, side, side]`.
+        positions: see `ModelInputs`, int32 `[3, m]`.
     """
 
     tokens: np.ndarray
@@ -49,6 +50,7 @@ class Row(NamedTuple):
     places: np.ndarray
     visual: Sequence[np.ndarray] = ()
     tiles: Sequence[np.ndarray] = ()
+    positions: np.ndarray | None = None
 
 
 class Packing:

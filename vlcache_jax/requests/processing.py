@@ -201,6 +201,7 @@ class Processor:
         tokens = np.zeros((len(rows), t), np.int32)
         visual_index = np.full((len(rows), t), -1, np.int32)
         tiles = np.zeros((s, 3, side, side), np.float32)
+        positions = None if rows[0].positions is None else np.zeros((3, *tokens.shape), np.int32)
         first = 0
         for b, row in enumerate(rows):
             tokens[b, : row.tokens.size] = row.tokens
@@ -211,8 +212,10 @@ class Processor:
                 first += len(pixels)
             visual_index[b, row.places] = np.concatenate(order)
             visual_index[b, row.context] = CONTEXT
+            if positions is not None:
+                positions[:, b, : row.tokens.size] = row.positions
         length = np.array([row.tokens.size for row in rows], np.int32)
-        return ModelInputs(tokens=tokens, length=length, visual_index=visual_index, tiles=tiles)
+        return ModelInputs(tokens, length, visual_index, tiles, positions)
 
 
 def _pair(

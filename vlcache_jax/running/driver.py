@@ -113,7 +113,7 @@ class Run:
         began = time.perf_counter()
         batch, size = len(self._settings.max_new_tokens), len(self._groups[0].length)
         dtype = self._params["embed"]["embedding"].dtype
-        tokens, lengths = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
+        tokens, positions = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
         for index, group in enumerate(self._groups):
             # The repeated prompts that fill up the last group are written where the last one is.
             rows = np.minimum(np.arange(size, dtype=np.int32) + index * size, batch - 1)
@@ -127,10 +127,10 @@ class Run:
                     pool = stages.empty_pool(batch, self._rows, dtype)
                 pool, trace = self._do("build_into", pool, rows, prefilled, inputs, settings)
             del prefilled  # the next group's takes its place
-            tokens[rows], lengths[rows] = token, group.length
+            tokens[rows], positions[rows] = token, group.next_position()
             self.traces.append(jax.device_get(trace))
         self.pool: AnyPool = pool
-        self._state: DecodeState = self._do("start", tokens, lengths, self._settings, dtype=dtype)
+        self._state: DecodeState = self._do("start", tokens, positions, self._settings, dtype=dtype)
         self._read()
         self._prefill_s = time.perf_counter() - began - self._compile_s
         return tokens[:, None]

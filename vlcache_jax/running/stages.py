@@ -117,7 +117,7 @@ class Stages:
         prefilled, token = self.prefill(params, inputs, settings)
         pool, trace = self.build_cache(prefilled, inputs, settings)
         dtype = params["embed"]["embedding"].dtype
-        return pool, self.start(token, inputs.length, settings, dtype), trace
+        return pool, self.start(token, inputs.next_position(), settings, dtype), trace
 
     def prefill(
         self, params: Params, inputs: ModelInputs, settings: Settings
@@ -159,7 +159,7 @@ class Stages:
         token = settings.draws.sample(model.logits(last[:, 0]), uniform, self.cache_backend)
         attention = None
         if self.trace:
-            attention = self._first_attention(model, *buffers, prompt, token)
+            attention = self._first_attention(model, *buffers, prompt, inputs, token)
         return Prefill(*buffers, Observation.stack(seen), attention), token
 
     def prompt_logits(self, params: Params, inputs: ModelInputs) -> jax.Array:
@@ -187,7 +187,10 @@ class Stages:
 
         patches = partial(prefill_attention, causal=False, backend=self.backend)
         stream = Residual(model.embed_prompt(inputs, patches))
-        table = rope_table(jnp.arange(stream.x.shape[1], dtype=jnp.int32), self.config.text)
+        positions = jnp.arange(stream.x.shape[1], dtype=jnp.int32)
+        if inputs.positions is not None:
+            positions = jnp.asarray(inputs.positions)
+        table = rope_table(positions, self.config.text)
         for index, layer in enumerate(model.layers):
             entering = stream
             stream, kept = layer(stream, attend, backend=self.cache_backend)
@@ -278,14 +281,21 @@ class Stages:
         return jax.tree.map(write, pool, part), trace
 
     def _first_attention(
-        self, model: Decoder, k: jax.Array, v: jax.Array, prompt: Prompt, token: jax.Array
+        self,
+        model: Decoder,
+        k: jax.Array,
+        v: jax.Array,
+        prompt: Prompt,
+        inputs: ModelInputs,
+        token: jax.Array,
     ) -> jax.Array:
         """What the first decoded token attends to, by one decode step on the full cache."""
         everything = FullCache()
         full = everything.build(k, v, everything.plan(Observation(), prompt), prompt)
         assert isinstance(full, Pool)
         rows, none = prompt.rows, jnp.zeros_like(prompt.length)
-        segments, table = full.segments(), rope_table(prompt.length[:, None], self.config.text)
+        segments = full.segments()
+        table = rope_table(jnp.asarray(inputs.next_position())[:, None], self.config.text)
 
         def attend_layer(index: int) -> Attend[jax.Array]:
             def attend(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -301,19 +311,19 @@ class Stages:
         return jnp.stack(weights, axis=1)
 
     def start(
-        self, token: jax.Array, length: jax.Array, settings: Settings, dtype: jnp.dtype
+        self, token: jax.Array, position: jax.Array, settings: Settings, dtype: jnp.dtype
     ) -> DecodeState:
         """The state in front of the first decode step, with an empty tail.
 
         Args:
             token: first token of each answer, int32 [B].
-            length: true length of each prompt, int32 [B].
+            position: where it stands, int32 [B] (`ModelInputs.next_position`).
             settings: what is asked of each sequence.
             dtype: type of the cache.
         """
         zero = jnp.zeros_like(token)
         tail = empty_tail(self.config.text, token.shape[0], self.tail_rows, dtype)
-        state = DecodeState(tail, token, length - 1, zero, zero, zero > 0, settings)
+        state = DecodeState(tail, token, position - 1, zero, zero, zero > 0, settings)
         return self._drawn(state, token, tail)
 
     def spill(self, pool: AnyPool, state: DecodeState) -> tuple[AnyPool, DecodeState]:

@@ -36,7 +36,8 @@ class DecodeState:
     Attributes:
         tail: keys and values of the tokens decoded so far.
         token: the token to feed next, int32 [B].
-        position: its position, the true count of tokens before it, int32 [B].
+        position: its position, int32 [B]: the true count of tokens before it, unless positions have
+            three axes.
         step: tokens drawn so far, whether or not they are part of the answer, int32 [B].
         count: tokens of the answer so far, the stop token left out, int32 [B].
         done: the answer has ended, bool [B].
