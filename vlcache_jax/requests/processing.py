@@ -212,7 +212,7 @@ class Processor:
                 first += len(pixels)
             visual_index[b, row.places] = np.concatenate(order)
             visual_index[b, row.context] = CONTEXT
-            if positions is not None:
+            if positions is not None and row.positions is not None:
                 positions[:, b, : row.tokens.size] = row.positions
         length = np.array([row.tokens.size for row in rows], np.int32)
         return ModelInputs(tokens, length, visual_index, tiles, positions)
