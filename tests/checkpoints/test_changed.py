@@ -135,6 +135,17 @@ def spoil_note(folder, published):
     (folder / DECODER).write_text('{"decoder": {}}', "utf-8")
 
 
+def name_no_package(folder, published):
+    change(folder, decoder={"package": "os.path", "version": "1.0", "sha256": ""})
+
+
+def leave_a_factor_out(folder, published):
+    tensors = load_file(folder / LEARNED)
+    del tensors["factors.out.up"]
+    save_file(tensors, folder / LEARNED)
+    change(folder, learned=sha256(folder / LEARNED))
+
+
 def truncate_with_its_hash(folder, published):
     (folder / LEARNED).write_bytes((folder / LEARNED).read_bytes()[:-8])
     change(folder, learned=sha256(folder / LEARNED))
@@ -145,7 +156,9 @@ def truncate_with_its_hash(folder, published):
     [
         (spoil_learned, "learned.safetensors is not the file that decoder.json names"),
         (name_another_decoder, "tiny.gguf is not the file that decoder.json names"),
-        (spoil_note, "decoder.json is damaged"),
+        (spoil_note, "decoder.json: decoder.package, which is missing, must be the name of a"),
+        (name_no_package, "decoder.package='os.path' must be the name of a package"),
+        (leave_a_factor_out, "learned.safetensors: 1 problem; missing: factors.out.up"),
         (truncate_with_its_hash, "learned.safetensors is damaged"),
     ],
 )
@@ -166,5 +179,5 @@ def test_a_decoder_of_another_shape_is_refused(folder, published, tmp_path, monk
     monkeypatch.syspath_prepend(tmp_path)
     other = replace(published, package="other-decoder", sha256=sha256(file))
     change(folder, decoder=vars(other))
-    with pytest.raises(ValueError, match="is not that of"):
+    with pytest.raises(ValueError, match=r"and the decoder in .*x\.gguf: "):
         open_checkpoint(folder)

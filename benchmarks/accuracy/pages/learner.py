@@ -24,7 +24,14 @@ from benchmarks.accuracy.pages import questions_of_one_page
 from benchmarks.accuracy.pages.drawing import CHARACTERS
 from benchmarks.accuracy.tasks import Item
 from pallas_kernels.add_rms_norm.xla import rms_norm
-from vlcache_jax.checkpoints.changed import LEARNED, SMOLLM2, TOKENIZER, Published, renamed
+from vlcache_jax.checkpoints.changed import (
+    CHANGED,
+    LEARNED,
+    SMOLLM2,
+    TOKENIZER,
+    Published,
+    renamed,
+)
 from vlcache_jax.checkpoints.checkpoint import DECODER
 from vlcache_jax.checkpoints.gguf import GgufCheckpoint, GgufFile
 from vlcache_jax.checkpoints.weights import parameter_name, parse_dtype, split
@@ -63,9 +70,6 @@ SCALE = 2.0
 
 KEPT = "product"
 """What a step keeps of its layers for the way back; the rest is computed again."""
-
-CHANGED = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
-"""The kernels of a layer that get factors, and how many of their axes go into the product."""
 
 
 class Eyes(nnx.Module):
