@@ -9,7 +9,14 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.tiny import IMAGE_TOKEN_ID, text_tokenizer, tiny_pinpoints, tiny_processor
+from tests.tiny import (
+    IMAGE_SIZE,
+    IMAGE_TOKEN_ID,
+    PATCH_SIZE,
+    text_tokenizer,
+    tiny_pinpoints,
+    tiny_processor,
+)
 
 KINDS = {
     "llava-1.5 Llama MHA": ("llava", "llama", {"num_key_value_heads": 4}),
@@ -20,6 +27,7 @@ KINDS = {
         {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 112},
     ),
     "NeXT Vicuna MHA": ("llava_next", "llama", {"num_key_value_heads": 4}),
+    "OneVision Qwen2 GQA": ("llava_onevision", "qwen2", {"num_key_value_heads": 2}),
 }
 """Family, decoder and its shape of the models that parity is shown for."""
 
@@ -50,15 +58,18 @@ def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0)
         **({"sliding_window": None} if decoder == "mistral" else {}),
         **shape,
     }
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-        initializer_range=0.2,
-    )
+    tower: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    if family == "llava_onevision":
+        vision = transformers.SiglipVisionConfig(**tower, vision_use_head=False)
+    else:
+        vision = transformers.CLIPVisionConfig(**tower, initializer_range=0.2)
     common = {
         "vision_config": vision,
         "text_config": text_class(**text),
@@ -71,6 +82,10 @@ def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0)
         model = transformers.AutoModelForCausalLM.from_config(text_class(**text))
     elif family == "llava":
         model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**common))
+    elif family == "llava_onevision":
+        pinpoints = [list(pair) for pair in tiny_pinpoints(IMAGE_SIZE, family)]
+        config = transformers.LlavaOnevisionConfig(image_grid_pinpoints=pinpoints, **common)
+        model = transformers.LlavaOnevisionForConditionalGeneration(config)
     else:
         pinpoints = [list(pair) for pair in tiny_pinpoints()]
         config = transformers.LlavaNextConfig(image_grid_pinpoints=pinpoints, **common)
@@ -94,7 +109,8 @@ def save(model: Any, path: Path, family: str, **kwargs: Any) -> Path:
 
 def hf_inputs(family: str, images: Sequence[Image.Image], prompt: str) -> dict[str, torch.Tensor]:
     """What Hugging Face's own processor makes of a raw prompt."""
-    return tiny_processor(family)(images=list(images) or None, text=prompt, return_tensors="pt")
+    pictures = [list(images)] if images else None  # those of one prompt
+    return tiny_processor(family)(images=pictures, text=prompt, return_tensors="pt")
 
 
 def relative_error(ours: Any, theirs: Any) -> float:

@@ -14,9 +14,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llava.config import LlavaConfig, VisionConfig
+from vlcache_jax.models.onevision.config import OnevisionConfig
+from vlcache_jax.models.onevision.packing import picture_processor
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 IMAGE_TOKEN_ID = SPECIAL_TOKENS.index("<image>")
@@ -54,12 +59,14 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def tiny_pinpoints(image_size: int = IMAGE_SIZE) -> tuple[tuple[int, int], ...]:
-    """The usual five resolutions of LLaVA-NeXT, for tiles of `image_size`."""
-    return tuple(
-        (down * image_size, across * image_size)
-        for down, across in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-    )
+def tiny_pinpoints(
+    image_size: int = IMAGE_SIZE, family: str = "llava_next"
+) -> tuple[tuple[int, int], ...]:
+    """The usual resolutions of a family with anyres, for tiles of `image_size`."""
+    grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    if family == "llava_onevision":
+        grids = tuple((down, across) for down in range(1, 7) for across in range(1, 7))
+    return tuple((down * image_size, across * image_size) for down, across in grids)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -97,9 +104,16 @@ def tiny_processor(
     pinpoints: tuple[tuple[int, int], ...] | None = None,
     chat_template: str | None = CHAT_TEMPLATE,
 ) -> Any:
-    """A `transformers` processor of the family "llava" or "llava_next" around `tiny_tokenizer`."""
-    size = {"shortest_edge": image_size}
+    """A `transformers` processor of one of the LLaVA families around `tiny_tokenizer`."""
+    grids = [list(pair) for pair in pinpoints or tiny_pinpoints(image_size, family)]
     crop_size = {"height": image_size, "width": image_size}
+    if family == "llava_onevision":
+        images = LlavaOnevisionImageProcessorPil(size=crop_size, image_grid_pinpoints=grids)
+        processor = picture_processor()(images, tiny_tokenizer(), chat_template)
+        processor.num_image_tokens = (image_size // patch_size) ** 2
+        processor.vision_feature_select_strategy = "full"
+        return processor
+    size = {"shortest_edge": image_size}
     kwargs = {
         "tokenizer": tiny_tokenizer(),
         "patch_size": patch_size,
@@ -111,11 +125,9 @@ def tiny_processor(
         image_processor = CLIPImageProcessorPil(size=size, crop_size=crop_size)
         return LlavaProcessor(image_processor=image_processor, **kwargs)
     if family != "llava_next":
-        raise ValueError(f"{family=} must be 'llava' or 'llava_next'")
+        raise ValueError(f"{family=} must be 'llava', 'llava_next' or 'llava_onevision'")
     image_processor = LlavaNextImageProcessorPil(
-        size=size,
-        crop_size=crop_size,
-        image_grid_pinpoints=[list(p) for p in pinpoints or tiny_pinpoints(image_size)],
+        size=size, crop_size=crop_size, image_grid_pinpoints=grids
     )
     return LlavaNextProcessor(image_processor=image_processor, **kwargs)
 
@@ -126,10 +138,12 @@ def tiny_config(
     patch_size: int = PATCH_SIZE,
     max_positions: int = 4096,
     pinpoints: tuple[tuple[int, int], ...] | None = None,
-) -> LlavaConfig:
+    **more: Any,
+) -> Any:
     """A model's configuration that `tiny_processor` of the same arguments belongs to."""
-    next_pinpoints = pinpoints or tiny_pinpoints(image_size)
-    return LlavaConfig(
+    onevision = family == "llava_onevision"
+    grids = () if family == "llava" else pinpoints or tiny_pinpoints(image_size, family)
+    return (OnevisionConfig if onevision else LlavaConfig)(
         family=family,
         vision=VisionConfig(
             hidden_size=32,
@@ -138,6 +152,7 @@ def tiny_config(
             num_heads=2,
             image_size=image_size,
             patch_size=patch_size,
+            tower="siglip" if onevision else "clip",
         ),
         text=TextConfig(
             vocab_size=264,
@@ -151,5 +166,6 @@ def tiny_config(
         ),
         image_token_id=IMAGE_TOKEN_ID,
         vision_layers=1,
-        grid_pinpoints=next_pinpoints if family == "llava_next" else (),
+        grid_pinpoints=grids,
+        **more,
     )

@@ -33,7 +33,7 @@ from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.state import round_up
 from vlcache_jax.evaluation.comparison import Comparer
 from vlcache_jax.models.families import Params
-from vlcache_jax.models.llava.anyres import num_tiles, visual_rows
+from vlcache_jax.models.llava.anyres import num_tiles
 from vlcache_jax.models.llava.config import LlavaConfig, with_vision
 from vlcache_jax.requests.buckets import Buckets
 from vlcache_jax.requests.inputs import ModelInputs
@@ -284,10 +284,8 @@ class Evaluation(Comparer):
 def prompt_tokens(item: Item, vlm: VLM) -> int:
     """Length of an item's prompt, visual tokens included, without reading its pictures."""
     text = vlm.processor.tokenizer(prompt_of(item, vlm.processor))["input_ids"]
-    visual = sum(
-        visual_rows(image.shape[:2], with_vision(vlm.config)).size for image in item.images
-    )
-    return len(text) - len(item.images) + visual
+    shown = vlm.processor.patches([image.shape[:2] for image in item.images])
+    return len(text) - len(item.images) + sum(len(picture.part) for picture in shown)
 
 
 def _tiles(item: Item, config: LlavaConfig) -> int:

@@ -14,7 +14,6 @@ from tests.model_files import SPELLINGS, read_tensors, respell, same_bits, write
 from tests.tiny import picture, tiny_processor
 from vlcache_jax.checkpoints.checkpoint import open_checkpoint
 from vlcache_jax.checkpoints.weights import parameter_shapes, tensors_of
-from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.names import LLAVA
 from vlcache_jax.running.programs import Programs
 
@@ -27,8 +26,10 @@ MODELS = [
         {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1},
     ),
     ("llava_next", "llama", {"tie_word_embeddings": True}),
+    ("llava_onevision", "qwen2", {"num_key_value_heads": 2}),
+    ("llava_onevision", "qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
 ]
-IDS = ["llava-mha", "next-mistral", "next-g7", "next-tied"]
+IDS = ["llava-mha", "next-mistral", "next-g7", "next-tied", "onevision", "onevision-tied"]
 
 
 def _state(model):
@@ -47,7 +48,7 @@ def test_saved_by_transformers_and_loaded_by_it_again(family, kind, text, tmp_pa
     stored = read_tensors(tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
 
-    config = LlavaConfig.from_file(tmp_path / "hf")
+    config = open_checkpoint(tmp_path / "hf").config
     expected = {
         tensor: shape
         for name, whole in parameter_shapes(config).items()

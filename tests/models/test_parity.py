@@ -34,6 +34,7 @@ PROMPTS = {
 BUCKETS = {
     "llava": Buckets(prompt=(64,), tiles=(0, 2)),
     "llava_next": Buckets(prompt=(192,), tiles=(0, 6, 20)),
+    "llava_onevision": Buckets(prompt=(192,), tiles=(0, 37)),
 }
 """Few, so that one program serves all prompts with pictures; "two" fills its bucket of tiles."""
 
@@ -50,12 +51,12 @@ class Pair:
         self.logits = jax.jit(Stages(self.ours.config).prompt_logits)
         self.vision = jax.jit(self._vision)
 
-    def _vision(self, params, tiles):
-        """Rows of the visual table, and features of the tower."""
+    def _vision(self, params, inputs):
+        """The decoder's input, and features of the tower."""
         model = bind(self.ours.config)(params)
         attend = partial(prefill_attention, causal=False)
-        tower = model.vision(tiles, model.vision_layers, attend=attend)
-        return model.visual_rows(tiles, attend), tower
+        tower = model.vision(inputs.tiles, model.vision_layers, attend=attend)
+        return model.embed_prompt(inputs, attend), tower
 
     def inputs(self, name):
         sizes, prompt = PROMPTS[name]
@@ -72,20 +73,23 @@ def pair(request, tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in PROMPTS if name != "none"])
 def test_visual_features_and_packed_tokens(pair, name):
     inputs, theirs = pair.inputs(name)
-    sizes = {} if pair.family == "llava" else {"image_sizes": theirs["image_sizes"]}
+    text = ("input_ids", "attention_mask")
     with torch.no_grad():
-        out = pair.theirs.model.get_image_features(theirs["pixel_values"], **sizes)
+        out = pair.theirs.model.get_image_features(
+            **{name: value for name, value in theirs.items() if name not in text}
+        )
     packed = np.concatenate([np.asarray(x) for x in out.pooler_output])
 
-    rows, tower = map(np.asarray, pair.vision(pair.ours.params, inputs.tiles))
-    ours = rows[inputs.visual_index[inputs.visual_index >= 0]]
+    merged, tower = map(np.asarray, pair.vision(pair.ours.params, inputs))
+    ours = merged[inputs.visual_index >= 0]
     assert ours.shape == packed.reshape(-1, packed.shape[-1]).shape
     assert hf.relative_error(ours, packed.reshape(ours.shape)) < BOUND
 
     pixels = theirs["pixel_values"].reshape(-1, *inputs.tiles.shape[1:])
     with torch.no_grad():
         features = pair.theirs.model.vision_tower(pixels, output_hidden_states=True)
-    theirs_tower = features.hidden_states[-2][:, 1:].numpy()
+    layer, count = pair.theirs.config.vision_feature_layer, pair.ours.config.tile_tokens
+    theirs_tower = features.hidden_states[layer][:, -count:].numpy()  # without a class token
     real = (
         np.abs(pixels.numpy()).reshape(len(pixels), -1).max(-1) > 0
     )  # not the processor's padding

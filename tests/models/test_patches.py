@@ -11,8 +11,9 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from tests.tiny import IMAGE_SIZE, PATCH_SIZE, tiny_config, tiny_processor
-from vlcache_jax.models.llava.anyres import NEWLINE, visual_rows
-from vlcache_jax.models.llava.patches import BASE, GRID, NEWLINE_PART, patch_rectangles
+from vlcache_jax.models.llava.anyres import visual_rows
+from vlcache_jax.models.llava.patches import patch_rectangles
+from vlcache_jax.requests.packing import BASE, GRID, NEWLINE, NEWLINE_PART
 from vlcache_jax.requests.processing import Processor
 from vlcache_jax.results.inspection import locate
 
@@ -40,8 +41,14 @@ HF = {
     "llava": unmixed(tiny_processor("llava")),
     "padded": unmixed(padding_processor()),
     "llava_next": unmixed(tiny_processor("llava_next")),
+    "llava_onevision": unmixed(tiny_processor("llava_onevision")),
 }
-CONFIGS = {name: tiny_config("llava_next" if "next" in name else "llava") for name in HF}
+CONFIGS = {
+    "llava": tiny_config("llava"),
+    "padded": tiny_config("llava"),
+    "llava_next": tiny_config("llava_next"),
+    "llava_onevision": tiny_config("llava_onevision", anyres_max=9999),  # no grid is scaled
+}
 PROCESSORS = {name: Processor(CONFIGS[name], hf) for name, hf in HF.items()}
 kinds = st.sampled_from(list(HF))
 
@@ -81,7 +88,8 @@ def check(kind, colours, rectangle, height, width):
     assert 0 <= left <= right <= width
     assert 0 <= top <= bottom <= height
     # The most of the picture that a pixel of the tile may show; the grid's show less.
-    shown = [max(width, height)] * 2 if kind == "padded" else [width, height]
+    pads = kind in ("padded", "llava_onevision")
+    shown = [max(width, height)] * 2 if pads else [width, height]
     steps = np.maximum(np.array(shown) / IMAGE_SIZE, 1)
     if not inside.any():  # padding alone, or a strip of the picture between two pixels' middles
         assert (np.array([right - left, bottom - top]) <= steps).any()
@@ -100,6 +108,8 @@ def check(kind, colours, rectangle, height, width):
 @example(kind="llava_next", shapes=[(1, 1), (300, 20), (20, 300)])
 @example(kind="llava", shapes=[(56, 56), (280, 70), (70, 280)])
 @example(kind="padded", shapes=[(56, 56), (280, 70), (70, 280)])
+@example(kind="llava_onevision", shapes=[(56, 56), (280, 70), (70, 280)])
+@example(kind="llava_onevision", shapes=[(250, 299)])
 def test_rectangles_hold_what_the_processor_shows(kind, shapes):
     processor = PROCESSORS[kind]
     pictures = [coordinates(*shape) for shape in shapes]

@@ -204,7 +204,7 @@ _NAMES = {
 _KINDS: dict[Any, Kind] = {
     "num_hidden_layers": whole(1, 512),
     "max_position_embeddings": COUNT,
-    "hidden_act": one_of("quick_gelu", "gelu"),
+    "hidden_act": one_of("quick_gelu", "gelu", "gelu_pytorch_tanh"),
     "model_type": one_of(*DECODERS),
     int: SIZE,
     float: NUMBER,
@@ -249,12 +249,13 @@ def read_dataclass(
     return found
 
 
-def read_text(data: Mapping[str, Any], section: str) -> TextConfig:
+def read_text(data: Mapping[str, Any], section: str, usual: str = TextConfig.kind) -> TextConfig:
     """Read the decoder's section of a `config.json`.
 
     Args:
         data: the whole file.
         section: in front of the decoder's fields, "text_config."; nothing where it is the model.
+        usual: its kind where the section names none.
 
     Raises:
         ValueError: a value is impossible.
@@ -263,13 +264,14 @@ def read_text(data: Mapping[str, Any], section: str) -> TextConfig:
     text = read_field(data, section[:-1], SECTION, {}) if section else data
     for name, only in ONLY.items():
         read_field(data, section + name, one_of(only), only)
-    kind = read_field(data, f"{section}model_type", one_of(*DECODERS), TextConfig.kind)
+    kind = read_field(data, f"{section}model_type", one_of(*DECODERS), usual)
     heads = read_field(data, f"{section}num_attention_heads", SIZE, TextConfig.num_heads)
     hidden = read_field(data, f"{section}hidden_size", SIZE, TextConfig.hidden_size)
     # Of these null is a value of its own, not the default of the class.
     null = {"num_key_value_heads": heads, "sliding_window": None}
     defaults = {
         "head_dim": hidden // heads,
+        "model_type": kind,
         **null,
         **_DEFAULTS[kind],
         **{name: value for name, value in null.items() if name in text},

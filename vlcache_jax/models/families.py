@@ -21,6 +21,8 @@ from vlcache_jax.models.llava.model import Llava
 from vlcache_jax.models.llava.names import LLAVA
 from vlcache_jax.models.llava.packing import LlavaPacking
 from vlcache_jax.models.names import DECODER, Names
+from vlcache_jax.models.onevision.config import OnevisionConfig
+from vlcache_jax.models.onevision.packing import OnevisionPacking
 from vlcache_jax.requests.packing import Packing
 
 Params = dict[str, Any]
@@ -44,7 +46,13 @@ class Family(NamedTuple):
 
 _TEXT = Family(ModelConfig, Decoder, DECODER, Packing)
 _LLAVA = Family(LlavaConfig, Llava, LLAVA, LlavaPacking)
-FAMILIES = {**dict.fromkeys(DECODERS, _TEXT), "llava": _LLAVA, "llava_next": _LLAVA}
+_ONEVISION = Family(OnevisionConfig, Llava, LLAVA, OnevisionPacking)
+FAMILIES = {
+    **dict.fromkeys(DECODERS, _TEXT),
+    "llava": _LLAVA,
+    "llava_next": _LLAVA,
+    "llava_onevision": _ONEVISION,
+}
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -15,7 +15,7 @@ is the share of all prompt rows):
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from vlcache_jax.errors import whole_numbers
 from vlcache_jax.models.config import ModelConfig
@@ -52,12 +52,17 @@ def default_buckets(config: ModelConfig) -> Buckets:
     """The buckets for a model.
 
     Prompts: 64, 96, 128, 192, ... below the model's positions, which are the last size.
-    Tiles: none, then the most that one image becomes (5 for the usual NeXT, 1 for LLaVA-1.5),
-    doubled and doubled again; of a model that takes no pictures, none.
+    Tiles: none, then the most that one image becomes (5 for the usual NeXT, 1 for LLaVA-1.5), or
+    half of it and half again where that is more than 8 (5 of OneVision's 37), doubled and doubled
+    again; of a model that takes no pictures, none.
     """
     last, most = config.text.max_positions, config.max_tiles
     sizes = (size for k in range(last.bit_length()) for size in (64 << k, 96 << k) if size < last)
-    tiles = (most, 2 * most, 4 * most, 8 * most) if most else ()
+    least = most
+    while least > 8:
+        least = -(-least // 2)
+    doubled = (least << k for k in range(32))
+    tiles = takewhile(lambda size: size < 16 * most, doubled) if most else ()
     return Buckets(prompt=(*sizes, last), tiles=(0, *tiles))
 
 

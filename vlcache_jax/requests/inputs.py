@@ -1,7 +1,7 @@
 """`ModelInputs`: a batch of prompts as arrays, all that a model sees of them."""
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -11,6 +11,18 @@ Array: TypeAlias = Any
 
 CONTEXT = -2
 """In `visual_index`: a token of the text that the question is about."""
+
+
+class Interpolation(NamedTuple):
+    """Visual tokens as weighted sums of C rows of the table of visual features.
+
+    Attributes:
+        rows: int32 `[B, T, C]`, counted as in `ModelInputs.visual_index`; 0 for all other tokens.
+        weights: float32 `[B, T, C]`.
+    """
+
+    rows: Array
+    weights: Array
 
 
 @jax.tree_util.register_dataclass
@@ -25,11 +37,14 @@ class ModelInputs:
         length: int32 `[B]`: m, the true length of each prompt.
         visual_index: int32 `[B, T]`: -1 for text and padding, `CONTEXT` for the text of a
             context, which a cache method takes for visual tokens; else the row of the table of
-            visual features: tile * P + patch, or S * P for LLaVA-NeXT's newline.
+            visual features: tile * P + patch, or S * P for a newline; the first where a token is
+            interpolated.
         tiles: float32 `[S, 3, image_size, image_size]`: normalised pixels, zeros after the last
             tile; S = 0 where there is no image.
         positions: int32 `[3, B, T]`: where each token stands in time, down and across, for a model
             whose rotary positions have three axes, 0 after the end; None for 0, 1, 2, ...
+        interpolation: what visual tokens are, of a family whose grids are scaled down; None where
+            each is the row that `visual_index` says.
     """
 
     tokens: Array
@@ -37,6 +52,7 @@ class ModelInputs:
     visual_index: Array
     tiles: Array
     positions: Array | None = None
+    interpolation: Interpolation | None = None
 
     def next_position(self) -> Array:
         """Where the first token of each answer stands, int32 `[B]`."""

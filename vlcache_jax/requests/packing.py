@@ -19,6 +19,22 @@ from vlcache_jax.requests.images import ImageLike
 NEWLINE = -2
 """Among a picture's rows of the visual table: the row behind those of all tiles."""
 
+BASE, GRID, NEWLINE_PART = 0, 1, 2
+"""Parts of a picture's visual tokens: its base tile, the tiles of its grid, ends of lines."""
+
+
+class Patches(NamedTuple):
+    """Where the n visual tokens of one picture lie, in the decoder's order.
+
+    Attributes:
+        rectangles: (left, top, right, bottom) in pixels of the picture, clipped to it, float64
+            [n, 4]. NaN for a newline; of no area where a patch shows padding alone.
+        part: `BASE`, `GRID` or `NEWLINE_PART`, int8 [n].
+    """
+
+    rectangles: np.ndarray
+    part: np.ndarray
+
 
 class Rendered(NamedTuple):
     """A whole prompt.
@@ -40,9 +56,12 @@ class Row(NamedTuple):
         context: the tokens of the context among them, int `[c]`.
         places: the visual tokens among them, int `[n]`.
         visual: for each picture, the rows of the visual table that its tokens are, counted from its
-            first tile's; `NEWLINE` for the row behind all tiles. Together `[n]`.
+            first tile's; `NEWLINE` for the row behind all tiles. Together `[n]`, or `[n, C]` where
+            a token is a weighted sum of C rows.
         tiles: for each picture its tiles, float32 `[tiles, 3, side, side]`.
         positions: see `ModelInputs`, int32 `[3, m]`.
+        weights: for each picture those of its rows, float32, together `[n, C]`; none where a token
+            is one row.
     """
 
     tokens: np.ndarray
@@ -51,6 +70,7 @@ class Row(NamedTuple):
     visual: Sequence[np.ndarray] = ()
     tiles: Sequence[np.ndarray] = ()
     positions: np.ndarray | None = None
+    weights: Sequence[np.ndarray] = ()
 
 
 class Packing:
@@ -72,6 +92,9 @@ class Packing:
 
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("tokenizer.json", "tokenizer.model"),)
     """Files of a checkpoint, of each group one at least."""
+
+    neighbours: ClassVar[int] = 0
+    """C: the rows of which a visual token is a weighted sum; 0 where it is one row."""
 
     def __init__(self, config: ModelConfig, processor: Any):
         self.config, self.processor = config, processor
@@ -128,6 +151,20 @@ class Packing:
         tokens = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
         self.check(tokens, is_visual := np.zeros(tokens.shape, bool))
         return Row(tokens, self.context(prompt, tokens, is_visual), np.zeros(0, np.int64))
+
+    def patches(self, sizes: Sequence[tuple[int, int]]) -> list[Patches]:
+        """Which pixels the visual tokens of each of a prompt's pictures show.
+
+        Args:
+            sizes: (height, width) of the pictures, in pixels.
+
+        Raises:
+            ValueError: the model takes no pictures.
+            NotImplementedError: the processor resizes them in a way that is not followed.
+        """
+        if sizes:
+            raise ValueError(f"a {self.config.family} decoder has no visual tokens: give no sizes")
+        return []
 
     def context(self, prompt: Rendered, tokens: np.ndarray, is_visual: np.ndarray) -> np.ndarray:
         """Where the context's tokens are, int [c]: those that hold a character of it.

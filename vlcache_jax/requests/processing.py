@@ -17,7 +17,7 @@ from vlcache_jax.models.families import family_of
 from vlcache_jax.requests.buckets import Buckets, bucket_for, default_buckets
 from vlcache_jax.requests.detokenize import Detokenizer
 from vlcache_jax.requests.images import ImageLike, Images
-from vlcache_jax.requests.inputs import CONTEXT, Array, ModelInputs
+from vlcache_jax.requests.inputs import CONTEXT, Array, Interpolation, ModelInputs
 from vlcache_jax.requests.messages import (
     ChatTemplate,
     Text,
@@ -25,7 +25,7 @@ from vlcache_jax.requests.messages import (
     is_one,
     readable,
 )
-from vlcache_jax.requests.packing import NEWLINE, Rendered, Row
+from vlcache_jax.requests.packing import NEWLINE, Patches, Rendered, Row
 
 Contexts: TypeAlias = str | Sequence[str | None] | None
 """What one prompt is about, or each of a list of them."""
@@ -40,8 +40,8 @@ class Processor:
     Args:
         config: the model.
         processor: the checkpoint's `transformers` processor (`LlavaProcessor` or
-            `LlavaNextProcessor`) with a PIL image processor; of a decoder alone its tokenizer. It
-            is not changed.
+            another of `models.families`) with a PIL image processor; of a decoder alone its
+            tokenizer. It is not changed.
         buckets: the sizes to pad to; None for `default_buckets(config)`.
 
     Attributes:
@@ -169,6 +169,18 @@ class Processor:
         s = bucket_for(max(counts), self.buckets.tiles)
         return [self._pad(group, t, s) for group in groups]
 
+    def patches(self, sizes: Sequence[tuple[int, int]]) -> list[Patches]:
+        """Which pixels the visual tokens of each of a prompt's pictures show.
+
+        Args:
+            sizes: (height, width) of the pictures, in pixels.
+
+        Raises:
+            ValueError: the model takes no pictures.
+            NotImplementedError: the processor resizes them in a way that is not followed.
+        """
+        return self._packing.patches(sizes)
+
     def render(self, text: Text, num_images: int = 0) -> str:
         """A prompt as the checkpoint's chat template writes it, with a mark for each image.
 
@@ -202,20 +214,28 @@ class Processor:
         visual_index = np.full((len(rows), t), -1, np.int32)
         tiles = np.zeros((s, 3, side, side), np.float32)
         positions = None if rows[0].positions is None else np.zeros((3, *tokens.shape), np.int32)
+        interpolation, shape = None, (len(rows), t, self._packing.neighbours)
+        if s and self._packing.neighbours:
+            interpolation = Interpolation(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
         first = 0
         for b, row in enumerate(rows):
             tokens[b, : row.tokens.size] = row.tokens
-            order = [np.zeros(0, np.int32)]
+            visual_index[b, row.context] = CONTEXT
+            if positions is not None and row.positions is not None:
+                positions[:, b, : row.tokens.size] = row.positions
+            order = []
             for visual, pixels in zip(row.visual, row.tiles, strict=True):
                 order.append(np.where(visual == NEWLINE, s * patches, visual + first * patches))
                 tiles[first : first + len(pixels)] = pixels
                 first += len(pixels)
-            visual_index[b, row.places] = np.concatenate(order)
-            visual_index[b, row.context] = CONTEXT
-            if positions is not None and row.positions is not None:
-                positions[:, b, : row.tokens.size] = row.positions
+            if order:
+                found = np.concatenate(order).reshape(row.places.size, -1)
+                visual_index[b, row.places] = found[:, 0]
+                if interpolation is not None:
+                    interpolation.rows[b, row.places] = found
+                    interpolation.weights[b, row.places] = np.concatenate(row.weights)
         length = np.array([row.tokens.size for row in rows], np.int32)
-        return ModelInputs(tokens, length, visual_index, tiles, positions)
+        return ModelInputs(tokens, length, visual_index, tiles, positions, interpolation)
 
 
 def _pair(

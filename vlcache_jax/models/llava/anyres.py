@@ -74,16 +74,28 @@ def visual_rows(image_size: tuple[int, int], config: LlavaConfig) -> np.ndarray:
     Returns:
         int32 `[n]`: tile * P + patch, tiles counted from the image's first, or `NEWLINE`.
     """
-    patches, side = config.vision.num_patches, config.vision.grid
-    base = np.arange(patches, dtype=np.int32)
-    down, across = tile_grid(image_size, config)
-    if down * across == 0:
+    base = np.arange(config.vision.num_patches, dtype=np.int32)
+    if config.family == "llava":
         return base
+    lines = np.pad(grid_rows(image_size, config), ((0, 0), (0, 1)), constant_values=NEWLINE)
+    return np.concatenate([base, lines.ravel()])
+
+
+def grid_rows(image_size: tuple[int, int], config: LlavaConfig) -> np.ndarray:
+    """Rows of the visual table that the patches of an image's grid are, without its padding.
+
+    Args:
+        image_size: (height, width) of the image, in pixels.
+        config: the model.
+
+    Returns:
+        int32 `[rows, columns]` of the grid's patches, numbered as in `visual_rows`.
+    """
+    patches, side = config.vision.num_patches, config.vision.grid
+    down, across = tile_grid(image_size, config)
     grid = np.arange(patches, (1 + down * across) * patches, dtype=np.int32)
     grid = grid.reshape(down, across, side, side).transpose(0, 2, 1, 3)
-    grid = _unpad(grid.reshape(down * side, across * side), image_size)
-    newline = np.full((grid.shape[0], 1), NEWLINE, dtype=np.int32)
-    return np.concatenate([base, np.concatenate([grid, newline], axis=1).ravel()])
+    return _unpad(grid.reshape(down * side, across * side), image_size)
 
 
 def _unpad(grid: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:

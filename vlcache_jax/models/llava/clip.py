@@ -1,4 +1,8 @@
-"""CLIP vision transformer (Radford et al. 2021): patch features of a middle layer, as in LLaVA."""
+"""Vision transformers that are towers: patch features of one of their layers.
+
+CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023). SigLIP has no class token and no norm in
+front of its layers; its patches have a bias.
+"""
 
 from collections.abc import Callable
 
@@ -13,10 +17,11 @@ from vlcache_jax.models.llava.config import VisionConfig
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Full attention of q, k and v [S, P + 1, N, H] each: the mixed heads, in the same shape."""
+"""Full attention of q, k and v [S, P (+ 1), N, H] each: the mixed heads, in the same shape."""
 
 
 class VisionLayer(nnx.Module):
@@ -35,7 +40,7 @@ class VisionLayer(nnx.Module):
         self.down = Linear(config.intermediate_size, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, attend: Attend) -> jax.Array:
-        """[S, P + 1, D] -> [S, P + 1, D]."""
+        """[S, P (+ 1), D] -> the same."""
         qkv = product("spd,dcnh->spcnh", self.attention_norm(x), self.qkv) + self.qkv_bias[...]
         mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         x = x + product("spnh,nhd->spd", mixed, self.out) + self.out_bias[...]
@@ -49,12 +54,13 @@ class VisionTower(nnx.Module):
     """
 
     def __init__(self, config: VisionConfig, *, dtype: DType, rngs: nnx.Rngs):
-        width, patch = config.hidden_size, config.patch_size
+        width, patch, clip = config.hidden_size, config.patch_size, config.tower == "clip"
         self.config = config
         self.patch_embedding = normal(rngs, (3, patch, patch, width), dtype)
-        self.class_embedding = normal(rngs, (width,), dtype)
-        self.position_embedding = normal(rngs, (config.num_patches + 1, width), dtype)
-        self.pre_norm = LayerNorm(width, config.layer_norm_eps, dtype=dtype)
+        self.patch_bias = None if clip else nnx.Param(jnp.zeros((width,), dtype))
+        self.class_embedding = normal(rngs, (width,), dtype) if clip else None
+        self.position_embedding = normal(rngs, (config.num_patches + clip, width), dtype)
+        self.pre_norm = LayerNorm(width, config.layer_norm_eps, dtype=dtype) if clip else None
         layers = [VisionLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
         self.layers = nnx.List(layers)
         self.post_norm = LayerNorm(width, config.layer_norm_eps, dtype=dtype)
@@ -62,7 +68,7 @@ class VisionTower(nnx.Module):
     def __call__(
         self, tiles: jax.Array, num_layers: int, *, attend: Attend, group: int = 20
     ) -> jax.Array:
-        """Patch features [S, P, D] of the tiles, row-major over each, without the class token.
+        """Patch features [S, P, D] of the tiles, row-major over each, without a class token.
 
         Args:
             tiles: normalised pixels [S, 3, image_size, image_size].
@@ -83,10 +89,15 @@ class VisionTower(nnx.Module):
         pixels = tiles.astype(self.patch_embedding.dtype)[..., : grid * patch, : grid * patch]
         pixels = pixels.reshape(-1, 3, grid, patch, grid, patch)
         patches = product("scipjq,cpqd->sijd", pixels, self.patch_embedding)
-        patches = patches.reshape(-1, grid * grid, self.config.hidden_size)  # [S, P, D]
-        first = jnp.broadcast_to(self.class_embedding[...], (len(patches), 1, patches.shape[-1]))
-        x = jnp.concatenate([first, patches], axis=1) + self.position_embedding[...]
-        x = self.pre_norm(x)
+        x = patches.reshape(-1, grid * grid, self.config.hidden_size)  # [S, P, D]
+        if self.patch_bias is not None:
+            x = x + self.patch_bias[...]
+        if self.class_embedding is not None:
+            first = jnp.broadcast_to(self.class_embedding[...], (len(x), 1, x.shape[-1]))
+            x = jnp.concatenate([first, x], axis=1)
+        x = x + self.position_embedding[...]
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
         for layer in self.layers[:num_layers]:
             x = layer(x, attend)
-        return x[:, 1:]
+        return x[:, -grid * grid :]

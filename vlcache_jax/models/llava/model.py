@@ -1,7 +1,9 @@
-"""LLaVA-1.5 and LLaVA-NeXT (1.6): vision tower, projector, packed visual tokens, decoder.
+"""LLaVA-1.5, NeXT (1.6) and OneVision: vision tower, projector, packed visual tokens, decoder.
 
 The module tree is the parameter tree: `vision`, `projector`, and the decoder's own.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +13,20 @@ from vlcache_jax.models.decoder import Decoder
 from vlcache_jax.models.layers import DType, Linear, normal
 from vlcache_jax.models.llava.clip import Attend, VisionTower
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.requests.inputs import Interpolation, ModelInputs
 
 
 class Projector(nnx.Module):
     """Two linear layers with exact GELU from the tower's width to the decoder's.
 
-    LLaVA-NeXT adds `newline` [D], the token that ends each row of an anyres grid.
+    All but LLaVA-1.5 add `newline` [D], the token that ends each row of an anyres grid.
     """
 
     def __init__(self, config: LlavaConfig, *, dtype: DType, rngs: nnx.Rngs):
         width, bias = config.text.hidden_size, config.projector_bias
         self.linear_1 = Linear(config.vision.hidden_size, width, bias=bias, dtype=dtype, rngs=rngs)
         self.linear_2 = Linear(width, width, bias=bias, dtype=dtype, rngs=rngs)
-        newline = config.family == "llava_next"
+        newline = config.family != "llava"
         self.newline = normal(rngs, (width,), dtype) if newline else None
 
     def __call__(self, features: jax.Array) -> jax.Array:
@@ -56,5 +58,17 @@ class Llava(Decoder):
         if inputs.tiles.shape[0] == 0:
             return text
         table = self.visual_rows(inputs.tiles, attend)
-        visual = jnp.take(table, jnp.maximum(inputs.visual_index, 0), axis=0)
+        if inputs.interpolation is None:
+            visual = jnp.take(table, jnp.maximum(inputs.visual_index, 0), axis=0)
+        else:
+            visual = _interpolated(table, inputs.interpolation)
         return jnp.where((inputs.visual_index >= 0)[..., None], visual, text)
+
+
+def _interpolated(table: jax.Array, interpolation: Interpolation) -> jax.Array:
+    """Weighted sums of rows of a table: [R, D] -> [B, T, D], added up in float32, row by row."""
+    parts = [
+        jnp.take(table, interpolation.rows[..., c], axis=0) * interpolation.weights[..., c, None]
+        for c in range(interpolation.rows.shape[-1])
+    ]
+    return functools.reduce(jnp.add, parts).astype(table.dtype)

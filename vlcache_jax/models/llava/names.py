@@ -35,6 +35,7 @@ def _qkv(kind: str) -> tuple[str, ...]:
 LLAVA = Names(
     {
         "vision.patch_embedding": (_patches, _TOWER + "embeddings.patch_embedding.weight"),
+        "vision.patch_bias": (same, _TOWER + "embeddings.patch_embedding.bias"),
         "vision.class_embedding": (same, _TOWER + "embeddings.class_embedding"),
         "vision.position_embedding": (same, _TOWER + "embeddings.position_embedding.weight"),
         "vision.layers.{}.qkv": (stacked, *_qkv("weight")),

@@ -17,8 +17,12 @@ from vlcache_jax.errors import short
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.llava.anyres import num_tiles, visual_rows
 from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.llava.patches import patch_rectangles
 from vlcache_jax.requests.images import ImageLike, load_image, name_of
-from vlcache_jax.requests.packing import Packing, Rendered, Row
+from vlcache_jax.requests.packing import Packing, Patches, Rendered, Row
+
+Sizes = Sequence[tuple[int, int]]
+"""(height, width) of each picture of a prompt, in pixels."""
 
 
 class LlavaPacking(Packing):
@@ -38,10 +42,9 @@ class LlavaPacking(Packing):
 
     def __init__(self, config: LlavaConfig, processor: Any):
         super().__init__(config, copy.copy(processor))
-        # Processors saved by old versions of transformers lack these three; the model knows them.
-        self.processor.patch_size = config.vision.patch_size
-        self.processor.vision_feature_select_strategy = "default"
-        self.processor.num_additional_image_tokens = 1
+        # Processors saved by old versions of transformers lack these; the model knows them.
+        for name, value in self.settings().items():
+            setattr(self.processor, name, value)
         self.mark = str(processor.image_token)
         token_id = self.tokenizer.convert_tokens_to_ids(self.mark)
         if token_id != config.image_token_id:
@@ -50,7 +53,7 @@ class LlavaPacking(Packing):
                 f"is {config.image_token_id}: correct image_token_index in config.json or use the "
                 "tokenizer files of the same checkpoint"
             )
-        if config.family == "llava_next":
+        if config.grid_pinpoints:
             given = self.image_processor.image_grid_pinpoints
             pairs = given if isinstance(given, list | tuple) else ()
             if [tuple(p) if isinstance(p, list | tuple) else p for p in pairs] != [
@@ -73,18 +76,47 @@ class LlavaPacking(Packing):
             path, backend="pil", local_files_only=True, trust_remote_code=False
         )
 
+    def settings(self) -> dict[str, Any]:
+        """What the processor needs to know of the model."""
+        return {
+            "patch_size": self.config.vision.patch_size,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        }
+
+    def tiles(self, sizes: Sizes) -> list[int]:
+        """How many tiles each picture becomes."""
+        return [num_tiles(size, self.config) for size in sizes]
+
+    def visual(self, sizes: Sizes) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """`Row.visual` and `Row.weights`."""
+        return [visual_rows(size, self.config) for size in sizes], []
+
+    def patches(self, sizes: Sizes) -> list[Patches]:
+        """Which pixels the visual tokens of each picture show; see `Packing.patches`."""
+        return [patch_rectangles(size, self.config, self.image_processor) for size in sizes]
+
+    def enlarged(self, size: tuple[int, int], pictures: int) -> int:
+        """Pixels of the largest that the processor makes of one of so many pictures."""
+        narrow, long = sorted(size)
+        if self.config.family != "llava":
+            return 0
+        pixels = long * long if self.image_processor.do_pad else 0
+        return max(pixels, self.config.vision.image_size**2 * long // narrow)
+
     def row(self, images: Sequence[ImageLike], prompt: Rendered) -> Row:
         """The row of a rendered prompt and its images; see `Packing.row`."""
-        config, pictures = self.config, [self._load(image) for image in images]
-        encoded = self.encode(text=prompt.text, images=pictures or None)
+        config, pictures = self.config, [self._load(image, len(images)) for image in images]
+        # Inside a list of prompts, or OneVision's processor takes them for prompts of their own.
+        encoded = self.encode(text=prompt.text, images=[pictures] if pictures else None)
         sizes = [(picture.height, picture.width) for picture in pictures]
         tokens = np.asarray(encoded["input_ids"][0], np.int32)
         is_visual = tokens == config.image_token_id
-        visual = [visual_rows(size, config) for size in sizes]
-        pixels = encoded.get("pixel_values", ())  # of each image [3, H, W], or NeXT's [tiles, ...]
+        visual, weights = self.visual(sizes)
+        pixels = encoded.get("pixel_values", ())  # of each image [3, H, W], or anyres' [tiles, ...]
         tiles = [
-            image.reshape(-1, *image.shape[-3:])[: num_tiles(size, config)]
-            for image, size in zip(pixels, sizes, strict=True)
+            image.reshape(-1, *image.shape[-3:])[:count]
+            for image, count in zip(pixels, self.tiles(sizes), strict=True)
         ]
         if (made := np.count_nonzero(is_visual)) != (count := sum(map(len, visual))):
             raise ValueError(
@@ -99,19 +131,16 @@ class LlavaPacking(Packing):
                 f"image_size is {side}: use the processor files of the same checkpoint"
             )
         context = self.context(prompt, tokens, is_visual)
-        return Row(tokens, context, np.flatnonzero(is_visual), visual, tiles)
+        return Row(tokens, context, np.flatnonzero(is_visual), visual, tiles, weights=weights)
 
-    def _load(self, source: ImageLike) -> Image.Image:
-        """An image, within Pillow's limit even when LLaVA-1.5's processor has enlarged it."""
+    def _load(self, source: ImageLike, pictures: int) -> Image.Image:
+        """One of a prompt's images, within Pillow's limit even when the processor enlarges it."""
         picture, limit = load_image(source), Image.MAX_IMAGE_PIXELS
-        if self.config.family == "llava" and limit is not None:
-            narrow, long = sorted(picture.size)
-            pixels = long * long if self.image_processor.do_pad else 0
-            pixels = max(pixels, self.config.vision.image_size**2 * long // narrow)
-            if pixels > limit:
-                raise ValueError(
-                    f"{name_of(source)} of {picture.width} x {picture.height} pixels is too thin: "
-                    f"resizing it would take {pixels} pixels, more than Pillow's limit of {limit}; "
-                    "crop it"
-                )
+        pixels = self.enlarged((picture.height, picture.width), pictures)
+        if limit is not None and pixels > limit:
+            raise ValueError(
+                f"{name_of(source)} of {picture.width} x {picture.height} pixels is too thin: "
+                f"resizing it would take {pixels} pixels, more than Pillow's limit of {limit}; "
+                "crop it"
+            )
         return picture

@@ -15,24 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlcache_jax.models.llava.anyres import NEWLINE, select_best_resolution, visual_rows
+from vlcache_jax.models.llava.anyres import select_best_resolution, visual_rows
 from vlcache_jax.models.llava.config import LlavaConfig
-
-BASE, GRID, NEWLINE_PART = 0, 1, 2
-"""Parts of a picture's visual tokens: its base tile, the tiles of its grid, ends of lines."""
-
-
-class Patches(NamedTuple):
-    """Where the n visual tokens of one picture lie, in the decoder's order.
-
-    Attributes:
-        rectangles: (left, top, right, bottom) in pixels of the picture, clipped to it, float64
-            [n, 4]. NaN for a newline; of no area where a patch shows padding alone.
-        part: `BASE`, `GRID` or `NEWLINE_PART`, int8 [n].
-    """
-
-    rectangles: np.ndarray
-    part: np.ndarray
+from vlcache_jax.requests.packing import BASE, GRID, NEWLINE, NEWLINE_PART, Patches
 
 
 class View(NamedTuple):
@@ -75,21 +60,39 @@ def patch_rectangles(
     Raises:
         NotImplementedError: it resizes in a way other than to a short edge or to a fixed size.
     """
-    rows = visual_rows(image_size, config)
-    patch, across = config.vision.patch_size, config.vision.grid
+    views, rows = tile_views(image_size, config, image_processor), visual_rows(image_size, config)
     newline = rows == NEWLINE
-    tile, place = np.divmod(np.where(newline, 0, rows), config.vision.num_patches)
-    views = _tile_views(image_size, config, image_processor)
+    rows = np.where(newline, 0, rows)
+    part = np.where(rows < config.vision.num_patches, BASE, GRID)
+    return clipped(corners(views, rows, config), np.where(newline, NEWLINE_PART, part), image_size)
+
+
+def corners(views: list[View], rows: np.ndarray, config: LlavaConfig) -> np.ndarray:
+    """Where patches of tiles lie, those that reach into padding included.
+
+    Args:
+        views: what each tile shows of the picture.
+        rows: the patches' rows of the visual table, as `anyres.visual_rows` numbers them, int [n].
+        config: the model.
+
+    Returns:
+        (top, left) and (bottom, right) of each in pixels of the picture, float64 [n, 2, 2].
+    """
+    patch, across = config.vision.patch_size, config.vision.grid
+    tile, place = np.divmod(rows, config.vision.num_patches)
     _, corner, step = (np.array(each)[tile] for each in zip(*views, strict=True))
     first = corner + patch * step * np.stack(np.divmod(place, across), axis=1)
-    corners = np.clip(np.stack([first, first + patch * step], axis=1), 0, image_size)
-    rectangles = corners[:, :, ::-1].reshape(-1, 4)  # (y, x) twice, and the result is (x, y) twice
-    rectangles[newline] = np.nan
-    part = np.where(tile == 0, BASE, GRID)
-    return Patches(rectangles, np.where(newline, NEWLINE_PART, part).astype(np.int8))
+    return np.stack([first, first + patch * step], axis=1)
 
 
-def _tile_views(
+def clipped(corners: np.ndarray, part: np.ndarray, image_size: tuple[int, int]) -> Patches:
+    """The patches of a picture from their `corners` [n, 2, 2] and parts [n]."""
+    rectangles = np.clip(corners, 0, image_size)[:, :, ::-1].reshape(-1, 4)  # (y, x) to (x, y)
+    rectangles[part == NEWLINE_PART] = np.nan
+    return Patches(rectangles, part.astype(np.int8))
+
+
+def tile_views(
     image_size: tuple[int, int], config: LlavaConfig, image_processor: Any
 ) -> list[View]:
     """What each tile of a picture shows of it, the base tile first.
@@ -98,13 +101,11 @@ def _tile_views(
     `CLIPImageProcessorPil` or `LlavaImageProcessorPil`, with the floats and the rounding of its
     `get_patch_output_size` and `get_resize_output_image_size`.
     """
-    size = np.array(image_size)
-    whole = View(size, np.zeros(2), np.ones(2))
     if config.family == "llava":
         # CLIP's own processor has the setting too, and pads nothing that was cropped.
-        if image_processor.do_pad and hasattr(image_processor, "pad_to_square"):
-            whole = whole.padded(np.full(2, max(image_size)))
-        return [_finished(whole, image_processor)]
+        pads = image_processor.do_pad and hasattr(image_processor, "pad_to_square")
+        return [single_view(image_size, image_processor, pads=pads)]
+    size, whole = np.array(image_size), _whole(image_size)
     base, side = image_processor.size, config.vision.image_size
     base = np.array([base.height or base.shortest_edge, base.width or base.shortest_edge])
     best = np.array(select_best_resolution(image_size, config.grid_pinpoints))
@@ -113,6 +114,18 @@ def _tile_views(
     places = side * np.array(list(np.ndindex(*best // side)))
     tiles = [whole.resized(base), *(grid.cut(first, np.full(2, side)) for first in places)]
     return [_finished(tile, image_processor) for tile in tiles]
+
+
+def single_view(image_size: tuple[int, int], image_processor: Any, *, pads: bool) -> View:
+    """What the one tile of a picture shows of it, which may be padded to a square first."""
+    view = _whole(image_size)
+    if pads:
+        view = view.padded(np.full(2, max(image_size)))
+    return _finished(view, image_processor)
+
+
+def _whole(image_size: tuple[int, int]) -> View:
+    return View(np.array(image_size), np.zeros(2), np.ones(2))
 
 
 def _finished(view: View, image_processor: Any) -> View:

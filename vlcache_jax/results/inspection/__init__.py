@@ -6,8 +6,8 @@
                    method     ─► Outcome ┘                 .save_figures("png")
 ```
 
-Which patch of a picture a visual token is comes from `models.llava.patches`, what was kept of it
-from `cache.trace`. The page is made by `page`, the figures by `figures`.
+Which patch of a picture a visual token is comes from the family's packing, what was kept of it from
+`cache.trace`. The page is made by `page`, the figures by `figures`.
 """
 
 import dataclasses
@@ -25,8 +25,6 @@ from vlcache_jax.cache.methods import FullCache, as_method
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.cache.trace import Trace
 from vlcache_jax.files import whole_file
-from vlcache_jax.models.llava.config import with_vision
-from vlcache_jax.models.llava.patches import patch_rectangles
 from vlcache_jax.requests.images import ImageLike, Images, load_image
 from vlcache_jax.requests.inputs import CONTEXT
 from vlcache_jax.requests.processing import Processor
@@ -313,12 +311,11 @@ def locate(
         sources: the pictures, in the order of the prompt's marks.
         visual: which tokens of the prompt are visual, bool [m].
     """
+    images = [load_image(source) for source in sources]
+    patches = processor.patches([(image.height, image.width) for image in images])
     places, pictures = np.flatnonzero(visual), []
-    for number, source in enumerate(sources, 1):
-        image = load_image(source)
-        found = patch_rectangles(
-            (image.height, image.width), with_vision(processor.config), processor.image_processor
-        )
+    triples = zip(sources, images, patches, strict=True)
+    for number, (source, image, found) in enumerate(triples, 1):
         own, places = np.split(places, [len(found.part)])
         name = Path(source).name if isinstance(source, str | Path) else f"picture {number}"
         pictures.append(ShownPicture(name, image, own, found.rectangles, found.part))

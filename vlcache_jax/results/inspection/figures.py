@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlcache_jax.files import check_file
-from vlcache_jax.models.llava.patches import BASE, GRID
+from vlcache_jax.requests.packing import BASE, GRID
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

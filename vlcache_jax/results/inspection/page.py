@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from vlcache_jax.models.llava.patches import BASE, GRID, NEWLINE_PART
+from vlcache_jax.requests.packing import BASE, GRID, NEWLINE_PART
 from vlcache_jax.results.inspection.bars import charts
 from vlcache_jax.results.numbers import number, share
 from vlcache_jax.results.pages import included, template

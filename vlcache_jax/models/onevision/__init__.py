@@ -1,0 +1,1 @@
+"""The family LLaVA-OneVision: pictures, not yet videos."""
