@@ -33,7 +33,7 @@ def test_the_configuration_has_no_pictures():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model_type": "qwen2"}, NotImplementedError, r'model_type=.qwen2. must be "llama" or'),
+        ({"model_type": "gpt2"}, NotImplementedError, r'model_type=.gpt2. must be "llama" or'),
         ({"sliding_window": 16}, NotImplementedError, r"^config.json: sliding_window=16 binds"),
         ({"attention_bias": True}, NotImplementedError, r"^config.json: attention_bias=True must"),
         ({"hidden_size": 33}, ValueError, r"^config.json: hidden_size=33 must be a multiple of 4"),
@@ -55,6 +55,9 @@ def test_the_prompt_is_the_tokenizers(vlm):
     assert inputs.tokens[0, : int(inputs.length[0])].tolist() == expected
     assert (inputs.visual_index == -1).all()
     assert inputs.tiles.shape == (0, 3, 0, 0)
+    assert vlm.processor.patches([]) == []
+    with pytest.raises(ValueError, match=r"^a llama decoder has no visual tokens"):
+        vlm.processor.patches([(28, 28)])
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Why?"}]},
