@@ -30,7 +30,8 @@ class Buckets:
     Attributes:
         prompt: T, prompt tokens.
         tiles: S, image tiles of a whole batch; 0 first, so that text alone runs no vision tower,
-            and nothing else where there is none.
+            and nothing else where there is none. Empty where each tile is one token of a prompt:
+            then as many as there are prompt rows, or a quarter, a quarter of that, ... of them.
     """
 
     prompt: tuple[int, ...]
@@ -41,11 +42,20 @@ class Buckets:
             sizes = whole_numbers(getattr(self, name), f"buckets for {name}", least=None)
             object.__setattr__(self, name, sizes)
             rising = all(a < b for a, b in pairwise(sizes))
-            if not sizes or sizes[0] < lowest or not rising:
+            missing = not sizes and name == "prompt"
+            if missing or (sizes and sizes[0] < lowest) or not rising:
                 raise ValueError(
                     f"buckets for {name} must be increasing whole numbers from {lowest} on, "
                     f"at least one of them, not {sizes}"
                 )
+
+    def tiles_for(self, count: int, rows: int) -> int:
+        """S of a batch with so many tiles in so many prompt rows, B * T."""
+        if self.tiles or not count:
+            return bucket_for(count, self.tiles or (0,))
+        while rows // 4 >= count:
+            rows //= 4
+        return rows
 
 
 def default_buckets(config: ModelConfig) -> Buckets:
@@ -54,8 +64,14 @@ def default_buckets(config: ModelConfig) -> Buckets:
     Prompts: 64, 96, 128, 192, ... below the model's positions, which are the last size.
     Tiles: none, then the most that one image becomes (5 for the usual NeXT, 1 for LLaVA-1.5),
     doubled and doubled again; of a model that takes no pictures, none.
+
+    Where each tile is one token, prompts are of as many lengths as pictures of sizes: fewer sizes
+    then, 128, 256, 512, 1024, 1536, 2304, ..., and those of the tiles follow from them.
     """
     last, most = config.text.max_positions, config.max_tiles
+    if config.tile_tokens == 1:
+        larger = (64 * round(16 * 1.5**k) for k in range(40))
+        return Buckets((*(n for n in (128, 256, 512, *larger) if n < last), last), ())
     sizes = (size for k in range(last.bit_length()) for size in (64 << k, 96 << k) if size < last)
     tiles = (most, 2 * most, 4 * most, 8 * most) if most else ()
     return Buckets(prompt=(*sizes, last), tiles=(0, *tiles))

@@ -30,6 +30,9 @@ class ModelInputs:
             tile; S = 0 where there is no image.
         positions: int32 `[3, B, T]`: where each token stands in time, down and across, for a model
             whose rotary positions have three axes, 0 after the end; None for 0, 1, 2, ...
+        layout: int32 `[S, 4]`: number of each tile's picture and of its window in the batch, its
+            row and column in the picture; -1 after the last tile. For a tower that takes the tiles
+            of all pictures as one sequence; None for others, and where there is no image.
     """
 
     tokens: Array
@@ -37,6 +40,7 @@ class ModelInputs:
     visual_index: Array
     tiles: Array
     positions: Array | None = None
+    layout: Array | None = None
 
     def next_position(self) -> Array:
         """Where the first token of each answer stands, int32 `[B]`."""

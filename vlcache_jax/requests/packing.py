@@ -43,6 +43,8 @@ class Row(NamedTuple):
             first tile's; `NEWLINE` for the row behind all tiles. Together `[n]`.
         tiles: for each picture its tiles, float32 `[tiles, 3, side, side]`.
         positions: see `ModelInputs`, int32 `[3, m]`.
+        layout: for each picture the window, row and column of each of its tiles, int32
+            `[tiles, 3]`, windows counted from 0; of families that have a layout.
     """
 
     tokens: np.ndarray
@@ -51,6 +53,7 @@ class Row(NamedTuple):
     visual: Sequence[np.ndarray] = ()
     tiles: Sequence[np.ndarray] = ()
     positions: np.ndarray | None = None
+    layout: Sequence[np.ndarray] = ()
 
 
 class Packing:
@@ -64,7 +67,9 @@ class Packing:
         processor: the same, made ready.
         tokenizer: its tokenizer.
         image_processor: its image processor, None where it has none.
+        encoder: what is asked for a prompt's ids: the processor.
         mark: what stands for a picture in a text; None where the model takes no pictures.
+        mark_id: the token of a picture in it, -1 where there is none.
 
     Raises:
         ValueError: the processor does not belong to the model.
@@ -73,11 +78,16 @@ class Packing:
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("tokenizer.json", "tokenizer.model"),)
     """Files of a checkpoint, of each group one at least."""
 
+    has_layout: ClassVar[bool] = False
+    """Whether tiles stand in a `ModelInputs.layout`."""
+
     def __init__(self, config: ModelConfig, processor: Any):
         self.config, self.processor = config, processor
         self.tokenizer: Any = getattr(processor, "tokenizer", processor)
         self.image_processor: Any = getattr(processor, "image_processor", None)
+        self.encoder = processor
         self.mark: str | None = None
+        self.mark_id = -1
 
     @staticmethod
     def load(path: Path, config: ModelConfig) -> Any:
@@ -158,9 +168,7 @@ class Packing:
         )
         ids, spans = found["input_ids"][0], found["offset_mapping"][0]
         # In front of the processor's work a picture is its mark alone.
-        text = np.ones(ids.shape, bool)
-        if self.mark is not None:
-            text = ids != self.tokenizer.convert_tokens_to_ids(self.mark)
+        text = ids != self.mark_id
         if not np.array_equal(ids[text], tokens[~is_visual]):
             raise ValueError(
                 "the processor makes other tokens of the prompt than its tokenizer: a context "
@@ -177,7 +185,7 @@ class Packing:
     def encode(self, *, text: str, **pictures: Any) -> Any:
         """What the processor makes of a prompt."""
         try:
-            return self.processor(
+            return self.encoder(
                 text=text,
                 add_special_tokens=self._adds_special(text),
                 padding=False,  # a tokenizer may have been saved with either

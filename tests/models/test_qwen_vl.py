@@ -1,0 +1,263 @@
+"""Qwen2.5-VL is Hugging Face's: pixels, features, positions, logits and greedy answers."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+import transformers
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.vision_utils import get_vision_window_index
+
+import vlcache_jax
+from convert.program import convert
+from pallas_kernels.prefill_attention import prefill_attention
+from tests import hf
+from tests.model_files import read_tensors, same_bits
+from tests.tiny import picture, tiny_tokenizer
+from vlcache_jax import Buckets
+from vlcache_jax.models.families import bind, read_config
+from vlcache_jax.models.qwen_vl.config import QwenVLConfig, VisionConfig
+from vlcache_jax.models.qwen_vl.layout import prompt_positions, tile_places, tower_rows
+from vlcache_jax.models.qwen_vl.packing import MARK, PAD, QwenVLPacking
+from vlcache_jax.models.qwen_vl.tower import picture_attention, window_attention
+from vlcache_jax.requests.buckets import bucket_for, default_buckets
+from vlcache_jax.requests.processing import Processor
+from vlcache_jax.running.stages import Stages
+
+BOUND = 1e-4
+PATCH, TILE = 4, 8
+IMAGE_ID, VIDEO_ID = 263, 264
+SPECIAL = ("<|vision_start|>", "<|vision_end|>", PAD, "<|video_pad|>", "<|im_start|>", "<|im_end|>")
+
+# As Qwen2.5-VL's own, without its default system message.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+PROMPTS = {
+    "wide": ([(200, 30)], "<image>\nwhat is this?"),
+    "tall": ([(20, 150)], f"look: {MARK}\nwhat is this?"),
+    "square": ([(64, 64)], "<image>"),
+    "one pixel": ([(1, 1)], "<image> why?"),
+    "large": ([(300, 220)], "<image>\nname the colours"),
+    "two": ([(90, 40), (33, 77)], f"first <image> and second {MARK} differ?"),
+    "neighbours": ([(40, 40), (60, 24)], "<image><image> differ?"),
+    "none": ([], "no picture at all, only words"),
+}
+
+
+def tokenizer(chat_template=CHAT_TEMPLATE):
+    made = tiny_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    made.chat_template = chat_template
+    return made
+
+
+def image_processor():
+    size = {"shortest_edge": 2 * TILE * TILE, "longest_edge": 120 * TILE * TILE}
+    return Qwen2VLImageProcessorPil(size=size, patch_size=PATCH, merge_size=2)
+
+
+def hf_model(**text):
+    config = transformers.Qwen2_5_VLConfig(
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
+        vision_start_token_id=261,
+        vision_end_token_id=262,
+        tie_word_embeddings=text.pop("tie_word_embeddings", False),
+        text_config={
+            "vocab_size": 272,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.4,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 2, 1],
+            },
+            **text,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": PATCH,
+            "window_size": 4 * TILE,
+            "fullatt_block_indexes": [1, 3],
+            "out_hidden_size": 32,
+            "initializer_range": 0.2,
+        },
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    # No stop token: answers run to their full length.
+    for holder in (model.generation_config, model.config.get_text_config()):
+        holder.eos_token_id = None
+    return model.eval()
+
+
+def save(model, path):
+    model.save_pretrained(path)
+    image_processor().save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def hf_inputs(images, prompt):
+    """What transformers' processor makes of a raw prompt, without its half for videos."""
+    data, text = {}, prompt.replace("<image>", MARK)
+    if images:
+        data = dict(image_processor()(images=images, return_tensors="pt"))
+        for _, height, width in data["image_grid_thw"].tolist():
+            text = text.replace(PAD, "<pad>" * (height * width // 4), 1)
+        text = text.replace("<pad>", PAD)
+    ids = torch.tensor(tokenizer()(text)["input_ids"])[None]
+    kinds = (ids == IMAGE_ID).int()
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": kinds,
+    } | data
+
+
+class Pair:
+    """The same model twice: Hugging Face's and ours, loaded from its files; compiled once."""
+
+    def __init__(self, folder):
+        self.theirs = hf_model()
+        self.path = save(self.theirs, folder / "model")
+        self.ours = vlcache_jax.load(self.path, buckets=Buckets(prompt=(256,), tiles=(0, 256)))
+        self.ours.stop_ids = ()  # as Hugging Face's model: the tokenizer's own would be taken
+        self.logits = jax.jit(Stages(self.ours.config).prompt_logits)
+        self.vision = jax.jit(self._vision)
+
+    def _vision(self, params, tiles, layout):
+        def attend(*heads):
+            return prefill_attention(*heads, causal=False)
+
+        model = bind(self.ours.config)(params)
+        features = model.vision(tiles, layout, attend=attend)
+        return model.visual_rows(tiles, layout, attend), features
+
+    def inputs(self, name):
+        sizes, prompt = PROMPTS[name]
+        images = [picture(*size) for size in sizes]
+        return self.ours.processor(images, prompt, raw_prompt=True), hf_inputs(images, prompt)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return Pair(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_tokens_and_positions(pair, name):
+    inputs, theirs = pair.inputs(name)
+    length = int(inputs.length[0])
+    assert inputs.tokens[0, :length].tolist() == theirs["input_ids"][0].tolist()
+    grids = theirs.get("image_grid_thw")
+    positions, delta = pair.theirs.model.get_rope_index(
+        theirs["input_ids"], theirs["mm_token_type_ids"], image_grid_thw=grids
+    )
+    assert np.array_equal(inputs.positions[:, 0, :length], positions[:, 0])
+    assert inputs.next_position().tolist() == [length + int(delta)]
+    assert not inputs.positions[:, 0, length:].any()
+
+
+@pytest.mark.parametrize("name", [name for name in PROMPTS if name != "none"])
+def test_features_and_visual_rows(pair, name):
+    inputs, theirs = pair.inputs(name)
+    with torch.no_grad():
+        out = pair.theirs.model.visual(theirs["pixel_values"], theirs["image_grid_thw"])
+    rows, features = map(np.asarray, pair.vision(pair.ours.params, inputs.tiles, inputs.layout))
+    own = inputs.visual_index[inputs.visual_index >= 0]
+    assert hf.relative_error(rows[own], out.pooler_output) < BOUND
+    # Theirs are in the tower's order, as ours are.
+    tower = features[: len(own)].reshape(-1, features.shape[-1])
+    assert hf.relative_error(tower, out.last_hidden_state) < BOUND
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_logits_of_every_position(pair, name):
+    inputs, theirs = pair.inputs(name)
+    with torch.no_grad():
+        expected = pair.theirs(**theirs).logits[0].numpy()
+    logits = np.asarray(pair.logits(pair.ours.params, inputs))
+    length = int(inputs.length[0])
+    assert length == len(expected)
+    assert hf.relative_error(logits[0, :length], expected) < BOUND
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_same_greedy_tokens(pair, name):
+    sizes, prompt = PROMPTS[name]
+    images = [picture(*size) for size in sizes]
+    theirs = hf_inputs(images, prompt)
+    with torch.no_grad():
+        out = pair.theirs.generate(**theirs, max_new_tokens=32, do_sample=False, pad_token_id=3)
+    expected = out[0, theirs["input_ids"].shape[1] :].tolist()
+    answer = pair.ours.generate(images, prompt, max_new_tokens=32, raw_prompt=True)
+    assert answer.tokens == expected
+    assert len(set(expected)) > 3, "the model says one thing only: the test would prove little"
+
+
+def test_a_batch_of_unequal_prompts_equals_batch_one(pair):
+    prompts = [PROMPTS[name] for name in ("tall", "none", "two", "one pixel")]
+    images = [[picture(*size) for size in sizes] for sizes, _ in prompts]
+    texts = [text for _, text in prompts]
+    batch = pair.ours.generate(images, texts, max_new_tokens=32, raw_prompt=True, cache="vl-cache")
+    for row, (pictures, text) in enumerate(zip(images, texts, strict=True)):
+        asked = {"max_new_tokens": 32, "raw_prompt": True, "cache": "vl-cache"}
+        alone = pair.ours.generate(pictures, text, **asked)
+        assert batch[row].tokens == alone.tokens
+        assert batch[row].prompt_tokens == alone.prompt_tokens
+        assert batch[row].cache.kept_bytes == alone.cache.kept_bytes
+
+
+def test_padding_is_not_read(pair):
+    inputs, _ = pair.inputs("two")
+    count = np.count_nonzero(inputs.visual_index >= 0)
+    tiles, layout = (np.array(x) for x in (inputs.tiles, inputs.layout))
+    assert (layout[count:] == -1).all()
+    clean, _ = pair.vision(pair.ours.params, tiles, layout)
+    tiles[count:] = np.nan
+    dirty, _ = pair.vision(pair.ours.params, tiles, layout)
+    assert np.array_equal(clean[:count], dirty[:count])
+    assert np.isfinite(dirty).all()
+
+
+def test_converted_and_loaded_by_transformers_again(pair, tmp_path):
+    there = convert(pair.path, tmp_path / "orbax")
+    back = convert(there, tmp_path / "back", to_hf=True)
+    assert same_bits(read_tensors(back), read_tensors(pair.path))
+    loaded, info = type(pair.theirs).from_pretrained(back, output_loading_info=True)
+    assert {key: list(value) for key, value in info.items() if value} == {}
+    converted = vlcache_jax.load(there)
+    equal = jax.tree.map(lambda a, b: bool((a == b).all()), converted.params, pair.ours.params)
+    assert jax.tree.all(equal)
+    _, theirs = pair.inputs("two")
+    with torch.no_grad():
+        assert torch.equal(loaded(**theirs).logits, pair.theirs(**theirs).logits)
