@@ -1,19 +1,14 @@
 """Qwen2.5-VL is Hugging Face's: pixels, features, positions, logits and greedy answers."""
 
-import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.vision_utils import get_vision_window_index
 
 import vlcache_jax
 from convert.program import convert
@@ -22,13 +17,8 @@ from tests import hf
 from tests.model_files import read_tensors, same_bits
 from tests.tiny import picture, tiny_tokenizer
 from vlcache_jax import Buckets
-from vlcache_jax.models.families import bind, read_config
-from vlcache_jax.models.qwen_vl.config import QwenVLConfig, VisionConfig
-from vlcache_jax.models.qwen_vl.layout import prompt_positions, tile_places, tower_rows
-from vlcache_jax.models.qwen_vl.packing import MARK, PAD, QwenVLPacking
-from vlcache_jax.models.qwen_vl.tower import picture_attention, window_attention
-from vlcache_jax.requests.buckets import bucket_for, default_buckets
-from vlcache_jax.requests.processing import Processor
+from vlcache_jax.models.families import bind
+from vlcache_jax.models.qwen_vl.packing import MARK, PAD
 from vlcache_jax.running.stages import Stages
 
 BOUND = 1e-4

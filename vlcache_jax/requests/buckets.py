@@ -30,20 +30,21 @@ class Buckets:
     Attributes:
         prompt: T, prompt tokens.
         tiles: S, image tiles of a whole batch; 0 first, so that text alone runs no vision tower,
-            and nothing else where there is none. Empty where each tile is one token of a prompt:
+            and nothing else where there is none. None where each tile is one token of a prompt:
             then as many as there are prompt rows, or a quarter, a quarter of that, ... of them.
     """
 
     prompt: tuple[int, ...]
-    tiles: tuple[int, ...]
+    tiles: tuple[int, ...] | None
 
     def __post_init__(self) -> None:
         for name, lowest in (("prompt", 1), ("tiles", 0)):
+            if name == "tiles" and self.tiles is None:
+                continue
             sizes = whole_numbers(getattr(self, name), f"buckets for {name}", least=None)
             object.__setattr__(self, name, sizes)
             rising = all(a < b for a, b in pairwise(sizes))
-            missing = not sizes and name == "prompt"
-            if missing or (sizes and sizes[0] < lowest) or not rising:
+            if not sizes or sizes[0] < lowest or not rising:
                 raise ValueError(
                     f"buckets for {name} must be increasing whole numbers from {lowest} on, "
                     f"at least one of them, not {sizes}"
@@ -51,11 +52,11 @@ class Buckets:
 
     def tiles_for(self, count: int, rows: int) -> int:
         """S of a batch with so many tiles in so many prompt rows, B * T."""
-        if self.tiles or not count:
-            return bucket_for(count, self.tiles or (0,))
-        while rows // 4 >= count:
+        if self.tiles is not None:
+            return bucket_for(count, self.tiles)
+        while count and rows // 4 >= count:
             rows //= 4
-        return rows
+        return rows if count else 0
 
 
 def default_buckets(config: ModelConfig) -> Buckets:
@@ -71,7 +72,7 @@ def default_buckets(config: ModelConfig) -> Buckets:
     last, most = config.text.max_positions, config.max_tiles
     if config.tile_tokens == 1:
         larger = (64 * round(16 * 1.5**k) for k in range(40))
-        return Buckets((*(n for n in (128, 256, 512, *larger) if n < last), last), ())
+        return Buckets((*(n for n in (128, 256, 512, *larger) if n < last), last), None)
     sizes = (size for k in range(last.bit_length()) for size in (64 << k, 96 << k) if size < last)
     tiles = (most, 2 * most, 4 * most, 8 * most) if most else ()
     return Buckets(prompt=(*sizes, last), tiles=(0, *tiles))
