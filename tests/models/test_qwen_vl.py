@@ -1,41 +1,34 @@
 """Qwen2.5-VL is Hugging Face's: pixels, features, positions, logits and greedy answers."""
 
+import copy
+import json
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch")
 
 import transformers
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.vision_utils import get_vision_window_index
 
 import vlcache_jax
 from convert.program import convert
 from pallas_kernels.prefill_attention import prefill_attention
 from tests import hf
 from tests.model_files import read_tensors, same_bits
-from tests.tiny import picture, tiny_tokenizer
+from tests.tiny import picture
+from tests.tiny_qwen import IMAGE_ID, PATCH, qwen_images, qwen_json, qwen_tokenizer
 from vlcache_jax import Buckets
 from vlcache_jax.models.families import bind
+from vlcache_jax.models.qwen_vl.layout import tile_places, tower_rows
 from vlcache_jax.models.qwen_vl.packing import MARK, PAD
 from vlcache_jax.running.stages import Stages
 
 BOUND = 1e-4
-PATCH, TILE = 4, 8
-IMAGE_ID, VIDEO_ID = 263, 264
-SPECIAL = ("<|vision_start|>", "<|vision_end|>", PAD, "<|video_pad|>", "<|im_start|>", "<|im_end|>")
-
-# As Qwen2.5-VL's own, without its default system message.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 PROMPTS = {
     "wide": ([(200, 30)], "<image>\nwhat is this?"),
     "tall": ([(20, 150)], f"look: {MARK}\nwhat is this?"),
@@ -48,55 +41,12 @@ PROMPTS = {
 }
 
 
-def tokenizer(chat_template=CHAT_TEMPLATE):
-    made = tiny_tokenizer()
-    made.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
-    made.chat_template = chat_template
-    return made
-
-
-def image_processor():
-    size = {"shortest_edge": 2 * TILE * TILE, "longest_edge": 120 * TILE * TILE}
-    return Qwen2VLImageProcessorPil(size=size, patch_size=PATCH, merge_size=2)
-
-
 def hf_model(**text):
+    data = qwen_json(**text)
     config = transformers.Qwen2_5_VLConfig(
-        image_token_id=IMAGE_ID,
-        video_token_id=VIDEO_ID,
-        vision_start_token_id=261,
-        vision_end_token_id=262,
-        tie_word_embeddings=text.pop("tie_word_embeddings", False),
-        text_config={
-            "vocab_size": 272,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "initializer_range": 0.4,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [1, 2, 1],
-            },
-            **text,
-        },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": PATCH,
-            "window_size": 4 * TILE,
-            "fullatt_block_indexes": [1, 3],
-            "out_hidden_size": 32,
-            "initializer_range": 0.2,
-        },
+        **data, vision_start_token_id=261, vision_end_token_id=262
     )
+    config.text_config.initializer_range, config.vision_config.initializer_range = 0.4, 0.2
     torch.manual_seed(0)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     with torch.no_grad():
@@ -111,8 +61,8 @@ def hf_model(**text):
 
 def save(model, path):
     model.save_pretrained(path)
-    image_processor().save_pretrained(path)
-    tokenizer().save_pretrained(path)
+    qwen_images().save_pretrained(path)
+    qwen_tokenizer().save_pretrained(path)
     return path
 
 
@@ -120,11 +70,11 @@ def hf_inputs(images, prompt):
     """What transformers' processor makes of a raw prompt, without its half for videos."""
     data, text = {}, prompt.replace("<image>", MARK)
     if images:
-        data = dict(image_processor()(images=images, return_tensors="pt"))
+        data = dict(qwen_images()(images=images, return_tensors="pt"))
         for _, height, width in data["image_grid_thw"].tolist():
             text = text.replace(PAD, "<pad>" * (height * width // 4), 1)
         text = text.replace("<pad>", PAD)
-    ids = torch.tensor(tokenizer()(text)["input_ids"])[None]
+    ids = torch.tensor(qwen_tokenizer()(text)["input_ids"])[None]
     kinds = (ids == IMAGE_ID).int()
     return {
         "input_ids": ids,
@@ -251,3 +201,82 @@ def test_converted_and_loaded_by_transformers_again(pair, tmp_path):
     _, theirs = pair.inputs("two")
     with torch.no_grad():
         assert torch.equal(loaded(**theirs).logits, pair.theirs(**theirs).logits)
+
+
+def flat(config):
+    """A config.json as the checkpoints of 2025 have it."""
+    text = dict(config["text_config"])
+    rope = text.pop("rope_parameters")
+    tower = {
+        k: v
+        for k, v in config["vision_config"].items()
+        if k not in ("rope_parameters", "in_channels")
+    }
+    rest = {k: v for k, v in config.items() if k not in ("text_config", "vision_config")}
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    return {
+        **text,
+        **rest,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": scaling,
+        "sliding_window": 64,
+        "vision_config": {**tower, "model_type": "qwen2_5_vl", "in_chans": 3},
+    }
+
+
+def test_tied_and_spelled_in_the_old_way_and_as_transformers_5_has_it_in_memory(tmp_path):
+    model = hf_model(tie_word_embeddings=True)
+    path = save(model, tmp_path / "model")
+    _, prompt = PROMPTS["two"]
+    images = [picture(*size) for size in PROMPTS["two"][0]]
+    theirs = hf_inputs(images, prompt)
+    with torch.no_grad():
+        expected = model(**theirs).logits[0].numpy()
+    ours = vlcache_jax.load(path)
+    assert "kernel" not in ours.params["head"]
+    inputs = ours.processor(images, prompt, raw_prompt=True)
+    logits = jax.jit(Stages(ours.config).prompt_logits)(ours.params, inputs)
+    assert hf.relative_error(logits[0, : len(expected)], expected) < BOUND
+
+    file = path / "config.json"
+    file.write_text(json.dumps(flat(json.loads(file.read_text()))))
+    tensors = {
+        (
+            f"model.{name}"
+            if name.startswith("visual.")
+            else name.replace("model.", "model.language_model.", 1)
+        ): x
+        for name, x in read_tensors(path).items()
+    }
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    again = vlcache_jax.load(path)
+    assert again.config == ours.config
+    equal = jax.tree.map(lambda a, b: bool((a == b).all()), again.params, ours.params)
+    assert jax.tree.all(equal)
+    assert type(model).from_pretrained(path).config.text_config.rope_parameters["rope_theta"] == 1e4
+
+
+def test_bfloat16_is_no_further_from_float32_than_hugging_face_is(pair):
+    ours = vlcache_jax.load(pair.path, dtype="bfloat16")
+    inputs, theirs = pair.inputs("two")
+    with torch.no_grad():
+        expected = pair.theirs(**theirs).logits[0].numpy()
+        half = copy.deepcopy(pair.theirs).to(torch.bfloat16)
+        hf_logits = half(**theirs).logits[0].float().numpy()
+    logits = np.asarray(pair.logits(ours.params, inputs))
+    error = hf.relative_error(logits[0, : len(expected)], expected)
+    assert error < 1.25 * hf.relative_error(hf_logits, expected)
+
+
+grids = st.tuples(st.integers(1, 20), st.integers(1, 20))
+
+
+@given(grid=grids, side=st.integers(1, 5))
+def test_windows_are_transformers(grid, side):
+    size = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]])
+    index, ends = get_vision_window_index(size, 2, 2 * side * PATCH, PATCH)
+    window, row, column = tile_places(grid, side).T
+    assert (row * grid[1] + column).tolist() == index.tolist()
+    borders = np.flatnonzero(np.diff(window)) + 1
+    assert [0, *(4 * borders), 4 * len(window)] == ends.tolist()
+    assert (index.numpy()[tower_rows(grid, side)] == np.arange(len(index))).all()

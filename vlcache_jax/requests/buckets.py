@@ -21,6 +21,10 @@ from vlcache_jax.errors import whole_numbers
 from vlcache_jax.models.config import ModelConfig
 
 
+FEW_TILES = 256
+"""Tiles of one token each that are not worth a program of their own for fewer."""
+
+
 @dataclass(frozen=True)
 class Buckets:
     """The sizes that shapes are padded up to, each list in increasing order.
@@ -54,7 +58,7 @@ class Buckets:
         """S of a batch with so many tiles in so many prompt rows, B * T."""
         if self.tiles is not None:
             return bucket_for(count, self.tiles)
-        while count and rows // 4 >= count:
+        while rows // 4 >= max(count, FEW_TILES):
             rows //= 4
         return rows if count else 0
 
