@@ -21,6 +21,7 @@ from tests.tiny_qwen import (
     qwen_tokenizer,
 )
 from vlcache_jax.models.families import read_config
+from vlcache_jax.models.qwen_vl.config import QwenVLConfig
 from vlcache_jax.models.qwen_vl.layout import prompt_positions
 from vlcache_jax.models.qwen_vl.packing import MARK, PAD, QwenVLProcessor
 from vlcache_jax.models.qwen_vl.tower import picture_attention, window_attention
@@ -76,7 +77,7 @@ def processor():
 
 class TestConfig:
     def test_the_published_one(self):
-        config = read_config(PUBLISHED)
+        config = QwenVLConfig.from_hf(PUBLISHED)
         text, vision = config.text, config.vision
         assert (text.kind, text.head_dim, text.tie_embeddings) == ("qwen2", 128, True)
         assert text.rope.theta == 1e6
@@ -304,14 +305,14 @@ def test_windows_and_pictures_attend_to_themselves_alone(sizes, seed):
     rows = 135  # one shape, or each example compiles programs of its own
     segment = np.pad(parts, (0, rows - len(parts)), constant_values=-1)
     rng = np.random.default_rng(seed)
-    heads = tuple(rng.standard_normal((3, rows, 2, 4)).astype(np.float32))
+    heads = rng.standard_normal((3, rows, 2, 4)).astype(np.float32)
     inside = segment >= 0
     q, k, v = (x[inside].astype(np.float64) for x in heads)
     logits = np.einsum("qnh,knh->nqk", q, k) / 2
     same = segment[inside][:, None] == segment[inside]
     weights = np.where(same, np.exp(logits), 0)
     expected = np.einsum("nqk,knh->qnh", weights / weights.sum(-1, keepdims=True), v)
-    arrays = tuple(map(jnp.asarray, heads))
+    arrays = jnp.asarray(heads[0]), jnp.asarray(heads[1]), jnp.asarray(heads[2])
     windows = np.asarray(window_attention(arrays, jnp.asarray(segment), 16))
     np.testing.assert_allclose(windows[inside], expected, atol=1e-5)
     assert np.isfinite(windows).all()

@@ -20,7 +20,6 @@ from itertools import pairwise
 from vlcache_jax.errors import whole_numbers
 from vlcache_jax.models.config import ModelConfig
 
-
 FEW_TILES = 256
 """Tiles of one token each that are not worth a program of their own for fewer."""
 
