@@ -172,7 +172,7 @@ def describe(
                 {"size": size, "padding": share}
                 for size, share in zip(sizes, padding_shares(sizes), strict=True)
             ]
-            for name, sizes in dataclasses.asdict(buckets).items()
+            for name, sizes in (("prompt", buckets.prompt), ("tiles", buckets.tiles or (0,)))
         },
         "memory": {
             "context": context,

@@ -30,10 +30,23 @@ class Decoder(nnx.Module):
 
         Args:
             inputs: the prompts.
-            attend: full attention of q, k and v [S, P + 1, N, H] each, for a vision tower.
+            attend: full attention of q, k and v [S, P + 1, N, H] each, for a vision tower; a fourth
+                argument, int32 [S], says how many of their rows count.
         """
         return self.embed(inputs.tokens)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final hidden states [..., D] -> logits [..., V] in float32."""
         return self.head(x, self.embed)
+
+
+def with_visual_rows(text: jax.Array, table: jax.Array, index: jax.Array) -> jax.Array:
+    """Embeddings with the rows of visual tokens in their places.
+
+    Args:
+        text: embeddings of the tokens, [B, T, D].
+        table: the rows, [R, D].
+        index: `ModelInputs.visual_index` [B, T].
+    """
+    visual = jnp.take(table, jnp.maximum(index, 0), axis=0)
+    return jnp.where((index >= 0)[..., None], visual, text)

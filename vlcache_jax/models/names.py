@@ -31,6 +31,11 @@ def kernel(x: np.ndarray) -> Parts:
     return [(np.moveaxis(x, -1, 0), (x.shape[-1], -1))]
 
 
+def convolution(x: np.ndarray) -> Parts:
+    """[in, sides ..., out]: the kernel of a convolution, [out, in, sides ...]."""
+    return same(np.moveaxis(x, -1, 0))
+
+
 def stacked(x: np.ndarray) -> Parts:
     """[in, n, out ...]: n times [out, in]."""
     return [(np.moveaxis(x[:, i], 0, -1), (-1, x.shape[0])) for i in range(x.shape[1])]

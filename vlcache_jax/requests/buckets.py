@@ -20,6 +20,9 @@ from itertools import pairwise, takewhile
 from vlcache_jax.errors import whole_numbers
 from vlcache_jax.models.config import ModelConfig
 
+FEW_TILES = 256
+"""Tiles of one token each that are not worth a program of their own for fewer."""
+
 
 @dataclass(frozen=True)
 class Buckets:
@@ -30,14 +33,17 @@ class Buckets:
     Attributes:
         prompt: T, prompt tokens.
         tiles: S, image tiles of a whole batch; 0 first, so that text alone runs no vision tower,
-            and nothing else where there is none.
+            and nothing else where there is none. None where each tile is one token of a prompt:
+            then as many as there are prompt rows, or a quarter, a quarter of that, ... of them.
     """
 
     prompt: tuple[int, ...]
-    tiles: tuple[int, ...]
+    tiles: tuple[int, ...] | None
 
     def __post_init__(self) -> None:
         for name, lowest in (("prompt", 1), ("tiles", 0)):
+            if name == "tiles" and self.tiles is None:
+                continue
             sizes = whole_numbers(getattr(self, name), f"buckets for {name}", least=None)
             object.__setattr__(self, name, sizes)
             rising = all(a < b for a, b in pairwise(sizes))
@@ -47,6 +53,14 @@ class Buckets:
                     f"at least one of them, not {sizes}"
                 )
 
+    def tiles_for(self, count: int, rows: int) -> int:
+        """S of a batch with so many tiles in so many prompt rows, B * T."""
+        if self.tiles is not None:
+            return bucket_for(count, self.tiles)
+        while rows // 4 >= max(count, FEW_TILES):
+            rows //= 4
+        return rows if count else 0
+
 
 def default_buckets(config: ModelConfig) -> Buckets:
     """The buckets for a model.
@@ -55,8 +69,14 @@ def default_buckets(config: ModelConfig) -> Buckets:
     Tiles: none, then the most that one image becomes (5 for the usual NeXT, 1 for LLaVA-1.5), or
     half of it and half again where that is more than 8 (5 of OneVision's 37), doubled and doubled
     again; of a model that takes no pictures, none.
+
+    Where each tile is one token, prompts are of as many lengths as pictures of sizes: fewer sizes
+    then, 128, 256, 512, 1024, 1536, 2304, ..., and those of the tiles follow from them.
     """
     last, most = config.text.max_positions, config.max_tiles
+    if config.tile_tokens == 1:
+        larger = (64 * round(16 * 1.5**k) for k in range(40))
+        return Buckets((*(n for n in (128, 256, 512, *larger) if n < last), last), None)
     sizes = (size for k in range(last.bit_length()) for size in (64 << k, 96 << k) if size < last)
     least = most
     while least > 8:

@@ -45,6 +45,9 @@ class ModelInputs:
             whose rotary positions have three axes, 0 after the end; None for 0, 1, 2, ...
         interpolation: what visual tokens are, of a family whose grids are scaled down; None where
             each is the row that `visual_index` says.
+        layout: int32 `[S, 4]`: number of each tile's picture and of its window in the batch, its
+            row and column in the picture; -1 after the last tile. For a tower that takes the tiles
+            of all pictures as one sequence; None for others, and where there is no image.
     """
 
     tokens: Array
@@ -53,6 +56,7 @@ class ModelInputs:
     tiles: Array
     positions: Array | None = None
     interpolation: Interpolation | None = None
+    layout: Array | None = None
 
     def next_position(self) -> Array:
         """Where the first token of each answer stands, int32 `[B]`."""

@@ -26,6 +26,9 @@ Text: TypeAlias = str | Messages
 
 ROLES = "system", "user", "assistant"
 
+IMAGE = "<image>"
+"""What stands for a picture in any family's prompts, beside the family's own mark."""
+
 EDGES = "\ufdd0", "\ufdd1"
 """Around a context until a prompt is rendered: two of Unicode's codes that are no characters."""
 
@@ -126,7 +129,8 @@ def _message(
             case {"type": "image", **rest} if not rest:
                 parts.append({"type": "image"})
             case {"type": "text", "text": str(words), **rest} if not rest:
-                pieces = readable(words).split(mark) if mark else [readable(words)]
+                words = marked(readable(words), mark)
+                pieces = words.split(mark) if mark else [words]
                 for number, piece in enumerate(pieces):
                     if not breaks and number > 0:
                         piece = piece.removeprefix("\n")
@@ -141,6 +145,11 @@ def _message(
                     "themselves as images"
                 )
     return {"role": role, "content": parts}
+
+
+def marked(text: str, mark: str | None) -> str:
+    """The text with the family's own mark for every picture."""
+    return text.replace(IMAGE, mark) if mark else text
 
 
 def readable(text: str) -> str:

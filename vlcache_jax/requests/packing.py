@@ -62,6 +62,8 @@ class Row(NamedTuple):
         positions: see `ModelInputs`, int32 `[3, m]`.
         weights: for each picture those of its rows, float32, together `[n, C]`; none where a token
             is one row.
+        layout: for each picture the window, row and column of each of its tiles, int32
+            `[tiles, 3]`, windows counted from 0; of families that have a layout.
     """
 
     tokens: np.ndarray
@@ -71,6 +73,7 @@ class Row(NamedTuple):
     tiles: Sequence[np.ndarray] = ()
     positions: np.ndarray | None = None
     weights: Sequence[np.ndarray] = ()
+    layout: Sequence[np.ndarray] = ()
 
 
 class Packing:
@@ -84,7 +87,9 @@ class Packing:
         processor: the same, made ready.
         tokenizer: its tokenizer.
         image_processor: its image processor, None where it has none.
+        encoder: what is asked for a prompt's ids: the processor.
         mark: what stands for a picture in a text; None where the model takes no pictures.
+        mark_id: the token of a picture in it, -1 where there is none.
 
     Raises:
         ValueError: the processor does not belong to the model.
@@ -95,12 +100,16 @@ class Packing:
 
     neighbours: ClassVar[int] = 0
     """C: the rows of which a visual token is a weighted sum; 0 where it is one row."""
+    has_layout: ClassVar[bool] = False
+    """Whether tiles stand in a `ModelInputs.layout`."""
 
     def __init__(self, config: ModelConfig, processor: Any):
         self.config, self.processor = config, processor
         self.tokenizer: Any = getattr(processor, "tokenizer", processor)
         self.image_processor: Any = getattr(processor, "image_processor", None)
+        self.encoder = processor
         self.mark: str | None = None
+        self.mark_id = -1
 
     @staticmethod
     def load(path: Path, config: ModelConfig) -> Any:
@@ -195,9 +204,7 @@ class Packing:
         )
         ids, spans = found["input_ids"][0], found["offset_mapping"][0]
         # In front of the processor's work a picture is its mark alone.
-        text = np.ones(ids.shape, bool)
-        if self.mark is not None:
-            text = ids != self.tokenizer.convert_tokens_to_ids(self.mark)
+        text = ids != self.mark_id
         if not np.array_equal(ids[text], tokens[~is_visual]):
             raise ValueError(
                 "the processor makes other tokens of the prompt than its tokenizer: a context "
@@ -214,7 +221,7 @@ class Packing:
     def encode(self, *, text: str, **pictures: Any) -> Any:
         """What the processor makes of a prompt."""
         try:
-            return self.processor(
+            return self.encoder(
                 text=text,
                 add_special_tokens=self._adds_special(text),
                 padding=False,  # a tokenizer may have been saved with either

@@ -23,6 +23,7 @@ from vlcache_jax.requests.messages import (
     Text,
     conversation,
     is_one,
+    marked,
     readable,
 )
 from vlcache_jax.requests.packing import NEWLINE, Patches, Rendered, Row
@@ -166,7 +167,7 @@ class Processor:
         groups[-1] += [rows[-1]] * (size - len(groups[-1]))
         counts = [sum(len(tiles) for row in group for tiles in row.tiles) for group in groups]
         t = bucket_for(max(row.tokens.size for row in rows), self.buckets.prompt)
-        s = bucket_for(max(counts), self.buckets.tiles)
+        s = self.buckets.tiles_for(max(counts), size * t)
         return [self._pad(group, t, s) for group in groups]
 
     def patches(self, sizes: Sequence[tuple[int, int]]) -> list[Patches]:
@@ -205,7 +206,7 @@ class Processor:
             raise ValueError("raw_prompt takes a string, not messages: leave one of them out")
         conversation(text, num_images, self._packing.mark, True, context=context)
         before = readable(context or "")
-        return Rendered(before + readable(text), (0, len(before)))
+        return Rendered(before + marked(readable(text), self._packing.mark), (0, len(before)))
 
     def _pad(self, rows: list[Row], t: int, s: int) -> ModelInputs:
         """The rows as arrays of T prompt rows and S tiles."""
@@ -235,7 +236,19 @@ class Processor:
                     interpolation.rows[b, row.places] = found
                     interpolation.weights[b, row.places] = np.concatenate(row.weights)
         length = np.array([row.tokens.size for row in rows], np.int32)
-        return ModelInputs(tokens, length, visual_index, tiles, positions, interpolation)
+        layout = _layout(rows, s) if s and self._packing.has_layout else None
+        return ModelInputs(tokens, length, visual_index, tiles, positions, interpolation, layout)
+
+
+def _layout(rows: list[Row], s: int) -> np.ndarray:
+    """`ModelInputs.layout` of the rows, for S tiles."""
+    layout, windows, first = np.full((s, 4), -1, np.int32), 0, 0
+    for picture, places in enumerate(places for row in rows for places in row.layout):
+        own = layout[first : first + len(places)]
+        own[:, 0], own[:, 1:] = picture, places
+        own[:, 1] += windows
+        first, windows = first + len(places), windows + places[-1, 0] + 1
+    return layout
 
 
 def _pair(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlcache_jax.models.decoder import Decoder
+from vlcache_jax.models.decoder import Decoder, with_visual_rows
 from vlcache_jax.models.layers import DType, Linear, normal
 from vlcache_jax.models.llava.clip import Attend, VisionTower
 from vlcache_jax.models.llava.config import LlavaConfig
@@ -58,11 +58,10 @@ class Llava(Decoder):
         if inputs.tiles.shape[0] == 0:
             return text
         table = self.visual_rows(inputs.tiles, attend)
-        if inputs.interpolation is None:
-            visual = jnp.take(table, jnp.maximum(inputs.visual_index, 0), axis=0)
-        else:
+        if inputs.interpolation is not None:
             visual = _interpolated(table, inputs.interpolation)
-        return jnp.where((inputs.visual_index >= 0)[..., None], visual, text)
+            return jnp.where((inputs.visual_index >= 0)[..., None], visual, text)
+        return with_visual_rows(text, table, inputs.visual_index)
 
 
 def _interpolated(table: jax.Array, interpolation: Interpolation) -> jax.Array:

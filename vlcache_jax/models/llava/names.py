@@ -6,6 +6,7 @@ from vlcache_jax.models.names import (
     HUB,
     Names,
     Parts,
+    convolution,
     decoder_table,
     kernel,
     modules,
@@ -19,11 +20,6 @@ def _stacked_bias(x: np.ndarray) -> Parts:
     return [(x[i], (-1,)) for i in range(x.shape[0])]
 
 
-def _patches(x: np.ndarray) -> Parts:
-    """[3, p, p, D]: the kernel of a convolution, [D, 3, p, p]."""
-    return same(np.moveaxis(x, -1, 0))
-
-
 _TOWER = "vision_tower.vision_model."
 _LAYER = _TOWER + "encoder.layers.{}."
 
@@ -34,7 +30,7 @@ def _qkv(kind: str) -> tuple[str, ...]:
 
 LLAVA = Names(
     {
-        "vision.patch_embedding": (_patches, _TOWER + "embeddings.patch_embedding.weight"),
+        "vision.patch_embedding": (convolution, _TOWER + "embeddings.patch_embedding.weight"),
         "vision.patch_bias": (same, _TOWER + "embeddings.patch_embedding.bias"),
         "vision.class_embedding": (same, _TOWER + "embeddings.class_embedding"),
         "vision.position_embedding": (same, _TOWER + "embeddings.position_embedding.weight"),

@@ -46,12 +46,12 @@ class LlavaPacking(Packing):
         for name, value in self.settings().items():
             setattr(self.processor, name, value)
         self.mark = str(processor.image_token)
-        token_id = self.tokenizer.convert_tokens_to_ids(self.mark)
-        if token_id != config.image_token_id:
+        self.mark_id = self.tokenizer.convert_tokens_to_ids(self.mark)
+        if self.mark_id != config.image_token_id:
             raise ValueError(
-                f"the tokenizer's id of {self.mark} is {token_id}, but the model's image_token_id "
-                f"is {config.image_token_id}: correct image_token_index in config.json or use the "
-                "tokenizer files of the same checkpoint"
+                f"the tokenizer's id of {self.mark} is {self.mark_id}, but the model's "
+                f"image_token_id is {config.image_token_id}: correct image_token_index in "
+                "config.json or use the tokenizer files of the same checkpoint"
             )
         if config.grid_pinpoints:
             given = self.image_processor.image_grid_pinpoints

@@ -1,0 +1,283 @@
+"""Qwen2.5-VL is Hugging Face's: pixels, features, positions, logits and greedy answers."""
+
+import copy
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+torch = pytest.importorskip("torch")
+
+import transformers
+from transformers.vision_utils import get_vision_window_index
+
+import vlcache_jax
+from convert.program import convert
+from pallas_kernels.prefill_attention import prefill_attention
+from tests import hf
+from tests.model_files import read_tensors, same_bits
+from tests.tiny import picture
+from tests.tiny_qwen import IMAGE_ID, PATCH, qwen_images, qwen_json, qwen_tokenizer
+from vlcache_jax import Buckets
+from vlcache_jax.models.families import bind
+from vlcache_jax.models.qwen_vl.layout import tile_places, tower_rows
+from vlcache_jax.models.qwen_vl.packing import MARK, PAD
+from vlcache_jax.running.stages import Stages
+
+BOUND = 1e-4
+PROMPTS = {
+    "wide": ([(200, 30)], "<image>\nwhat is this?"),
+    "tall": ([(20, 150)], f"look: {MARK}\nwhat is this?"),
+    "square": ([(64, 64)], "<image>"),
+    "one pixel": ([(1, 1)], "<image> why?"),
+    "large": ([(300, 220)], "<image>\nname the colours"),
+    "two": ([(90, 40), (33, 77)], f"first <image> and second {MARK} differ?"),
+    "neighbours": ([(40, 40), (60, 24)], "<image><image> differ?"),
+    "none": ([], "no picture at all, only words"),
+}
+
+
+def hf_model(**text):
+    data = qwen_json(initializer_range=0.4, **text)
+    data["vision_config"]["initializer_range"] = 0.2
+    config = transformers.Qwen2_5_VLConfig(
+        **data, vision_start_token_id=261, vision_end_token_id=262
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    # No stop token: answers run to their full length.
+    for holder in (model.generation_config, model.config.get_text_config()):
+        holder.eos_token_id = None
+    return model.eval()
+
+
+def save(model, path):
+    model.save_pretrained(path)
+    qwen_images().save_pretrained(path)
+    qwen_tokenizer().save_pretrained(path)
+    return path
+
+
+def hf_inputs(images, prompt):
+    """What transformers' processor makes of a raw prompt, without its half for videos."""
+    data, text = {}, prompt.replace("<image>", MARK)
+    if images:
+        data = dict(qwen_images()(images=images, return_tensors="pt"))
+        for _, height, width in data["image_grid_thw"].tolist():
+            text = text.replace(PAD, "<pad>" * (height * width // 4), 1)
+        text = text.replace("<pad>", PAD)
+    ids = torch.tensor(qwen_tokenizer()(text)["input_ids"])[None]
+    kinds = (ids == IMAGE_ID).int()
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": kinds,
+    } | data
+
+
+class Pair:
+    """The same model twice: Hugging Face's and ours, loaded from its files; compiled once."""
+
+    def __init__(self, folder):
+        self.theirs = hf_model()
+        self.path = save(self.theirs, folder / "model")
+        self.ours = vlcache_jax.load(self.path, buckets=Buckets(prompt=(256,), tiles=(0, 256)))
+        self.ours.stop_ids = ()  # as Hugging Face's model: the tokenizer's own would be taken
+        self.logits = jax.jit(Stages(self.ours.config).prompt_logits)
+        self.vision = jax.jit(self._vision)
+
+    def _vision(self, params, tiles, layout):
+        def attend(*heads):
+            return prefill_attention(*heads, causal=False)
+
+        model = bind(self.ours.config)(params)
+        features = model.vision(tiles, layout, attend=attend)
+        return model.visual_rows(tiles, layout, attend), features
+
+    def inputs(self, name):
+        sizes, prompt = PROMPTS[name]
+        images = [picture(*size) for size in sizes]
+        return self.ours.processor(images, prompt, raw_prompt=True), hf_inputs(images, prompt)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return Pair(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_tokens_and_positions(pair, name):
+    inputs, theirs = pair.inputs(name)
+    length = int(inputs.length[0])
+    assert inputs.tokens[0, :length].tolist() == theirs["input_ids"][0].tolist()
+    grids = theirs.get("image_grid_thw")
+    positions, delta = pair.theirs.model.get_rope_index(
+        theirs["input_ids"], theirs["mm_token_type_ids"], image_grid_thw=grids
+    )
+    assert np.array_equal(inputs.positions[:, 0, :length], positions[:, 0])
+    assert inputs.next_position().tolist() == [length + int(delta)]
+    assert not inputs.positions[:, 0, length:].any()
+
+
+@pytest.mark.parametrize("name", [name for name in PROMPTS if name != "none"])
+def test_features_and_visual_rows(pair, name):
+    inputs, theirs = pair.inputs(name)
+    with torch.no_grad():
+        out = pair.theirs.model.visual(theirs["pixel_values"], theirs["image_grid_thw"])
+    rows, features = map(np.asarray, pair.vision(pair.ours.params, inputs.tiles, inputs.layout))
+    own = inputs.visual_index[inputs.visual_index >= 0]
+    assert hf.relative_error(rows[own], out.pooler_output) < BOUND
+    # Theirs are in the tower's order, as ours are.
+    tower = features[: len(own)].reshape(-1, features.shape[-1])
+    assert hf.relative_error(tower, out.last_hidden_state) < BOUND
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_logits_of_every_position(pair, name):
+    inputs, theirs = pair.inputs(name)
+    with torch.no_grad():
+        expected = pair.theirs(**theirs).logits[0].numpy()
+    logits = np.asarray(pair.logits(pair.ours.params, inputs))
+    length = int(inputs.length[0])
+    assert length == len(expected)
+    assert hf.relative_error(logits[0, :length], expected) < BOUND
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_same_greedy_tokens(pair, name):
+    sizes, prompt = PROMPTS[name]
+    images = [picture(*size) for size in sizes]
+    theirs = hf_inputs(images, prompt)
+    with torch.no_grad():
+        out = pair.theirs.generate(**theirs, max_new_tokens=32, do_sample=False, pad_token_id=3)
+    expected = out[0, theirs["input_ids"].shape[1] :].tolist()
+    answer = pair.ours.generate(images, prompt, max_new_tokens=32, raw_prompt=True)
+    assert answer.tokens == expected
+    assert len(set(expected)) > 3, "the model says one thing only: the test would prove little"
+
+
+def test_a_batch_of_unequal_prompts_equals_batch_one(pair):
+    prompts = [PROMPTS[name] for name in ("tall", "none", "two", "one pixel")]
+    images = [[picture(*size) for size in sizes] for sizes, _ in prompts]
+    texts = [text for _, text in prompts]
+    batch = pair.ours.generate(images, texts, max_new_tokens=32, raw_prompt=True, cache="vl-cache")
+    for row, (pictures, text) in enumerate(zip(images, texts, strict=True)):
+        asked = {"max_new_tokens": 32, "raw_prompt": True, "cache": "vl-cache"}
+        alone = pair.ours.generate(pictures, text, **asked)
+        assert batch[row].tokens == alone.tokens
+        assert batch[row].prompt_tokens == alone.prompt_tokens
+        assert batch[row].cache.kept_bytes == alone.cache.kept_bytes
+
+
+def test_padding_is_not_read(pair):
+    inputs, _ = pair.inputs("two")
+    count = np.count_nonzero(inputs.visual_index >= 0)
+    tiles, layout = (np.array(x) for x in (inputs.tiles, inputs.layout))
+    assert (layout[count:] == -1).all()
+    clean, _ = pair.vision(pair.ours.params, tiles, layout)
+    tiles[count:] = np.nan
+    dirty, _ = pair.vision(pair.ours.params, tiles, layout)
+    assert np.array_equal(clean[:count], dirty[:count])
+    assert np.isfinite(dirty).all()
+
+
+def test_converted_and_loaded_by_transformers_again(pair, tmp_path):
+    there = convert(pair.path, tmp_path / "orbax")
+    back = convert(there, tmp_path / "back", to_hf=True)
+    assert same_bits(read_tensors(back), read_tensors(pair.path))
+    loaded, info = type(pair.theirs).from_pretrained(back, output_loading_info=True)
+    assert {key: list(value) for key, value in info.items() if value} == {}
+    converted = vlcache_jax.load(there)
+    equal = jax.tree.map(lambda a, b: bool((a == b).all()), converted.params, pair.ours.params)
+    assert jax.tree.all(equal)
+    _, theirs = pair.inputs("two")
+    with torch.no_grad():
+        assert torch.equal(loaded(**theirs).logits, pair.theirs(**theirs).logits)
+
+
+def flat(config):
+    """A config.json as the checkpoints of 2025 have it."""
+    text = dict(config["text_config"])
+    rope = text.pop("rope_parameters")
+    tower = {
+        k: v
+        for k, v in config["vision_config"].items()
+        if k not in ("rope_parameters", "in_channels")
+    }
+    rest = {k: v for k, v in config.items() if k not in ("text_config", "vision_config")}
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    return {
+        **text,
+        **rest,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": scaling,
+        "sliding_window": 64,
+        "vision_config": {**tower, "model_type": "qwen2_5_vl", "in_chans": 3},
+    }
+
+
+def test_tied_and_spelled_in_the_old_way_and_as_transformers_5_has_it_in_memory(tmp_path):
+    model = hf_model(tie_word_embeddings=True)
+    path = save(model, tmp_path / "model")
+    _, prompt = PROMPTS["two"]
+    images = [picture(*size) for size in PROMPTS["two"][0]]
+    theirs = hf_inputs(images, prompt)
+    with torch.no_grad():
+        expected = model(**theirs).logits[0].numpy()
+    ours = vlcache_jax.load(path)
+    assert "kernel" not in ours.params["head"]
+    inputs = ours.processor(images, prompt, raw_prompt=True)
+    logits = jax.jit(Stages(ours.config).prompt_logits)(ours.params, inputs)
+    assert hf.relative_error(logits[0, : len(expected)], expected) < BOUND
+
+    file = path / "config.json"
+    file.write_text(json.dumps(flat(json.loads(file.read_text()))))
+    tensors = {
+        (
+            f"model.{name}"
+            if name.startswith("visual.")
+            else name.replace("model.", "model.language_model.", 1)
+        ): x
+        for name, x in read_tensors(path).items()
+    }
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    again = vlcache_jax.load(path)
+    assert again.config == ours.config
+    equal = jax.tree.map(lambda a, b: bool((a == b).all()), again.params, ours.params)
+    assert jax.tree.all(equal)
+    with torch.no_grad():  # the old spelling of config.json is transformers' too
+        assert np.array_equal(type(model).from_pretrained(path)(**theirs).logits[0], expected)
+
+
+def test_bfloat16_is_no_further_from_float32_than_hugging_face_is(pair):
+    ours = vlcache_jax.load(pair.path, dtype="bfloat16")
+    inputs, theirs = pair.inputs("two")
+    with torch.no_grad():
+        expected = pair.theirs(**theirs).logits[0].numpy()
+        half = copy.deepcopy(pair.theirs).to(torch.bfloat16)
+        hf_logits = half(**theirs).logits[0].float().numpy()
+    logits = np.asarray(pair.logits(ours.params, inputs))
+    error = hf.relative_error(logits[0, : len(expected)], expected)
+    assert error < 1.25 * hf.relative_error(hf_logits, expected)
+
+
+grids = st.tuples(st.integers(1, 20), st.integers(1, 20))
+
+
+@given(grid=grids, side=st.integers(1, 5))
+def test_windows_are_transformers(grid, side):
+    size = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]])
+    index, ends = get_vision_window_index(size, 2, 2 * side * PATCH, PATCH)
+    window, row, column = tile_places(grid, side).T
+    assert (row * grid[1] + column).tolist() == index.tolist()
+    borders = np.flatnonzero(np.diff(window)) + 1
+    assert [0, *(4 * borders), 4 * len(window)] == ends.tolist()
+    assert (index.numpy()[tower_rows(grid, side)] == np.arange(len(index))).all()

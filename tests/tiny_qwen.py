@@ -1,0 +1,81 @@
+"""A tiny Qwen2.5-VL: config.json, tokenizer and processor, made on the spot without a file."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tests.tiny import tiny_tokenizer
+from vlcache_jax.models.qwen_vl.packing import PAD, QwenVLProcessor
+
+PATCH, TILE, WINDOW = 4, 8, 32
+"""Sides in pixels."""
+
+SPECIAL = ("<|vision_start|>", "<|vision_end|>", PAD, "<|video_pad|>", "<|im_start|>", "<|im_end|>")
+IMAGE_ID, VIDEO_ID = 263, 264
+
+# As Qwen2.5-VL's own, without its usual system message.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_json(**text: Any) -> dict[str, Any]:
+    """A config.json in transformers 5's spelling, with other fields of the decoder."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 1]}
+    return {
+        "model_type": "qwen2_5_vl",
+        "image_token_id": IMAGE_ID,
+        "video_token_id": VIDEO_ID,
+        "tie_word_embeddings": text.pop("tie_word_embeddings", False),
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            "vocab_size": 272,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "rope_parameters": rope,
+            **text,
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_vl_vision",
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": PATCH,
+            "window_size": WINDOW,
+            "fullatt_block_indexes": [1, 3],
+            "out_hidden_size": text.get("hidden_size", 32),
+        },
+    }
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` with the family's tokens: 267 ids."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def qwen_images(**settings: Any) -> Qwen2VLImageProcessorPil:
+    """The image processor: pictures of 2 to 120 tiles."""
+    size = {"shortest_edge": 2 * TILE * TILE, "longest_edge": 120 * TILE * TILE}
+    usual: dict[str, Any] = {"size": size, "patch_size": PATCH, "merge_size": 2}
+    return Qwen2VLImageProcessorPil(**usual | settings)
+
+
+def qwen_processor() -> QwenVLProcessor:
+    """Both together."""
+    return QwenVLProcessor(qwen_images(), qwen_tokenizer())

@@ -1,0 +1,72 @@
+"""Where the tiles of a picture stand: for the tower in windows, for the decoder in rows.
+
+A tile is what becomes one visual token, 2 x 2 patches. The tower is given a picture's tiles window
+by window, so that those of a window follow each other; the decoder sees them line by line:
+
+```
+ grid of 3 x 5 tiles,        the tower's order        windows
+ windows of 2 x 2            0 1 5 6  2 3 7 8  4 9    0 0 0 0  1 1 1 1  2 2
+  0  1 |  2  3 |  4          10 11  12 13  14         3 3  4 4  5
+  5  6 |  7  8 |  9
+ ------+-------+---
+ 10 11 | 12 13 | 14
+```
+
+All of it depends on the grid alone and is made here in numpy; what the device gets is an index.
+
+Source: Qwen2.5-VL (Bai et al. 2025), section 2.1; for positions Qwen2-VL (Wang et al. 2024),
+section 2.1.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Grid = tuple[int, int]
+"""Tiles down and across of a picture."""
+
+
+def tile_places(grid: Grid, side: int) -> np.ndarray:
+    """Window, row and column of each tile of a picture, in the tower's order.
+
+    Args:
+        grid: tiles down and across.
+        side: tiles along one side of a window; at the right and at the bottom they may be smaller.
+
+    Returns:
+        int32 `[n, 3]`, windows counted from 0.
+    """
+    row, column = np.indices(grid, np.int32).reshape(2, -1)
+    window = row // side * -(-grid[1] // side) + column // side
+    order = np.argsort(window, kind="stable")
+    return np.stack([window, row, column], axis=1)[order]
+
+
+def tower_rows(grid: Grid, side: int) -> np.ndarray:
+    """Where each tile of a picture, line by line, stands in the tower's order, int32 `[n]`."""
+    _, row, column = tile_places(grid, side).T
+    return np.argsort(row * grid[1] + column).astype(np.int32)
+
+
+def prompt_positions(is_visual: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
+    """Positions in time, down and across of a prompt's tokens.
+
+    A token of text has three times the same, one more than what is in front of it. A picture stands
+    at one point of time; its tokens count down and across from there, and what follows it goes on
+    behind its longer side.
+
+    Args:
+        is_visual: which tokens are a picture's, bool `[m]`.
+        grids: of each picture.
+
+    Returns:
+        int32 `[3, m]`.
+    """
+    step, inside = np.where(is_visual, 0, 1), np.zeros((3, len(is_visual)), np.int32)
+    places, first = np.flatnonzero(is_visual), 0
+    for grid in grids:
+        own = places[first : first + grid[0] * grid[1]]
+        inside[1:, own] = np.indices(grid).reshape(2, -1)
+        step[own[-1]] = max(grid)
+        first += len(own)
+    return (np.cumsum(step) - step + inside).astype(np.int32)

@@ -1,0 +1,169 @@
+"""The vision transformer of Qwen2.5-VL (Bai et al. 2025, section 2.1).
+
+All pictures of a batch are one sequence of patches, window by window: `layout` makes their order.
+Most layers attend inside windows, the others inside pictures. Nothing depends on how many pictures
+there are or on their sizes, but the length of the sequence.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from pallas_kernels.rope import rotate
+from vlcache_jax.models.layers import DType, Linear, RMSNorm, normal, product
+from vlcache_jax.models.qwen_vl.config import FRAMES, VisionConfig
+
+EPS = 1e-6  # of every norm of the tower
+
+Heads = tuple[jax.Array, jax.Array, jax.Array]
+"""Queries, keys and values [M, N, H] each."""
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""Full attention of q, k, v [1, M, N, H] each, of which no row at or beyond the length, int32 [1],
+is read: the mixed heads [1, M, N, H]."""
+
+
+class VisionLayer(nnx.Module):
+    """A pre-norm transformer layer with a gated MLP."""
+
+    def __init__(self, config: VisionConfig, *, dtype: DType, rngs: nnx.Rngs):
+        width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
+        wide = config.intermediate_size
+        self.attention_norm = RMSNorm(width, EPS, dtype=dtype)
+        self.qkv = normal(rngs, (width, 3, heads, head_dim), dtype)
+        self.qkv_bias = nnx.Param(jnp.zeros((3, heads, head_dim), dtype))
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(width, EPS, dtype=dtype)
+        self.gate = Linear(width, wide, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, wide, dtype=dtype, rngs=rngs)
+        self.down = Linear(wide, width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        table: tuple[jax.Array, jax.Array],
+        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:
+        """[M, D] -> [M, D].
+
+        Args:
+            x: the patches.
+            table: cosine and sine of their angles, [M, 1, H / 2] each.
+            attend: q, k and v [M, N, H] -> the mixed heads [M, N, H].
+        """
+        qkv = product("md,dcnh->mcnh", self.attention_norm(x), self.qkv) + self.qkv_bias[...]
+        q, k = rotate(qkv[:, 0], *table), rotate(qkv[:, 1], *table)
+        x = x + self.out(attend(q, k, qkv[:, 2]).reshape(x.shape))
+        normed = self.mlp_norm(x)
+        return x + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+
+
+class VisionTower(nnx.Module):
+    """The tower in front of the merger, which is the model's projector."""
+
+    def __init__(self, config: VisionConfig, *, dtype: DType, rngs: nnx.Rngs):
+        width, patch = config.hidden_size, config.patch_size
+        self.config = config
+        self.patch_embedding = normal(rngs, (3, FRAMES, patch, patch, width), dtype)
+        layers = [VisionLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
+        self.layers = nnx.List(layers)
+
+    def __call__(self, tiles: jax.Array, layout: jax.Array, *, attend: Attend) -> jax.Array:
+        """Patch features [S, merge * merge, D] of the tiles.
+
+        Args:
+            tiles: normalised pixels [S, 3, side, side]; rows that are padding are not read.
+            layout: int32 [S, 4], see `ModelInputs`.
+            attend: full attention.
+        """
+        merge, patch, width = (
+            self.config.merge_size,
+            self.config.patch_size,
+            self.config.hidden_size,
+        )
+        picture, window = (jnp.repeat(layout[:, i], merge * merge) for i in (0, 1))
+        inside = (layout[:, 0] >= 0)[:, None, None, None]
+        pixels = jnp.where(inside, tiles, 0).astype(self.patch_embedding.dtype)
+        pixels = pixels.reshape(-1, 3, 1, merge, patch, merge, patch)
+        pixels = jnp.broadcast_to(pixels, (*pixels.shape[:2], FRAMES, *pixels.shape[3:]))
+        patches = product("scfipjq,cfpqd->sijd", pixels, self.patch_embedding)
+        x, table = patches.reshape(-1, width), self._rope_table(layout)
+        most = (merge * self.config.window_side) ** 2
+        for index, layer in enumerate(self.layers):
+            if index in self.config.full_layers:
+                x = layer(x, table, lambda *heads: picture_attention(heads, picture, attend))
+            else:
+                x = layer(x, table, lambda *heads: window_attention(heads, window, most))
+        return x.reshape(len(tiles), merge * merge, width)
+
+    def _rope_table(self, layout: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine of each patch's angles, float32 [M, 1, H / 2]: down, then across."""
+        merge, count = self.config.merge_size, self.config.head_dim // 4
+        frequencies = self.config.rope_theta ** -(np.arange(count, dtype=np.float32) / count)
+        corner = merge * layout[:, None, 2:]  # [S, 1, 2]
+        patch = corner + np.indices((merge, merge), np.int32).reshape(2, -1).T
+        angles = patch[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+        angles = angles.reshape(-1, 1, 2 * count)
+        return jnp.cos(angles), jnp.sin(angles)
+
+
+@jax.named_scope("window_attention")
+def window_attention(heads: Heads, window: jax.Array, most: int) -> jax.Array:
+    """Attention of each row to the rows of its window.
+
+    Rows are cut into blocks as long as the largest window: a window lies in two neighbours at most,
+    so that each block looks at itself and at those in front and behind, whatever the windows are.
+
+    Args:
+        heads: q, k and v [M, N, H], finite.
+        window: int32 [M]: equal for the rows of a window, which follow each other.
+        most: rows of the largest window.
+
+    Returns:
+        [M, N, H]; finite for rows of longer windows, but without a meaning.
+    """
+    rows = window.shape[0]
+    blocks = -(-rows // most)
+    end = (blocks + 1) * most - rows
+
+    def around(x: jax.Array, fill: int = 0) -> jax.Array:
+        """[M, ...] -> [blocks, 3 * most, ...]"""
+        wide = [(most, end)] + [(0, 0)] * (x.ndim - 1)
+        x = jnp.pad(x, wide, constant_values=fill).reshape(-1, most, *x.shape[1:])
+        return jnp.concatenate([x[:-2], x[1:-1], x[2:]], axis=1)
+
+    q, k, v, near = *map(around, heads), around(window, -2)
+    q, own = q[:, most : 2 * most], near[:, most : 2 * most]
+    logits = product("bqnh,bknh->bnqk", q, k, jnp.float32) / math.sqrt(q.shape[-1])
+    visible = own[:, None, :, None] == near[:, None, None, :]
+    weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1).astype(v.dtype)
+    mixed = product("bnqk,bknh->bqnh", weights, v)
+    return mixed.reshape(-1, *mixed.shape[2:])[:rows]
+
+
+@jax.named_scope("picture_attention")
+def picture_attention(heads: Heads, picture: jax.Array, attend: Attend) -> jax.Array:
+    """Attention of each row to the rows of its picture, one picture after the other.
+
+    Each is moved to the front, where `attend` takes it for a sequence with padding.
+
+    Args:
+        heads: q, k and v [M, N, H].
+        picture: int32 [M]: the number of each row's picture from 0 on, whose rows follow each
+            other; -1 for rows that are none's, whose result is 0.
+        attend: full attention.
+    """
+
+    def one(index: jax.Array, mixed: jax.Array) -> jax.Array:
+        own = picture == index
+        first, length = jnp.argmax(own).astype(jnp.int32), jnp.sum(own, dtype=jnp.int32)
+        q, k, v = (jnp.roll(x, -first, axis=0)[None] for x in heads)
+        part = jnp.roll(attend(q, k, v, length[None])[0], first, axis=0)
+        return jnp.where(own[:, None, None], part, mixed)
+
+    return lax.fori_loop(0, jnp.max(picture) + 1, one, jnp.zeros_like(heads[0]))
