@@ -22,7 +22,7 @@ from tests import hf
 from tests.model_files import read_tensors, same_bits
 from tests.tiny import picture
 from tests.tiny_qwen import IMAGE_ID, PATCH, qwen_images, qwen_json, qwen_tokenizer
-from vlcache_jax import Buckets
+from vlcache_jax import Buckets, SnapKV, VLCache
 from vlcache_jax.models.families import bind
 from vlcache_jax.models.qwen_vl.layout import tile_places, tower_rows
 from vlcache_jax.models.qwen_vl.packing import MARK, PAD
@@ -281,3 +281,33 @@ def test_windows_are_transformers(grid, side):
     borders = np.flatnonzero(np.diff(window)) + 1
     assert [0, *(4 * borders), 4 * len(window)] == ends.tolist()
     assert (index.numpy()[tower_rows(grid, side)] == np.arange(len(index))).all()
+
+
+@pytest.mark.parametrize("size", [(200, 30), (20, 150), (64, 64), (1, 1), (300, 220)])
+def test_visual_tokens_show_equal_parts_of_a_picture(pair, size):
+    width, height = size
+    [found] = pair.ours.processor.patches([(height, width)])
+    inputs = pair.ours.processor(picture(*size), "what?")
+    assert len(found.rectangles) == (inputs.visual_index >= 0).sum()
+    left, top, right, bottom = found.rectangles.T
+    assert (left.min(), top.min()) == (0, 0)
+    np.testing.assert_allclose((right.max(), bottom.max()), size)
+    np.testing.assert_allclose(((right - left) * (bottom - top)).sum(), width * height)
+    # Line by line, as the decoder's positions have them.
+    at = inputs.positions[1:, 0, inputs.visual_index[0] >= 0]
+    order = np.lexsort((left, top))
+    assert np.array_equal(order, np.lexsort(at[::-1]))
+
+
+def test_an_inspection_and_an_evaluation(pair, tmp_path):
+    found = vlcache_jax.inspect(
+        pair.ours, picture(90, 60), "what?", methods=[SnapKV("20tok"), VLCache(0.2)],
+        max_new_tokens=3,
+    )  # fmt: skip
+    found.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+    one = pair.ours.generate(picture(90, 60), "what?", cache=VLCache(0.2), max_new_tokens=5)
+    both = pair.ours.generate(
+        [picture(90, 60), None], ["what?", "why?"], cache=VLCache(0.2), max_new_tokens=5
+    )
+    assert both[0].tokens == one.tokens
