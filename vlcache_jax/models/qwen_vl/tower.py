@@ -81,25 +81,21 @@ class VisionTower(nnx.Module):
             layout: int32 [S, 4], see `ModelInputs`.
             attend: full attention.
         """
-        merge, patch, width = (
-            self.config.merge_size,
-            self.config.patch_size,
-            self.config.hidden_size,
-        )
+        merge, patch = self.config.merge_size, self.config.patch_size
         picture, window = (jnp.repeat(layout[:, i], merge * merge) for i in (0, 1))
         inside = (layout[:, 0] >= 0)[:, None, None, None]
         pixels = jnp.where(inside, tiles, 0).astype(self.patch_embedding.dtype)
         pixels = pixels.reshape(-1, 3, 1, merge, patch, merge, patch)
         pixels = jnp.broadcast_to(pixels, (*pixels.shape[:2], FRAMES, *pixels.shape[3:]))
         patches = product("scfipjq,cfpqd->sijd", pixels, self.patch_embedding)
-        x, table = patches.reshape(-1, width), self._rope_table(layout)
+        x, table = patches.reshape(-1, self.config.hidden_size), self._rope_table(layout)
         most = (merge * self.config.window_side) ** 2
         for index, layer in enumerate(self.layers):
             if index in self.config.full_layers:
                 x = layer(x, table, lambda *heads: picture_attention(heads, picture, attend))
             else:
                 x = layer(x, table, lambda *heads: window_attention(heads, window, most))
-        return x.reshape(len(tiles), merge * merge, width)
+        return x.reshape(len(tiles), merge * merge, -1)
 
     def _rope_table(self, layout: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cosine and sine of each patch's angles, float32 [M, 1, H / 2]: down, then across."""
@@ -107,7 +103,7 @@ class VisionTower(nnx.Module):
         frequencies = self.config.rope_theta ** -(np.arange(count, dtype=np.float32) / count)
         corner = merge * layout[:, None, 2:]  # [S, 1, 2]
         patch = corner + np.indices((merge, merge), np.int32).reshape(2, -1).T
-        angles = patch[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+        angles = patch[..., None].astype(jnp.float32) * frequencies
         angles = angles.reshape(-1, 1, 2 * count)
         return jnp.cos(angles), jnp.sin(angles)
 
@@ -161,7 +157,7 @@ def picture_attention(heads: Heads, picture: jax.Array, attend: Attend) -> jax.A
 
     def one(index: jax.Array, mixed: jax.Array) -> jax.Array:
         own = picture == index
-        first, length = jnp.argmax(own).astype(jnp.int32), jnp.sum(own, dtype=jnp.int32)
+        first, length = lax.argmax(own, 0, jnp.int32), jnp.sum(own, dtype=jnp.int32)
         q, k, v = (jnp.roll(x, -first, axis=0)[None] for x in heads)
         part = jnp.roll(attend(q, k, v, length[None])[0], first, axis=0)
         return jnp.where(own[:, None, None], part, mixed)
