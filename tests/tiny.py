@@ -21,7 +21,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from vlcache_jax.models.config import TextConfig
 from vlcache_jax.models.llava.config import LlavaConfig, VisionConfig
 from vlcache_jax.models.onevision.config import OnevisionConfig
-from vlcache_jax.models.onevision.packing import picture_processor
+from vlcache_jax.requests.packing import picture_processor
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 IMAGE_TOKEN_ID = SPECIAL_TOKENS.index("<image>")
@@ -109,7 +109,9 @@ def tiny_processor(
     crop_size = {"height": image_size, "width": image_size}
     if family == "llava_onevision":
         images = LlavaOnevisionImageProcessorPil(size=crop_size, image_grid_pinpoints=grids)
-        processor = picture_processor()(images, tiny_tokenizer(), chat_template)
+        processor = picture_processor("LlavaOnevisionProcessor")(
+            images, tiny_tokenizer(), chat_template
+        )
         processor.num_image_tokens = (image_size // patch_size) ** 2
         processor.vision_feature_select_strategy = "full"
         return processor

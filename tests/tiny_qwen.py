@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.tiny import tiny_tokenizer
-from vlcache_jax.models.qwen_vl.packing import PAD, QwenVLProcessor
+from vlcache_jax.models.qwen_vl.packing import PAD
+from vlcache_jax.requests.packing import picture_processor
 
 PATCH, TILE, WINDOW = 4, 8, 32
 """Sides in pixels."""
@@ -76,6 +77,7 @@ def qwen_images(**settings: Any) -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(**usual | settings)
 
 
-def qwen_processor() -> QwenVLProcessor:
-    """Both together."""
-    return QwenVLProcessor(qwen_images(), qwen_tokenizer())
+def qwen_processor(**settings: Any) -> Any:
+    """Both together, the image processor with other settings."""
+    kind = picture_processor("Qwen2_5_VLProcessor")
+    return kind(qwen_images(**settings), qwen_tokenizer())

@@ -164,13 +164,14 @@ def test_the_same_greedy_tokens(pair, name):
     assert len(set(expected)) > 3, "the model says one thing only: the test would prove little"
 
 
-def test_a_batch_of_unequal_prompts_equals_batch_one(pair):
+@pytest.mark.parametrize("group", [None, 1])  # alone, a text stands beside tiles of padding only
+def test_a_batch_of_unequal_prompts_equals_batch_one(group, pair):
     prompts = [PROMPTS[name] for name in ("tall", "none", "two", "one pixel")]
     images = [[picture(*size) for size in sizes] for sizes, _ in prompts]
     texts = [text for _, text in prompts]
-    batch = pair.ours.generate(images, texts, max_new_tokens=32, raw_prompt=True, cache="vl-cache")
+    asked = {"max_new_tokens": 32, "raw_prompt": True, "cache": "vl-cache"}
+    batch = pair.ours.generate(images, texts, **asked, prefill_batch=group)
     for row, (pictures, text) in enumerate(zip(images, texts, strict=True)):
-        asked = {"max_new_tokens": 32, "raw_prompt": True, "cache": "vl-cache"}
         alone = pair.ours.generate(pictures, text, **asked)
         assert batch[row].tokens == alone.tokens
         assert batch[row].prompt_tokens == alone.prompt_tokens

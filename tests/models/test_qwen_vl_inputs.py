@@ -23,7 +23,7 @@ from tests.tiny_qwen import (
 from vlcache_jax.models.families import read_config
 from vlcache_jax.models.qwen_vl.config import QwenVLConfig
 from vlcache_jax.models.qwen_vl.layout import prompt_positions
-from vlcache_jax.models.qwen_vl.packing import MARK, PAD, QwenVLProcessor
+from vlcache_jax.models.qwen_vl.packing import MARK, PAD
 from vlcache_jax.models.qwen_vl.tower import picture_attention, window_attention
 from vlcache_jax.requests.buckets import bucket_for, default_buckets
 from vlcache_jax.requests.inputs import CONTEXT
@@ -154,6 +154,29 @@ class TestPrompts:
         # Line by line in the prompt, whatever the tower's order.
         assert inputs.layout[rows, 2:].tolist() == list(map(list, np.ndindex(down, across)))
 
+    def test_a_token_shows_the_pixels_of_its_rectangle(self, processor):
+        image = picture(8 * TILE, 5 * TILE)  # stays as it is
+        inputs = processor(image, "<image>", raw_prompt=True)
+        (found,) = processor.patches([(image.height, image.width)])
+        rows = inputs.visual_index[inputs.visual_index >= 0]
+        assert len(rows) == len(found.rectangles) == 40
+        settings = qwen_images()
+        for row, rectangle in zip(rows, found.rectangles, strict=True):
+            left, top, right, bottom = map(int, rectangle)
+            pixels = np.asarray(image.crop((left, top, right, bottom)), np.float32) / 255
+            pixels = (pixels - settings.image_mean) / settings.image_std
+            np.testing.assert_allclose(inputs.tiles[row], pixels.transpose(2, 0, 1), atol=1e-5)
+
+    @pytest.mark.parametrize("size", [(75, 50), (1, 1), (300, 220), (3, 400)])
+    def test_rectangles_cover_a_picture_once(self, size, processor):
+        inputs = processor(picture(*size), "<image>", raw_prompt=True)
+        (found,) = processor.patches([size[::-1]])
+        assert len(found.rectangles) == np.count_nonzero(inputs.visual_index >= 0)
+        left, top, right, bottom = found.rectangles.T
+        assert (left.min(), top.min()) == (0, 0)
+        np.testing.assert_allclose([right.max(), bottom.max()], size)
+        np.testing.assert_allclose(((right - left) * (bottom - top)).sum(), size[0] * size[1])
+
     def test_both_marks_stand_for_a_picture(self, processor):
         images = [picture(20, 30), picture(60, 20)]
         for raw in (True, False):
@@ -200,6 +223,9 @@ class TestPrompts:
         with pytest.raises(NotImplementedError, match="videos are not supported") as error:
             processor(None, "what <|video_pad|> is it?", raw_prompt=raw)
         assert len(str(error.value)) <= 400
+        if not raw:
+            with pytest.raises(ValueError, match=r"'video'.*: give .*image"):
+                processor(None, [{"role": "user", "content": [{"type": "video"}]}])
 
     def test_a_token_without_its_picture_is_refused(self, processor):
         with pytest.raises(ValueError, match=r"1 <\|image_pad\|> tokens .* but 0 images"):
@@ -214,7 +240,7 @@ class TestPrompts:
     def test_a_processor_of_another_model_is_refused(self):
         config = read_config(qwen_json())
         with pytest.raises(ValueError, match="patch_size is 14, but the model's is 4"):
-            Processor(config, QwenVLProcessor(qwen_images(patch_size=14), qwen_tokenizer()))
+            Processor(config, qwen_processor(patch_size=14))
         other = read_config(qwen_json() | {"image_token_id": 5})
         with pytest.raises(ValueError, match=f"{IMAGE_ID}, but the model's image_token_id is 5"):
             Processor(other, qwen_processor())

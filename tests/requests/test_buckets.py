@@ -108,7 +108,7 @@ def test_a_hundred_pictures_touch_few_buckets(config, spread, seed):
         before, after = int(rng.integers(1, 8)), int(rng.integers(8, 80))
         length = before + len(visual_rows((height, width), config)) + after
         prompt = bucket_for(length, buckets.prompt)
-        tiles = bucket_for(num_tiles((height, width), config), buckets.tiles)
+        tiles = buckets.tiles_for(num_tiles((height, width), config), prompt)
         programs.add((prompt, tiles))
         rows, needed = rows + prompt, needed + length
     assert len(programs) <= 8

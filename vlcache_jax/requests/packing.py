@@ -5,6 +5,7 @@ Both ask a Hugging Face tokenizer or processor, and check what it gives. numpy o
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -74,6 +75,25 @@ class Row(NamedTuple):
     positions: np.ndarray | None = None
     weights: Sequence[np.ndarray] = ()
     layout: Sequence[np.ndarray] = ()
+
+
+@lru_cache
+def picture_processor(name: str) -> Any:
+    """A class of transformers' processors without their half for videos, which needs torchvision.
+
+    Args:
+        name: of the class.
+    """
+    import transformers  # slow to import, see `Packing.load`
+
+    kind = getattr(transformers, name)
+
+    class PictureProcessor(kind):
+        # Its parameters say which files are read.
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None):
+            super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    return PictureProcessor
 
 
 class Packing:

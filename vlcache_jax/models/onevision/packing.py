@@ -4,7 +4,6 @@ transformers' processor needs torchvision for videos; what is made here has none
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,7 @@ from vlcache_jax.models.onevision.anyres import visual_tokens
 from vlcache_jax.models.onevision.config import OnevisionConfig
 from vlcache_jax.models.onevision.patches import patch_rectangles
 from vlcache_jax.requests.images import ImageLike
-from vlcache_jax.requests.packing import Patches, Rendered, Row
-
-
-@lru_cache(maxsize=1)
-def picture_processor() -> Any:
-    """The class `LlavaOnevisionProcessor` of transformers, without its processor of videos."""
-    from transformers import LlavaOnevisionProcessor  # slow to import, see `Packing.load`
-
-    class PictureProcessor(LlavaOnevisionProcessor):
-        # Its parameters say which files are read.
-        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None):
-            super().__init__(image_processor, tokenizer, chat_template=chat_template)
-
-    return PictureProcessor
+from vlcache_jax.requests.packing import Patches, Rendered, Row, picture_processor
 
 
 class OnevisionPacking(LlavaPacking):
@@ -41,7 +27,7 @@ class OnevisionPacking(LlavaPacking):
     @staticmethod
     def load(path: Path, config: ModelConfig) -> Any:
         """What `transformers` makes of the files in a directory; may raise anything."""
-        return picture_processor().from_pretrained(
+        return picture_processor("LlavaOnevisionProcessor").from_pretrained(
             path, backend="pil", local_files_only=True, trust_remote_code=False
         )
 

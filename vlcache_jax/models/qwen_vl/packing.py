@@ -1,12 +1,11 @@
 """Qwen2.5-VL's packing: pictures as tiles in the tower's order, positions of three axes.
 
-A picture is resized to whole tiles by the checkpoint's image processor (its Pillow and numpy
-backend). transformers' own processor of the family is not made: its half for videos needs
-torchvision.
+A picture is resized to whole tiles by the checkpoint's image processor (its PIL and numpy backend:
+neither torch nor torchvision is needed). A prompt has one token for each picture until the sizes of
+the pictures are known.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,30 +16,11 @@ from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.qwen_vl.config import FRAMES, QwenVLConfig
 from vlcache_jax.models.qwen_vl.layout import Grid, prompt_positions, tile_places, tower_rows
 from vlcache_jax.requests.images import ImageLike, load_image, name_of
-from vlcache_jax.requests.packing import BASE, Packing, Patches, Rendered, Row
+from vlcache_jax.requests.packing import BASE, Packing, Patches, Rendered, Row, picture_processor
 
 PAD = "<|image_pad|>"
 MARK = f"<|vision_start|>{PAD}<|vision_end|>"
 """What the family's chat templates write for a picture."""
-
-
-@dataclass(frozen=True)
-class QwenVLProcessor:
-    """The files of a checkpoint that pictures and text need.
-
-    Attributes:
-        image_processor: `transformers`' image processor, of the Pillow backend.
-        tokenizer: `transformers`' tokenizer.
-        chat_template: that of the processor, if it has one.
-    """
-
-    image_processor: Any
-    tokenizer: Any
-    chat_template: str | None = None
-
-    def apply_chat_template(self, messages: Any, **settings: Any) -> Any:
-        """As the tokenizer's."""
-        return self.tokenizer.apply_chat_template(messages, **settings)
 
 
 class QwenVLPacking(Packing):
@@ -48,8 +28,8 @@ class QwenVLPacking(Packing):
 
     Args:
         config: the model.
-        processor: the checkpoint's processor (`QwenVLProcessor`, or transformers'
-            `Qwen2_5_VLProcessor` with a Pillow image processor). It is not changed.
+        processor: the checkpoint's `Qwen2_5_VLProcessor`, with a PIL image processor; one of videos
+            it need not have (`picture_processor`). It is not changed.
 
     Raises:
         ValueError: the processor does not belong to the model.
@@ -84,18 +64,9 @@ class QwenVLPacking(Packing):
     @staticmethod
     def load(path: Path, config: ModelConfig) -> Any:
         """What `transformers` makes of the files in a directory; may raise anything."""
-        # Imported here: it takes a second or more, which `vlcache --help` need not wait for.
-        from transformers import AutoTokenizer, ProcessorMixin
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-            Qwen2VLImageProcessorPil,
+        return picture_processor("Qwen2_5_VLProcessor").from_pretrained(
+            path, backend="pil", local_files_only=True, trust_remote_code=False
         )
-
-        images = Qwen2VLImageProcessorPil.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-        settings, _ = ProcessorMixin.get_processor_dict(path, local_files_only=True)
-        return QwenVLProcessor(images, tokenizer, settings.get("chat_template"))
 
     def row(self, images: Sequence[ImageLike], prompt: Rendered) -> Row:
         """The row of a rendered prompt and its images; see `Packing.row`.
