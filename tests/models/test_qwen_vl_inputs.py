@@ -167,16 +167,6 @@ class TestPrompts:
             pixels = (pixels - settings.image_mean) / settings.image_std
             np.testing.assert_allclose(inputs.tiles[row], pixels.transpose(2, 0, 1), atol=1e-5)
 
-    @pytest.mark.parametrize("size", [(75, 50), (1, 1), (300, 220), (3, 400)])
-    def test_rectangles_cover_a_picture_once(self, size, processor):
-        inputs = processor(picture(*size), "<image>", raw_prompt=True)
-        (found,) = processor.patches([size[::-1]])
-        assert len(found.rectangles) == np.count_nonzero(inputs.visual_index >= 0)
-        left, top, right, bottom = found.rectangles.T
-        assert (left.min(), top.min()) == (0, 0)
-        np.testing.assert_allclose([right.max(), bottom.max()], size)
-        np.testing.assert_allclose(((right - left) * (bottom - top)).sum(), size[0] * size[1])
-
     def test_both_marks_stand_for_a_picture(self, processor):
         images = [picture(20, 30), picture(60, 20)]
         for raw in (True, False):
