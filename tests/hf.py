@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import transformers
 from PIL import Image
 
+import vlcache_jax
+from convert.program import convert
+from tests.model_files import read_tensors, same_bits
 from tests.tiny import (
     IMAGE_SIZE,
     IMAGE_TOKEN_ID,
@@ -90,11 +94,16 @@ def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0)
         pinpoints = [list(pair) for pair in tiny_pinpoints()]
         config = transformers.LlavaNextConfig(image_grid_pinpoints=pinpoints, **common)
         model = transformers.LlavaNextForConditionalGeneration(config)
+    return ready(model)
+
+
+def ready(model: Any) -> Any:
+    """A random model in evaluation mode, its norms and biases random too, without a stop token."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
-    # No stop token: answers run to their full length.
+    # Answers run to their full length.
     for holder in (model.generation_config, model.config.get_text_config()):
         holder.eos_token_id = None
     return model.eval()
@@ -117,3 +126,24 @@ def relative_error(ours: Any, theirs: Any) -> float:
     """Largest max|a - b| / max|b| of any position; the last axis is compared as a whole."""
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     return float((np.abs(a - b).max(-1) / np.abs(b).max(-1)).max())
+
+
+def check_logits(pair: Any, inputs: Any, theirs: dict[str, Any], bound: float) -> None:
+    """Those of every position of a prompt, of a pair of models, are the same."""
+    with torch.no_grad():
+        expected = pair.theirs(**theirs).logits[0].numpy()
+    logits = np.asarray(pair.logits(pair.ours.params, inputs))[0, : int(inputs.length[0])]
+    assert logits.shape == expected.shape
+    assert relative_error(logits, expected) < bound
+
+
+def check_conversion(pair: Any, folder: Path) -> Any:
+    """A pair's model, converted and back, has its bits; gives it as transformers reads it."""
+    there = convert(pair.path, folder / "orbax")
+    back = convert(there, folder / "back", to_hf=True)
+    assert same_bits(read_tensors(back), read_tensors(pair.path))
+    loaded, info = type(pair.theirs).from_pretrained(back, output_loading_info=True)
+    assert {key: list(value) for key, value in info.items() if value} == {}
+    params = vlcache_jax.load(there).params
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, pair.ours.params))
+    return loaded

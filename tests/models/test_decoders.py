@@ -7,9 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import vlcache_jax
-from convert.program import convert
 from tests import hf
-from tests.model_files import read_tensors, same_bits
 from vlcache_jax import AKVQ, Buckets, FullCache
 from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.running.stages import Stages
@@ -75,11 +73,7 @@ def test_the_parameters_are_those_of_a_decoder(pair):
 def test_logits_of_every_position(pair, text):
     inputs = pair.ours.processor(None, text, raw_prompt=True)
     assert inputs.tiles.shape[0] == 0
-    with torch.no_grad():
-        expected = pair.theirs(pair.ids(text)).logits[0].numpy()
-    logits = np.asarray(pair.logits(pair.ours.params, inputs))[0, : int(inputs.length[0])]
-    assert logits.shape == expected.shape
-    assert hf.relative_error(logits, expected) < BOUND
+    hf.check_logits(pair, inputs, {"input_ids": pair.ids(text)}, BOUND)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -125,14 +119,7 @@ def test_a_batch_of_unequal_prompts_equals_batch_one(pair):
 
 
 def test_converted_and_loaded_by_transformers_again(pair, tmp_path):
-    there = convert(pair.path, tmp_path / "orbax")
-    back = convert(there, tmp_path / "back", to_hf=True)
-    assert same_bits(read_tensors(back), read_tensors(pair.path))
-    loaded, info = type(pair.theirs).from_pretrained(back, output_loading_info=True)
-    assert {key: list(value) for key, value in info.items() if value} == {}
-    converted = vlcache_jax.load(there)
-    equal = jax.tree.map(lambda a, b: bool((a == b).all()), converted.params, pair.ours.params)
-    assert jax.tree.all(equal)
+    loaded = hf.check_conversion(pair, tmp_path)
     text = TEXTS[0]
     with torch.no_grad():
         expected = loaded(pair.ids(text)).logits

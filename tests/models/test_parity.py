@@ -98,13 +98,7 @@ def test_visual_features_and_packed_tokens(pair, name):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_logits_of_every_position(pair, name):
-    inputs, theirs = pair.inputs(name)
-    with torch.no_grad():
-        expected = pair.theirs(**theirs).logits[0].numpy()
-    logits = np.asarray(pair.logits(pair.ours.params, inputs))
-    length = int(inputs.length[0])
-    assert length == len(expected)
-    assert hf.relative_error(logits[0, :length], expected) < BOUND
+    hf.check_logits(pair, *pair.inputs(name), BOUND)
 
 
 @pytest.mark.parametrize("name", PROMPTS)

@@ -16,10 +16,9 @@ import transformers
 from transformers.vision_utils import get_vision_window_index
 
 import vlcache_jax
-from convert.program import convert
 from pallas_kernels.prefill_attention import prefill_attention
 from tests import hf
-from tests.model_files import read_tensors, same_bits
+from tests.model_files import read_tensors
 from tests.tiny import picture
 from tests.tiny_qwen import IMAGE_ID, PATCH, qwen_images, qwen_json, qwen_tokenizer
 from vlcache_jax import Buckets, SnapKV, VLCache
@@ -48,15 +47,7 @@ def hf_model(**text):
         **data, vision_start_token_id=261, vision_end_token_id=262
     )
     torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
-    # No stop token: answers run to their full length.
-    for holder in (model.generation_config, model.config.get_text_config()):
-        holder.eos_token_id = None
-    return model.eval()
+    return hf.ready(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
 def save(model, path):
@@ -142,13 +133,7 @@ def test_features_and_visual_rows(pair, name):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_logits_of_every_position(pair, name):
-    inputs, theirs = pair.inputs(name)
-    with torch.no_grad():
-        expected = pair.theirs(**theirs).logits[0].numpy()
-    logits = np.asarray(pair.logits(pair.ours.params, inputs))
-    length = int(inputs.length[0])
-    assert length == len(expected)
-    assert hf.relative_error(logits[0, :length], expected) < BOUND
+    hf.check_logits(pair, *pair.inputs(name), BOUND)
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -191,14 +176,7 @@ def test_padding_is_not_read(pair):
 
 
 def test_converted_and_loaded_by_transformers_again(pair, tmp_path):
-    there = convert(pair.path, tmp_path / "orbax")
-    back = convert(there, tmp_path / "back", to_hf=True)
-    assert same_bits(read_tensors(back), read_tensors(pair.path))
-    loaded, info = type(pair.theirs).from_pretrained(back, output_loading_info=True)
-    assert {key: list(value) for key, value in info.items() if value} == {}
-    converted = vlcache_jax.load(there)
-    equal = jax.tree.map(lambda a, b: bool((a == b).all()), converted.params, pair.ours.params)
-    assert jax.tree.all(equal)
+    loaded = hf.check_conversion(pair, tmp_path)
     _, theirs = pair.inputs("two")
     with torch.no_grad():
         assert torch.equal(loaded(**theirs).logits, pair.theirs(**theirs).logits)

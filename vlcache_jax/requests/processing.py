@@ -171,15 +171,7 @@ class Processor:
         return [self._pad(group, t, s) for group in groups]
 
     def patches(self, sizes: Sequence[tuple[int, int]]) -> list[Patches]:
-        """Which pixels the visual tokens of each of a prompt's pictures show.
-
-        Args:
-            sizes: (height, width) of the pictures, in pixels.
-
-        Raises:
-            ValueError: the model takes no pictures.
-            NotImplementedError: the processor resizes them in a way that is not followed.
-        """
+        """Which pixels the visual tokens of each of a prompt's pictures show: `Packing.patches`."""
         return self._packing.patches(sizes)
 
     def render(self, text: Text, num_images: int = 0) -> str:
