@@ -98,7 +98,8 @@ def test_visual_features_and_packed_tokens(pair, name):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_logits_of_every_position(pair, name):
-    hf.check_logits(pair, *pair.inputs(name), BOUND)
+    inputs, theirs = pair.inputs(name)
+    hf.check_logits(pair, inputs, theirs, BOUND)
 
 
 @pytest.mark.parametrize("name", PROMPTS)

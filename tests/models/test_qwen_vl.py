@@ -133,7 +133,8 @@ def test_features_and_visual_rows(pair, name):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_logits_of_every_position(pair, name):
-    hf.check_logits(pair, *pair.inputs(name), BOUND)
+    inputs, theirs = pair.inputs(name)
+    hf.check_logits(pair, inputs, theirs, BOUND)
 
 
 @pytest.mark.parametrize("name", PROMPTS)
