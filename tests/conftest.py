@@ -27,6 +27,7 @@ import pytest
 from tests import gguf_files
 from tests.model_files import config_json, decoder_json, write_tiny
 from tests.tiny import text_tokenizer, tiny_pinpoints, tiny_processor
+from tests.tiny_qwen import qwen_images, qwen_json, qwen_tokenizer
 from vlcache_jax.checkpoints.changed import Published
 from vlcache_jax.files import sha256
 
@@ -60,6 +61,29 @@ def text_dir(tmp_path_factory):
     """A tiny Llama directory with random weights and a tokenizer; made without torch."""
     config = decoder_json() | {"vocab_size": 264, "max_position_embeddings": 1024}
     return write_tiny(tmp_path_factory.mktemp("text") / "tiny", config, text_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def onevision_dir(tmp_path_factory):
+    """A tiny LLaVA-OneVision directory with random weights and a processor."""
+    family = "llava_onevision"
+    pinpoints = [list(pair) for pair in tiny_pinpoints(56, family)]
+    config = config_json() | {"model_type": family, "image_grid_pinpoints": pinpoints}
+    tower = {"model_type": "siglip_vision_model", "image_size": 56, "vision_use_head": False}
+    config["vision_config"] |= tower
+    text = {"model_type": "qwen2", "vocab_size": 264, "max_position_embeddings": 1024}
+    config["text_config"] |= text
+    path = tmp_path_factory.mktemp("onevision") / "tiny"
+    return write_tiny(path, config, tiny_processor(family))
+
+
+@pytest.fixture(scope="session")
+def qwen_dir(tmp_path_factory):
+    """A tiny Qwen2.5-VL directory with random weights and the files of its processor."""
+    path = tmp_path_factory.mktemp("qwen") / "tiny"
+    write_tiny(path, qwen_json(), qwen_tokenizer())
+    qwen_images().save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

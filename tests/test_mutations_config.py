@@ -1,6 +1,6 @@
 """Changed configuration files: an answer, or one line that says what is wrong; never a traceback.
 
-Case i is always the same change of one file of the tiny model, drawn with the seed i.
+Case i is always the same change of one file of a tiny model, drawn with the seed i.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.cli.program import run, run_alone
-from vlcache_jax.models.llava.config import LlavaConfig
+from vlcache_jax.models.families import read_config
 
 NAMES = (
     "config.json",
@@ -85,7 +85,7 @@ def changed(draw: random.Random, files: dict[str, bytes]) -> tuple[str, bytes, s
     same = name == "generation_config.json" and how != "value" and len(path) == 1
     if name == "config.json":
         try:
-            same = LlavaConfig.from_hf(data) == LlavaConfig.from_hf(json.loads(content))
+            same = read_config(data) == read_config(json.loads(content))
             same &= how != "value" or not str(key).endswith("dtype")
         except (ValueError, NotImplementedError):
             same = False
@@ -93,9 +93,14 @@ def changed(draw: random.Random, files: dict[str, bytes]) -> tuple[str, bytes, s
 
 
 @pytest.fixture(scope="module")
-def files(model_dir):
+def directory(request):
+    """Of the model whose fixture a test names."""
+    return request.getfixturevalue(request.param)
+
+
+def files_of(directory):
     """The configuration files as they are, with ids in a generation_config.json too."""
-    found = {name: (model_dir / name).read_bytes() for name in NAMES if (model_dir / name).exists()}
+    found = {name: (directory / name).read_bytes() for name in NAMES if (directory / name).exists()}
     generation = {"bos_token_id": 1, "eos_token_id": [2], "pad_token_id": 0, "do_sample": False}
     return found | {"generation_config.json": json.dumps(generation).encode()}
 
@@ -117,35 +122,46 @@ def answer(path, *options, prompt="x", run=run):
 
 
 @pytest.fixture(scope="module")
-def plain(model_dir, files, tmp_path_factory):
-    return answer(write(tmp_path_factory.mktemp("plain"), model_dir, files))
+def plain(directory, tmp_path_factory):
+    """What is answered with the files as they are."""
+    return answer(write(tmp_path_factory.mktemp("plain"), directory, files_of(directory)))
 
 
-def write(directory, model_dir, files):
-    """The model with these files in place of its own."""
-    for file in model_dir.iterdir():
+def write(target, directory, files):
+    """A model with these files in place of its own."""
+    for file in directory.iterdir():
         if file.name not in files:
-            (directory / file.name).symlink_to(file)
+            (target / file.name).symlink_to(file)
     for name, content in files.items():
-        (directory / name).write_bytes(content)
-    return directory
+        (target / name).write_bytes(content)
+    return target
 
 
-def marks(case):
-    return [pytest.mark.slow] if case >= 100 else []
+FAST = {"model_dir": 100, "onevision_dir": 10, "qwen_dir": 10, "text_dir": 10}
+"""Cases of each model that are tried whenever tests run; a thousand where slow ones are too."""
 
 
-@pytest.mark.parametrize("case", [pytest.param(n, marks=marks(n)) for n in range(1000)])
-def test_a_changed_file_is_answered_or_refused_in_one_line(case, model_dir, files, plain, tmp_path):
+@pytest.mark.parametrize(
+    ("directory", "case"),
+    [
+        pytest.param(name, case, marks=[pytest.mark.slow] if case >= fast else [])
+        for name, fast in FAST.items()
+        for case in range(1000)
+    ],
+    indirect=["directory"],
+)
+def test_a_changed_file_is_answered_or_refused_in_one_line(directory, case, plain, tmp_path):
+    files = files_of(directory)
     name, content, what = changed(random.Random(case), files)  # `what` is shown where it fails
-    text, line = answer(write(tmp_path, model_dir, files | {name: content}))
+    text, line = answer(write(tmp_path, directory, files | {name: content}))
     if what == SAME:
         assert (text, line) == plain, content
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", range(8))
-def test_a_process_of_its_own_says_the_same(case, model_dir, files, tmp_path):
+def test_a_process_of_its_own_says_the_same(case, model_dir, tmp_path):
+    files = files_of(model_dir)
     name, content, _ = changed(random.Random(case), files)
     path = write(tmp_path, model_dir, files | {name: content})
     alone, here = answer(path, run=run_alone), answer(path)

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 import vlcache_jax
 from pallas_kernels.prefill_attention import prefill_attention
 from tests.cli.program import refused
-from tests.model_files import config_json, write_tiny
-from tests.tiny import picture, tiny_config, tiny_pinpoints, tiny_processor
+from tests.tiny import picture, tiny_config, tiny_processor
 from vlcache_jax import SnapKV, inspect
 from vlcache_jax.checkpoints.weights import parameter_name, split
 from vlcache_jax.models.families import read_config
@@ -229,22 +228,8 @@ def test_shapes_depend_on_the_buckets_alone():
     assert none[0].tiles.shape[0] == 0
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    config = config_json() | {
-        "model_type": FAMILY,
-        "image_grid_pinpoints": [list(pair) for pair in tiny_pinpoints(56, FAMILY)],
-    }
-    tower = {"model_type": "siglip_vision_model", "image_size": 56, "vision_use_head": False}
-    config["vision_config"] |= tower
-    text = {"model_type": "qwen2", "vocab_size": 264, "max_position_embeddings": 1024}
-    config["text_config"] |= text
-    path = tmp_path_factory.mktemp("onevision") / "tiny"
-    return write_tiny(path, config, tiny_processor(FAMILY))
-
-
-def test_an_inspection_shows_a_scaled_grid(directory, tmp_path):
-    vlm = vlcache_jax.load(directory)
+def test_an_inspection_shows_a_scaled_grid(onevision_dir, tmp_path):
+    vlm = vlcache_jax.load(onevision_dir)
     image = picture(330, 336)
     found = inspect(vlm, image, "what?", methods=[SnapKV("40tok")], max_new_tokens=2)
     [shown] = found.pictures
@@ -253,11 +238,11 @@ def test_an_inspection_shows_a_scaled_grid(directory, tmp_path):
     found.save(tmp_path / "page.html")
 
 
-def test_videos_are_refused_by_name(directory):
+def test_videos_are_refused_by_name(onevision_dir):
     with pytest.raises(NotImplementedError, match=r"^the prompt has <video>, and videos are not"):
         PROCESSOR(None, "what happens in <video>?")
     words = "the prompt has <video>, and videos are not supported"
-    refused(words, "generate", directory, "--prompt", "what happens in <video>?")
+    refused(words, "generate", onevision_dir, "--prompt", "what happens in <video>?")
 
 
 def test_a_thin_picture_beside_another_is_refused_before_it_is_padded(monkeypatch):
