@@ -137,6 +137,10 @@ def write(target, directory, files):
     return target
 
 
+def marks(case, fast=100):
+    return [pytest.mark.slow] if case >= fast else []
+
+
 FAST = {"model_dir": 100, "onevision_dir": 10, "qwen_dir": 10, "text_dir": 10}
 """Cases of each model that are tried whenever tests run; a thousand where slow ones are too."""
 
@@ -144,7 +148,7 @@ FAST = {"model_dir": 100, "onevision_dir": 10, "qwen_dir": 10, "text_dir": 10}
 @pytest.mark.parametrize(
     ("directory", "case"),
     [
-        pytest.param(name, case, marks=[pytest.mark.slow] if case >= fast else [])
+        pytest.param(name, case, marks=marks(case, fast))
         for name, fast in FAST.items()
         for case in range(1000)
     ],
