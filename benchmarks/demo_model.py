@@ -1,6 +1,6 @@
 """What the documents say of the shipped models: made of the files of their training and runs.
 
-`python -m benchmarks.report` puts these parts into README.md, docs/demo.md and docs/demo-small.md.
+`python -m benchmarks.report` puts these parts into README.md and docs/demo-small.md.
 """
 
 import json
@@ -293,15 +293,6 @@ def draw_training(recipe: Result, log: list[Result]) -> Any:
     return figure
 
 
-def _training(folder: Path, plot: Path, which: str = "") -> tuple[Part, ...]:
-    """Recipe and log of a run."""
-    files = training_files(folder)
-    return (
-        Part(f"{which}recipe", recipe_part, files[:1]),
-        Part(f"{which}log", partial(log_part, plot.name), files),
-    )
-
-
 def _model_file(name: str) -> Path:
     return TRAINING / name / "model.json"
 
@@ -315,7 +306,8 @@ DEMO = Part("demo", demo_part, (result_file("demo-small"), _model_file("demo-sma
 
 SMALL_SECTIONS = (
     Part("model", model_part, (_model_file("demo-small"),)),
-    *_training(TRAINING / "demo-small", SMALL_PLOT.path),
+    Part("recipe", recipe_part, SMALL_PLOT.files[:1]),
+    Part("log", partial(log_part, SMALL_PLOT.path.name), SMALL_PLOT.files),
     Part("accuracy", accuracy_part, (BUDGETS,)),
     Part("pictures", pictures_part, (result_file("demo-small"),)),
 )

@@ -255,10 +255,14 @@ class GgufFile:
 
 
 class GgufCheckpoint(Checkpoint):
-    """A GGUF file as a checkpoint; its weights are dequantised as they are read."""
+    """A GGUF file as a checkpoint; its weights are dequantised as they are read.
+
+    Attributes:
+        file: what is in it.
+    """
 
     def __init__(self, path: Path):
-        self._file = file = GgufFile(path)
+        self.file = file = GgufFile(path)
         super().__init__(path, file.model())
         self.dtype = file.dtype
         try:
@@ -269,16 +273,16 @@ class GgufCheckpoint(Checkpoint):
     def read(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of each parameter of a piece, joined from its tensors one by one."""
         for name in self.pieces[piece]:
-            tensors = (self._file.tensor(key, dtype) for key in self._sources[name])
+            tensors = (self.file.tensor(key, dtype) for key in self._sources[name])
             yield name, join(self.names, name, self.shapes[name], dtype, tensors)
 
     def processor(self) -> Any:
         """The tokenizer that the file describes."""
-        return read_tokenizer(self._file)
+        return read_tokenizer(self.file)
 
     def write_files(self, directory: Path, dtype: np.dtype) -> None:
         """Write a config.json and the files of the tokenizer."""
-        text = json.dumps({**self._file.config, "dtype": dtype.name}, indent=2)
+        text = json.dumps({**self.file.config, "dtype": dtype.name}, indent=2)
         (directory / "config.json").write_text(f"{text}\n", encoding="utf-8")
         self.processor().save_pretrained(directory)
 

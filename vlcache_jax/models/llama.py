@@ -119,8 +119,8 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = RMSNorm(width, config.rms_norm_eps, dtype=dtype)
         head_dim = config.head_dim
         self.qkv = normal(rngs, (width, kv_heads, group + 2, head_dim), dtype)
-        bias = jnp.zeros((kv_heads, group + 2, head_dim), dtype) if config.qkv_bias else None
-        self.qkv_bias = None if bias is None else nnx.Param(bias)
+        shape = (kv_heads, group + 2, head_dim)
+        self.qkv_bias = nnx.Param(jnp.zeros(shape, dtype)) if config.qkv_bias else None
         norm = partial(RMSNorm, head_dim, config.rms_norm_eps, dtype=dtype)
         self.q_norm, self.k_norm = (norm(), norm()) if config.qk_norm else (None, None)
         self.out = normal(rngs, (kv_heads, group, head_dim, width), dtype)

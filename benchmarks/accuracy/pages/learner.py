@@ -33,7 +33,7 @@ from vlcache_jax.checkpoints.changed import (
     renamed,
 )
 from vlcache_jax.checkpoints.checkpoint import DECODER
-from vlcache_jax.checkpoints.gguf import GgufCheckpoint, GgufFile
+from vlcache_jax.checkpoints.gguf import GgufCheckpoint
 from vlcache_jax.checkpoints.weights import parameter_name, parse_dtype, split
 from vlcache_jax.files import sha256, whole_directory
 from vlcache_jax.models.layers import product
@@ -105,7 +105,7 @@ class PageLearner(Learner):
         tokenizer = self.files.tokenizer
         image = tokenizer.convert_tokens_to_ids(IMAGE)
         text = checkpoint.config.text
-        self.config_json = _config_json(vision, GgufFile(checkpoint.path).config, image)
+        self.config_json = _config_json(vision, checkpoint.file.config, image)
         params = checkpoint.load("float32")
         embedding = np.asarray(params["embed"]["embedding"])
 
