@@ -19,6 +19,9 @@ from vlcache_jax.models.llava.config import LlavaConfig
 HIDDEN = -1e30
 """Logit of a key that is not seen."""
 
+BLOCK = 256
+"""Rows of a prefix that attend at once."""
+
 
 class Scores(NamedTuple):
     """How well a batch was done.
@@ -195,6 +198,9 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of the prefixes to themselves and of the segments to both, and the guidance's loss.
 
+    One picture and kv head at a time, block by block: what they attend with is never there as a
+    whole, which would not fit a CPU's cache, and is made again on the way back.
+
     Args:
         q: [P, T + Q * R, N, H].
         k: [P, T + Q * R, K, H].
@@ -203,48 +209,59 @@ def _attend(
             are not there, [P, T].
         sources: see `packing.Batch`, [P, Q, R].
     """
-    (pictures, total, heads, width), prefix_rows = q.shape, shares.shape[1]
-    kv_heads = k.shape[2]
-    questions, rows = sources.shape[1:]
+    (pictures, total, heads, width), kv_heads = q.shape, k.shape[2]
     q = (q * width**-0.5).reshape(pictures, total, kv_heads, -1, width)
-    q = jnp.moveaxis(q, 1, 3)  # [P, K, G, T + Q * R, H]
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(-1, heads // kv_heads, total, width)
+    k, v = (x.swapaxes(1, 2).reshape(-1, total, width) for x in (k, v))
+    shares, sources = (jnp.repeat(x, kv_heads, axis=0) for x in (shares, sources))
+    one = jax.checkpoint(lambda each: _attend_group(*each))
+    mixed, paid = jax.lax.map(one, (q, k, v, shares, sources))
 
-    def cut(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first, rest = x[..., :prefix_rows, :], x[..., prefix_rows:, :]
-        return first, rest.reshape(*rest.shape[:-2], questions, rows, width)
-
-    (q_first, q_own), (k_first, k_own), (v_first, v_own) = map(cut, (q, k, v))
-    first = _attend_prefix(q_first, k_first, v_first, shares)
-
-    q_own = q_own.swapaxes(2, 3).reshape(pictures, kv_heads, questions, -1, width)  # G * R rows
-    far = _dot("pkqmh,pksh->pkqms", q_own, k_first)
-    far += shares[:, None, None, None]
-    near = _dot("pkqmh,pkqsh->pkqms", q_own, k_own)
-    near = jnp.where(jnp.tile(jnp.tri(rows, dtype=bool), (heads // kv_heads, 1)), near, HIDDEN)
-    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1)
-    far, near = weights[..., :prefix_rows], weights[..., prefix_rows:]
-    mixed = _dot("pkqms,pksh->pkqmh", far.astype(v.dtype), v_first)
-    mixed += _dot("pkqms,pkqsh->pkqmh", near.astype(v.dtype), v_own)
-    mixed = mixed.astype(v.dtype).reshape(pictures, kv_heads, questions, -1, rows, width)
-    second = mixed.transpose(0, 2, 4, 1, 3, 5).reshape(pictures, -1, heads, width)
-
-    guided = far[:, :, :, :rows]  # of the first query head of each group, [P, K, Q, R, T]
-    read = jnp.maximum(sources, 0)[:, None, ..., None]
-    paid = jnp.take_along_axis(guided, read, axis=-1)[..., 0]
-    asked = (sources >= 0)[:, None]
+    sources, paid = (x.reshape(pictures, kv_heads, *x.shape[1:]) for x in (sources, paid))
+    asked = sources >= 0
     loss = jnp.sum(jnp.where(asked, -jnp.log(paid + 1e-6), 0.0), axis=(0, 2, 3))
-    guide = jnp.mean(loss) / jnp.maximum(jnp.sum(asked), 1)
-    return jnp.concatenate([first, second], axis=1), guide
+    guide = jnp.mean(loss) / jnp.maximum(jnp.sum(asked[:, 0]), 1)
+    mixed = mixed.reshape(pictures, heads, total, width)
+    return mixed.swapaxes(1, 2), guide
 
 
-def _attend_prefix(q: jax.Array, k: jax.Array, v: jax.Array, shares: jax.Array) -> jax.Array:
-    """Causal attention of the prefixes alone: q [P, K, G, T, H], k and v [P, K, T, H]."""
-    pictures, kv_heads, group, rows, width = q.shape
-    logits = _dot("pkmh,pksh->pkms", q.reshape(pictures, kv_heads, -1, width), k)
-    # Rows behind a prefix would see nothing: they see the first key, and nobody sees them.
-    seen = jnp.where(jnp.tri(rows, dtype=bool), shares[:, None, :], HIDDEN)
-    seen = jnp.where(jnp.arange(rows) == 0, 0.0, seen)
-    weights = jax.nn.softmax(logits + jnp.tile(seen, (1, group, 1))[:, None], axis=-1)
-    mixed = _dot("pkms,pksh->pkmh", weights.astype(v.dtype), v).astype(v.dtype)
-    return mixed.reshape(q.shape).transpose(0, 3, 1, 2, 4).reshape(pictures, rows, -1, width)
+def _attend_group(
+    q: jax.Array, k: jax.Array, v: jax.Array, shares: jax.Array, sources: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One picture's query heads of one kv head: q [G, T + Q * R, H], k and v [T + Q * R, H].
+
+    Returns:
+        What they mix, like q; the weight that the first of them gives each source, [Q, R].
+    """
+    (group, _, width), rows, (questions, length) = q.shape, shares.shape[0], sources.shape
+    mixed = []
+    for first in range(0, rows, BLOCK):
+        end = min(first + BLOCK, rows)
+        own = q[:, first:end].reshape(-1, width)
+        logits = _dot("mh,sh->ms", own, k[:end]).reshape(group, -1, end)
+        # Rows behind a prefix would see nothing: they see the first key, and nobody sees them.
+        seen = jnp.where(jnp.arange(end) == 0, 0.0, shares[:end])
+        logits += jnp.where(jnp.tri(end - first, end, first, dtype=bool), seen, HIDDEN)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(-1, end)
+        mixed.append(_dot("ms,sh->mh", weights, v[:end]).reshape(group, -1, width))
+
+    q, k_own, v_own = (
+        x[..., rows:, :].reshape(*x.shape[:-2], questions, length, width) for x in (q, k, v)
+    )
+    q = q.swapaxes(0, 1).reshape(questions, -1, width)  # G * R rows of each question
+    far = _dot("qmh,sh->qms", q, k[:rows]) + shares
+    near = _dot("qmh,qsh->qms", q, k_own)
+    near = jnp.where(jnp.tile(jnp.tri(length, dtype=bool), (group, 1)), near, HIDDEN)
+    # One softmax over both, which are not put together: that would copy them.
+    top = jnp.maximum(far.max(axis=-1, keepdims=True), near.max(axis=-1, keepdims=True))
+    far, near = (jnp.exp(x - jax.lax.stop_gradient(top)) for x in (far, near))
+    whole = far.sum(axis=-1, keepdims=True) + near.sum(axis=-1, keepdims=True)
+    far, near = far / whole, near / whole
+    answers = _dot("qms,sh->qmh", far.astype(v.dtype), v[:rows])
+    answers += _dot("qms,qsh->qmh", near.astype(v.dtype), v_own)
+    answers = answers.reshape(questions, group, length, width).swapaxes(0, 1)
+    mixed.append(answers.reshape(group, -1, width))
+
+    read = jnp.maximum(sources, 0)[..., None]
+    paid = jnp.take_along_axis(far[:, :length], read, axis=-1)[..., 0]
+    return jnp.concatenate(mixed, axis=1).astype(v.dtype), paid

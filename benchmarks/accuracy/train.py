@@ -93,7 +93,8 @@ class Recipe:
 
     Attributes:
         seed: of the weights and of the pictures.
-        dtype: type of the arithmetic; the parameters are float32.
+        dtype: type of the arithmetic, or around a published decoder of what is multiplied in it;
+            the parameters are float32.
         vision: see `network.config_json`.
         text: likewise; of a decoder that is published nothing.
         rank: of the changes of the published decoder (pages/learner.py); 0 for the small LLaVA.

@@ -6,6 +6,7 @@ Learned are a small vision tower, the projector, and low-rank changes of the dec
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ class PageLearner(Learner):
     Args:
         vision: see `network.config_json`.
         rank: of the decoder's changes.
-        dtype: type of the arithmetic.
+        dtype: type of what the decoder multiplies; all else is float32.
         published: the decoder.
     """
 
@@ -121,7 +122,7 @@ class PageLearner(Learner):
             "ideal": rows(CHARACTERS + " "),
             "newline": rows("\n")[0],
         }
-        self.fixed = jax.tree.map(lambda x: jnp.asarray(x, dtype), fixed)
+        self.fixed = jax.tree.map(jnp.asarray, fixed)
         self._eps = text.rms_norm_eps
         self._eyes = nnx.split(nnx.eval_shape(lambda: Eyes(self.config, nnx.Rngs(0))))[0]
 
@@ -140,7 +141,6 @@ class PageLearner(Learner):
 
     def bind(self, learned: Any, fixed: Any) -> Bound:
         """The library's tower and projector; the layers with their factors, in a scan."""
-        learned = jax.tree.map(lambda x: x.astype(self.dtype), learned)
         eyes: Any = nnx.merge(self._eyes, learned["eyes"])
 
         def visual_rows(tiles: jax.Array) -> jax.Array:
@@ -150,7 +150,7 @@ class PageLearner(Learner):
         def decode(rows: jax.Array, attend: Attend) -> tuple[jax.Array, jax.Array]:
             def layer(x: jax.Array, each: tuple[Any, Any]) -> tuple[jax.Array, None]:
                 weights, factors = each
-                return changed_layer(weights, factors, x, attend, self._eps), None
+                return changed_layer(weights, factors, x, attend, self._eps, self.dtype), None
 
             kept = jax.checkpoint_policies.save_only_these_names(KEPT)
             step = jax.checkpoint(layer, policy=kept)
@@ -159,7 +159,7 @@ class PageLearner(Learner):
 
         def logits(hidden: jax.Array) -> jax.Array:
             hidden = rms_norm(hidden, fixed["norm"], self._eps)
-            return product("...d,vd->...v", hidden, fixed["embedding"], out=jnp.float32)
+            return _sums(self.dtype, "...d,vd->...v", hidden, fixed["embedding"])
 
         return Bound(
             visual_rows,
@@ -214,7 +214,7 @@ class PageLearner(Learner):
 
 
 def changed_layer(
-    weights: Any, factors: Any, x: jax.Array, attend: Attend, eps: float
+    weights: Any, factors: Any, x: jax.Array, attend: Attend, eps: float, dtype: Any
 ) -> jax.Array:
     """`DecoderLayer` with factors beside its kernels: [B, T, D] -> [B, T, D]."""
 
@@ -222,40 +222,57 @@ def changed_layer(
         kernel = weights[name]
         axes = CHANGED[name]
         flat = kernel.reshape(x.shape[-1], -1)
-        whole = changed_product(x, flat, factors[name]["down"], SCALE * factors[name]["up"])
+        down, up = factors[name]["down"], SCALE * factors[name]["up"]
+        whole = changed_product(dtype, x, flat, down, up)
         return checkpoint_name(whole.reshape(*x.shape[:2], *kernel.shape[axes:]), KEPT)
 
     normed = rms_norm(x, weights["attention_norm"]["scale"], eps)
     mixed, _ = attend(changed("qkv", normed))
-    x = x + changed("out", mixed.reshape(*x.shape[:2], -1))
+    mixed = checkpoint_name(mixed.reshape(*x.shape[:2], -1), KEPT)
+    x = x + changed("out", mixed)
     normed = rms_norm(x, weights["mlp_norm"]["scale"], eps)
     gate_up = changed("gate_up", normed)
     return x + changed("down", jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1])
 
 
-@jax.custom_vjp
-def changed_product(x: jax.Array, kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def changed_product(
+    dtype: Any, x: jax.Array, kernel: jax.Array, down: jax.Array, up: jax.Array
+) -> jax.Array:
     """Give x @ (kernel + down @ up): [..., I], [I, O], [I, r], [r, O] -> [..., O].
 
     No gradient is made of the kernel, which stays as it is: it would cost as much as the product.
+
+    Args:
+        dtype: of what is multiplied; sums are float32.
+        x: activations.
+        kernel: what is changed.
+        down: first factor of the change.
+        up: second factor.
     """
-    return product("...i,io->...o", x, kernel + down @ up)
+    return _sums(dtype, "...i,io->...o", x, kernel + down @ up)
 
 
-def _product_and_inputs(*inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return changed_product(*inputs), inputs
+def _product_and_inputs(dtype: Any, *inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return changed_product(dtype, *inputs), inputs
 
 
-def _gradients(inputs: tuple[jax.Array, ...], back: jax.Array) -> tuple[jax.Array | None, ...]:
+def _gradients(
+    dtype: Any, inputs: tuple[jax.Array, ...], back: jax.Array
+) -> tuple[jax.Array | None, ...]:
     x, kernel, down, up = inputs
-    of_x = product("...o,io->...i", back, kernel + down @ up)
+    of_x = _sums(dtype, "...o,io->...i", back, kernel + down @ up)
     rows, back = x.reshape(-1, x.shape[-1]), back.reshape(-1, back.shape[-1])
-    of_down = rows.T @ (back @ up.T)
-    of_up = (rows @ down).T @ back
+    of_down = _sums(dtype, "ni,nr->ir", rows, _sums(dtype, "no,ro->nr", back, up))
+    of_up = _sums(dtype, "nr,no->ro", _sums(dtype, "ni,ir->nr", rows, down), back)
     return of_x, None, of_down, of_up
 
 
 changed_product.defvjp(_product_and_inputs, _gradients)
+
+
+def _sums(dtype: Any, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return product(equation, x.astype(dtype), y.astype(dtype), out=jnp.float32)
 
 
 def _nearest(seen: jax.Array, ideal: jax.Array) -> jax.Array:
