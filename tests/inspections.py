@@ -22,6 +22,7 @@ def made_up_inspection(
     pieces=("<s>", "What", " is", " it", "?\n"),
     answer=("A", " shelf"),
     answers=None,
+    right_answer=None,
     seed=0,
 ):
     """An inspection of random picks; the last token is always kept.
@@ -37,6 +38,7 @@ def made_up_inspection(
         pieces: text tokens; the pictures come behind the first of them.
         answer: tokens of the full cache's answer.
         answers: tokens of each method's answer; those of the full cache by default.
+        right_answer: what is to be answered; None where that is not known.
         seed: of the picks.
     """
     rng = np.random.default_rng(seed)
@@ -78,6 +80,7 @@ def made_up_inspection(
         return Outcome(
             label=label,
             text="".join(tokens),
+            right=None if right_answer is None else "".join(tokens) == right_answer,
             pieces=list(tokens),
             first_difference=differs.index(True) if any(differs) else longer,
             cache=report(label, budget, m),
@@ -90,6 +93,7 @@ def made_up_inspection(
     return Inspection(
         model="made up",
         prompt="".join(pieces[1:]),
+        right_answer=right_answer,
         pieces=["" if is_visual else next(texts) for is_visual in visual],
         visual=visual,
         context=np.zeros_like(visual),

@@ -27,7 +27,11 @@ def asked(monkeypatch):
 
     def record(vlm, images, text, **options):
         calls.append({"images": images, "text": text, **options})
-        return made_up_inspection(("vl-cache 0.1", "h2o 0.1"), answers=[("A", " shelf"), ("A",)])
+        return made_up_inspection(
+            ("vl-cache 0.1", "h2o 0.1"),
+            answers=[("A", " shelf"), ("A",)],
+            right_answer=options["right_answer"],
+        )
 
     monkeypatch.setattr("vlcache_jax.results.inspection.inspect", record)
     return calls
@@ -69,6 +73,8 @@ def test_a_page_and_figures_of_several_methods(model_dir, image, tmp_path, asked
         "heat.png", "hit-rate.png", "layers.png"
     ]  # fmt: skip
     shown = " ".join(result.stdout.split())
+    assert call["right_answer"] is None
+    assert "right" not in shown
     for words in ("A shelf", "no, from token 2 on", f"written to {page}", f"{folder}/heat.png"):
         assert words in shown
 
@@ -78,11 +84,13 @@ def test_the_method_is_the_default_and_the_demo_has_its_question(model_dir, aske
         result = run(model_dir, "--image", "demo-small:2", "--out", tmp_path / "a.json", "--force",
                      *options)  # fmt: skip
         assert result.exit_code == 0, result.output
+        assert "right" in result.stdout
     assert [call["methods"] for call in asked] == [
         [make_method(DEFAULT_METHOD)],
         [H2O("64tok")],
     ]
-    assert asked[0]["text"] == demo.pictures("demo-small")[1].prompt
+    picture = demo.pictures("demo-small")[1]
+    assert (asked[0]["text"], asked[0]["right_answer"]) == (picture.prompt, picture.answer)
     assert asked[0]["max_new_tokens"] == 64
 
 

@@ -361,7 +361,7 @@ def inspect(
             check_file(out, "report", force=force)
         if png is not None:
             figures.check_folder(png, force=force)
-        images, question, _ = find_question(image, prompt)
+        images, question, right = find_question(image, prompt)
         document = read_context(context)
         vlm, progress = open_model(model, revision, dtype, backend)
         with progress:
@@ -371,6 +371,7 @@ def inspect(
                 question,
                 methods=methods,
                 context=document,
+                right_answer=right,
                 max_new_tokens=max_new_tokens,
                 raw_prompt=raw_prompt,
                 progress=progress_line(progress, "answering"),

@@ -35,6 +35,10 @@ class Answer:
     timings: Timings
     trace: Trace | None = None
 
+    def is_right(self, right: str | None) -> bool | None:
+        """Whether this is the right answer; None where that is not known."""
+        return None if right is None else self.text.strip() == right
+
 
 def same_tokens(first: list[int], second: list[int]) -> int:
     """How many tokens two answers have in common before they differ, or one of them ends."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.bar import Bar
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from vlcache_jax.results.answer import Answer, same_tokens
@@ -43,7 +43,7 @@ def comparison(prompt: str, right: str | None, answers: list[Answer]) -> dict[st
             **answer_facts(answer),
             "agrees": answer.tokens == first,
             "same_tokens": same_tokens(first, answer.tokens),
-            "right": None if right is None else answer.text.strip() == right,
+            "right": answer.is_right(right),
         }
         for answer in answers
     ]
@@ -107,33 +107,47 @@ def comparison_tables(facts: dict[str, Any]) -> Group:
     """What `comparison` gives: the prompt, then a column for each answer."""
     answers = facts["answers"]
     asked = {"question": facts["prompt"], "right answer": facts["right_answer"]}
-    table, columns = Table(""), []
+    columns = []
     for answer in answers:
-        state = {"answer": answer["text"] or "(nothing)"}
-        if answer["right"] is not None:
-            state["right"] = "yes" if answer["right"] else "no"
         difference = None if answer["agrees"] else answer["same_tokens"]
-        state["as the full cache"] = "" if answer is answers[0] else agreement(difference)
-        columns.append(state | answer_rows(answer))
-        table.add_column(Text(columns[-1].pop("method")))
+        state = {
+            **_verdict(answer["text"], answer["right"]),
+            "as the full cache": "" if answer is answers[0] else agreement(difference),
+        }
+        rows = answer_rows(answer)
+        columns.append((rows.pop("method"), state | rows))
+    return Group(two_columns(asked | prompt_rows(answers[0])), _side_by_side(columns))
+
+
+def _verdict(text: str, right: bool | None) -> dict[str, str]:
+    """The lines of a table about what was answered."""
+    known = {} if right is None else {"right": "yes" if right else "no"}
+    return {"answer": text or "(nothing)"} | known
+
+
+def _side_by_side(columns: list[tuple[str, dict[str, str]]]) -> Table:
+    """A table of columns, each with its head and the lines that it has."""
+    heads, parts = zip(*columns, strict=True)
+    table = Table("", *(Column(Text(head)) for head in heads))
     # The longest column has all lines, in their order: that of a quantized cache, if there is one.
-    for name in max(columns, key=len):
-        table.add_row(name, *(Text(column.get(name, "")) for column in columns))
-    return Group(two_columns(asked | prompt_rows(answers[0])), table)
+    for name in max(parts, key=len):
+        table.add_row(name, *(Text(part.get(name, "")) for part in parts))
+    return table
 
 
 def inspection_table(inspection: "Inspection") -> Table:
-    """The answers, and what was kept for them."""
-    table = Table("", "answer", "as the full cache", "cache kept", "CacheHitRate")
+    """The answers, and what was kept for them; whether they are right, where that is known."""
+    columns = []
     for outcome in (inspection.full, *inspection.outcomes):
-        table.add_row(
-            Text(outcome.label),
-            Text(outcome.text or "(nothing)"),
-            agreement(outcome.first_difference),
-            f"{outcome.cache.kept_share:.1%}",
-            f"{outcome.trace.hit_rate.mean():.1%}",
-        )
-    return table
+        cache = outcome.cache
+        rows = {
+            **_verdict(outcome.text, outcome.right),
+            "as the full cache": agreement(outcome.first_difference),
+            "cache": f"{human_bytes(cache.kept_bytes)} ({cache.kept_share:.1%})",
+            "CacheHitRate": f"{outcome.trace.hit_rate.mean():.1%}",
+        }
+        columns.append((outcome.label, rows))
+    return _side_by_side(columns)
 
 
 def evaluation_tables(found: "Evaluation") -> Group:

@@ -63,6 +63,7 @@ class Outcome:
         label: the method and its budget, unlike that of any other: "vl-cache+akvq 0.1", or "full";
             with the settings that tell it from others of its name: "vl-cache 0.1, threshold=0.1".
         text: the answer.
+        right: whether it is the right one, None where that is not known.
         pieces: the text of each of its tokens; one that completes no character is "".
         first_difference: the first token that is not that of the full cache's answer; None where
             the answers are the same.
@@ -73,6 +74,7 @@ class Outcome:
 
     label: str
     text: str
+    right: bool | None
     pieces: list[str]
     first_difference: int | None
     cache: CacheReport
@@ -87,6 +89,7 @@ class Inspection:
     Attributes:
         model: what was loaded.
         prompt: the question, as it was asked.
+        right_answer: what is to be answered, None where that is not known.
         pieces: the text of each token of the rendered prompt, m of them; "" for visual ones.
         visual: which tokens are visual, bool [m].
         context: which tokens are the context's, bool [m].
@@ -99,6 +102,7 @@ class Inspection:
 
     model: str
     prompt: str
+    right_answer: str | None
     pieces: list[str]
     visual: np.ndarray
     context: np.ndarray
@@ -170,6 +174,7 @@ class Inspection:
         return {
             "label": outcome.label,
             "text": outcome.text,
+            "right": outcome.right,
             "pieces": outcome.pieces,
             "first_difference": outcome.first_difference,
             "cache": dataclasses.asdict(outcome.cache),
@@ -223,6 +228,7 @@ def inspect(
     *,
     methods: Sequence[CacheMethod | Quantizer],
     context: str | None = None,
+    right_answer: str | None = None,
     max_new_tokens: int = 64,
     raw_prompt: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -237,6 +243,7 @@ def inspect(
         text: the prompt.
         methods: one or more methods, or quantizers, which keep everything.
         context: a text that the prompt is about.
+        right_answer: what is to be answered, where that is known.
         max_new_tokens: most tokens of an answer.
         raw_prompt: take the text as it is, without the chat template.
         progress: called before each answer with its label, the answers done and those in all.
@@ -277,12 +284,13 @@ def inspect(
             pass
         answers.append(stream.answer)
     full, *outcomes = (
-        _outcome(vlm.processor, name, answer, answers[0])
+        _outcome(vlm.processor, name, answer, answers[0], right_answer)
         for name, answer in zip(names, answers, strict=True)
     )
     return Inspection(
         model=vlm.name,
         prompt=text,
+        right_answer=right_answer,
         pieces=["" if is_visual else next(words) for is_visual in visual],
         visual=visual,
         context=index == CONTEXT,
@@ -322,12 +330,15 @@ def locate(
     return pictures
 
 
-def _outcome(processor: Processor, name: str, answer: Answer, full: Answer) -> Outcome:
+def _outcome(
+    processor: Processor, name: str, answer: Answer, full: Answer, right: str | None
+) -> Outcome:
     assert answer.trace is not None  # it was asked for
     same = same_tokens(full.tokens, answer.tokens)
     return Outcome(
         label=name,
         text=answer.text,
+        right=answer.is_right(right),
         pieces=processor.detokenizer().split(answer.tokens),
         first_difference=None if answer.tokens == full.tokens else same,
         cache=answer.cache,
