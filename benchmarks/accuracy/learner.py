@@ -68,6 +68,15 @@ class Learner(ABC):
     def export(self, folder: Path, learned: Any) -> None:
         """Write the model, and replace the one that was there."""
 
+    def read(self, folder: Path) -> Any:
+        """What was learned of an exported model, like `initial`.
+
+        Raises:
+            ValueError: the model is another one.
+            NotImplementedError: what was learned cannot be told from the model.
+        """
+        raise NotImplementedError(f"{folder} is a model: give the folder of its run")
+
 
 class SmallLearner(Learner):
     """The small LLaVA, of which everything is learned.

@@ -291,10 +291,17 @@ class Trainer:
     def take(self, part: str, folder: Path) -> None:
         """Begin with what another run has learned of a part, a key of the learned tree.
 
+        Args:
+            part: the key.
+            folder: of the run, or of the model that it has exported.
+
         Raises:
-            ValueError: there is no such part, or no run of a model of the same shapes.
+            ValueError: there is no such part, or no run or model of the same shapes.
         """
         check_known("part", [part], self.state["learned"])
+        if (folder / "config.json").is_file():
+            self.state["learned"][part] = self.learner.read(folder)[part]
+            return
         if not (folder / RECIPE).is_file():
             raise ValueError(f"{folder} is no folder of a run: train it first")
         if Recipe.read(folder / RECIPE).shape != self.recipe.shape:
@@ -303,6 +310,17 @@ class Trainer:
         if found is None:
             raise ValueError(f"{folder} has no state yet: let it save one")
         self.state["learned"][part] = found[1]["learned"][part]
+
+    def begin(self, step: int) -> None:
+        """Go on from a step with what was taken; the optimizer has no moments of it.
+
+        Raises:
+            ValueError: the recipe has no such step.
+        """
+        if not 0 <= step < self.recipe.steps:
+            raise ValueError(f"step {step}: the recipe has those from 0 to {self.recipe.steps - 1}")
+        self.step = step
+        self.state["optimizer"] = optax.tree.set(self.state["optimizer"], count=jnp.int32(step))
 
     def _newest(self, folder: Path) -> tuple[int, Any] | None:
         """The step and the state that a folder's run was saved at last."""
@@ -350,9 +368,13 @@ def main(
         list[str] | None,
         typer.Option(
             metavar="PART=RUN",
-            help="Begin with a part that another run has learned, such as eyes=RUN.",
+            help="Begin with a part that another run has learned, such as eyes=RUN; the folder of "
+            "a model will do.",
         ),
     ] = None,
+    begin: Annotated[
+        int, typer.Option(help="The step that this run begins at, where those before are taken.")
+    ] = 0,
 ) -> None:
     """Train, or go on with a training that was cut off."""
     errors = Console(stderr=True, highlight=False)
@@ -363,6 +385,7 @@ def main(
         for pair in take or ():
             part, _, run = pair.partition("=")
             trainer.take(part, Path(run))
+        trainer.begin(begin)
     kept = out / RECIPE
     if kept.exists() and Recipe.read(kept) != what:
         raise typer.BadParameter(f"{out} holds the run of another recipe: choose another folder")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from benchmarks.accuracy import network
 from benchmarks.accuracy.learner import Learner, level_of, of_a_step
@@ -35,7 +35,14 @@ from vlcache_jax.checkpoints.changed import (
 )
 from vlcache_jax.checkpoints.checkpoint import DECODER
 from vlcache_jax.checkpoints.gguf import GgufCheckpoint
-from vlcache_jax.checkpoints.weights import parameter_name, parse_dtype, split
+from vlcache_jax.checkpoints.weights import (
+    join,
+    parameter_name,
+    parse_dtype,
+    refuse_differences,
+    split,
+    tensors_of,
+)
 from vlcache_jax.files import sha256, whole_directory
 from vlcache_jax.models.layers import product
 from vlcache_jax.models.llama import Attend
@@ -68,6 +75,9 @@ SHARPNESS = 3.0
 
 SCALE = 2.0
 """What the product of two factors is multiplied by."""
+
+SCALES = {"down": 1.0, "up": SCALE}
+"""What each factor is multiplied by where it is stored."""
 
 KEPT = "product"
 """What a step keeps of its layers for the way back; the rest is computed again."""
@@ -196,7 +206,7 @@ class PageLearner(Learner):
             for tensor, view in split(LLAVA, parameter_name(key), np.asarray(leaf).astype(kind))
         }
         for name, factors in learned["factors"].items():
-            for part, scale in (("down", 1.0), ("up", SCALE)):
+            for part, scale in SCALES.items():
                 tensors[f"factors.{name}.{part}"] = (scale * np.asarray(factors[part])).astype(kind)
         with whole_directory(folder.resolve(), force=True) as directory:
             save_file(tensors, directory / LEARNED)
@@ -212,6 +222,34 @@ class PageLearner(Learner):
                 text = json.dumps(content, indent=2) + "\n"
                 (directory / name).write_text(text, encoding="utf-8")
 
+    def read(self, folder: Path) -> Any:
+        """What `export` has written, like `initial`; see `Learner.read`."""
+        if not (folder / LEARNED).is_file():
+            raise ValueError(f"{folder} has no {LEARNED}: give a model that was exported here")
+        given = load_file(folder / LEARNED)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda: self.initial(0)))
+        shapes = {parameter_name(key): leaf.shape for key, leaf in leaves}
+        expected: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            expected |= _stored(name, shape)
+        found = {name: tensor.shape for name, tensor in given.items()}
+        refuse_differences(f"{folder} for this recipe", expected, found)
+        parts, kind = [], np.dtype(np.float32)
+        for name, shape in shapes.items():
+            tensors = [given[tensor] for tensor in _stored(name, shape)]
+            part, own = name.split(".", 1)
+            if part == "eyes":
+                parts.append(join(LLAVA, own, shape, kind, tensors))
+            else:
+                parts.append(tensors[0].astype(kind) / SCALES[own.split(".")[1]])
+        return tree.unflatten(map(jnp.asarray, parts))
+
+
+def _stored(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a learned array is stored as."""
+    part, own = name.split(".", 1)
+    return tensors_of(LLAVA, own, shape) if part == "eyes" else {name: shape}
+
 
 def changed_layer(
     weights: Any, factors: Any, x: jax.Array, attend: Attend, eps: float, dtype: Any
@@ -223,7 +261,7 @@ def changed_layer(
         axes = CHANGED[name]
         flat = kernel.reshape(x.shape[-1], -1)
         down, up = factors[name]["down"], SCALE * factors[name]["up"]
-        whole = changed_product(dtype, x, flat, down, up)
+        whole: Any = changed_product(dtype, x, flat, down, up)
         return checkpoint_name(whole.reshape(*x.shape[:2], *kernel.shape[axes:]), KEPT)
 
     normed = rms_norm(x, weights["attention_norm"]["scale"], eps)

@@ -48,6 +48,18 @@ def test_at_first_the_decoder_is_as_it_was_given(learner, published, tmp_path):
         assert len(ours) == len(theirs)
 
 
+def test_what_is_exported_is_read_again(learner, learned, published, tmp_path):
+    learner.export(tmp_path / "model", learned, "float32")
+    for ours, theirs in zip(
+        jax.tree.leaves(learned), jax.tree.leaves(learner.read(tmp_path / "model")), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match=r"no learned\.safetensors"):
+        learner.read(tmp_path)
+    with pytest.raises(ValueError, match=r"factors\.down\.down"):
+        PageLearner(VISION, 8, jnp.dtype("float32"), published).read(tmp_path / "model")
+
+
 def test_factors_applied_are_factors_merged(learner, learned, tmp_path):
     learner.export(tmp_path / "model", learned, "float32")
     params = vlcache_jax.load(tmp_path / "model").params

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -150,6 +151,18 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_were_not(tmp_path):
     assert inputs.tokens.tolist() == raw.tokens.tolist()
     assert answer.visual_tokens > 0.8 * answer.prompt_tokens
     assert answer.prompt_tokens > 300
+
+
+def test_a_run_begins_where_what_it_takes_has_ended(trainer):
+    late = Trainer(RECIPE)
+    late.begin(5)
+    assert late.step == 5
+    counts = optax.tree.get_all_with_path(late.state["optimizer"], "count")
+    assert [int(count) for _, count in counts] == [5] * len(counts) != []
+    assert jax.tree.map(jnp.shape, late.state) == jax.tree.map(jnp.shape, trainer.state)
+    for step in (-1, RECIPE.steps):
+        with pytest.raises(ValueError, match="the recipe has those from 0"):
+            late.begin(step)
 
 
 def test_a_part_is_taken_from_another_run(trainer, tmp_path):
