@@ -56,7 +56,7 @@ class Pair:
         model = bind(self.ours.config)(params)
         attend = partial(prefill_attention, causal=False)
         tower = model.vision(inputs.tiles, model.vision_layers, attend=attend)
-        return model.embed_prompt(inputs, attend), tower
+        return model.embed_prompt(inputs, attend).x, tower
 
     def inputs(self, name):
         sizes, prompt = PROMPTS[name]

@@ -4,6 +4,7 @@ The module tree is the parameter tree: `embed`, `layers`, `head`.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,34 @@ from flax import nnx
 
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.layers import DType
-from vlcache_jax.models.llama import DecoderLayer, Embedding, Head
+from vlcache_jax.models.llama import DecoderLayer, Embedding, Head, Residual
 from vlcache_jax.requests.inputs import ModelInputs
+
+
+class Embedded(NamedTuple):
+    """A prompt in front of the first layer.
+
+    Attributes:
+        x: its hidden states, [B, T, D].
+        added: a table of visual rows [R, D] for each of the first layers, behind which they are
+            added to the visual tokens (DeepStack: Meng et al. 2024); most families have none.
+    """
+
+    x: jax.Array
+    added: tuple[jax.Array, ...] = ()
+
+    def behind(self, layer: int, stream: Residual, index: jax.Array) -> Residual:
+        """The residual stream behind a layer, with what is added there.
+
+        Args:
+            layer: its number.
+            stream: as the layer leaves it.
+            index: `ModelInputs.visual_index` [B, T].
+        """
+        if layer >= len(self.added):
+            return stream
+        visual = _rows_of(self.added[layer], index)
+        return Residual(stream.total(), jnp.where((index >= 0)[..., None], visual, 0))
 
 
 class Decoder(nnx.Module):
@@ -25,28 +52,33 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.head = Head(text, dtype=dtype, rngs=rngs)
 
-    def embed_prompt(self, inputs: ModelInputs, attend: Callable[..., jax.Array]) -> jax.Array:
-        """The first layer's input [B, T, D].
+    def embed_prompt(self, inputs: ModelInputs, attend: Callable[..., jax.Array]) -> Embedded:
+        """What the layers are given of the prompts.
 
         Args:
             inputs: the prompts.
             attend: full attention of q, k and v [S, P + 1, N, H] each, for a vision tower; a fourth
                 argument, int32 [S], says how many of their rows count.
         """
-        return self.embed(inputs.tokens)
+        return Embedded(self.embed(inputs.tokens))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final hidden states [..., D] -> logits [..., V] in float32."""
         return self.head(x, self.embed)
 
 
-def with_visual_rows(text: jax.Array, table: jax.Array, index: jax.Array) -> jax.Array:
+def with_visual_rows(text: Embedded, table: jax.Array, index: jax.Array) -> Embedded:
     """Embeddings with the rows of visual tokens in their places.
 
     Args:
-        text: embeddings of the tokens, [B, T, D].
+        text: embeddings of the tokens.
         table: the rows, [R, D].
         index: `ModelInputs.visual_index` [B, T].
     """
-    visual = jnp.take(table, jnp.maximum(index, 0), axis=0)
-    return jnp.where((index >= 0)[..., None], visual, text)
+    visual = _rows_of(table, index)
+    return Embedded(jnp.where((index >= 0)[..., None], visual, text.x))
+
+
+def _rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
+    """The row of each visual token, [B, T, D]; any row for the others."""
+    return jnp.take(table, jnp.maximum(index, 0), axis=0)

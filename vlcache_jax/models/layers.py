@@ -4,6 +4,8 @@ A kernel keeps the axes that have a meaning (`[D, K, G + 2, H]`, not `[D, 6144]`
 can be split over devices by naming an axis; XLA turns each product into one plain GEMM.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,6 +37,23 @@ def product(
     return jnp.einsum(
         equation, x, kernel[...], precision=precision, preferred_element_type=out or x.dtype
     )
+
+
+def weighted_rows(table: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weighted sums of C rows of a table, added up in float32, row by row.
+
+    Args:
+        table: [R, D].
+        rows: int32 [..., C].
+        weights: float32 [..., C].
+
+    Returns:
+        [..., D] in the type of the table.
+    """
+    parts = [
+        jnp.take(table, rows[..., c], axis=0) * weights[..., c, None] for c in range(rows.shape[-1])
+    ]
+    return functools.reduce(jnp.add, parts).astype(table.dtype)
 
 
 class Linear(nnx.Module):

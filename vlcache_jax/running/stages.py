@@ -186,7 +186,8 @@ class Stages:
             return mixed, (q, k, v)
 
         patches = partial(prefill_attention, causal=False, backend=self.backend)
-        stream = Residual(model.embed_prompt(inputs, patches))
+        prompt = model.embed_prompt(inputs, patches)
+        stream = Residual(prompt.x)
         positions = jnp.arange(stream.x.shape[1], dtype=jnp.int32)
         if inputs.positions is not None:
             positions = jnp.asarray(inputs.positions)
@@ -194,6 +195,7 @@ class Stages:
         for index, layer in enumerate(model.layers):
             entering = stream
             stream, kept = layer(stream, attend, backend=self.cache_backend)
+            stream = prompt.behind(index, stream, inputs.visual_index)
             if keep is not None:
                 stream = keep(index, kept, entering, stream)
         return stream.total()

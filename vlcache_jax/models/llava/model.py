@@ -3,17 +3,15 @@
 The module tree is the parameter tree: `vision`, `projector`, and the decoder's own.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlcache_jax.models.decoder import Decoder, with_visual_rows
-from vlcache_jax.models.layers import DType, Linear, normal
+from vlcache_jax.models.decoder import Decoder, Embedded, with_visual_rows
+from vlcache_jax.models.layers import DType, Linear, normal, weighted_rows
 from vlcache_jax.models.llava.clip import Attend, VisionTower
 from vlcache_jax.models.llava.config import LlavaConfig
-from vlcache_jax.requests.inputs import Interpolation, ModelInputs
+from vlcache_jax.requests.inputs import ModelInputs
 
 
 class Projector(nnx.Module):
@@ -52,22 +50,13 @@ class Llava(Decoder):
         """Pixel tiles [S, 3, size, size] -> the table of visual rows [S * P (+ 1), D]."""
         return self.projector(self.vision(tiles, self.vision_layers, attend=attend))
 
-    def embed_prompt(self, inputs: ModelInputs, attend: Attend) -> jax.Array:
-        """The decoder's input [B, T, D]: token embeddings with the visual rows in their places."""
+    def embed_prompt(self, inputs: ModelInputs, attend: Attend) -> Embedded:
+        """The decoder's input: token embeddings with the visual rows in their places."""
         text = super().embed_prompt(inputs, attend)
         if inputs.tiles.shape[0] == 0:
             return text
         table = self.visual_rows(inputs.tiles, attend)
         if inputs.interpolation is not None:
-            visual = _interpolated(table, inputs.interpolation)
-            return jnp.where((inputs.visual_index >= 0)[..., None], visual, text)
+            visual = weighted_rows(table, *inputs.interpolation)
+            return Embedded(jnp.where((inputs.visual_index >= 0)[..., None], visual, text.x))
         return with_visual_rows(text, table, inputs.visual_index)
-
-
-def _interpolated(table: jax.Array, interpolation: Interpolation) -> jax.Array:
-    """Weighted sums of rows of a table: [R, D] -> [B, T, D], added up in float32, row by row."""
-    parts = [
-        jnp.take(table, interpolation.rows[..., c], axis=0) * interpolation.weights[..., c, None]
-        for c in range(interpolation.rows.shape[-1])
-    ]
-    return functools.reduce(jnp.add, parts).astype(table.dtype)

@@ -26,23 +26,25 @@ Grid = tuple[int, int]
 """Tiles down and across of a picture."""
 
 
-def tile_places(grid: Grid, side: int) -> np.ndarray:
+def tile_places(grid: Grid, side: int | None) -> np.ndarray:
     """Window, row and column of each tile of a picture, in the tower's order.
 
     Args:
         grid: tiles down and across.
         side: tiles along one side of a window; at the right and at the bottom they may be smaller.
+            None for one window, the whole picture: then the tower's order is line by line too.
 
     Returns:
         int32 `[n, 3]`, windows counted from 0.
     """
     row, column = np.indices(grid, np.int32).reshape(2, -1)
+    side = side or max(grid)
     window = row // side * -(-grid[1] // side) + column // side
     order = np.argsort(window, kind="stable")
     return np.stack([window, row, column], axis=1)[order]
 
 
-def tower_rows(grid: Grid, side: int) -> np.ndarray:
+def tower_rows(grid: Grid, side: int | None) -> np.ndarray:
     """Where each tile of a picture, line by line, stands in the tower's order, int32 `[n]`."""
     _, row, column = tile_places(grid, side).T
     return np.argsort(row * grid[1] + column).astype(np.int32)

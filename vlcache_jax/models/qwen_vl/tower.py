@@ -7,6 +7,7 @@ there are or on their sizes, but the length of the sequence.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import lax
 
 from pallas_kernels.rope import rotate
 from vlcache_jax.models.layers import DType, Linear, RMSNorm, normal, product
-from vlcache_jax.models.qwen_vl.config import FRAMES, VisionConfig
+from vlcache_jax.models.qwen_vl.config import FRAMES, TowerConfig, VisionConfig
 
 EPS = 1e-6  # of every norm of the tower
 
@@ -29,19 +30,26 @@ is read: the mixed heads [1, M, N, H]."""
 
 
 class VisionLayer(nnx.Module):
-    """A pre-norm transformer layer with a gated MLP."""
+    """A pre-norm transformer layer; a family's own has an `mlp`.
 
-    def __init__(self, config: VisionConfig, *, dtype: DType, rngs: nnx.Rngs):
+    Args:
+        norm: makes one of its norms.
+    """
+
+    def __init__(
+        self,
+        config: TowerConfig,
+        norm: Callable[[], nnx.Module],
+        *,
+        dtype: DType,
+        rngs: nnx.Rngs,
+    ):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
-        wide = config.intermediate_size
-        self.attention_norm = RMSNorm(width, EPS, dtype=dtype)
+        self.attention_norm = norm()
         self.qkv = normal(rngs, (width, 3, heads, head_dim), dtype)
         self.qkv_bias = nnx.Param(jnp.zeros((3, heads, head_dim), dtype))
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.mlp_norm = RMSNorm(width, EPS, dtype=dtype)
-        self.gate = Linear(width, wide, dtype=dtype, rngs=rngs)
-        self.up = Linear(width, wide, dtype=dtype, rngs=rngs)
-        self.down = Linear(wide, width, dtype=dtype, rngs=rngs)
+        self.mlp_norm = norm()
 
     def __call__(
         self,
@@ -59,19 +67,90 @@ class VisionLayer(nnx.Module):
         qkv = product("md,dcnh->mcnh", self.attention_norm(x), self.qkv) + self.qkv_bias[...]
         q, k = rotate(qkv[:, 0], *table), rotate(qkv[:, 1], *table)
         x = x + self.out(attend(q, k, qkv[:, 2]).reshape(x.shape))
-        normed = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """[M, D] -> [M, D]."""
+        raise NotImplementedError
 
 
-class VisionTower(nnx.Module):
-    """The tower in front of the merger, which is the model's projector."""
+class GatedLayer(VisionLayer):
+    """Qwen2.5-VL's: RMSNorm and a gated MLP."""
 
-    def __init__(self, config: VisionConfig, *, dtype: DType, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, dtype: DType, rngs: nnx.Rngs):
+        width, wide = config.hidden_size, config.intermediate_size
+        super().__init__(config, partial(RMSNorm, width, EPS, dtype=dtype), dtype=dtype, rngs=rngs)
+        self.gate = Linear(width, wide, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, wide, dtype=dtype, rngs=rngs)
+        self.down = Linear(wide, width, dtype=dtype, rngs=rngs)
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """[M, D] -> [M, D]."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class PatchTower(nnx.Module):
+    """Patches, their angles, and layers: what a family's tower is made of.
+
+    Args:
+        layer: makes one of its layers.
+    """
+
+    def __init__(
+        self,
+        config: TowerConfig,
+        layer: Callable[..., VisionLayer],
+        *,
+        dtype: DType,
+        rngs: nnx.Rngs,
+    ):
         width, patch = config.hidden_size, config.patch_size
         self.config = config
         self.patch_embedding = normal(rngs, (3, FRAMES, patch, patch, width), dtype)
-        layers = [VisionLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
+        layers = [layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
         self.layers = nnx.List(layers)
+
+    def patches(self, tiles: jax.Array, layout: jax.Array) -> jax.Array:
+        """What the first layer gets of the tiles, [M, D], without a bias or positions.
+
+        Args:
+            tiles: normalised pixels [S, 3, side, side]; rows that are padding are not read.
+            layout: int32 [S, 4], see `ModelInputs`.
+        """
+        merge, patch = self.config.merge_size, self.config.patch_size
+        inside = (layout[:, 0] >= 0)[:, None, None, None]
+        pixels = jnp.where(inside, tiles, 0).astype(self.patch_embedding.dtype)
+        pixels = pixels.reshape(-1, 3, 1, merge, patch, merge, patch)
+        pixels = jnp.broadcast_to(pixels, (*pixels.shape[:2], FRAMES, *pixels.shape[3:]))
+        patches = product("scfipjq,cfpqd->sijd", pixels, self.patch_embedding)
+        return patches.reshape(-1, self.config.hidden_size)
+
+    def each_patch(self, of_tiles: jax.Array) -> jax.Array:
+        """A column of the layout [S] for each patch, [M]."""
+        return jnp.repeat(of_tiles, self.config.merge_size**2)
+
+    def places(self, layout: jax.Array) -> jax.Array:
+        """Row and column of each patch in its picture, int32 [S, merge * merge, 2]."""
+        merge = self.config.merge_size
+        corner = merge * layout[:, None, 2:]  # [S, 1, 2]
+        return corner + np.indices((merge, merge), np.int32).reshape(2, -1).T
+
+    def rope_table(self, layout: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine of each patch's angles, float32 [M, 1, H / 2]: down, then across."""
+        count = self.config.head_dim // 4
+        frequencies = self.config.rope_theta ** -(np.arange(count, dtype=np.float32) / count)
+        angles = self.places(layout)[..., None].astype(jnp.float32) * frequencies
+        angles = angles.reshape(-1, 1, 2 * count)
+        return jnp.cos(angles), jnp.sin(angles)
+
+
+class VisionTower(PatchTower):
+    """Qwen2.5-VL's tower in front of the merger, which is the model's projector."""
+
+    config: VisionConfig
+
+    def __init__(self, config: VisionConfig, *, dtype: DType, rngs: nnx.Rngs):
+        super().__init__(config, GatedLayer, dtype=dtype, rngs=rngs)
 
     def __call__(self, tiles: jax.Array, layout: jax.Array, *, attend: Attend) -> jax.Array:
         """Patch features [S, merge * merge, D] of the tiles.
@@ -81,14 +160,9 @@ class VisionTower(nnx.Module):
             layout: int32 [S, 4], see `ModelInputs`.
             attend: full attention.
         """
-        merge, patch = self.config.merge_size, self.config.patch_size
-        picture, window = (jnp.repeat(layout[:, i], merge * merge) for i in (0, 1))
-        inside = (layout[:, 0] >= 0)[:, None, None, None]
-        pixels = jnp.where(inside, tiles, 0).astype(self.patch_embedding.dtype)
-        pixels = pixels.reshape(-1, 3, 1, merge, patch, merge, patch)
-        pixels = jnp.broadcast_to(pixels, (*pixels.shape[:2], FRAMES, *pixels.shape[3:]))
-        patches = product("scfipjq,cfpqd->sijd", pixels, self.patch_embedding)
-        x, table = patches.reshape(-1, self.config.hidden_size), self._rope_table(layout)
+        merge = self.config.merge_size
+        picture, window = (self.each_patch(layout[:, i]) for i in (0, 1))
+        x, table = self.patches(tiles, layout), self.rope_table(layout)
         most = (merge * self.config.window_side) ** 2
         for index, layer in enumerate(self.layers):
             if index in self.config.full_layers:
@@ -96,16 +170,6 @@ class VisionTower(nnx.Module):
             else:
                 x = layer(x, table, lambda *heads: window_attention(heads, window, most))
         return x.reshape(len(tiles), merge * merge, -1)
-
-    def _rope_table(self, layout: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cosine and sine of each patch's angles, float32 [M, 1, H / 2]: down, then across."""
-        merge, count = self.config.merge_size, self.config.head_dim // 4
-        frequencies = self.config.rope_theta ** -(np.arange(count, dtype=np.float32) / count)
-        corner = merge * layout[:, None, 2:]  # [S, 1, 2]
-        patch = corner + np.indices((merge, merge), np.int32).reshape(2, -1).T
-        angles = patch[..., None].astype(jnp.float32) * frequencies
-        angles = angles.reshape(-1, 1, 2 * count)
-        return jnp.cos(angles), jnp.sin(angles)
 
 
 @jax.named_scope("window_attention")
