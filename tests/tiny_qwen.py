@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL: config.json, tokenizer and processor, made on the spot without a file."""
+"""A tiny Qwen2.5-VL or Qwen3-VL: config.json, tokenizer, processor, made without a file."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.tiny import tiny_tokenizer
-from vlcache_jax.models.qwen_vl.packing import PAD
+from vlcache_jax.models.qwen_vl.packing import PAD, PROCESSORS
 from vlcache_jax.requests.packing import picture_processor
 
 PATCH, TILE, WINDOW = 4, 8, 32
@@ -26,37 +26,51 @@ CHAT_TEMPLATE = (
 )
 
 
-def qwen_json(**text: Any) -> dict[str, Any]:
+QWEN_TEXT = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN_TOWER = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": PATCH,
+}
+
+
+def qwen_json(family: str = "qwen2_5_vl", **text: Any) -> dict[str, Any]:
     """A config.json in transformers 5's spelling, with other fields of the decoder."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 1]}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 1]}
+    tower: dict[str, Any] = {"window_size": WINDOW, "fullatt_block_indexes": [1, 3]}
+    shape: dict[str, Any] = {}
+    if family == "qwen3_vl":
+        rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+        tower = {"num_position_embeddings": 50, "deepstack_visual_indexes": [2, 0]}
+        shape = {"head_dim": 16}
     return {
-        "model_type": "qwen2_5_vl",
+        "model_type": family,
         "image_token_id": IMAGE_ID,
         "video_token_id": VIDEO_ID,
         "tie_word_embeddings": text.pop("tie_word_embeddings", False),
         "text_config": {
-            "model_type": "qwen2_5_vl_text",
-            "vocab_size": 272,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
+            "model_type": f"{family}_text",
+            **QWEN_TEXT,
+            **shape,
             "rope_parameters": rope,
             **text,
         },
         "vision_config": {
-            "model_type": "qwen2_5_vl_vision",
-            "depth": 4,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": PATCH,
-            "window_size": WINDOW,
-            "fullatt_block_indexes": [1, 3],
+            "model_type": f"{family}_vision",
+            **QWEN_TOWER,
+            **tower,
             "out_hidden_size": text.get("hidden_size", 32),
         },
     }
@@ -77,7 +91,7 @@ def qwen_images(**settings: Any) -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(**usual | settings)
 
 
-def qwen_processor(**settings: Any) -> Any:
+def qwen_processor(family: str = "qwen2_5_vl", **settings: Any) -> Any:
     """Both together, the image processor with other settings."""
-    kind = picture_processor("Qwen2_5_VLProcessor")
+    kind = picture_processor(PROCESSORS[family])
     return kind(qwen_images(**settings), qwen_tokenizer())

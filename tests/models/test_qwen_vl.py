@@ -1,7 +1,8 @@
-"""Qwen2.5-VL is Hugging Face's: pixels, features, positions, logits and greedy answers."""
+"""Qwen2.5-VL and Qwen3-VL are Hugging Face's: features, positions, logits and greedy answers."""
 
 import copy
 import json
+import re
 
 import jax
 import numpy as np
@@ -40,14 +41,19 @@ PROMPTS = {
 }
 
 
-def hf_model(**text):
-    data = qwen_json(initializer_range=0.4, **text)
+MODELS = {
+    "qwen2_5_vl": (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
+}
+
+
+def hf_model(family, **text):
+    data = qwen_json(family, initializer_range=0.4, **text)
     data["vision_config"]["initializer_range"] = 0.2
-    config = transformers.Qwen2_5_VLConfig(
-        **data, vision_start_token_id=261, vision_end_token_id=262
-    )
+    config, model = MODELS[family]
     torch.manual_seed(0)
-    return hf.ready(transformers.Qwen2_5_VLForConditionalGeneration(config))
+    ids = {"vision_start_token_id": 261, "vision_end_token_id": 262}
+    return hf.ready(model(config(**data, **ids)))
 
 
 def save(model, path):
@@ -77,8 +83,8 @@ def hf_inputs(images, prompt):
 class Pair:
     """The same model twice: Hugging Face's and ours, loaded from its files; compiled once."""
 
-    def __init__(self, folder):
-        self.theirs = hf_model()
+    def __init__(self, family, folder):
+        self.theirs = hf_model(family)
         self.path = save(self.theirs, folder / "model")
         self.ours = vlcache_jax.load(self.path, buckets=Buckets(prompt=(256,), tiles=(0, 256)))
         self.ours.stop_ids = ()  # as Hugging Face's model: the tokenizer's own would be taken
@@ -91,7 +97,7 @@ class Pair:
 
         model = bind(self.ours.config)(params)
         features = model.vision(tiles, layout, attend=attend)
-        return model.visual_rows(tiles, layout, attend), features
+        return model.visual_rows(tiles, layout, attend), jax.tree.leaves(features)[0]
 
     def inputs(self, name):
         sizes, prompt = PROMPTS[name]
@@ -99,9 +105,9 @@ class Pair:
         return self.ours.processor(images, prompt, raw_prompt=True), hf_inputs(images, prompt)
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return Pair(tmp_path_factory.mktemp("qwen"))
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    return Pair(request.param, tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -123,9 +129,11 @@ def test_features_and_visual_rows(pair, name):
     inputs, theirs = pair.inputs(name)
     with torch.no_grad():
         out = pair.theirs.model.visual(theirs["pixel_values"], theirs["image_grid_thw"])
-    rows, features = map(np.asarray, pair.vision(pair.ours.params, inputs.tiles, inputs.layout))
+    tables, features = pair.vision(pair.ours.params, inputs.tiles, inputs.layout)
     own = inputs.visual_index[inputs.visual_index >= 0]
-    assert hf.relative_error(rows[own], out.pooler_output) < BOUND
+    expected = [out.pooler_output, *getattr(out, "deepstack_features", ())]
+    for table, rows in zip(tables, expected, strict=True):
+        assert hf.relative_error(table[own], rows) < BOUND
     # Theirs are in the tower's order, as ours are.
     tower = features[: len(own)].reshape(-1, features.shape[-1])
     assert hf.relative_error(tower, out.last_hidden_state) < BOUND
@@ -169,11 +177,13 @@ def test_padding_is_not_read(pair):
     count = np.count_nonzero(inputs.visual_index >= 0)
     tiles, layout = (np.array(x) for x in (inputs.tiles, inputs.layout))
     assert (layout[count:] == -1).all()
-    clean, _ = pair.vision(pair.ours.params, tiles, layout)
+    clean = jax.tree.leaves(pair.vision(pair.ours.params, tiles, layout))
     tiles[count:] = np.nan
-    dirty, _ = pair.vision(pair.ours.params, tiles, layout)
-    assert np.array_equal(clean[:count], dirty[:count])
-    assert np.isfinite(dirty).all()
+    for before, after in zip(
+        clean, jax.tree.leaves(pair.vision(pair.ours.params, tiles, layout)), strict=True
+    ):
+        assert np.array_equal(before[:count], after[:count])
+        assert np.isfinite(after).all()
 
 
 def test_converted_and_loaded_by_transformers_again(pair, tmp_path):
@@ -183,32 +193,32 @@ def test_converted_and_loaded_by_transformers_again(pair, tmp_path):
         assert torch.equal(loaded(**theirs).logits, pair.theirs(**theirs).logits)
 
 
-def flat(config):
-    """A config.json as the checkpoints of 2025 have it."""
+def old(config):
+    """A config.json as the checkpoints of 2025 have it: of Qwen2.5-VL in one piece."""
     text = dict(config["text_config"])
     rope = text.pop("rope_parameters")
-    tower = {
-        k: v
-        for k, v in config["vision_config"].items()
-        if k not in ("rope_parameters", "in_channels")
-    }
-    rest = {k: v for k, v in config.items() if k not in ("text_config", "vision_config")}
+    text["rope_theta"] = rope.pop("rope_theta")
+    tower = {k: v for k, v in config["vision_config"].items() if k != "rope_parameters"}
+    tower["model_type"] = config["model_type"]
+    if config["model_type"] == "qwen3_vl":
+        return config | {"text_config": text | {"rope_scaling": rope}, "vision_config": tower}
+    tower["in_chans"] = tower.pop("in_channels")
     scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
-    return {
-        **text,
-        **rest,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": scaling,
-        "sliding_window": 64,
-        "vision_config": {**tower, "model_type": "qwen2_5_vl", "in_chans": 3},
-    }
+    rest = {k: v for k, v in config.items() if k != "text_config"}
+    more = {"rope_scaling": scaling, "sliding_window": 64, "vision_config": tower}
+    return {**text, **rest, **more}
 
 
-def test_tied_and_spelled_in_the_old_way_and_as_transformers_5_has_it_in_memory(tmp_path):
-    model = hf_model(tie_word_embeddings=True)
+SPELLINGS = ("model.visual.", "model.language_model."), ("visual.", "model.")
+"""In front of a tower's tensors and of a decoder's."""
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_tied_and_in_old_spellings(family, tmp_path):
+    model = hf_model(family, tie_word_embeddings=True)
     path = save(model, tmp_path / "model")
-    _, prompt = PROMPTS["two"]
-    images = [picture(*size) for size in PROMPTS["two"][0]]
+    sizes, prompt = PROMPTS["two"]
+    images = [picture(*size) for size in sizes]
     theirs = hf_inputs(images, prompt)
     with torch.no_grad():
         expected = model(**theirs).logits[0].numpy()
@@ -219,22 +229,20 @@ def test_tied_and_spelled_in_the_old_way_and_as_transformers_5_has_it_in_memory(
     assert hf.relative_error(logits[0, : len(expected)], expected) < BOUND
 
     file = path / "config.json"
-    file.write_text(json.dumps(flat(json.loads(file.read_text()))))
-    tensors = {
-        (
-            f"model.{name}"
-            if name.startswith("visual.")
-            else name.replace("model.", "model.language_model.", 1)
-        ): x
-        for name, x in read_tensors(path).items()
-    }
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    again = vlcache_jax.load(path)
-    assert again.config == ours.config
-    equal = jax.tree.map(lambda a, b: bool((a == b).all()), again.params, ours.params)
-    assert jax.tree.all(equal)
+    file.write_text(json.dumps(old(json.loads(file.read_text()))))
     with torch.no_grad():  # the old spelling of config.json is transformers' too
         assert np.array_equal(type(model).from_pretrained(path)(**theirs).logits[0], expected)
+    stored = read_tensors(path)
+    for tower, decoder in SPELLINGS:
+        spelled = {}
+        for name, x in stored.items():
+            name = re.sub(r"^model\.(language_model\.)?(?!visual)", decoder, name)
+            spelled[re.sub(r"^(model\.)?visual\.", tower, name)] = x
+        save_file(spelled, path / "model.safetensors", metadata={"format": "pt"})
+        again = vlcache_jax.load(path)
+        assert again.config == ours.config
+        equal = jax.tree.map(lambda a, b: bool((a == b).all()), again.params, ours.params)
+        assert jax.tree.all(equal)
 
 
 def test_bfloat16_is_no_further_from_float32_than_hugging_face_is(pair):
@@ -279,6 +287,7 @@ def test_visual_tokens_show_equal_parts_of_a_picture(pair, size):
     assert np.array_equal(order, np.lexsort(at[::-1]))
 
 
+@pytest.mark.full
 def test_an_inspection_and_an_evaluation(pair, tmp_path):
     found = vlcache_jax.inspect(
         pair.ours, picture(90, 60), "what?", methods=[SnapKV("20tok"), VLCache(0.2)],

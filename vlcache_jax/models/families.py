@@ -23,6 +23,9 @@ from vlcache_jax.models.llava.packing import LlavaPacking
 from vlcache_jax.models.names import DECODER, Names
 from vlcache_jax.models.onevision.config import OnevisionConfig
 from vlcache_jax.models.onevision.packing import OnevisionPacking
+from vlcache_jax.models.qwen3_vl.config import Qwen3VLConfig
+from vlcache_jax.models.qwen3_vl.model import Qwen3VL
+from vlcache_jax.models.qwen3_vl.names import QWEN3_VL
 from vlcache_jax.models.qwen_vl.config import QwenVLConfig
 from vlcache_jax.models.qwen_vl.model import QwenVL
 from vlcache_jax.models.qwen_vl.names import QWEN_VL
@@ -52,12 +55,14 @@ _TEXT = Family(ModelConfig, Decoder, DECODER, Packing)
 _LLAVA = Family(LlavaConfig, Llava, LLAVA, LlavaPacking)
 _ONEVISION = Family(OnevisionConfig, Llava, LLAVA, OnevisionPacking)
 _QWEN_VL = Family(QwenVLConfig, QwenVL, QWEN_VL, QwenVLPacking)
+_QWEN3_VL = Family(Qwen3VLConfig, Qwen3VL, QWEN3_VL, QwenVLPacking)
 FAMILIES = {
     **dict.fromkeys(DECODERS, _TEXT),
     "llava": _LLAVA,
     "llava_next": _LLAVA,
     "llava_onevision": _ONEVISION,
     "qwen2_5_vl": _QWEN_VL,
+    "qwen3_vl": _QWEN3_VL,
 }
 
 

@@ -1,5 +1,6 @@
 """Configuration of a Qwen2.5-VL model; see `vlcache_jax.models.config`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -73,7 +74,7 @@ class VisionConfig(TowerConfig):
 
 
 @dataclass(frozen=True)
-class QwenConfig(ModelConfig):
+class QwenConfig(ModelConfig, ABC):
     """A model of the Qwen-VL line, of which pictures alone are taken.
 
     A tile is the square of 2 x 2 patches that becomes one visual token.
@@ -128,9 +129,9 @@ class QwenConfig(ModelConfig):
         )
 
     @staticmethod
+    @abstractmethod
     def read_parts(data: Mapping[str, Any]) -> tuple[TextConfig, Any]:
         """The decoder and the tower of a config.json."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

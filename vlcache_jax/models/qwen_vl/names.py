@@ -12,12 +12,12 @@ from vlcache_jax.models.names import (
 )
 
 
-def _fused(x: np.ndarray) -> Parts:
+def fused(x: np.ndarray) -> Parts:
     """[in, n, out ...]: [n * out, in]."""
     return [(np.moveaxis(x, 0, -1), (-1, x.shape[0]))]
 
 
-def _fused_bias(x: np.ndarray) -> Parts:
+def fused_bias(x: np.ndarray) -> Parts:
     """[n, out ...]: [n * out]."""
     return [(x, (-1,))]
 
@@ -27,8 +27,8 @@ _LAYER = "visual.blocks.{}."
 QWEN_VL = Names(
     {
         "vision.patch_embedding": (convolution, "visual.patch_embed.proj.weight"),
-        "vision.layers.{}.qkv": (_fused, _LAYER + "attn.qkv.weight"),
-        "vision.layers.{}.qkv_bias": (_fused_bias, _LAYER + "attn.qkv.bias"),
+        "vision.layers.{}.qkv": (fused, _LAYER + "attn.qkv.weight"),
+        "vision.layers.{}.qkv_bias": (fused_bias, _LAYER + "attn.qkv.bias"),
         **modules(
             {
                 "vision.layers.{}.attention_norm": _LAYER + "norm1",

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's packing: pictures as tiles in the tower's order, positions of three axes.
+"""Qwen-VL's packing: pictures as tiles in the tower's order, positions of three axes.
 
 A picture is resized to whole tiles by the checkpoint's image processor (its PIL and numpy backend:
 neither torch nor torchvision is needed). A prompt has one token for each picture until the sizes of
@@ -13,7 +13,7 @@ import numpy as np
 
 from vlcache_jax.errors import reason, short
 from vlcache_jax.models.config import ModelConfig
-from vlcache_jax.models.qwen_vl.config import FRAMES, QwenVLConfig
+from vlcache_jax.models.qwen_vl.config import FRAMES, QwenConfig
 from vlcache_jax.models.qwen_vl.layout import Grid, prompt_positions, tile_places, tower_rows
 from vlcache_jax.requests.images import ImageLike, load_image, name_of
 from vlcache_jax.requests.packing import BASE, Packing, Patches, Rendered, Row, picture_processor
@@ -23,23 +23,27 @@ MARK = f"<|vision_start|>{PAD}<|vision_end|>"
 """What the family's chat templates write for a picture."""
 
 
+PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+"""transformers' processors of the families; what they make of pictures is the same."""
+
+
 class QwenVLPacking(Packing):
     """Makes a `Row` of a prompt with pictures.
 
     Args:
         config: the model.
-        processor: the checkpoint's `Qwen2_5_VLProcessor`, with a PIL image processor; one of videos
-            it need not have (`picture_processor`). It is not changed.
+        processor: the checkpoint's own, one of `PROCESSORS`, with a PIL image processor; one of
+            videos it need not have (`picture_processor`). It is not changed.
 
     Raises:
         ValueError: the processor does not belong to the model.
     """
 
-    config: QwenVLConfig
+    config: QwenConfig
     needs = (*Packing.needs, ("preprocessor_config.json", "processor_config.json"))
     has_layout: ClassVar[bool] = True
 
-    def __init__(self, config: QwenVLConfig, processor: Any):
+    def __init__(self, config: QwenConfig, processor: Any):
         super().__init__(config, processor)
         self.encoder = self.tokenizer
         self.mark, self.mark_id = MARK, config.image_token_id
@@ -64,7 +68,7 @@ class QwenVLPacking(Packing):
     @staticmethod
     def load(path: Path, config: ModelConfig) -> Any:
         """What `transformers` makes of the files in a directory; may raise anything."""
-        return picture_processor("Qwen2_5_VLProcessor").from_pretrained(
+        return picture_processor(PROCESSORS[config.family]).from_pretrained(
             path, backend="pil", local_files_only=True, trust_remote_code=False
         )
 

@@ -1,4 +1,4 @@
-"""The vision transformer of Qwen2.5-VL (Bai et al. 2025, section 2.1).
+"""The vision transformer of Qwen2.5-VL (Bai et al. 2025, section 2.1), and what Qwen3-VL's shares.
 
 All pictures of a batch are one sequence of patches, window by window: `layout` makes their order.
 Most layers attend inside windows, the others inside pictures. Nothing depends on how many pictures
@@ -6,6 +6,7 @@ there are or on their sizes, but the length of the sequence.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -69,9 +70,9 @@ class VisionLayer(nnx.Module):
         x = x + self.out(attend(q, k, qkv[:, 2]).reshape(x.shape))
         return x + self.mlp(self.mlp_norm(x))
 
+    @abstractmethod
     def mlp(self, x: jax.Array) -> jax.Array:
         """[M, D] -> [M, D]."""
-        raise NotImplementedError
 
 
 class GatedLayer(VisionLayer):
