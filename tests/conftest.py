@@ -80,8 +80,17 @@ def onevision_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def qwen_dir(tmp_path_factory):
     """A tiny Qwen2.5-VL directory with random weights and the files of its processor."""
-    path = tmp_path_factory.mktemp("qwen") / "tiny"
-    write_tiny(path, qwen_json(), qwen_tokenizer())
+    return write_qwen(tmp_path_factory.mktemp("qwen") / "tiny", "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def qwen3_dir(tmp_path_factory):
+    """A tiny Qwen3-VL directory likewise."""
+    return write_qwen(tmp_path_factory.mktemp("qwen3") / "tiny", "qwen3_vl")
+
+
+def write_qwen(path, family):
+    write_tiny(path, qwen_json(family), qwen_tokenizer())
     qwen_images().save_pretrained(path)
     return path
 

@@ -141,7 +141,10 @@ def marks(case, fast=100):
     return [pytest.mark.slow] if case >= fast else []
 
 
-FAST = {"model_dir": 100, "onevision_dir": 10, "qwen_dir": 10, "text_dir": 10}
+FAST = {
+    "model_dir": 100,
+    **dict.fromkeys(("onevision_dir", "qwen_dir", "qwen3_dir", "text_dir"), 10),
+}
 """Cases of each model that are tried whenever tests run; a thousand where slow ones are too."""
 
 

@@ -1,4 +1,4 @@
-"""What Qwen2.5-VL is given: its config.json, pixels, marks, buckets; and its two attentions."""
+"""What Qwen-VL models are given: pixels, marks, buckets; Qwen2.5-VL's config.json, attentions."""
 
 import json
 from functools import partial
@@ -70,9 +70,9 @@ def tower(**fields):
     return {**PUBLISHED, "vision_config": {**PUBLISHED["vision_config"], **fields}}
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return Processor(read_config(qwen_json()), qwen_processor())
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def processor(request):
+    return Processor(read_config(qwen_json(request.param)), qwen_processor(request.param))
 
 
 class TestConfig:
@@ -242,7 +242,7 @@ class TestPrompts:
         old = json.dumps({"chat_template": template.read_text()})
         template.unlink()
         (tmp_path / "chat_template.json").write_text(old)
-        config = read_config(qwen_json())
+        config = processor.config
         with pytest.raises(FileNotFoundError, match=r"no preprocessor_config\.json or"):
             Processor.from_pretrained(tmp_path, config)
         qwen_images().save_pretrained(tmp_path)
