@@ -21,6 +21,7 @@ from tests.tiny import (
     tiny_pinpoints,
     tiny_processor,
 )
+from vlcache_jax.models.fold import fold_transform
 
 KINDS = {
     "llava-1.5 Llama MHA": ("llava", "llama", {"num_key_value_heads": 4}),
@@ -135,6 +136,16 @@ def check_logits(pair: Any, inputs: Any, theirs: dict[str, Any], bound: float) -
     logits = np.asarray(pair.logits(pair.ours.params, inputs))[0, : int(inputs.length[0])]
     assert logits.shape == expected.shape
     assert relative_error(logits, expected) < bound
+
+
+def check_transform(pair: Any, inputs: Any, bound: float) -> None:
+    """Values that are transformed change no logits of a pair's model."""
+    plain = np.asarray(pair.logits(pair.ours.params, inputs))
+    folded = np.asarray(pair.logits(fold_transform(pair.ours.params), inputs))
+    assert relative_error(folded, plain) < bound
+    # The same where they are folded as they are read.
+    params = vlcache_jax.load(pair.path, transform=True).params
+    assert np.array_equal(np.asarray(pair.logits(params, inputs)), folded)
 
 
 def check_conversion(pair: Any, folder: Path) -> Any:

@@ -186,6 +186,10 @@ def test_padding_is_not_read(pair):
         assert np.isfinite(after).all()
 
 
+def test_transformed_values_change_no_logits(pair):
+    hf.check_transform(pair, pair.inputs("two")[0], BOUND)
+
+
 def test_converted_and_loaded_by_transformers_again(pair, tmp_path):
     loaded = hf.check_conversion(pair, tmp_path)
     _, theirs = pair.inputs("two")

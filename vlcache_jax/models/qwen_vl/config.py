@@ -1,4 +1,4 @@
-"""Configuration of a Qwen2.5-VL model; see `vlcache_jax.models.config`."""
+"""Configuration of a Qwen2.5-VL model, and what of it other models of the line share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

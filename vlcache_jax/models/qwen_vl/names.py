@@ -1,46 +1,62 @@
 """Names and layouts of Qwen2.5-VL's weights; see `vlcache_jax.models.names`."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from vlcache_jax.models.names import (
     HUB,
     Names,
     Parts,
+    Table,
     convolution,
     decoder_table,
     modules,
 )
 
 
-def fused(x: np.ndarray) -> Parts:
+def _fused(x: np.ndarray) -> Parts:
     """[in, n, out ...]: [n * out, in]."""
     return [(np.moveaxis(x, 0, -1), (-1, x.shape[0]))]
 
 
-def fused_bias(x: np.ndarray) -> Parts:
+def _fused_bias(x: np.ndarray) -> Parts:
     """[n, out ...]: [n * out]."""
     return [(x, (-1,))]
 
 
-_LAYER = "visual.blocks.{}."
+def tower_table(prefix: str, own: Mapping[str, str]) -> Table:
+    """The table of a tower and of what stands between it and the decoder.
+
+    Args:
+        prefix: in front of each tensor.
+        own: the modules that not every tower of the line has under the same name.
+    """
+    shared = {
+        "vision.layers.{}.attention_norm": "blocks.{}.norm1",
+        "vision.layers.{}.out": "blocks.{}.attn.proj",
+        "vision.layers.{}.mlp_norm": "blocks.{}.norm2",
+    }
+    return {
+        "vision.patch_embedding": (convolution, f"{prefix}patch_embed.proj.weight"),
+        "vision.layers.{}.qkv": (_fused, f"{prefix}blocks.{{}}.attn.qkv.weight"),
+        "vision.layers.{}.qkv_bias": (_fused_bias, f"{prefix}blocks.{{}}.attn.qkv.bias"),
+        **modules({ours: prefix + theirs for ours, theirs in {**shared, **own}.items()}),
+    }
+
 
 QWEN_VL = Names(
     {
-        "vision.patch_embedding": (convolution, "visual.patch_embed.proj.weight"),
-        "vision.layers.{}.qkv": (fused, _LAYER + "attn.qkv.weight"),
-        "vision.layers.{}.qkv_bias": (fused_bias, _LAYER + "attn.qkv.bias"),
-        **modules(
+        **tower_table(
+            "visual.",
             {
-                "vision.layers.{}.attention_norm": _LAYER + "norm1",
-                "vision.layers.{}.out": _LAYER + "attn.proj",
-                "vision.layers.{}.mlp_norm": _LAYER + "norm2",
-                "vision.layers.{}.gate": _LAYER + "mlp.gate_proj",
-                "vision.layers.{}.up": _LAYER + "mlp.up_proj",
-                "vision.layers.{}.down": _LAYER + "mlp.down_proj",
-                "projector.norm": "visual.merger.ln_q",
-                "projector.linear_1": "visual.merger.mlp.0",
-                "projector.linear_2": "visual.merger.mlp.2",
-            }
+                "vision.layers.{}.gate": "blocks.{}.mlp.gate_proj",
+                "vision.layers.{}.up": "blocks.{}.mlp.up_proj",
+                "vision.layers.{}.down": "blocks.{}.mlp.down_proj",
+                "projector.norm": "merger.ln_q",
+                "projector.linear_1": "merger.mlp.0",
+                "projector.linear_2": "merger.mlp.2",
+            },
         ),
         **decoder_table(HUB),
     },
