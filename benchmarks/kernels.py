@@ -7,6 +7,7 @@ may have, and tensor cores are used where they should be. Speed needs a GPU: ben
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from rich.progress import track
 from benchmarks.ahead_of_time import GPUS
 from benchmarks.command import AsJson, Force, Out, bad_input, check_known, check_out, finish
 from benchmarks.documents import table
-from benchmarks.environment import environment
+from benchmarks.environment import added, environment
 from benchmarks.operations import OPERATIONS, candidates, kernel, layer, packed_rows, prompt
 from benchmarks.triton_offline import KernelError, compile_kernels
 from pallas_kernels.packing import per_word
@@ -35,15 +36,19 @@ WITHOUT_PRODUCTS = ("merge_splits", "add_rms_norm")
 """Kernels whose code has no tensor-core instruction; of float32 none has any, all others do."""
 
 DTYPES = ("bfloat16", "float16", "float32")
-HEAD_DIMS = (32, 64, 80, 96, 128)
+HEAD_DIMS = (32, 64, 72, 80, 96, 128)
 WIDTHS = (1024, 4096, 7168)
 """Of the residual stream; a row's `head_dim` for the norm, whose rows are not heads."""
 VOCABULARIES = (4096, 32000, 151936)
 """A row's `head_dim` for the draw of a token."""
 BATCH, HEADS, KV_HEADS, LENGTH, WINDOW, TAIL = 2, 32, 8, 4096, 512, 128
+GROUPS = (7, 8)
+"""Query heads of a kv head, besides `HEADS // KV_HEADS`: of Qwen2.5-VL's 7B, and of 3B and 72B. They
+are compiled in bfloat16 with heads of 128 and the default configuration alone."""
 MEAN_ROWS = LENGTH // 10
 MAXIMA = "counted, maxima"
 """The window's column maxima too: of the default configuration alone."""
+CASE = ("operation", "variant", "dtype", "head_dim", "config", "arch")
 NUMBERS = ("registers", "spill_bytes", "shared_bytes", "tensor_core_ops")
 
 
@@ -73,6 +78,7 @@ PACKED = (
     Packed(bits=(4, 2)),
     Packed(bits=(8,)),
     Packed(group=1),
+    *(Packed(group=group) for group in GROUPS),
     Packed(groups=2),
 )
 """The first one is compiled for all types, head dims and configurations; the others, since each of
@@ -106,14 +112,8 @@ class Case:
     @property
     def row(self) -> dict[str, Any]:
         """What a row says of it."""
-        return {
-            "operation": self.operation,
-            "variant": self.variant,
-            "dtype": self.dtype,
-            "head_dim": self.head_dim,
-            "config": dataclasses.asdict(self.config),
-            "arch": self.arch,
-        }
+        found = {name: getattr(self, name) for name in CASE}
+        return {**found, "config": dataclasses.asdict(self.config)}
 
 
 def configs(operation: str, arch: str, dtype: str, size: int) -> tuple[Any, ...]:
@@ -127,30 +127,30 @@ def cases() -> Iterator[Case]:
         for dtype in DTYPES:
             for operation, variant, size, settings, args in _programs(dtype):
                 found = configs(operation, arch, dtype, size)
-                first = operation == "quantized_decode_attention" and variant != str(PACKED[0])
-                # Of the others, 64 x 128 spills 24 bytes with heads of 128 on sm_80.
-                first = first or variant == MAXIMA
-                for config in found[:1] if first else found:
+                for config in found if _in_all(operation, variant) else found[:1]:
                     function = partial(kernel(operation, size, **settings), config=config)
                     yield Case(operation, variant, dtype, size, config, arch, function, args)
 
 
+def _in_all(operation: str, variant: str) -> bool:
+    """Whether a variant is compiled in every configuration, not in the default one alone."""
+    if operation == "quantized_decode_attention":
+        return variant == str(PACKED[0])
+    # Of the maxima's others, 64 x 128 spills 24 bytes with heads of 128 on sm_80.
+    return variant != MAXIMA and "group" not in variant
+
+
 def _programs(dtype: str) -> Iterator[tuple[str, str, int, dict[str, Any], tuple[Any, ...]]]:
     """Operation, variant, head dim, settings and arguments of every program of a type."""
-    heads, number = (HEADS, KV_HEADS), _shape("int32", BATCH)
     for head_dim in HEAD_DIMS:
-        qkv = prompt(_shape, dtype, BATCH, LENGTH, heads, head_dim)
-        for variant, causal in (("causal", True), ("bidirectional", False)):
-            yield "prefill_attention", variant, head_dim, {"causal": causal}, (*qkv, number)
-        rows = _shape(dtype, BATCH, WINDOW, HEADS, head_dim), qkv[1], number, number
-        for variant in ("counted", MAXIMA):
-            yield "window_scores", variant, head_dim, {"maxima": variant == MAXIMA}, rows
-        args = layer(_shape, dtype, BATCH, heads, head_dim, 32 * MEAN_ROWS, TAIL)
-        for splits in (1, 8):
-            settings = {"most_rows": LENGTH, "splits": splits}
-            yield "ragged_decode_attention", f"splits {splits}", head_dim, settings, args
+        common = (dtype, head_dim) == ("bfloat16", 128)
+        yield from _attention(dtype, head_dim)
+        for group in GROUPS if common else ():
+            for operation, variant, *rest in _attention(dtype, head_dim, group):
+                if variant != MAXIMA:
+                    yield operation, f"{variant}, group {group}", *rest
         if dtype != "float32":  # is left to XLA
-            for packed in PACKED if (dtype, head_dim) == ("bfloat16", 128) else PACKED[:1]:
+            for packed in PACKED if common else PACKED[:1]:
                 yield (
                     "quantized_decode_attention", str(packed), head_dim,
                     *_packed_program(dtype, head_dim, packed),
@@ -165,6 +165,23 @@ def _programs(dtype: str) -> Iterator[tuple[str, str, int, dict[str, Any], tuple
             yield "sample_tokens", "rows", vocabulary, {}, args
 
 
+def _attention(
+    dtype: str, head_dim: int, group: int = HEADS // KV_HEADS
+) -> Iterator[tuple[str, str, int, dict[str, Any], tuple[Any, ...]]]:
+    """`_programs` of attention over rows of full width."""
+    heads, number = (group * KV_HEADS, KV_HEADS), _shape("int32", BATCH)
+    qkv = prompt(_shape, dtype, BATCH, LENGTH, heads, head_dim)
+    for variant, causal in (("causal", True), ("bidirectional", False)):
+        yield "prefill_attention", variant, head_dim, {"causal": causal}, (*qkv, number)
+    rows = _shape(dtype, BATCH, WINDOW, heads[0], head_dim), qkv[1], number, number
+    for variant in ("counted", MAXIMA):
+        yield "window_scores", variant, head_dim, {"maxima": variant == MAXIMA}, rows
+    args = layer(_shape, dtype, BATCH, heads, head_dim, 32 * MEAN_ROWS, TAIL)
+    for splits in (1, 8):
+        settings = {"most_rows": LENGTH, "splits": splits}
+        yield "ragged_decode_attention", f"splits {splits}", head_dim, settings, args
+
+
 def _shape(dtype: str, *sides: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sides, jnp.dtype(dtype))
 
@@ -172,10 +189,11 @@ def _shape(dtype: str, *sides: int) -> jax.ShapeDtypeStruct:
 def _packed_program(
     dtype: str, head_dim: int, packed: Packed
 ) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    lanes, heads = per_word(min(packed.bits)), (HEADS, HEADS // packed.group)
+    lanes, kv_heads = per_word(min(packed.bits)), HEADS // packed.group
+    heads = packed.group * kv_heads, kv_heads
     new, dense, tail = layer(_shape, dtype, BATCH, heads, head_dim, LENGTH, TAIL)
     words = 32 * MEAN_ROWS // lanes
-    rows = packed_rows(_shape, BATCH, heads[1], head_dim, packed.bits, words, packed.groups)
+    rows = packed_rows(_shape, BATCH, kv_heads, head_dim, packed.bits, words, packed.groups)
     most = {"most_rows": LENGTH, "most_words": LENGTH // lanes}
     return {**most, "splits": packed.splits}, (new, dense, rows, tail)
 
@@ -185,8 +203,8 @@ def representative(case: Case) -> bool:
     few = {("bfloat16", 128), ("float32", 80), ("bfloat16", 4096), ("float32", 32000)}
     common = (case.dtype, case.head_dim) in few
     first = configs(case.operation, case.arch, case.dtype, case.head_dim)[0]
-    packed = case.operation == "quantized_decode_attention" and case.variant != str(PACKED[0])
-    return common and case.config == first and not packed and case.variant != "bidirectional"
+    usual = _in_all(case.operation, case.variant) or case.variant == MAXIMA
+    return common and case.config == first and usual and case.variant != "bidirectional"
 
 
 def compile_case(case: Case) -> list[dict[str, Any]]:
@@ -240,6 +258,10 @@ def main(
         list[str] | None,
         typer.Option(help=f"Only {', '.join(OPERATIONS)}; may be repeated.", show_default=False),
     ] = None,
+    add: Annotated[
+        bool,
+        typer.Option("--add", help="Keep the rows that the file of --out has, add the others."),
+    ] = False,
     as_json: AsJson = False,
     out: Out = None,
     force: Force = False,
@@ -250,18 +272,25 @@ def main(
     """
     if not offline:
         raise typer.BadParameter("give --offline; on a GPU run: python -m benchmarks.gpu_suite")
-    check_out(out, force=force)
+    check_out(out, force=force or add)
+    before: dict[str, Any] = {}
     with bad_input():
         wanted = operation or list(OPERATIONS)
         check_known("--operation", wanted, OPERATIONS)
-    chosen = [case for case in cases() if case.operation in wanted]
+        if add:
+            if out is None:
+                raise ValueError("--add is for rows of a file: give --out")
+            before = json.loads(out.read_text(encoding="utf-8"))
+    there = before.get("rows", [])
+    present = [{name: row[name] for name in CASE} for row in there]
+    chosen = [case for case in cases() if case.operation in wanted and case.row not in present]
     chosen = [case for case in chosen if not some or representative(case)]
     bar = {"total": len(chosen), "console": Console(stderr=True), "transient": True}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is done in other processes
         done = track(pool.map(compile_case, chosen), "compiling", **bar)
         rows = [row for found in done for row in found]
-    ok = all(row["ok"] for row in rows)
-    result = {**environment(), "rows": rows, "ok": ok}
+    ok = all(row["ok"] for row in [*there, *rows])
+    result = {**added(before, {**environment(), "rows": rows}), "ok": ok}
     finish(result, text_of(rows), as_json=as_json, out=out)
     if not ok:
         raise typer.Exit(1)

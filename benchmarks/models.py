@@ -1,16 +1,23 @@
 """The shapes of the published models, without their weights."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.models.config import ModelConfig, RopeConfig, TextConfig
+from vlcache_jax.models.families import family_of
 from vlcache_jax.models.llava.config import LlavaConfig, VisionConfig
-from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.models.onevision.config import OnevisionConfig
+from vlcache_jax.models.qwen_vl.config import QwenVLConfig
+from vlcache_jax.models.qwen_vl.config import VisionConfig as QwenVisionConfig
+from vlcache_jax.models.qwen_vl.layout import tile_places
+from vlcache_jax.requests.inputs import Interpolation, ModelInputs
 from vlcache_jax.running.generate import Generate
 from vlcache_jax.running.stages import DecodeState
 
@@ -26,6 +33,32 @@ _TOWER = VisionConfig(
 )
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _VICUNA_7B = TextConfig(vocab_size=32064, rms_norm_eps=1e-5, max_positions=4096)
+
+_SIGLIP = VisionConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_layers=26,
+    num_heads=16,
+    image_size=384,
+    patch_size=14,
+    layer_norm_eps=1e-6,
+    activation="gelu_pytorch_tanh",
+    tower="siglip",
+)
+_SIDES = range(384, 2305, 384)
+_QWEN_7B = TextConfig(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    rms_norm_eps=1e-6,
+    max_positions=128000,
+    rope=RopeConfig(theta=1e6, axes=(0,) * 16 + (1,) * 24 + (2,) * 24),
+    kind="qwen2",
+)
+_QWEN_TOWER = QwenVisionConfig(hidden_size=1280)
 
 WINDOW = 50
 """Text tokens behind the picture of a prompt, as in VL-Cache's table of speeds."""
@@ -76,6 +109,54 @@ MODELS: Mapping[str, ModelConfig] = {
         ),
         grid_pinpoints=_PINPOINTS,
     ),
+    "llava-onevision-7b": OnevisionConfig(
+        family="llava_onevision",
+        vision=_SIGLIP,
+        text=replace(_QWEN_7B, vocab_size=152128, max_positions=32768, rope=RopeConfig(theta=1e6)),
+        image_token_id=151646,
+        vision_layers=26,
+        grid_pinpoints=tuple((height, width) for height in _SIDES for width in _SIDES),
+    ),
+    "qwen2.5-vl-3b": QwenVLConfig(
+        family="qwen2_5_vl",
+        vision=_QWEN_TOWER,
+        text=replace(
+            _QWEN_7B,
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_layers=36,
+            num_heads=16,
+            num_kv_heads=2,
+            tie_embeddings=True,
+        ),
+    ),
+    "qwen2.5-vl-7b": QwenVLConfig(family="qwen2_5_vl", vision=_QWEN_TOWER, text=_QWEN_7B),
+    "qwen2.5-vl-72b": QwenVLConfig(
+        family="qwen2_5_vl",
+        vision=replace(_QWEN_TOWER, intermediate_size=3456),
+        text=replace(
+            _QWEN_7B,
+            hidden_size=8192,
+            intermediate_size=29568,
+            num_layers=80,
+            num_heads=64,
+            num_kv_heads=8,
+        ),
+    ),
+    "qwen3-vl-8b-decoder": ModelConfig(
+        family="qwen3",
+        text=TextConfig(
+            vocab_size=151936,
+            intermediate_size=12288,
+            num_layers=36,
+            num_kv_heads=8,
+            max_positions=262144,
+            # The axes in turn, and time alone for the four slowest.
+            rope=RopeConfig(theta=5e6, axes=(0, 1, 2) * 20 + (0,) * 4),
+            kind="qwen3",
+        ),
+    ),
     "llama-3.1-8b": ModelConfig(
         family="llama",
         text=TextConfig(
@@ -98,16 +179,81 @@ def with_positions(config: Model, tokens: int) -> Model:
     return replace(config, text=text)
 
 
-def abstract_inputs(config: ModelConfig, batch: int, rows: int) -> ModelInputs:
-    """Prompts of a bucket as shapes, each with the most tiles that one image becomes."""
-    ids = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
-    tiles = (batch * config.max_tiles, 3, config.tile_side, config.tile_side)
+def most_tiles(config: ModelConfig, rows: int) -> int:
+    """The most tiles that one image becomes, in a prompt of so many rows."""
+    return min(config.max_tiles, rows)
+
+
+def abstract_inputs(
+    config: ModelConfig, batch: int, rows: int, tiles: int | None = None
+) -> ModelInputs:
+    """Prompts of a bucket as shapes.
+
+    Args:
+        config: the model.
+        batch: prompts, B.
+        rows: of the bucket, T.
+        tiles: of each prompt; `most_tiles` by default.
+    """
+    packing, side = family_of(config).packing, config.tile_side
+    count = batch * (most_tiles(config, rows) if tiles is None else tiles)
+
+    def whole(*sides: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sides, jnp.int32)
+
+    def real(*sides: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sides, jnp.float32)
+
+    sums = batch, rows, packing.neighbours
+    between = Interpolation(whole(*sums), real(*sums)) if count and packing.neighbours else None
     return ModelInputs(
-        tokens=ids,
-        length=jax.ShapeDtypeStruct((batch,), jnp.int32),
-        visual_index=ids,
-        tiles=jax.ShapeDtypeStruct(tiles, jnp.float32),
+        tokens=whole(batch, rows),
+        length=whole(batch),
+        visual_index=whole(batch, rows),
+        tiles=real(count, 3, side, side),
+        positions=whole(3, batch, rows) if config.text.rope.axes else None,
+        interpolation=between,
+        layout=whole(count, 4) if count and packing.has_layout else None,
     )
+
+
+def with_places(config: ModelConfig, inputs: ModelInputs) -> ModelInputs:
+    """Prompts of a picture and then text, with what the family is given besides tiles and tokens.
+
+    Args:
+        config: the model.
+        inputs: numpy arrays, each prompt with as many tiles as the others; its visual tokens come
+            first, line by line, and where each is a tile they are the first of its tiles.
+    """
+    packing, (batch, rows) = family_of(config).packing, inputs.tokens.shape
+    visual, count = inputs.visual_index >= 0, len(inputs.tiles)
+    if count and packing.neighbours:
+        index, weight = (np.where(visual, x, 0) for x in (inputs.visual_index, 1.0))
+        found = np.stack([index] * packing.neighbours, axis=-1)
+        weights = np.stack([weight / packing.neighbours] * packing.neighbours, axis=-1)
+        inputs = replace(inputs, interpolation=Interpolation(found, weights.astype(np.float32)))
+    if config.text.rope.axes:
+        at = np.arange(rows, dtype=np.int32)
+        positions = np.array(np.broadcast_to(at, (3, batch, rows)))
+        inputs = replace(inputs, positions=np.where(at < inputs.length[:, None], positions, 0))
+    if not count or not isinstance(config, QwenVLConfig):
+        return inputs
+    layout, visual_index = np.full((count, 4), -1, np.int32), inputs.visual_index.copy()
+    for b, (own, length) in enumerate(zip(visual.sum(1), inputs.length, strict=True)):
+        # As wide as high; where that leaves tiles over, the last line is not full.
+        across = max(1, math.isqrt(own))
+        places = tile_places((-(-own // across), across), config.vision.window_side)
+        line_by_line = places[:, 1] * across + places[:, 2]
+        places, line_by_line = (x[line_by_line < own] for x in (places, line_by_line))
+        first = b * (count // batch)
+        tiles = layout[first : first + own]
+        tiles[:, 0], tiles[:, 1:] = b, places
+        tiles[:, 1] += b * rows  # more than there are windows
+        visual_index[b, :own] = first + np.argsort(line_by_line)
+        positions = inputs.positions[:, b]
+        positions[0, :own], positions[1:, :own] = 0, np.divmod(np.arange(own), across)
+        positions[:, own:length] += -(-own // across) - own
+    return replace(inputs, layout=layout, visual_index=visual_index)
 
 
 def empty_cache(

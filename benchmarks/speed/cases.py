@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.models import MODELS, SMALL_TOWER, WINDOW, with_positions
+from benchmarks.models import (
+    MODELS,
+    SMALL_TOWER,
+    WINDOW,
+    most_tiles,
+    with_places,
+    with_positions,
+)
 from benchmarks.roofline.packed import bits_of, rows_by_width
 from vlcache_jax import demo
 from vlcache_jax.cache.allocate import allocate
@@ -148,16 +155,17 @@ class Case:
         visible = np.arange(rows) < lengths[:, None]
         tokens = np.where(visible, rng.integers(5, config.text.vocab_size, visible.shape), 0)
         visual = np.arange(rows) < np.maximum(lengths - WINDOW, 0)[:, None]
-        tiles = config.max_tiles if self.images else 0
+        tiles = most_tiles(config, rows) if self.images else 0
         side, patches = config.tile_side, config.tile_tokens
         table = np.arange(rows)[None] % max(1, tiles * patches)
         table = table + np.arange(self.batch)[:, None] * tiles * patches
-        return ModelInputs(
+        inputs = ModelInputs(
             tokens=tokens.astype(np.int32),
             length=lengths,
             visual_index=np.where(visual, table, -1).astype(np.int32),
             tiles=rng.standard_normal((self.batch * tiles, 3, side, side), np.float32),
         )
+        return with_places(config, inputs)
 
 
 def layer_rows(cache: CacheMethod, sparsity: np.ndarray, context: int) -> jax.Array:
