@@ -96,7 +96,8 @@ class Pair:
             return prefill_attention(*heads, causal=False)
 
         model = bind(self.ours.config)(params)
-        features = model.vision(tiles, layout, attend=attend)
+        # In groups that begin and end inside of windows; the rows are made of all patches at once.
+        features = model.vision(tiles, layout, attend=attend, group=100)
         return model.visual_rows(tiles, layout, attend), jax.tree.leaves(features)[0]
 
     def inputs(self, name):

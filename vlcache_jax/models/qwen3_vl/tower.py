@@ -15,6 +15,7 @@ from vlcache_jax.models.qwen3_vl.config import VisionConfig
 from vlcache_jax.models.qwen_vl.config import TowerConfig
 from vlcache_jax.models.qwen_vl.tower import (
     EPS,
+    GROUP,
     Attend,
     PatchTower,
     VisionLayer,
@@ -49,7 +50,7 @@ class VisionTower(PatchTower):
         self.position_embedding = normal(rngs, (config.num_positions, width), dtype)
 
     def __call__(
-        self, tiles: jax.Array, layout: jax.Array, *, attend: Attend
+        self, tiles: jax.Array, layout: jax.Array, *, attend: Attend, group: int = GROUP
     ) -> tuple[jax.Array, list[tuple[int, jax.Array]]]:
         """Patch features [S, merge * merge, D] of the tiles; the same of each of `deep_layers`.
 
@@ -59,12 +60,13 @@ class VisionTower(PatchTower):
             tiles: normalised pixels [S, 3, side, side]; rows that are padding are not read.
             layout: int32 [S, 4], see `ModelInputs`.
             attend: full attention.
+            group: see `GROUP`.
         """
         shape, own = (len(tiles), self.config.merge_size**2, -1), self.config.deep_layers
         picture, table, deep = self.each_patch(layout[:, 0]), self.rope_table(layout), []
         x = self.patches(tiles, layout) + self.patch_bias[...] + self.positions(layout)
         for index, layer in enumerate(self.layers):
-            x = layer(x, table, lambda *heads: picture_attention(heads, picture, attend))
+            x = layer(x, table, lambda *heads: picture_attention(heads, picture, attend), group)
             if index in own:
                 deep.append((own.index(index), x.reshape(shape)))
         return x.reshape(shape), deep

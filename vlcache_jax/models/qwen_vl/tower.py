@@ -9,6 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,10 @@ from vlcache_jax.models.layers import DType, Linear, RMSNorm, normal, product
 from vlcache_jax.models.qwen_vl.config import FRAMES, TowerConfig, VisionConfig
 
 EPS = 1e-6  # of every norm of the tower
+
+GROUP = 4096
+"""Patches that are worked on at a time wherever they need no others but those near them, which
+bounds the memory of the activations."""
 
 Heads = tuple[jax.Array, jax.Array, jax.Array]
 """Queries, keys and values [M, N, H] each."""
@@ -57,6 +62,7 @@ class VisionLayer(nnx.Module):
         x: jax.Array,
         table: tuple[jax.Array, jax.Array],
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        group: int = GROUP,
     ) -> jax.Array:
         """[M, D] -> [M, D].
 
@@ -64,10 +70,18 @@ class VisionLayer(nnx.Module):
             x: the patches.
             table: cosine and sine of their angles, [M, 1, H / 2] each.
             attend: q, k and v [M, N, H] -> the mixed heads [M, N, H].
+            group: patches that go through what follows the attention at a time.
         """
+        return in_groups(self.behind, x, attend(*self.heads(x, *table)), group=group)
+
+    def heads(self, x: jax.Array, *table: jax.Array) -> Heads:
+        """Queries, keys and values of the patches, turned by their angles."""
         qkv = product("md,dcnh->mcnh", self.attention_norm(x), self.qkv) + self.qkv_bias[...]
-        q, k = rotate(qkv[:, 0], *table), rotate(qkv[:, 1], *table)
-        x = x + self.out(attend(q, k, qkv[:, 2]).reshape(x.shape))
+        return rotate(qkv[:, 0], *table), rotate(qkv[:, 1], *table), qkv[:, 2]
+
+    def behind(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        """What follows the attention: patches [M, D] and their mixed heads [M, N, H] -> [M, D]."""
+        x = x + self.out(mixed.reshape(x.shape))
         return x + self.mlp(self.mlp_norm(x))
 
     @abstractmethod
@@ -153,24 +167,68 @@ class VisionTower(PatchTower):
     def __init__(self, config: VisionConfig, *, dtype: DType, rngs: nnx.Rngs):
         super().__init__(config, GatedLayer, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tiles: jax.Array, layout: jax.Array, *, attend: Attend) -> jax.Array:
+    def __call__(
+        self, tiles: jax.Array, layout: jax.Array, *, attend: Attend, group: int = GROUP
+    ) -> jax.Array:
         """Patch features [S, merge * merge, D] of the tiles.
 
         Args:
             tiles: normalised pixels [S, 3, side, side]; rows that are padding are not read.
             layout: int32 [S, 4], see `ModelInputs`.
             attend: full attention.
+            group: see `GROUP`.
         """
-        merge = self.config.merge_size
+        merge, full = self.config.merge_size, self.config.full_layers
         picture, window = (self.each_patch(layout[:, i]) for i in (0, 1))
         x, table = self.patches(tiles, layout), self.rope_table(layout)
         most = (merge * self.config.window_side) ** 2
-        for index, layer in enumerate(self.layers):
-            if index in self.config.full_layers:
-                x = layer(x, table, lambda *heads: picture_attention(heads, picture, attend))
-            else:
-                x = layer(x, table, lambda *heads: window_attention(heads, window, most))
+
+        def near(x: jax.Array, window: jax.Array, *table: jax.Array) -> jax.Array:
+            for layer in run:
+                x = layer.behind(x, window_attention(layer.heads(x, *table), window, most))
+            return x
+
+        for whole, numbered in groupby(enumerate(self.layers), lambda pair: pair[0] in full):
+            run = [layer for _, layer in numbered]
+            if not whole:  # of a window all rows are within `most` of each other
+                x = in_groups(near, x, window, *table, group=group, halo=most)
+                continue
+            for layer in run:
+                x = layer(x, table, lambda *heads: picture_attention(heads, picture, attend), group)
         return x.reshape(len(tiles), merge * merge, -1)
+
+
+def in_groups(
+    function: Callable[..., jax.Array],
+    x: jax.Array,
+    *more: jax.Array,
+    group: int,
+    halo: int = 0,
+) -> jax.Array:
+    """A function of rows, some of them at a time.
+
+    The last group starts earlier, where it would reach past the end.
+
+    Args:
+        function: x [M, ...] and arrays of as many rows -> the same shape; what it makes of a row
+            depends on rows that are at most `halo` away.
+        x: the first argument.
+        more: the other ones.
+        group: rows of a group.
+        halo: rows in front of a group and behind it that it is computed with.
+    """
+    rows, wide = x.shape[0], group + 2 * halo
+    if rows <= wide:
+        return function(x, *more)
+
+    def one(index: jax.Array, out: jax.Array) -> jax.Array:
+        first = jnp.minimum(index * group, rows - group)
+        start = jnp.clip(first - halo, 0, rows - wide)
+        parts = (lax.dynamic_slice_in_dim(part, start, wide) for part in (x, *more))
+        own = lax.dynamic_slice_in_dim(function(*parts), first - start, group)
+        return lax.dynamic_update_slice_in_dim(out, own, first, axis=0)
+
+    return lax.fori_loop(0, -(-rows // group), one, x)
 
 
 @jax.named_scope("window_attention")
@@ -227,4 +285,6 @@ def picture_attention(heads: Heads, picture: jax.Array, attend: Attend) -> jax.A
         part = jnp.roll(attend(q, k, v, length[None])[0], first, axis=0)
         return jnp.where(own[:, None, None], part, mixed)
 
-    return lax.fori_loop(0, jnp.max(picture) + 1, one, jnp.zeros_like(heads[0]))
+    # Tied to q: else XLA makes the zeros of all layers at once, before the first one.
+    q, zero = lax.optimization_barrier((heads[0], jnp.zeros((), heads[0].dtype)))
+    return lax.fori_loop(0, jnp.max(picture) + 1, one, jnp.full_like(q, zero))
