@@ -25,7 +25,7 @@ from vlcache_jax.models.qwen_vl.config import QwenVLConfig
 from vlcache_jax.models.qwen_vl.layout import prompt_positions
 from vlcache_jax.models.qwen_vl.packing import MARK, PAD
 from vlcache_jax.models.qwen_vl.tower import picture_attention, window_attention
-from vlcache_jax.requests.buckets import bucket_for, default_buckets
+from vlcache_jax.requests.buckets import default_buckets
 from vlcache_jax.requests.inputs import CONTEXT
 from vlcache_jax.requests.processing import Processor
 
@@ -191,10 +191,8 @@ class TestPrompts:
         index = batch.visual_index[batch.visual_index >= 0]
         assert sorted(index) == list(range(count))
         alone = processor(wide, "<image>", raw_prompt=True)
-        own = alone.visual_index >= 0
-        np.testing.assert_array_equal(
-            batch.tiles[batch.visual_index[0][own[0]]], alone.tiles[alone.visual_index[own]]
-        )
+        own, ours = (index[0][index[0] >= 0] for index in (alone.visual_index, batch.visual_index))
+        np.testing.assert_array_equal(batch.tiles[ours], alone.tiles[own])
 
     def test_text_alone_has_no_tiles(self, processor):
         inputs = processor(None, "only words")
@@ -263,34 +261,49 @@ class TestBuckets:
 
     def test_sizes(self):
         buckets = default_buckets(self.CONFIG)
-        assert buckets.prompt[:8] == (128, 256, 512, 1024, 1536, 2304, 3456, 5184)
+        assert buckets.prompt[:8] == (128, 224, 384, 640, 1056, 1824, 3104, 5248)
         assert buckets.prompt[-1] == 128000
-        tiles = [buckets.tiles_for(n, 2048) for n in (0, 1, 512, 513, 2048)]
-        assert tiles == [0, 512, 512, 2048, 2048]
-        assert buckets.tiles_for(3, 1024) == 256
-        assert buckets.tiles_for(3, 128) == 128
+        tiles = [buckets.tiles_for(n, 1824) for n in (0, 1, 432, 433, 1728, 1729)]
+        assert tiles == [0, 432, 432, 1728, 1728, 1824]
+        assert buckets.tiles_for(3, 384) == 288
+        assert buckets.tiles_for(3, 128) == 32
+        assert buckets.tiles_for(33, 128) == 128
+        assert buckets.tiles_for(500, 384, 4) == 4 * 288
 
-    @pytest.mark.parametrize("seed", range(3))
-    @pytest.mark.parametrize(("spread", "most"), [("uniform", 0.3), ("log-uniform", 0.5)])
-    def test_a_hundred_pictures_touch_few_programs(self, spread, most, seed):
-        rng, buckets = np.random.default_rng(seed), default_buckets(self.CONFIG)
-        sides = rng.uniform(32, 2000, (100, 2))
-        if spread == "log-uniform":
-            sides = np.exp(rng.uniform(np.log(32), np.log(2000), (100, 2)))
+    @pytest.mark.parametrize(
+        ("tokens", "tiles", "rows"),
+        [(128, 0, 128), (128, 1, 128), (100, 33, 224), (384, 288, 384), (384, 289, 640),
+         (127999, 127990, 128000)],
+    )  # fmt: skip
+    def test_a_prompt_has_room_for_its_tiles(self, tokens, tiles, rows):
+        buckets = default_buckets(self.CONFIG)
+        assert buckets.rows_for(tokens, tiles) == rows
+        assert tiles <= buckets.tiles_for(tiles, rows) <= rows
+
+    @pytest.mark.parametrize(
+        "side", [lambda q: 32 + q * 1968, lambda q: 32 * 62.5**q], ids=["uniform", "log-uniform"]
+    )
+    def test_pictures_of_all_sizes_touch_few_programs(self, side):
+        """Of a hundred at most 8; on average at most 30 % of prompts and of tiles is padding."""
+        buckets = default_buckets(self.CONFIG)
         published = {"shortest_edge": 56 * 56, "longest_edge": 12845056}
         images = qwen_images(size=published, patch_size=14)
-        programs, rows, slots, needed, tiles = set(), 0, 0, 0, 0
-        for height, width in sides.astype(int).tolist():
-            count = images.get_number_of_image_patches(height, width) // 4
-            length = count + int(rng.integers(30, 110))  # with the words of the template
-            prompt = bucket_for(length, buckets.prompt)
-            slot = buckets.tiles_for(count, prompt)
-            programs.add((prompt, slot))
-            rows, needed = rows + prompt, needed + length
-            slots, tiles = slots + slot, tiles + count
-        assert len(programs) <= 8
-        assert 1 - needed / rows <= 0.3
-        assert 1 - tiles / slots <= most  # of small pictures the words are a good part
+
+        def sizes(quantiles, words):
+            """Tokens and tiles of pictures, and their T and S, int [n, 4]."""
+            for (height, width), extra in zip(side(quantiles).astype(int), words, strict=True):
+                count = images.get_number_of_image_patches(height, width) // 4
+                prompt = buckets.rows_for(count + extra, count)
+                yield count + extra, count, prompt, buckets.tiles_for(count, prompt)
+
+        for seed in range(5):
+            rng = np.random.default_rng(seed)
+            drawn = sizes(rng.uniform(size=(100, 2)), rng.integers(30, 110, 100).tolist())
+            assert len({found[2:] for found in drawn}) <= 8
+        grid = (np.indices((60, 60)).reshape(2, -1).T + 0.5) / 60
+        words = 30 + np.arange(len(grid)) % 80  # of the question and the template
+        total = np.sum(list(sizes(grid, words.tolist())), axis=0)
+        assert (1 - total[:2] / total[2:] <= 0.3).all()
 
 
 @given(

@@ -107,8 +107,9 @@ def test_a_hundred_pictures_touch_few_buckets(config, spread, seed):
     for height, width in sides.astype(int).tolist():
         before, after = int(rng.integers(1, 8)), int(rng.integers(8, 80))
         length = before + len(visual_rows((height, width), config)) + after
-        prompt = bucket_for(length, buckets.prompt)
-        tiles = buckets.tiles_for(num_tiles((height, width), config), prompt)
+        count = num_tiles((height, width), config)
+        prompt = buckets.rows_for(length, count)
+        tiles = buckets.tiles_for(count, prompt)
         programs.add((prompt, tiles))
         rows, needed = rows + prompt, needed + length
     assert len(programs) <= 8

@@ -14,7 +14,7 @@ import numpy as np
 from vlcache_jax.errors import short
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.families import family_of
-from vlcache_jax.requests.buckets import Buckets, bucket_for, default_buckets
+from vlcache_jax.requests.buckets import Buckets, default_buckets
 from vlcache_jax.requests.detokenize import Detokenizer
 from vlcache_jax.requests.images import ImageLike, Images
 from vlcache_jax.requests.inputs import CONTEXT, Array, Interpolation, ModelInputs
@@ -165,9 +165,9 @@ class Processor:
         size = min(size or len(rows), len(rows))
         groups = [rows[at : at + size] for at in range(0, len(rows), size)]
         groups[-1] += [rows[-1]] * (size - len(groups[-1]))
-        counts = [sum(len(tiles) for row in group for tiles in row.tiles) for group in groups]
-        t = bucket_for(max(row.tokens.size for row in rows), self.buckets.prompt)
-        s = self.buckets.tiles_for(max(counts), size * t)
+        counts = [sum(map(_tiles, group)) for group in groups]
+        t = max(self.buckets.rows_for(row.tokens.size, _tiles(row)) for row in rows)
+        s = self.buckets.tiles_for(max(counts), t, size)
         return [self._pad(group, t, s) for group in groups]
 
     def patches(self, sizes: Sequence[tuple[int, int]]) -> list[Patches]:
@@ -230,6 +230,11 @@ class Processor:
         length = np.array([row.tokens.size for row in rows], np.int32)
         layout = _layout(rows, s) if s and self._packing.has_layout else None
         return ModelInputs(tokens, length, visual_index, tiles, positions, interpolation, layout)
+
+
+def _tiles(row: Row) -> int:
+    """How many tiles a row has."""
+    return sum(map(len, row.tiles))
 
 
 def _layout(rows: list[Row], s: int) -> np.ndarray:
