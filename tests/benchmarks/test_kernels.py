@@ -105,10 +105,13 @@ def test_every_operation_type_head_dim_and_configuration_is_a_case():
         options = kernels.configs(case.operation, case.arch, case.dtype, case.head_dim)
         assert case.config in options
     heads = {(c.operation, c.dtype, c.head_dim, c.arch) for c in found if c.head_dim < 1000}
-    assert len(heads) == (3 * 3 + 2) * 5 * 2  # packed rows are not for float32
+    assert len(heads) == (3 * 3 + 2) * 6 * 2  # packed rows are not for float32
     packed = {str(variant) for variant in kernels.PACKED}
     assert packed == {c.variant for c in found if c.operation == "quantized_decode_attention"}
     assert len(packed) == len(kernels.PACKED)
+    for operation in ("prefill_attention", "window_scores", "ragged_decode_attention"):
+        variants = {case.variant for case in found if case.operation == operation}
+        assert all(any(f"group {group}" in v for v in variants) for group in kernels.GROUPS)
 
 
 @pytest.mark.parametrize("version", ["0.10.2"])
@@ -125,6 +128,25 @@ def test_the_committed_table_is_whole_and_green(version):
     for case in cases():
         assert (*key(case.row), json.dumps(case.row["config"])) in present
     assert all(row["ok"] and row["spill_bytes"] == 0 for row in result["rows"])
+
+
+def test_rows_are_added_to_those_of_a_file(tmp_path, monkeypatch):
+    file, chosen = tmp_path / "kernels.json", list(cases())[:3]
+    monkeypatch.setattr(kernels, "cases", lambda: iter(chosen))
+    monkeypatch.setattr(
+        kernels, "compile_case", lambda case: [{"kernel": "k", **case.row, "ok": True}]
+    )
+    old = {"kernel": "k", **chosen[1].row, "ok": False}
+    file.write_text(json.dumps({"commit": "old", "rows": [old], "ok": False}))
+    assert invoke("--offline", "--add", "--out", str(file)).exit_code == 1  # the old one is not ok
+    result = json.loads(file.read_text())
+    assert [row["config"] for row in result["rows"]] == [
+        case.row["config"] for case in (chosen[1], chosen[0], chosen[2])
+    ]
+    assert (result["commit"], result["ok"]) == ("old", False)
+    assert [made["rows"] for made in result["added"]] == [2]
+    refused = invoke("--offline", "--add")
+    assert (refused.exit_code, "--out" in refused.output) == (2, True)
 
 
 def test_without_offline_the_command_says_what_to_run():

@@ -22,9 +22,9 @@ DTYPES = {"xla": "float32", "triton": "float16"}
 """Of each backend: the most exact one that it has."""
 CASES = {
     # dtype if not the backend's, bits, group of query heads, head dim, groups of a row, splits
-    "two widths": (None, (4, 2), 2, 32, 1, 3),
-    "bfloat16": ("bfloat16", (2,), 4, 128, 1, 1),
-    "2 bit, odd group": (None, (2,), 7, 80, 1, 3),
+    "two widths": (None, (4, 2), 2, 80, 1, 3),
+    "bfloat16": ("bfloat16", (2,), 8, 128, 1, 1),
+    "2 bit, odd group": (None, (2,), 7, 128, 1, 3),
     "8 bit, small head": (None, (8,), 1, 16, 1, 1),
     "4 bit, two groups": (None, (4,), 4, 128, 2, 3),
 }
