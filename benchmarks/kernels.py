@@ -43,8 +43,8 @@ VOCABULARIES = (4096, 32000, 151936)
 """A row's `head_dim` for the draw of a token."""
 BATCH, HEADS, KV_HEADS, LENGTH, WINDOW, TAIL = 2, 32, 8, 4096, 512, 128
 GROUPS = (7, 8)
-"""Query heads of a kv head, besides `HEADS // KV_HEADS`: of Qwen2.5-VL's 7B, and of 3B and 72B. They
-are compiled in bfloat16 with heads of 128 and the default configuration alone."""
+"""Query heads of a kv head, besides `HEADS // KV_HEADS`: of Qwen2.5-VL's 7B, and of its 3B and 72B.
+They are compiled in bfloat16 with heads of 128 and the default configuration alone."""
 MEAN_ROWS = LENGTH // 10
 MAXIMA = "counted, maxima"
 """The window's column maxima too: of the default configuration alone."""

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,83 +28,17 @@ from benchmarks.command import AsJson, Force, Out, bad_input, check_known, check
 from benchmarks.device import describe
 from benchmarks.environment import added, environment
 from benchmarks.loops import loop_copies, loop_floats, step_launches
-from benchmarks.models import MODELS, abstract_inputs, empty_cache
+from benchmarks.models import MODELS, empty_cache
+from benchmarks.programs import ALL, BFLOAT16, DEFAULT, STAGES, Program
 from benchmarks.speed_sections import programs_part
 from pallas_kernels.packing import per_word
 from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.method import AnyPool
-from vlcache_jax.cache.methods import DEFAULT_METHOD, METHODS, FullCache, VLCache, make_method
+from vlcache_jax.cache.methods import METHODS, FullCache, VLCache
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
 from vlcache_jax.models.families import abstract_params
 from vlcache_jax.results.report import token_bytes
-from vlcache_jax.running.generate import Generate
-
-STAGES = ("decode", "generate")
-DEFAULT = "llava-v1.6-mistral-7b"
-BFLOAT16 = jnp.dtype(jnp.bfloat16)
-
-
-@dataclass(frozen=True)
-class Program:
-    """One program.
-
-    Attributes:
-        device: a name of `GPUS`.
-        model: a name of `MODELS`.
-        context: prompt rows of each sequence, T.
-        batch: sequences.
-        budget: share of the cache that the method keeps; 1 for the full cache.
-        new_tokens: most tokens of an answer.
-        stage: "decode", a chunk of decode steps alone, or "generate", all from pixels to tokens.
-        backend: of the attention, None for the best.
-        kv_bits: how what is kept is quantized, as of `make_quantizer`; "16" for not at all.
-        method: what is kept, a name of `METHODS`.
-    """
-
-    device: str = "h200"
-    model: str = DEFAULT
-    context: int = 2048
-    batch: int = 1
-    budget: float = 0.1
-    new_tokens: int = 129
-    stage: str = "decode"
-    backend: str | None = None
-    kv_bits: str = "16"
-    method: str = VLCache.name
-
-    def generate(self) -> Generate:
-        """The program's functions."""
-        cache = FullCache() if self.budget >= 1 else make_method(self.method, self.budget)
-        cache = replace(cache, quantize=make_quantizer(self.kv_bits))
-        return Generate(MODELS[self.model], cache, self.new_tokens, backend=self.backend)
-
-
-ALL = (
-    *(
-        Program(model=model, context=context, batch=batch, stage=stage)
-        for stage, context, batches in (("decode", 2048, (1, 64)), ("generate", 3072, (1,)))
-        for model in ("llava-1.5-7b", "llava-v1.6-mistral-7b", "llava-v1.6-34b")
-        for batch in batches
-    ),
-    Program(model="llava-1.5-7b", batch=64, budget=1.0),
-    *(
-        Program(model=model, context=8192, batch=batch, budget=budget)
-        for model, batch in (("llava-v1.6-mistral-7b", 64), ("llava-v1.6-34b", 32))
-        for budget in (1.0, 0.1)
-    ),
-    Program(context=32768, stage="generate"),
-    *(
-        Program(context=8192, stage="generate", method=method)
-        for method in dict.fromkeys((VLCache.name, DEFAULT_METHOD))
-    ),
-    *(
-        Program(context=context, batch=batch, budget=budget, kv_bits="akvq")
-        for context, batch in ((4096, 1), (8192, 64))
-        for budget in (1.0, 0.1)
-    ),
-)
-"""The rows of the committed table."""
 
 
 def measure(program: Program, dump: str) -> dict[str, Any]:
@@ -115,23 +49,32 @@ def measure(program: Program, dump: str) -> dict[str, Any]:
         dump: the directory that XLA_FLAGS=--xla_dump_to names, which XLA read when it started.
     """
     generate, text = program.generate(), MODELS[program.model].text
-    params, size = (
-        abstract_params(MODELS[program.model], BFLOAT16),
-        (program.batch, program.context),
-    )
+    size = program.batch, program.context
+    params = abstract_params(MODELS[program.model], BFLOAT16)
     began = time.perf_counter()
     if program.stage == "decode":
         cache = jax.eval_shape(lambda: empty_cache(generate, *size, BFLOAT16))
         step = generate.stages.decode_chunk
         compiled = compile_for(program.device, step, params, *cache, donate_argnums=(2,))
-    else:
-        inputs = abstract_inputs(MODELS[program.model], *size)
+    elif program.stage == "generate":
         key = jax.eval_shape(lambda: jax.random.key(0))
-        compiled = compile_for(program.device, generate, params, inputs, key)
+        compiled = compile_for(program.device, generate, params, program.inputs(), key)
+    else:
+        compiled = compile_for(program.device, program.vision, params, program.inputs())
     seconds = time.perf_counter() - began
-    (launches,) = Path(dump).glob("*.thunk_sequence_after_thunk_passes.txt")
     memory, code = compiled.memory_analysis(), compiled.as_text() or ""
     assert memory is not None
+    row = {
+        **asdict(program),
+        "compile_s": round(seconds, 1),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "fits": memory.peak_memory_in_bytes <= GPUS[program.device].memory,
+    }
+    if program.stage == "vision":
+        return row
+    (launches,) = Path(dump).glob("*.thunk_sequence_after_thunk_passes.txt")
     tail, reserved = generate.stages.tail_rows, generate.stages.reserved_rows
     pool, full = (
         cache.pool_shapes(text, *size, BFLOAT16, reserved)
@@ -140,18 +83,13 @@ def measure(program: Program, dump: str) -> dict[str, Any]:
     tail_shape = (program.batch, text.num_kv_heads, tail, text.head_dim)
     shapes = {leaf.shape for leaf in (*_large(pool), *_large(full))} | {tail_shape}
     return {
-        **asdict(program),
-        "compile_s": round(seconds, 1),
+        **row,
         **cache_parts(pool),
         "full_cache_bytes": cache_parts(full)["cache_bytes"],
         "tail_bytes": program.batch * tail * token_bytes(text, BFLOAT16),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": memory.peak_memory_in_bytes,
         "cache_copies_in_loop": sum(len(loop_copies(code, shape)) for shape in shapes),
         "dequantized_in_loop": dequantized(code, pool),
         **step_launches(launches.read_text(encoding="utf-8")),
-        "fits": memory.peak_memory_in_bytes <= GPUS[program.device].memory,
     }
 
 
@@ -250,9 +188,12 @@ def peak(program: Program, statistics: Callable[[], dict[str, int]] = device_sta
         decode = jax.jit(generate.stages.decode_chunk, donate_argnums=2)
         jax.block_until_ready(decode(params, pool, state))
     else:
-        inputs = zeros(abstract_inputs(config, program.batch, program.context))
+        inputs = zeros(program.inputs())
         inputs = replace(inputs, length=inputs.length + program.context)
-        jax.block_until_ready(jax.jit(generate)(params, inputs, jax.random.key(0)))
+        if program.stage == "vision":
+            jax.block_until_ready(jax.jit(program.vision)(params, inputs))
+        else:
+            jax.block_until_ready(jax.jit(generate)(params, inputs, jax.random.key(0)))
     return statistics()["peak_bytes_in_use"]
 
 
@@ -324,8 +265,12 @@ def main(
         ),
     ] = None,
     stage: Annotated[
-        str, typer.Option(help="decode (a chunk of steps) or generate (all of it).")
+        str, typer.Option(help="decode (a chunk of steps), generate (all of it), or vision.")
     ] = "decode",
+    tiles: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of each prompt; by default the most that one image becomes."),
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="triton or xla; the best by default.")] = None,
     on_gpu: Annotated[
         bool,
@@ -381,6 +326,7 @@ def main(
             backend=backend,
             kv_bits=bits,
             method=method,
+            tiles=tiles,
         )
         for share in shares
         for bits in kv_bits or ["16"]

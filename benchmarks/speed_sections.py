@@ -129,21 +129,36 @@ def programs_part(result: Result) -> str:
         "temporaries", "peak", "cache copies in the loop", "launches per layer",
         "one command buffer", "compile",
     ]  # fmt: skip
-    rows = [
-        [
-            row["model"],
-            row["stage"],
-            _size(row),
+
+    def cache(row: Result) -> list[str]:
+        if row["stage"] == "vision":
+            return ["-"] * 5
+        return [
             row.get("method", "vl-cache") if row["budget"] < 1 else "full",
             f"{row['budget']:.0%}",
             row.get("kv_bits", "16"),
             human_bytes(row["cache_bytes"]),
             f"{row['cache_bytes'] / row['full_cache_bytes']:.1%}",
-            human_bytes(row["temp_bytes"]),
-            human_bytes(row["peak_bytes"]),
+        ]
+
+    def step(row: Result) -> list[str]:
+        if row["stage"] == "vision":
+            return ["-"] * 3
+        return [
             str(row["cache_copies_in_loop"]),
             "-" if row["launches_per_layer"] is None else f"{row['launches_per_layer']:g}",
             "yes" if row["one_command_buffer"] else "no",
+        ]
+
+    rows = [
+        [
+            row["model"],
+            row["stage"],
+            _size(row) + (f", {row['tiles']} tiles" if row.get("tiles") else ""),
+            *cache(row),
+            human_bytes(row["temp_bytes"]),
+            human_bytes(row["peak_bytes"]),
+            *step(row),
             f"{row['compile_s']:.0f} s",
         ]
         for row in result["rows"]
