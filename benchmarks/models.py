@@ -238,14 +238,13 @@ def with_places(config: ModelConfig, inputs: ModelInputs) -> ModelInputs:
         inputs = replace(inputs, positions=np.where(at < inputs.length[:, None], positions, 0))
     if not count or not isinstance(config, QwenVLConfig):
         return inputs
-    layout, visual_index = np.full((count, 4), -1, np.int32), inputs.visual_index.copy()
+    layout, visual_index, first = np.full((count, 4), -1, np.int32), inputs.visual_index.copy(), 0
     for b, (own, length) in enumerate(zip(visual.sum(1), inputs.length, strict=True)):
         # As wide as high; where that leaves tiles over, the last line is not full.
         across = max(1, math.isqrt(own))
         places = tile_places((-(-own // across), across), config.vision.window_side)
         line_by_line = places[:, 1] * across + places[:, 2]
         places, line_by_line = (x[line_by_line < own] for x in (places, line_by_line))
-        first = b * (count // batch)
         tiles = layout[first : first + own]
         tiles[:, 0], tiles[:, 1:] = b, places
         tiles[:, 1] += b * rows  # more than there are windows
@@ -253,6 +252,7 @@ def with_places(config: ModelConfig, inputs: ModelInputs) -> ModelInputs:
         positions = inputs.positions[:, b]
         positions[0, :own], positions[1:, :own] = 0, np.divmod(np.arange(own), across)
         positions[:, own:length] += -(-own // across) - own
+        first += own
     return replace(inputs, layout=layout, visual_index=visual_index)
 
 
