@@ -1,5 +1,7 @@
 """Decoding from a compressed cache is what transformers does with its own cache, pruned alike."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -8,23 +10,37 @@ torch = pytest.importorskip("torch")
 
 import vlcache_jax
 from tests import hf
+from tests.models import test_qwen_vl as qwen
 from tests.tiny import picture
-from vlcache_jax import Buckets, Generate, VLCache
+from vlcache_jax import H2O, Buckets, Generate, SnapKV, VLCache
 
 BOUND = 1e-4
 STEPS = 32
-KINDS = ("llava-1.5 Llama MHA", "NeXT Mistral GQA")
+QWEN = "Qwen2.5-VL"
+CASES = [
+    *((kind, VLCache(budget))
+      for kind in ("llava-1.5 Llama MHA", "NeXT Mistral GQA") for budget in (0.1, 0.5)),
+    *((QWEN, method(0.2)) for method in (VLCache, SnapKV, H2O)),
+]  # fmt: skip
 PROMPT = "<image>\nwhat is this? and what is that?"
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
 def models(request, tmp_path_factory):
-    """A Hugging Face model, ours made of its files, and the family."""
+    """A Hugging Face model, ours made of its files, and the former's inputs of a raw prompt."""
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    if request.param == QWEN:
+        model = qwen.hf_model()
+        ours = vlcache_jax.load(
+            qwen.save(model, folder), buckets=Buckets(prompt=(160,), tiles=(0, 96))
+        )
+        return model, ours, qwen.hf_inputs
     family, decoder, shape = hf.KINDS[request.param]
     model = hf.hf_model(family, decoder, shape, seed=3)
-    path = hf.save(model, tmp_path_factory.mktemp("model") / "hf", family)
-    buckets = Buckets(prompt=(160,), tiles=(0, 5))
-    return model, vlcache_jax.load(path, buckets=buckets), family
+    ours = vlcache_jax.load(
+        hf.save(model, folder, family), buckets=Buckets(prompt=(160,), tiles=(0, 5))
+    )
+    return model, ours, partial(hf.hf_inputs, family)
 
 
 def prune(cache, kept):
@@ -36,7 +52,7 @@ def prune(cache, kept):
         layer.values = layer.values.gather(2, index)
 
 
-def first_token_attention(model, inputs):
+def first_token_attention(model, inputs, places):
     """What the first decoded token pays to the prompt: [L, N, m], its own key left out."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -45,7 +61,7 @@ def first_token_attention(model, inputs):
         output = model(
             input_ids=prompt.logits[:, -1].argmax(-1, keepdim=True),
             past_key_values=prompt.past_key_values,
-            position_ids=torch.tensor([[m]]),
+            position_ids=places[0],
             output_attentions=True,
         )
     model.set_attn_implementation("sdpa")
@@ -53,20 +69,22 @@ def first_token_attention(model, inputs):
     return weights / weights.sum(-1, keepdims=True)
 
 
-def pruned_decoding(model, inputs, kept, steps):
-    """Greedy tokens and the logits after the prompt's, from the pruned cache of the prompt."""
+def pruned_decoding(model, inputs, kept, places):
+    """Greedy tokens and the logits after the prompt's, from the pruned cache of the prompt.
+
+    `places` are where the new tokens stand, of a single axis [1, 1] each or of three [3, 1, 1].
+    """
     with torch.no_grad():
         output = model(**inputs, use_cache=True)
-        m = output.logits.shape[1]
         prune(output.past_key_values, kept)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         tokens, logits = [int(token)], []
-        for step in range(steps):
+        for place in places:
             # A single query and no mask: it sees every key that is there, at its true position.
             step_output = model(
                 input_ids=token,
                 past_key_values=output.past_key_values,
-                position_ids=torch.tensor([[m + step]]),
+                position_ids=place,
                 use_cache=True,
             )
             logits.append(step_output.logits[0, -1].numpy())
@@ -75,12 +93,15 @@ def pruned_decoding(model, inputs, kept, steps):
     return tokens, np.stack(logits)
 
 
-@pytest.mark.parametrize("budget", [0.1, 0.5])
-def test_decoding_equals_a_pruned_cache_of_transformers(models, budget):
-    model, ours, family = models
+@pytest.mark.parametrize(
+    ("models", "method"), CASES, indirect=["models"], scope="module",
+    ids=[f"{kind} {method.label} {method.budget}" for kind, method in CASES],
+)  # fmt: skip
+def test_decoding_equals_a_pruned_cache_of_transformers(models, method):
+    model, ours, hf_inputs = models
     images = [picture(90, 60)]
     inputs = ours.processor(images, PROMPT, raw_prompt=True)
-    generate = Generate(ours.config, VLCache(budget=budget), STEPS + 1, trace=True)
+    generate = Generate(ours.config, method, STEPS + 1, trace=True)
     stages, settings = generate.stages, generate.settings(1)
     pool, state, trace = jax.jit(stages.begin)(ours.params, inputs, settings)
     assert trace is not None
@@ -88,9 +109,11 @@ def test_decoding_equals_a_pruned_cache_of_transformers(models, budget):
     visual = inputs.visual_index[0, :length] >= 0
     row = trace.row(0, generate.cache, visual, np.zeros_like(visual))
     kept = row.kept
-    assert (kept >= 0).sum() < 1.2 * budget * length * kept.shape[0] * kept.shape[1]
-    theirs = hf.hf_inputs(family, images, PROMPT)
-    expected_tokens, expected = pruned_decoding(model, theirs, kept, STEPS)
+    assert (kept >= 0).sum() < 1.2 * method.budget * length * kept.shape[0] * kept.shape[1]
+    theirs, first = hf_inputs(images, PROMPT), int(inputs.next_position()[0])
+    axes = (1, 1) if inputs.positions is None else (3, 1, 1)
+    places = [torch.full(axes, first + step) for step in range(STEPS)]
+    expected_tokens, expected = pruned_decoding(model, theirs, kept, places)
     step = jax.jit(stages.decode_step, donate_argnums=2)
     tokens, logits = [int(state.token[0])], []
     for _ in range(STEPS):
@@ -100,9 +123,9 @@ def test_decoding_equals_a_pruned_cache_of_transformers(models, budget):
     assert tokens == expected_tokens
     assert len(set(tokens)) > 4
     assert hf.relative_error(np.stack(logits), expected) < BOUND
-    assert int(state.position[0]) == length + STEPS
+    assert int(state.position[0]) == first + STEPS
     # CacheHitRate and mass recall, from the attention of the first decoded token.
-    weights = first_token_attention(model, theirs)
+    weights = first_token_attention(model, theirs, places)
     weights = weights.reshape(*kept.shape[:2], -1, length).mean(2)  # [L, K, m]
     for layer, head in np.ndindex(*kept.shape[:2]):
         k, own = row.budget[layer], weights[layer, head]
@@ -112,5 +135,5 @@ def test_decoding_equals_a_pruned_cache_of_transformers(models, budget):
         assert row.mass_recall[layer, head] == pytest.approx(own[list(held)].sum(), rel=1e-4)
     # The comparison is sharp: it notices other tokens in the places of the kept ones.
     others = np.where(kept >= 0, (kept + 1) % length, -1)
-    _, wrong = pruned_decoding(model, theirs, others, 1)
+    _, wrong = pruned_decoding(model, theirs, others, places[:1])
     assert hf.relative_error(wrong, expected[:1]) > 10 * BOUND
