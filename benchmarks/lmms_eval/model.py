@@ -17,7 +17,7 @@ from vlcache_jax.running.programs import keep_programs
 
 
 class VLCacheModel(lmms):
-    """A LLaVA model with a compressed cache, for lmms-eval's tasks of images and text.
+    """A model with a compressed cache, for lmms-eval's tasks of images and text.
 
     All arguments but the first have defaults; lmms-eval's `--model_args` gives them by name.
 

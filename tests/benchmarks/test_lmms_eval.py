@@ -199,10 +199,21 @@ def plugin(monkeypatch):
     del sys.modules[MODEL_MODULE]
 
 
-def test_the_class_answers_in_the_order_of_the_requests(plugin, model_dir):
+@pytest.mark.parametrize(
+    "family",
+    [
+        "model_dir",
+        *(pytest.param(f"{name}_dir", marks=pytest.mark.full) for name in ("onevision", "qwen")),
+    ],
+)
+def test_the_class_answers_in_the_order_of_the_requests(plugin, family, request):
     module, logged = plugin
     model = module.VLCacheModel(
-        str(model_dir), kv_budget=0.2, dtype="float32", batch_size="2", device="cpu"
+        str(request.getfixturevalue(family)),
+        kv_budget=0.2,
+        dtype="float32",
+        batch_size="2",
+        device="cpu",
     )
     documents = [
         {"image": picture(60, 50, seed), "question": f"{'Why? ' * seed}What?"} for seed in range(3)
