@@ -144,11 +144,8 @@ def _programs(dtype: str) -> Iterator[tuple[str, str, int, dict[str, Any], tuple
     """Operation, variant, head dim, settings and arguments of every program of a type."""
     for head_dim in HEAD_DIMS:
         common = (dtype, head_dim) == ("bfloat16", 128)
-        yield from _attention(dtype, head_dim)
-        for group in GROUPS if common else ():
-            for operation, variant, *rest in _attention(dtype, head_dim, group):
-                if variant != MAXIMA:
-                    yield operation, f"{variant}, group {group}", *rest
+        for group in (HEADS // KV_HEADS, *(GROUPS if common else ())):
+            yield from _attention(dtype, head_dim, group)
         if dtype != "float32":  # is left to XLA
             for packed in PACKED if common else PACKED[:1]:
                 yield (
@@ -166,20 +163,23 @@ def _programs(dtype: str) -> Iterator[tuple[str, str, int, dict[str, Any], tuple
 
 
 def _attention(
-    dtype: str, head_dim: int, group: int = HEADS // KV_HEADS
+    dtype: str, head_dim: int, group: int
 ) -> Iterator[tuple[str, str, int, dict[str, Any], tuple[Any, ...]]]:
     """`_programs` of attention over rows of full width."""
+    usual = group == HEADS // KV_HEADS
     heads, number = (group * KV_HEADS, KV_HEADS), _shape("int32", BATCH)
+    note = "" if usual else f", group {group}"
     qkv = prompt(_shape, dtype, BATCH, LENGTH, heads, head_dim)
     for variant, causal in (("causal", True), ("bidirectional", False)):
-        yield "prefill_attention", variant, head_dim, {"causal": causal}, (*qkv, number)
+        yield "prefill_attention", variant + note, head_dim, {"causal": causal}, (*qkv, number)
     rows = _shape(dtype, BATCH, WINDOW, heads[0], head_dim), qkv[1], number, number
-    for variant in ("counted", MAXIMA):
-        yield "window_scores", variant, head_dim, {"maxima": variant == MAXIMA}, rows
+    for variant in ("counted", MAXIMA) if usual else ("counted",):
+        settings = {"maxima": variant == MAXIMA}
+        yield "window_scores", variant + note, head_dim, settings, rows
     args = layer(_shape, dtype, BATCH, heads, head_dim, 32 * MEAN_ROWS, TAIL)
     for splits in (1, 8):
         settings = {"most_rows": LENGTH, "splits": splits}
-        yield "ragged_decode_attention", f"splits {splits}", head_dim, settings, args
+        yield "ragged_decode_attention", f"splits {splits}{note}", head_dim, settings, args
 
 
 def _shape(dtype: str, *sides: int) -> jax.ShapeDtypeStruct:

@@ -225,19 +225,19 @@ def with_places(config: ModelConfig, inputs: ModelInputs) -> ModelInputs:
         inputs: numpy arrays, each prompt with as many tiles as the others; its visual tokens come
             first, line by line, and where each is a tile they are the first of its tiles.
     """
-    packing, (batch, rows) = family_of(config).packing, inputs.tokens.shape
-    visual, count = inputs.visual_index >= 0, len(inputs.tiles)
+    packing, visual = family_of(config).packing, inputs.visual_index >= 0
+    rows, count = inputs.tokens.shape[1], len(inputs.tiles)
     if count and packing.neighbours:
         index, weight = (np.where(visual, x, 0) for x in (inputs.visual_index, 1.0))
         found = np.stack([index] * packing.neighbours, axis=-1)
         weights = np.stack([weight / packing.neighbours] * packing.neighbours, axis=-1)
         inputs = replace(inputs, interpolation=Interpolation(found, weights.astype(np.float32)))
-    if config.text.rope.axes:
-        at = np.arange(rows, dtype=np.int32)
-        positions = np.array(np.broadcast_to(at, (3, batch, rows)))
-        inputs = replace(inputs, positions=np.where(at < inputs.length[:, None], positions, 0))
-    if not count or not isinstance(config, QwenVLConfig):
+    if not config.text.rope.axes:
         return inputs
+    at = np.arange(rows, dtype=np.int32)
+    positions = np.stack([np.where(at < inputs.length[:, None], at, 0)] * 3)
+    if not count or not isinstance(config, QwenVLConfig):
+        return replace(inputs, positions=positions)
     layout, visual_index, first = np.full((count, 4), -1, np.int32), inputs.visual_index.copy(), 0
     for b, (own, length) in enumerate(zip(visual.sum(1), inputs.length, strict=True)):
         # As wide as high; where that leaves tiles over, the last line is not full.
@@ -249,11 +249,10 @@ def with_places(config: ModelConfig, inputs: ModelInputs) -> ModelInputs:
         tiles[:, 0], tiles[:, 1:] = b, places
         tiles[:, 1] += b * rows  # more than there are windows
         visual_index[b, :own] = first + np.argsort(line_by_line)
-        positions = inputs.positions[:, b]
-        positions[0, :own], positions[1:, :own] = 0, np.divmod(np.arange(own), across)
-        positions[:, own:length] += -(-own // across) - own
+        positions[0, b, :own], positions[1:, b, :own] = 0, np.divmod(at[:own], across)
+        positions[:, b, own:length] += -(-own // across) - own
         first += own
-    return replace(inputs, layout=layout, visual_index=visual_index)
+    return replace(inputs, positions=positions, layout=layout, visual_index=visual_index)
 
 
 def empty_cache(

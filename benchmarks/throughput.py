@@ -17,7 +17,7 @@ import typer
 from benchmarks import command, measure
 from benchmarks import device as devices
 from benchmarks.environment import environment
-from benchmarks.models import empty_cache
+from benchmarks.models import MODELS, empty_cache
 from benchmarks.roofline import WORKSPACE, Device, decode_step
 from benchmarks.speed import limit
 from benchmarks.speed.cases import Case, models, name_of
@@ -161,7 +161,7 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 
 def main(
     model: Annotated[
-        str, typer.Option(help="demo-small, small-mha, small-gqa, or llava-...")
+        str, typer.Option(help=f"demo-small, small-mha, small-gqa, {', '.join(MODELS)}.")
     ] = "demo-small",
     context: Annotated[int, typer.Option(min=64, help="Tokens of a prompt.")] = 512,
     batch: Annotated[
