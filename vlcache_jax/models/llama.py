@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from pallas_kernels.add_rms_norm.xla import rms_norm
 from pallas_kernels.rope import rotate
 from vlcache_jax.models.config import RopeConfig, TextConfig
 from vlcache_jax.models.layers import DType, RMSNorm, normal, product
@@ -156,8 +157,11 @@ class DecoderLayer(nnx.Module):
         if self.qkv_bias is not None:
             qkv += self.qkv_bias[...]
         if self.q_norm is not None and self.k_norm is not None:
-            parts = self.q_norm(qkv[..., :-2, :]), self.k_norm(qkv[..., -2:-1, :]), qkv[..., -1:, :]
-            qkv = jnp.concatenate(parts, axis=-2)
+            # At once: each part by itself would be launches of its own.
+            head = jnp.arange(qkv.shape[-2])[:, None]
+            key = qkv.shape[-2] - 2
+            scale = jnp.where(head < key, self.q_norm.scale[...], self.k_norm.scale[...])
+            qkv = jnp.where(head <= key, rms_norm(qkv, scale, self.q_norm.eps), qkv)
         return qkv
 
     @jax.named_scope("mlp")
