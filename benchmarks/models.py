@@ -14,7 +14,9 @@ from vlcache_jax.models.config import ModelConfig, RopeConfig, TextConfig
 from vlcache_jax.models.families import family_of
 from vlcache_jax.models.llava.config import LlavaConfig, VisionConfig
 from vlcache_jax.models.onevision.config import OnevisionConfig
-from vlcache_jax.models.qwen_vl.config import QwenVLConfig
+from vlcache_jax.models.qwen3_vl.config import Qwen3VLConfig, interleaved_axes
+from vlcache_jax.models.qwen3_vl.config import VisionConfig as Qwen3VisionConfig
+from vlcache_jax.models.qwen_vl.config import QwenConfig, QwenVLConfig
 from vlcache_jax.models.qwen_vl.config import VisionConfig as QwenVisionConfig
 from vlcache_jax.models.qwen_vl.layout import tile_places
 from vlcache_jax.requests.inputs import Interpolation, ModelInputs
@@ -144,16 +146,16 @@ MODELS: Mapping[str, ModelConfig] = {
             num_kv_heads=8,
         ),
     ),
-    "qwen3-vl-8b-decoder": ModelConfig(
-        family="qwen3",
+    "qwen3-vl-8b": Qwen3VLConfig(
+        family="qwen3_vl",
+        vision=Qwen3VisionConfig(),
         text=TextConfig(
             vocab_size=151936,
             intermediate_size=12288,
             num_layers=36,
             num_kv_heads=8,
             max_positions=262144,
-            # The axes in turn, and time alone for the four slowest.
-            rope=RopeConfig(theta=5e6, axes=(0, 1, 2) * 20 + (0,) * 4),
+            rope=RopeConfig(theta=5e6, axes=interleaved_axes((24, 20, 20), 64)),
             kind="qwen3",
         ),
     ),
@@ -236,7 +238,7 @@ def with_places(config: ModelConfig, inputs: ModelInputs) -> ModelInputs:
         return inputs
     at = np.arange(rows, dtype=np.int32)
     positions = np.stack([np.where(at < inputs.length[:, None], at, 0)] * 3)
-    if not count or not isinstance(config, QwenVLConfig):
+    if not count or not isinstance(config, QwenConfig):
         return replace(inputs, positions=positions)
     layout, visual_index, first = np.full((count, 4), -1, np.int32), inputs.visual_index.copy(), 0
     for b, (own, length) in enumerate(zip(visual.sum(1), inputs.length, strict=True)):

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 
 from benchmarks.models import MODELS, abstract_inputs
 from pallas_kernels.prefill_attention import prefill_attention
 from vlcache_jax.cache.methods import DEFAULT_METHOD, FullCache, VLCache, make_method
 from vlcache_jax.cache.quantizers import make_quantizer
+from vlcache_jax.models.decoder import Embedded
 from vlcache_jax.models.families import Params, bind
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.generate import Generate
@@ -60,8 +60,8 @@ class Program:
         """Its prompts, as shapes."""
         return abstract_inputs(MODELS[self.model], self.batch, self.context, self.tiles)
 
-    def vision(self, params: Params, inputs: ModelInputs) -> jax.Array:
-        """The decoder's input, [B, T, D]."""
+    def vision(self, params: Params, inputs: ModelInputs) -> Embedded:
+        """What the decoder is given."""
         attend = partial(prefill_attention, causal=False, backend=self.backend)
         return bind(MODELS[self.model])(params).embed_prompt(inputs, attend)
 
@@ -95,12 +95,10 @@ ALL = (
             ("llava-onevision-7b", 8192, 32),
             ("qwen2.5-vl-7b", 3104, 3008),
             ("qwen2.5-vl-7b", 25792, 25696),
+            ("qwen3-vl-8b", 3104, 3008),
+            ("qwen3-vl-8b", 25792, 25696),
         )
         for stage in ("vision", "generate")
-    ),
-    *(
-        Program(model="qwen3-vl-8b-decoder", context=context, stage="generate")
-        for context in (3104, 25792)
     ),
     *(
         Program(model="qwen2.5-vl-7b", context=8192, batch=64, budget=budget)

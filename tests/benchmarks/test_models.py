@@ -23,7 +23,7 @@ from vlcache_jax.results.report import count_parameters
     [
         ("qwen2.5-vl-3b", 3_754_622_976),
         ("qwen2.5-vl-7b", 8_292_166_656),
-        ("qwen3-vl-8b-decoder", 8_190_735_360),  # Qwen3-8B's
+        ("qwen3-vl-8b", 8_767_123_696),
     ],
 )
 def test_shapes_have_the_published_number_of_parameters(name, parameters):
@@ -34,6 +34,7 @@ CONFIGS: dict[str, Any] = {
     "llava_next": tiny_config("llava_next"),
     "llava_onevision": tiny_config("llava_onevision"),
     "qwen2_5_vl": read_config(qwen_json()),
+    "qwen3_vl": read_config(qwen_json("qwen3_vl")),
 }
 
 
