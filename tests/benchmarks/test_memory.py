@@ -32,7 +32,7 @@ from vlcache_jax.cache.state import Pool
 RESULT = Path(benchmarks.__file__).parent / "results" / "offline" / "programs-h200.json"
 MOST_LAUNCHES = 12
 MOST_TEMPORARIES = 256 * 2**20
-MOST_PATCH = 24 * 1024
+MOST_PATCH = 28 * 1024
 """Temporaries of a tower, for each patch of a picture."""
 MOST_SHARE = 0.03
 """Of the full cache, that a tenth of it in two bits is allocated."""

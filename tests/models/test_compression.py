@@ -16,11 +16,11 @@ from vlcache_jax import H2O, Buckets, Generate, SnapKV, VLCache
 
 BOUND = 1e-4
 STEPS = 32
-QWEN = "Qwen2.5-VL"
 CASES = [
     *((kind, VLCache(budget))
       for kind in ("llava-1.5 Llama MHA", "NeXT Mistral GQA") for budget in (0.1, 0.5)),
-    *((QWEN, method(0.2)) for method in (VLCache, SnapKV, H2O)),
+    *(("qwen2_5_vl", method(0.2)) for method in (VLCache, SnapKV, H2O)),
+    ("qwen3_vl", VLCache(0.2)),
 ]  # fmt: skip
 PROMPT = "<image>\nwhat is this? and what is that?"
 
@@ -29,8 +29,8 @@ PROMPT = "<image>\nwhat is this? and what is that?"
 def models(request, tmp_path_factory):
     """A Hugging Face model, ours made of its files, and the former's inputs of a raw prompt."""
     folder = tmp_path_factory.mktemp("model") / "hf"
-    if request.param == QWEN:
-        model = qwen.hf_model()
+    if request.param in qwen.MODELS:
+        model = qwen.hf_model(request.param)
         ours = vlcache_jax.load(
             qwen.save(model, folder), buckets=Buckets(prompt=(160,), tiles=(0, 96))
         )
