@@ -26,8 +26,8 @@ import pytest
 
 from tests import gguf_files
 from tests.model_files import config_json, decoder_json, write_tiny
-from tests.tiny import text_tokenizer, tiny_pinpoints, tiny_processor
-from tests.tiny_qwen import qwen_images, qwen_json, qwen_tokenizer
+from tests.tiny import VIDEO_TOKEN_ID, text_tokenizer, tiny_pinpoints, tiny_processor
+from tests.tiny_qwen import qwen_json, qwen_tokenizer, save_processor
 from vlcache_jax.checkpoints.changed import Published
 from vlcache_jax.files import sha256
 
@@ -73,6 +73,7 @@ def onevision_dir(tmp_path_factory):
     config["vision_config"] |= tower
     text = {"model_type": "qwen2", "vocab_size": 264, "max_position_embeddings": 1024}
     config["text_config"] |= text
+    config["video_token_index"] = VIDEO_TOKEN_ID
     path = tmp_path_factory.mktemp("onevision") / "tiny"
     return write_tiny(path, config, tiny_processor(family))
 
@@ -91,7 +92,7 @@ def qwen3_dir(tmp_path_factory):
 
 def write_qwen(path, family):
     write_tiny(path, qwen_json(family), qwen_tokenizer())
-    qwen_images().save_pretrained(path)
+    save_processor(path)
     return path
 
 

@@ -17,10 +17,12 @@ from tests.tiny import (
     IMAGE_SIZE,
     IMAGE_TOKEN_ID,
     PATCH_SIZE,
+    VIDEO_TOKEN_ID,
     text_tokenizer,
     tiny_pinpoints,
     tiny_processor,
 )
+from tests.tiny_qwen import qwen_json, save_processor
 from vlcache_jax.models.fold import fold_transform
 
 KINDS = {
@@ -89,6 +91,7 @@ def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0)
         model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**common))
     elif family == "llava_onevision":
         pinpoints = [list(pair) for pair in tiny_pinpoints(IMAGE_SIZE, family)]
+        common["video_token_index"] = VIDEO_TOKEN_ID
         config = transformers.LlavaOnevisionConfig(image_grid_pinpoints=pinpoints, **common)
         model = transformers.LlavaOnevisionForConditionalGeneration(config)
     else:
@@ -96,6 +99,23 @@ def hf_model(family: str, decoder: str, shape: dict[str, Any], *, seed: int = 0)
         config = transformers.LlavaNextConfig(image_grid_pinpoints=pinpoints, **common)
         model = transformers.LlavaNextForConditionalGeneration(config)
     return ready(model)
+
+
+QWEN = {
+    "qwen2_5_vl": (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
+}
+"""Configuration and model of the families of the Qwen-VL line."""
+
+
+def qwen_model(family: str, **text: Any) -> Any:
+    """A random model of the Qwen-VL line in evaluation mode, with other fields of the decoder."""
+    data = qwen_json(family, initializer_range=0.4, **text)
+    data["vision_config"]["initializer_range"] = 0.2
+    config, model = QWEN[family]
+    torch.manual_seed(0)
+    ids = {"vision_start_token_id": 261, "vision_end_token_id": 262}
+    return ready(model(config(**data, **ids)))
 
 
 def ready(model: Any) -> Any:
@@ -113,6 +133,9 @@ def ready(model: Any) -> Any:
 def save(model: Any, path: Path, family: str, **kwargs: Any) -> Path:
     """Write the model and its processor as a Hugging Face directory."""
     model.save_pretrained(path, **kwargs)
+    if family in QWEN:
+        save_processor(path)
+        return path
     (text_tokenizer() if family == "text" else tiny_processor(family)).save_pretrained(path)
     return path
 

@@ -25,13 +25,14 @@ from vlcache_jax.requests.packing import picture_processor
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 IMAGE_TOKEN_ID = SPECIAL_TOKENS.index("<image>")
+VIDEO_TOKEN_ID = 261  # of LLaVA-OneVision alone, behind the others
 IMAGE_SIZE, PATCH_SIZE = 56, 14
 
 # Content parts in the order given, as the templates of Mistral-like checkpoints could.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: "
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}"
     "{% endfor %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
@@ -109,9 +110,9 @@ def tiny_processor(
     crop_size = {"height": image_size, "width": image_size}
     if family == "llava_onevision":
         images = LlavaOnevisionImageProcessorPil(size=crop_size, image_grid_pinpoints=grids)
-        processor = picture_processor("LlavaOnevisionProcessor")(
-            images, tiny_tokenizer(), chat_template
-        )
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+        processor = picture_processor("LlavaOnevisionProcessor")(images, tokenizer, chat_template)
         processor.num_image_tokens = (image_size // patch_size) ** 2
         processor.vision_feature_select_strategy = "full"
         return processor
@@ -144,6 +145,7 @@ def tiny_config(
 ) -> Any:
     """A model's configuration that `tiny_processor` of the same arguments belongs to."""
     onevision = family == "llava_onevision"
+    more = {"video_token_id": VIDEO_TOKEN_ID} | more if onevision else more
     grids = () if family == "llava" else pinpoints or tiny_pinpoints(image_size, family)
     return (OnevisionConfig if onevision else LlavaConfig)(
         family=family,

@@ -1,5 +1,7 @@
 """A tiny Qwen2.5-VL or Qwen3-VL: config.json, tokenizer, processor, made without a file."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -8,6 +10,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tests.tiny import tiny_tokenizer
 from vlcache_jax.models.qwen_vl.packing import PAD, PROCESSORS
 from vlcache_jax.requests.packing import picture_processor
+from vlcache_jax.requests.video_settings import VideoSettings
 
 PATCH, TILE, WINDOW = 4, 8, 32
 """Sides in pixels."""
@@ -19,8 +22,8 @@ IMAGE_ID, VIDEO_ID = 263, 264
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -91,7 +94,23 @@ def qwen_images(**settings: Any) -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(**usual | settings)
 
 
+VIDEO_SETTINGS = {
+    "size": {"shortest_edge": 2 * TILE * TILE, "longest_edge": 12 * TILE * TILE},
+    "patch_size": PATCH,
+}
+"""Of the video processor: frames of 2 to 12 tiles."""
+
+
 def qwen_processor(family: str = "qwen2_5_vl", **settings: Any) -> Any:
     """Both together, the image processor with other settings."""
     kind = picture_processor(PROCESSORS[family])
-    return kind(qwen_images(**settings), qwen_tokenizer())
+    processor = kind(qwen_images(**settings), qwen_tokenizer())
+    processor.video_settings = VideoSettings(VIDEO_SETTINGS)
+    return processor
+
+
+def save_processor(path: Path) -> None:
+    """Write the files of `qwen_processor` into a model directory."""
+    qwen_images().save_pretrained(path)
+    qwen_tokenizer().save_pretrained(path)
+    (path / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_SETTINGS))

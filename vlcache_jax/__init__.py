@@ -29,6 +29,7 @@ from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.requests.buckets import Buckets
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.requests.processing import Processor
+from vlcache_jax.requests.videos import Video
 from vlcache_jax.results.answer import Answer
 from vlcache_jax.results.inspection import Inspection, inspect
 from vlcache_jax.results.report import CacheReport
@@ -76,6 +77,7 @@ __all__ = [
     "Timings",
     "Trace",
     "VLCache",
+    "Video",
     "attention_mass_recall",
     "cache_hit_rate",
     "calibrate",

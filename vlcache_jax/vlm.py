@@ -18,6 +18,7 @@ from vlcache_jax.requests.images import Images
 from vlcache_jax.requests.inputs import CONTEXT, ModelInputs
 from vlcache_jax.requests.messages import Messages, is_one
 from vlcache_jax.requests.processing import Contexts, Processor
+from vlcache_jax.requests.videos import Videos
 from vlcache_jax.results.answer import Answer
 from vlcache_jax.results.report import cache_report
 from vlcache_jax.running.driver import Run
@@ -37,6 +38,11 @@ class Options(TypedDict, total=False):
     Attributes:
         messages: a conversation instead of `text`, `[{"role": "user", "content": "..."}, ...]`, or
             a list of them (`vlcache_jax.requests.messages.Messages`).
+        videos: for one prompt a video or a list of videos, for a batch a list with one such entry
+            per prompt. `requests.videos.Videos` has the forms of a video. `<video>` marks say where
+            they go; without marks they come first, behind the images.
+        frames: how many frames of each video the model is shown, evenly chosen; by default what the
+            checkpoint's processor says, often all of them.
         context: a text that the question is about, put in front of it; for the cache it is what a
             picture's tokens are. For a list of prompts, a list of texts or None.
         max_new_tokens: most tokens of an answer, 128 by default.
@@ -57,6 +63,8 @@ class Options(TypedDict, total=False):
     """
 
     messages: Messages | Sequence[Messages] | None
+    videos: Videos | Sequence[Videos]
+    frames: int | None
     context: Contexts
     max_new_tokens: int
     temperature: float
@@ -176,8 +184,9 @@ class VLM:
             An `Answer` for a single prompt, a list of them for a list.
 
         Raises:
-            ValueError: bad images or prompts, or more tokens than the model has positions for.
-            FileNotFoundError: an image file does not exist.
+            ValueError: bad images, videos or prompts, or more tokens than the model has positions
+                for.
+            FileNotFoundError: a file of an image or a video does not exist.
         """
         return self._answer(self.request(images, text, **options))
 
@@ -221,7 +230,7 @@ class VLM:
 
         Raises:
             ValueError: as `generate`, or it is a list of prompts.
-            FileNotFoundError: an image file does not exist.
+            FileNotFoundError: a file of an image or a video does not exist.
         """
         request = self.request(images, text, **options)
         if not request.single:
@@ -242,6 +251,8 @@ class VLM:
         text: Any = "",
         *,
         messages: Any = None,
+        videos: Videos | Sequence[Videos] = None,
+        frames: int | None = None,
         context: Contexts = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -258,7 +269,7 @@ class VLM:
 
         Raises:
             ValueError: as `generate`.
-            FileNotFoundError: an image file does not exist.
+            FileNotFoundError: a file of an image or a video does not exist.
         """
         if messages is not None:
             if text:
@@ -277,7 +288,13 @@ class VLM:
             trace=trace,
         )
         groups = self.processor.groups(
-            images, text, prefill_batch, context=context, raw_prompt=raw_prompt
+            images,
+            text,
+            prefill_batch,
+            videos=videos,
+            frames=frames,
+            context=context,
+            raw_prompt=raw_prompt,
         )
         longest = max(int(group.length.max()) for group in groups)
         limit = self.config.text.max_positions

@@ -238,10 +238,10 @@ def test_an_inspection_shows_a_scaled_grid(onevision_dir, tmp_path):
     found.save(tmp_path / "page.html")
 
 
-def test_videos_are_refused_by_name(onevision_dir):
-    with pytest.raises(NotImplementedError, match=r"^the prompt has <video>, and videos are not"):
+def test_a_mark_without_a_video_is_refused(onevision_dir):
+    words = "1 <video> marks in the text but 0 videos: give one mark for each video"
+    with pytest.raises(ValueError, match=f"^{words}"):
         PROCESSOR(None, "what happens in <video>?")
-    words = "the prompt has <video>, and videos are not supported"
     refused(words, "generate", onevision_dir, "--prompt", "what happens in <video>?")
 
 

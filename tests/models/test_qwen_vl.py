@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch")
 
-import transformers
 from transformers.vision_utils import get_vision_window_index
 
 import vlcache_jax
@@ -21,7 +20,7 @@ from pallas_kernels.prefill_attention import prefill_attention
 from tests import hf
 from tests.model_files import read_tensors
 from tests.tiny import picture
-from tests.tiny_qwen import IMAGE_ID, PATCH, qwen_images, qwen_json, qwen_tokenizer
+from tests.tiny_qwen import IMAGE_ID, PATCH, qwen_images, qwen_tokenizer
 from vlcache_jax import Buckets, SnapKV, VLCache
 from vlcache_jax.models.families import bind
 from vlcache_jax.models.qwen_vl.layout import tile_places, tower_rows
@@ -39,28 +38,6 @@ PROMPTS = {
     "neighbours": ([(40, 40), (60, 24)], "<image><image> differ?"),
     "none": ([], "no picture at all, only words"),
 }
-
-
-MODELS = {
-    "qwen2_5_vl": (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration),
-    "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
-}
-
-
-def hf_model(family, **text):
-    data = qwen_json(family, initializer_range=0.4, **text)
-    data["vision_config"]["initializer_range"] = 0.2
-    config, model = MODELS[family]
-    torch.manual_seed(0)
-    ids = {"vision_start_token_id": 261, "vision_end_token_id": 262}
-    return hf.ready(model(config(**data, **ids)))
-
-
-def save(model, path):
-    model.save_pretrained(path)
-    qwen_images().save_pretrained(path)
-    qwen_tokenizer().save_pretrained(path)
-    return path
 
 
 def hf_inputs(images, prompt):
@@ -84,8 +61,8 @@ class Pair:
     """The same model twice: Hugging Face's and ours, loaded from its files; compiled once."""
 
     def __init__(self, family, folder):
-        self.theirs = hf_model(family)
-        self.path = save(self.theirs, folder / "model")
+        self.theirs = hf.qwen_model(family)
+        self.path = hf.save(self.theirs, folder / "model", family)
         self.ours = vlcache_jax.load(self.path, buckets=Buckets(prompt=(256,), tiles=(0, 256)))
         self.ours.stop_ids = ()  # as Hugging Face's model: the tokenizer's own would be taken
         self.logits = jax.jit(Stages(self.ours.config).prompt_logits)
@@ -106,7 +83,7 @@ class Pair:
         return self.ours.processor(images, prompt, raw_prompt=True), hf_inputs(images, prompt)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=hf.QWEN)
 def pair(request, tmp_path_factory):
     return Pair(request.param, tmp_path_factory.mktemp("qwen"))
 
@@ -218,10 +195,10 @@ SPELLINGS = ("model.visual.", "model.language_model."), ("visual.", "model.")
 """In front of a tower's tensors and of a decoder's."""
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", hf.QWEN)
 def test_tied_and_in_old_spellings(family, tmp_path):
-    model = hf_model(family, tie_word_embeddings=True)
-    path = save(model, tmp_path / "model")
+    model = hf.qwen_model(family, tie_word_embeddings=True)
+    path = hf.save(model, tmp_path / "model", family)
     sizes, prompt = PROMPTS["two"]
     images = [picture(*size) for size in sizes]
     theirs = hf_inputs(images, prompt)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 
 Array: TypeAlias = Any
 """numpy as the processor makes it, `jax.Array` on a device and inside a traced function."""
@@ -33,20 +34,23 @@ class ModelInputs:
     B prompts, T = prompt bucket, S = tile bucket of the whole batch, P = patches of a tile.
 
     Attributes:
-        tokens: int32 `[B, T]`: prompt ids, the image token once per visual token; 0 after the end.
+        tokens: int32 `[B, T]`: prompt ids, the image or video token once per visual token; 0 after
+            the end.
         length: int32 `[B]`: m, the true length of each prompt.
         visual_index: int32 `[B, T]`: -1 for text and padding, `CONTEXT` for the text of a
             context, which a cache method takes for visual tokens; else the row of the table of
             visual features: tile * P + patch, or S * P for a newline; the first where a token is
             interpolated.
         tiles: float32 `[S, 3, image_size, image_size]`: normalised pixels, zeros after the last
-            tile; S = 0 where there is no image.
+            tile; S = 0 where there is no image. `[S, frames, 3, image_size, image_size]` where a
+            tile spans frames of a video, which a picture's are alike.
         positions: int32 `[3, B, T]`: where each token stands in time, down and across, for a model
             whose rotary positions have three axes, 0 after the end; None for 0, 1, 2, ...
         interpolation: what visual tokens are, of a family whose grids are scaled down; None where
             each is the row that `visual_index` says.
         layout: int32 `[S, 4]`: number of each tile's picture and of its window in the batch, its
-            row and column in the picture; -1 after the last tile. For a tower that takes the tiles
+            row and column in the picture; -1 after the last tile. Pictures of a video, which it
+            has in time, are counted like others. For a tower that takes the tiles
             of all pictures as one sequence; None for others, and where there is no image.
     """
 
@@ -59,5 +63,11 @@ class ModelInputs:
     layout: Array | None = None
 
     def next_position(self) -> Array:
-        """Where the first token of each answer stands, int32 `[B]`."""
-        return self.length if self.positions is None else self.positions.max((0, 2)) + 1
+        """Where the first token of each answer stands, int32 `[B]`: behind the prompt's last one.
+
+        That is not behind all of them where a video is long: transformers' `generate` goes on so.
+        """
+        if self.positions is None:
+            return self.length
+        last = self.positions[:, np.arange(len(self.length)), self.length - 1]  # [3, B]
+        return last.max(0) + 1

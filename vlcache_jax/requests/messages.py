@@ -1,10 +1,11 @@
-"""Prompts as conversations: where pictures go in them, and what a chat template makes of them.
+"""Prompts as conversations: where pictures and videos go, what a chat template makes of them.
 
 "<image>What?" ─conversation─► [{"role": "user", "content": [image, "What?"]}] ─ChatTemplate─► text
 
 A context, the document that a question is about, stands in front of the question as pictures do.
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -12,13 +13,13 @@ from itertools import chain, combinations
 from typing import Any, TypeAlias
 
 from vlcache_jax.errors import reason, short
-from vlcache_jax.requests.packing import Packing, Rendered
+from vlcache_jax.requests.packing import NO_VIDEOS, Packing, Rendered
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A conversation: `{"role": "user", "content": "..."}` for each message, in their order.
 
 The role is "system", "user" or "assistant". The content is a string, or a list of
-`{"type": "text", "text": "..."}` and `{"type": "image"}`.
+`{"type": "text", "text": "..."}`, `{"type": "image"}` and `{"type": "video"}`.
 """
 
 Text: TypeAlias = str | Messages
@@ -26,8 +27,8 @@ Text: TypeAlias = str | Messages
 
 ROLES = "system", "user", "assistant"
 
-IMAGE = "<image>"
-"""What stands for a picture in any family's prompts, beside the family's own mark."""
+MARKS = {"image": "<image>", "video": "<video>"}
+"""What stands for a picture or a video in any family's prompts, beside the family's own mark."""
 
 EDGES = "\ufdd0", "\ufdd1"
 """Around a context until a prompt is rendered: two of Unicode's codes that are no characters."""
@@ -41,8 +42,8 @@ def is_one(text: Any) -> bool:
 
 def conversation(
     text: Text,
-    num_images: int,
-    mark: str | None,
+    counts: Mapping[str, int],
+    marks: Mapping[str, str],
     raw: bool,
     *,
     breaks: bool = True,
@@ -50,13 +51,13 @@ def conversation(
 ) -> list[dict[str, Any]]:
     """A prompt as messages whose contents are lists of parts, with a part for each picture.
 
-    Pictures stand where parts or marks are; without either in front of the first user message. A
-    context comes behind these, a blank line behind it.
+    Pictures stand where parts or marks are; without either in front of the first user message. So
+    do videos, behind pictures. A context comes behind these, a blank line behind it.
 
     Args:
         text: the prompt.
-        num_images: how many pictures it has.
-        mark: what stands for a picture in a string; None where there can be no pictures.
+        counts: how many pictures and videos it has, as "image" and "video".
+        marks: what stands for each kind in a string; of the kinds that there can be.
         raw: the pictures have to be marked.
         breaks: keep the line break between a mark and the text beside it, which LLaVA's own data
             have and most templates write themselves.
@@ -68,7 +69,9 @@ def conversation(
             where there can be none.
     """
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    made = [_message(message, f"messages[{i}]", mark, breaks) for i, message in enumerate(messages)]
+    made = [
+        _message(message, f"messages[{i}]", marks, breaks) for i, message in enumerate(messages)
+    ]
     parts = [part for message in made for part in message["content"]]
     if context is not None:
         words = readable(context).strip()
@@ -78,24 +81,36 @@ def conversation(
         question = first.pop(0)["text"] if first and first[0]["type"] == "text" else ""
         words = f"{EDGES[0]}{words}{EDGES[1]}\n\n{question}"
         first.insert(0, {"type": "text", "text": words})
-    if not parts and not num_images:
+    if not parts and not any(counts.values()):
         raise ValueError("the prompt is empty: give a text, an image or both")
-    places = sum(part["type"] == "image" for part in parts)
-    if mark is None and (count := max(places, num_images)):
+    places = {kind: sum(part["type"] == kind for part in parts) for kind in MARKS}
+    _refuse_others(counts, places, marks)
+    for kind, count in places.items():
+        if count != counts[kind] and (raw or count):
+            hint = "" if raw else f", or leave the marks out and the {kind}s come first"
+            where = "text" if isinstance(text, str) else "messages"
+            raise ValueError(
+                f"{count} {marks[kind]} marks in the {where} but {counts[kind]} {kind}s: "
+                f"give one mark for each {kind}{hint}"
+            )
+    loose = [kind for kind in MARKS if not places[kind] for _ in range(counts[kind])]
+    if loose:
+        _of_user(made, f"the {loose[0]}s")[:0] = [{"type": kind} for kind in loose]
+    return made
+
+
+def _refuse_others(
+    counts: Mapping[str, int], places: Mapping[str, int], marks: Mapping[str, str]
+) -> None:
+    """Refuse what the model does not take."""
+    given = {kind: max(counts[kind], places[kind]) for kind in MARKS if kind not in marks}
+    if count := given.get("image", 0):
         raise ValueError(
             f"the model reads text alone and was given {count} picture{'s' * (count > 1)}: leave "
             "them out, or take a model with a vision tower"
         )
-    if places != num_images and (raw or places):
-        hint = "" if raw else ", or leave the marks out and the images come first"
-        where = "text" if isinstance(text, str) else "messages"
-        raise ValueError(
-            f"{places} {mark} marks in the {where} but {num_images} images: "
-            f"give one mark for each image{hint}"
-        )
-    if not places and num_images:
-        _of_user(made, "the images")[:0] = [{"type": "image"}] * num_images
-    return made
+    if given.get("video"):
+        raise ValueError(NO_VIDEOS)
 
 
 def _of_user(messages: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
@@ -107,7 +122,7 @@ def _of_user(messages: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
 
 
 def _message(
-    message: Mapping[str, Any], name: str, mark: str | None, breaks: bool
+    message: Mapping[str, Any], name: str, marks: Mapping[str, str], breaks: bool
 ) -> dict[str, Any]:
     """A message with a list of parts as its content; errors call it `name`."""
     if set(message) != {"role", "content"}:
@@ -126,30 +141,41 @@ def _message(
     parts = []
     for part in content:
         match part:
-            case {"type": "image", **rest} if not rest:
-                parts.append({"type": "image"})
+            case {"type": "image" | "video" as kind, **rest} if not rest:
+                parts.append({"type": kind})
             case {"type": "text", "text": str(words), **rest} if not rest:
-                words = marked(readable(words), mark)
-                pieces = words.split(mark) if mark else [words]
-                for number, piece in enumerate(pieces):
-                    if not breaks and number > 0:
-                        piece = piece.removeprefix("\n")
-                    if not breaks and number < len(pieces) - 1:
-                        piece = piece.removesuffix("\n")
-                    parts += [{"type": "image"}] * (number > 0)
-                    parts += [{"type": "text", "text": piece}] * (piece != "")
+                parts += _parts(marked(readable(words), marks), marks, breaks)
             case _:
                 raise ValueError(
                     f"{name} has the part {short(repr(part))}: give "
-                    '{"type": "text", "text": "..."} or {"type": "image"}, and the pictures '
-                    "themselves as images"
+                    '{"type": "text", "text": "..."}, {"type": "image"} or {"type": "video"}, and '
+                    "the pictures themselves as images, the videos as videos"
                 )
     return {"role": role, "content": parts}
 
 
-def marked(text: str, mark: str | None) -> str:
-    """The text with the family's own mark for every picture."""
-    return text.replace(IMAGE, mark) if mark else text
+def _parts(words: str, marks: Mapping[str, str], breaks: bool) -> Iterator[dict[str, str]]:
+    """A text with marks as parts."""
+    kinds = {mark: kind for kind, mark in marks.items()}
+    # Marks have the odd places.
+    pieces = re.split(f"({'|'.join(map(re.escape, kinds))})", words) if kinds else [words]
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            yield {"type": kinds[piece]}
+            continue
+        if not breaks and number > 0:
+            piece = piece.removeprefix("\n")
+        if not breaks and number < len(pieces) - 1:
+            piece = piece.removesuffix("\n")
+        if piece:
+            yield {"type": "text", "text": piece}
+
+
+def marked(text: str, marks: Mapping[str, str]) -> str:
+    """The text with the family's own mark for every picture and video."""
+    for kind, mark in marks.items():
+        text = text.replace(MARKS[kind], mark)
+    return text
 
 
 def readable(text: str) -> str:
@@ -171,34 +197,37 @@ class ChatTemplate:
     def __init__(self, packing: Packing):
         template = packing.processor.chat_template or packing.tokenizer.chat_template
         self._template = template.get("default") if isinstance(template, dict) else template
-        self._packing, self._mark = packing, packing.mark
+        self._packing, self._marks = packing, packing.marks
         self._remedy = "write the whole prompt yourself and pass raw_prompt=True (--raw-prompt)"
 
-    def render(self, text: Text, num_images: int, context: str | None = None) -> Rendered:
-        """The whole prompt, with a mark for each picture.
+    def render(self, text: Text, counts: Mapping[str, int], context: str | None = None) -> Rendered:
+        """The whole prompt, with a mark for each picture and video.
 
         Args:
             text: the prompt.
-            num_images: how many pictures it has.
+            counts: how many pictures and videos it has, as "image" and "video".
             context: what it is about, if it is about a text.
 
         Raises:
             ValueError: the prompt is malformed, there is no template, or it refuses the messages or
                 writes another number of marks.
         """
-        asked = partial(conversation, text, num_images, self._mark, False, context=context)
+        asked = partial(conversation, text, counts, self._marks, False, context=context)
         messages = asked(breaks=False)
         if not isinstance(self._template, str):
-            remedy = self._remedy + (f", with {self._mark} marks" if self._mark else "")
+            marks = " and ".join(self._marks.values())
+            remedy = self._remedy + (f", with {marks} marks" if marks else "")
             raise ValueError(f"this checkpoint has no chat template: {remedy}")
         rendered = self._apply(messages)
-        if self._marks(rendered, "\n") < num_images:  # it writes no line breaks itself
+        ended = sum(rendered.count(f"{mark}\n") for mark in self._marks.values())
+        if ended < sum(counts.values()):  # it writes no line breaks itself
             rendered = self._apply(asked())
-        if (count := self._marks(rendered)) != num_images:
-            raise ValueError(
-                f"the chat template wrote {count} {self._mark} marks for {num_images} images: "
-                f"{self._remedy}"
-            )
+        for kind, count in self._counts(rendered).items():
+            if count != counts[kind]:
+                raise ValueError(
+                    f"the chat template wrote {count} {self._marks[kind]} marks for "
+                    f"{counts[kind]} {kind}s: {self._remedy}"
+                )
         if isinstance(text, str):
             self._warn_of_full_form(text)
         if context is None:
@@ -250,18 +279,21 @@ class ChatTemplate:
     def _has_all(self, messages: list[dict[str, Any]], rendered: str) -> bool:
         """Whether the pictures and the user's texts are in a text."""
         parts = [part for message in messages for part in message["content"]]
-        marks = sum(part["type"] == "image" for part in parts)
+        counts = {kind: sum(part["type"] == kind for part in parts) for kind in self._marks}
         texts = [part["text"].strip() for part in parts if part["type"] == "text"]
-        return self._marks(rendered) == marks and all(text in rendered for text in texts)
+        return self._counts(rendered) == counts and all(text in rendered for text in texts)
 
-    def _marks(self, text: str, behind: str = "") -> int:
-        """How many marks are in a text, with this behind each."""
-        return text.count(self._mark + behind) if self._mark else 0
+    def _counts(self, text: str) -> dict[str, int]:
+        """How many marks of each kind are in a text."""
+        return {kind: text.count(mark) for kind, mark in self._marks.items()}
 
     def _join(self, parts: list[dict[str, Any]]) -> str:
         """The parts as one string."""
-        text = "".join(part.get("text", f"{self._mark}\n") for part in parts)
-        return text[:-1] if parts and parts[-1]["type"] == "image" else text
+        text = "".join(
+            part["text"] if part["type"] == "text" else f"{self._marks[part['type']]}\n"
+            for part in parts
+        )
+        return text[:-1] if parts and parts[-1]["type"] != "text" else text
 
     @cached_property
     def _around(self) -> tuple[str, str]:

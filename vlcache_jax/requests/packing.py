@@ -2,6 +2,9 @@
 
 `Packing` is that of a decoder alone, which takes text; a family that takes pictures has its own.
 Both ask a Hugging Face tokenizer or processor, and check what it gives. numpy only.
+
+A mark of a prompt stands for a `Segment`: a picture, or a video, whose frames are pictures that
+follow each other. Behind the packing there are only pictures.
 """
 
 from collections.abc import Sequence
@@ -16,9 +19,17 @@ from vlcache_jax.errors import reason, short
 from vlcache_jax.fields import REMOTE_CODE
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.requests.images import ImageLike
+from vlcache_jax.requests.video_settings import VideoSettings
+from vlcache_jax.requests.videos import Clip, Shape, VideoLike
 
 NEWLINE = -2
 """Among a picture's rows of the visual table: the row behind those of all tiles."""
+
+NO_VIDEOS = (
+    "the model takes no videos: give frames of them as images, or take a LLaVA-OneVision or a "
+    "Qwen2.5-VL"
+)
+"""What is said where a video is given to a family without them."""
 
 BASE, GRID, NEWLINE_PART = 0, 1, 2
 """Parts of a picture's visual tokens: its base tile, the tiles of its grid, ends of lines."""
@@ -41,12 +52,38 @@ class Rendered(NamedTuple):
     """A whole prompt.
 
     Attributes:
-        text: as the tokenizer gets it, with a mark for each picture.
+        text: as the tokenizer gets it, with a mark for each picture and video.
         context: the first character of the context in it, and the one behind its last.
     """
 
     text: str
     context: tuple[int, int] = (0, 0)
+
+
+class Segment(NamedTuple):
+    """What stands at one mark of a prompt: a picture, or those that a video becomes.
+
+    Attributes:
+        visual: for each picture, the rows of the visual table that its tokens are, int `[n]`,
+            counted from its first tile's; `NEWLINE` for the row behind all tiles. `[n, C]` where a
+            token is a weighted sum of C rows.
+        tiles: for each picture its tiles, float32 `[tiles, 3, side, side]`, or
+            `[tiles, frames, 3, side, side]` where a tile spans frames.
+        weights: for each picture those of its rows, float32 `[n, C]`; none where a token is one
+            row.
+        layout: for each picture the window, row and column of each of its tiles, int32
+            `[tiles, 3]`, windows counted from 0; of families that have a layout.
+    """
+
+    visual: Sequence[np.ndarray] = ()
+    tiles: Sequence[np.ndarray] = ()
+    weights: Sequence[np.ndarray] = ()
+    layout: Sequence[np.ndarray] = ()
+
+    @property
+    def count(self) -> int:
+        """Its visual tokens."""
+        return sum(map(len, self.visual))
 
 
 class Row(NamedTuple):
@@ -56,15 +93,8 @@ class Row(NamedTuple):
         tokens: its ids, int32 `[m]`.
         context: the tokens of the context among them, int `[c]`.
         places: the visual tokens among them, int `[n]`.
-        visual: for each picture, the rows of the visual table that its tokens are, counted from its
-            first tile's; `NEWLINE` for the row behind all tiles. Together `[n]`, or `[n, C]` where
-            a token is a weighted sum of C rows.
-        tiles: for each picture its tiles, float32 `[tiles, 3, side, side]`.
+        visual, tiles, weights, layout: see `Segment`, of all pictures in their order.
         positions: see `ModelInputs`, int32 `[3, m]`.
-        weights: for each picture those of its rows, float32, together `[n, C]`; none where a token
-            is one row.
-        layout: for each picture the window, row and column of each of its tiles, int32
-            `[tiles, 3]`, windows counted from 0; of families that have a layout.
     """
 
     tokens: np.ndarray
@@ -77,9 +107,19 @@ class Row(NamedTuple):
     layout: Sequence[np.ndarray] = ()
 
 
+def joined(segments: Sequence[Segment]) -> dict[str, Any]:
+    """The pictures of all segments, as a `Row` has them."""
+    return {
+        name: [array for segment in segments for array in getattr(segment, name)]
+        for name in Segment._fields
+    }
+
+
 @lru_cache
 def picture_processor(name: str) -> Any:
     """A class of transformers' processors without their half for videos, which needs torchvision.
+
+    Its `video_settings` are `VideoSettings` in its place.
 
     Args:
         name: of the class.
@@ -89,6 +129,8 @@ def picture_processor(name: str) -> Any:
     kind = getattr(transformers, name)
 
     class PictureProcessor(kind):
+        video_settings = VideoSettings()
+
         # Its parameters say which files are read.
         def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None):
             super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -110,6 +152,7 @@ class Packing:
         encoder: what is asked for a prompt's ids: the processor.
         mark: what stands for a picture in a text; None where the model takes no pictures.
         mark_id: the token of a picture in it, -1 where there is none.
+        video_mark, video_mark_id: the same of videos.
 
     Raises:
         ValueError: the processor does not belong to the model.
@@ -129,7 +172,8 @@ class Packing:
         self.image_processor: Any = getattr(processor, "image_processor", None)
         self.encoder = processor
         self.mark: str | None = None
-        self.mark_id = -1
+        self.video_mark: str | None = None
+        self.mark_id = self.video_mark_id = -1
 
     @staticmethod
     def load(path: Path, config: ModelConfig) -> Any:
@@ -170,8 +214,36 @@ class Packing:
                 f"the processor files in {short(path, 150)} cannot be read: {reason(error)}"
             ) from error
 
-    def row(self, images: Sequence[ImageLike], prompt: Rendered) -> Row:
-        """The row of a rendered prompt, which has as many marks as there are images.
+    @property
+    def marks(self) -> dict[str, str]:
+        """What stands for each kind of `messages.MARKS` that the model takes."""
+        marks = {"image": self.mark, "video": self.video_mark}
+        return {kind: mark for kind, mark in marks.items() if mark}
+
+    def is_mark(self, tokens: np.ndarray) -> np.ndarray:
+        """Which of these ids are a mark's, or a visual token's, bool [m]."""
+        return (tokens == self.mark_id) | (tokens == self.video_mark_id)
+
+    @property
+    def video_settings(self) -> VideoSettings:
+        """Those of the checkpoint."""
+        return getattr(self.processor, "video_settings", VideoSettings())
+
+    def clip(self, video: VideoLike, frames: int | None) -> Clip:
+        """The frames of a video that the model is shown.
+
+        Args:
+            video: the video.
+            frames: how many; None for what the checkpoint's processor says.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: the model takes no videos, or the video cannot be read, or is too long.
+        """
+        raise ValueError(NO_VIDEOS)
+
+    def row(self, images: Sequence[ImageLike], prompt: Rendered, clips: Sequence[Clip] = ()) -> Row:
+        """The row of a rendered prompt, which has as many marks as there are images and clips.
 
         Raises:
             FileNotFoundError: an image file does not exist.
@@ -224,7 +296,7 @@ class Packing:
         )
         ids, spans = found["input_ids"][0], found["offset_mapping"][0]
         # In front of the processor's work a picture is its mark alone.
-        text = ids != self.mark_id
+        text = ~self.is_mark(ids)
         if not np.array_equal(ids[text], tokens[~is_visual]):
             raise ValueError(
                 "the processor makes other tokens of the prompt than its tokenizer: a context "
@@ -255,6 +327,15 @@ class Packing:
                 "processor files of the checkpoint that transformers loads"
             ) from error
 
+    def check_frames(self, shape: Shape, frames: int, count: int) -> None:
+        """Refuse so many frames of a video, which become so many tokens, before they are read."""
+        if count > (most := self.config.text.max_positions):
+            raise ValueError(
+                f"{frames} of the video's {shape.frames} frames of {shape.width} x {shape.height} "
+                f"pixels are {count} tokens, more than the model's {most} positions: choose fewer "
+                "(frames=8, --frames 8) or smaller ones"
+            )
+
     def check(self, tokens: np.ndarray, is_visual: np.ndarray) -> None:
         """Refuse ids [m] that the model cannot take, of which some are a visual token's."""
         text = self.config.text
@@ -263,6 +344,7 @@ class Packing:
         if tokens.size > text.max_positions:
             visual = np.count_nonzero(is_visual)
             fewer = " or give fewer images" if self.mark else ""
+            fewer = " or give fewer images or frames" if self.video_mark else fewer
             raise ValueError(
                 f"the prompt has {tokens.size} tokens ({visual} of them visual), more than the "
                 f"model's {text.max_positions} positions: shorten the text or its context{fewer}"

@@ -7,11 +7,11 @@ numpy only: no array is put on a device.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vlcache_jax.errors import short
+from vlcache_jax.errors import short, whole_number
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.families import family_of
 from vlcache_jax.requests.buckets import Buckets, default_buckets
@@ -27,6 +27,7 @@ from vlcache_jax.requests.messages import (
     readable,
 )
 from vlcache_jax.requests.packing import NEWLINE, Patches, Rendered, Row
+from vlcache_jax.requests.videos import Clip, VideoLike, Videos, as_videos
 
 Contexts: TypeAlias = str | Sequence[str | None] | None
 """What one prompt is about, or each of a list of them."""
@@ -108,6 +109,8 @@ class Processor:
         images: Images | Sequence[Images],
         text: Text | Sequence[Text],
         *,
+        videos: Videos | Sequence[Videos] = None,
+        frames: int | None = None,
         context: Contexts = None,
         raw_prompt: bool = False,
     ) -> ModelInputs:
@@ -118,21 +121,27 @@ class Processor:
                 None, or a list that holds one of these for each prompt (see `images.ImageLike`).
             text: one prompt or a list of them. A prompt is a string, what the user says, or a
                 conversation: a list of `{"role": ..., "content": ...}` (see `messages.Messages`).
-                `<image>` marks or `{"type": "image"}` parts say where the images go; without
-                either they come first in the first user message. The checkpoint's chat template
-                makes one text of it and may move the images (LLaVA-1.5's puts them first).
+                `<image>` and `<video>` marks, or `{"type": "image"}` and `{"type": "video"}` parts,
+                say where images and videos go; without either they come first in the first user
+                message, images in front. The checkpoint's chat template makes one text of it and
+                may move them (LLaVA-1.5's puts images first).
+            videos: as `images` (see `videos.Videos`).
+            frames: how many frames of each video the model is shown; None for what the
+                checkpoint's processor says.
             context: what a prompt is about where that is a text, put in front of the question with
                 a blank line between; for a list of prompts a list with one entry for each.
             raw_prompt: take a string as it is, with a mark for each image and no chat template; a
                 context comes directly in front of it.
 
         Raises:
-            FileNotFoundError: an image file does not exist.
-            ValueError: an image cannot be read, marks and images differ in number, a prompt is
-                empty or longer than the model's positions, a message is malformed, or there is no
-                chat template, or one that refuses the messages.
+            FileNotFoundError: a file of an image or a video does not exist.
+            ValueError: an image or a video cannot be read, marks and images differ in number, a
+                prompt is empty or longer than the model's positions, a message is malformed, or
+                there is no chat template, or one that refuses the messages.
         """
-        return self.groups(images, text, context=context, raw_prompt=raw_prompt)[0]
+        return self.groups(
+            images, text, videos=videos, frames=frames, context=context, raw_prompt=raw_prompt
+        )[0]
 
     def groups(
         self,
@@ -140,6 +149,8 @@ class Processor:
         text: Text | Sequence[Text],
         size: int | None = None,
         *,
+        videos: Videos | Sequence[Videos] = None,
+        frames: int | None = None,
         context: Contexts = None,
         raw_prompt: bool = False,
     ) -> list[ModelInputs]:
@@ -151,65 +162,87 @@ class Processor:
             text: one prompt, a string or a list of messages, or a list of prompts.
             size: prompts of a group, all of them by default. The last group is filled up by
                 repeating the last prompt.
+            videos: as `images`.
+            frames: how many frames of each video the model is shown.
             context: what each prompt is about, where that is a text.
             raw_prompt: take a string as it is, with a mark for each image and no chat template.
 
         Raises:
-            FileNotFoundError: an image file does not exist.
-            ValueError: `size` is below 1, an image cannot be read, or a prompt is refused.
+            FileNotFoundError: a file of an image or a video does not exist.
+            ValueError: `size` is below 1, an image or a video cannot be read, or a prompt is
+                refused.
         """
         if size is not None and size < 1:
             raise ValueError(f"groups of {size} prompts: at least 1")
-        asked = _pair(images, text, context)
-        rows = [self._row(*row, raw_prompt=raw_prompt) for row in asked]
+        asked = _pair(images, text, videos, context)
+        if frames is not None and not any(row.videos for row in asked):
+            raise ValueError(f"{frames=} but no videos: give videos, or leave frames out")
+        rows = [self._row(row, frames, raw_prompt) for row in asked]
         size = min(size or len(rows), len(rows))
         groups = [rows[at : at + size] for at in range(0, len(rows), size)]
         groups[-1] += [rows[-1]] * (size - len(groups[-1]))
         counts = [sum(map(_tiles, group)) for group in groups]
         t = max(self.buckets.rows_for(row.tokens.size, _tiles(row)) for row in rows)
         s = self.buckets.tiles_for(max(counts), t, size)
-        return [self._pad(group, t, s) for group in groups]
+        side = self.config.tile_side
+        made = (tiles.shape[1:] for row in rows for tiles in row.tiles)
+        # Where a tile of one spans frames, those of all do.
+        tile = max(made, key=len, default=(3, side, side))
+        return [self._pad(group, t, (s, *tile)) for group in groups]
+
+    def clips(self, videos: Videos, frames: int | None = None) -> list[Clip]:
+        """The frames of one prompt's videos that the model is shown; a `Clip` is a video, too.
+
+        Raises:
+            FileNotFoundError: a file does not exist.
+            ValueError: the model takes no videos, one cannot be read, is too long, or has fewer
+                frames.
+        """
+        count = None if frames is None else whole_number(frames, "frames", 1)
+        return [self._packing.clip(video, count) for video in as_videos(videos)]
 
     def patches(self, sizes: Sequence[tuple[int, int]]) -> list[Patches]:
         """Which pixels the visual tokens of each of a prompt's pictures show: `Packing.patches`."""
         return self._packing.patches(sizes)
 
-    def render(self, text: Text, num_images: int = 0) -> str:
+    def render(self, text: Text, num_images: int = 0, num_videos: int = 0) -> str:
         """A prompt as the checkpoint's chat template writes it, with a mark for each image.
 
         Raises:
             ValueError: as of `groups`.
         """
-        return self._render(text, num_images, None, False).text
+        return self._render(text, {"image": num_images, "video": num_videos}, None, False).text
 
-    def _row(
-        self, images: list[ImageLike], text: Text, context: str | None, *, raw_prompt: bool
-    ) -> Row:
+    def _row(self, asked: "Asked", frames: int | None, raw_prompt: bool) -> Row:
         # Cheap errors of the text before slow images.
-        return self._packing.row(images, self._render(text, len(images), context, raw_prompt))
+        counts = {"image": len(asked.images), "video": len(asked.videos)}
+        prompt = self._render(asked.text, counts, asked.context, raw_prompt)
+        return self._packing.row(asked.images, prompt, self.clips(asked.videos, frames))
 
     def _render(
-        self, text: Text, num_images: int, context: str | None, raw_prompt: bool
+        self, text: Text, counts: dict[str, int], context: str | None, raw_prompt: bool
     ) -> Rendered:
-        """The prompt with one mark per image, chat template applied."""
+        """The prompt with one mark per image and video, chat template applied."""
         if not raw_prompt:
-            return self._template.render(text, num_images, context)
+            return self._template.render(text, counts, context)
         if not isinstance(text, str):
             raise ValueError("raw_prompt takes a string, not messages: leave one of them out")
-        conversation(text, num_images, self._packing.mark, True, context=context)
+        marks = self._packing.marks
+        conversation(text, counts, marks, True, context=context)
         before = readable(context or "")
-        return Rendered(before + marked(readable(text), self._packing.mark), (0, len(before)))
+        return Rendered(before + marked(readable(text), marks), (0, len(before)))
 
-    def _pad(self, rows: list[Row], t: int, s: int) -> ModelInputs:
-        """The rows as arrays of T prompt rows and S tiles."""
-        side, patches = self.config.tile_side, self.config.tile_tokens
+    def _pad(self, rows: list[Row], t: int, shape: tuple[int, ...]) -> ModelInputs:
+        """The rows as arrays of T prompt rows and tiles of a shape [S, ...]."""
+        s, patches = shape[0], self.config.tile_tokens
         tokens = np.zeros((len(rows), t), np.int32)
         visual_index = np.full((len(rows), t), -1, np.int32)
-        tiles = np.zeros((s, 3, side, side), np.float32)
+        tiles = np.zeros(shape, np.float32)
         positions = None if rows[0].positions is None else np.zeros((3, *tokens.shape), np.int32)
-        interpolation, shape = None, (len(rows), t, self._packing.neighbours)
-        if s and self._packing.neighbours:
-            interpolation = Interpolation(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        interpolation = None
+        if s and (neighbours := self._packing.neighbours):
+            sums = (*tokens.shape, neighbours)
+            interpolation = Interpolation(np.zeros(sums, np.int32), np.zeros(sums, np.float32))
         first = 0
         for b, row in enumerate(rows):
             tokens[b, : row.tokens.size] = row.tokens
@@ -219,7 +252,9 @@ class Processor:
             order = []
             for visual, pixels in zip(row.visual, row.tiles, strict=True):
                 order.append(np.where(visual == NEWLINE, s * patches, visual + first * patches))
-                tiles[first : first + len(pixels)] = pixels
+                # All frames of a picture are alike.
+                own = pixels[:, None] if pixels.ndim < tiles.ndim else pixels
+                tiles[first : first + len(pixels)] = own
                 first += len(pixels)
             if order:
                 found = np.concatenate(order).reshape(row.places.size, -1)
@@ -248,30 +283,48 @@ def _layout(rows: list[Row], s: int) -> np.ndarray:
     return layout
 
 
+class Asked(NamedTuple):
+    """One prompt of a batch."""
+
+    images: list[ImageLike]
+    text: Text
+    videos: list[VideoLike]
+    context: str | None
+
+
 def _pair(
-    images: Images | Sequence[Images], text: Any, context: Contexts
-) -> list[tuple[list[ImageLike], Text, str | None]]:
-    """One (images, text, context) per prompt of the batch."""
+    images: Images | Sequence[Images],
+    text: Any,
+    videos: Videos | Sequence[Videos],
+    context: Contexts,
+) -> list[Asked]:
+    """What belongs to each prompt of the batch."""
     if is_one(text):
-        return [(_as_list(images), text, _context(context))]
+        return [Asked(_as_list(images), text, as_videos(videos), _context(context))]
     if not isinstance(text, list | tuple) or not text or not all(map(is_one, text)):
         raise ValueError(
             "text must be a string, a list of messages (mappings), or a non-empty list of these, "
             f"not {short(text)}"
         )
-    entries = {"images": images, "context": context}
-    for name, given in entries.items():
-        entries[name] = [None] * len(text) if given is None else _as_list(given)
-        if (count := len(entries[name])) != len(text):
-            kinds = "None, an image or a list of images" if name == "images" else "None or a text"
+    given = {"images": images, "videos": videos, "context": context}
+    kinds = {
+        "images": "None, an image or a list of images",
+        "videos": "None, a video or a list of videos",
+        "context": "None or a text",
+    }
+    own = {}
+    for name, entries in given.items():
+        own[name] = [None] * len(text) if entries is None else _as_list(entries)
+        if (count := len(own[name])) != len(text):
             raise ValueError(
                 f"{len(text)} texts but {count} entries in {name}: give a list with one entry "
-                f"for each text ({kinds})"
+                f"for each text ({kinds[name]})"
             )
-    own = zip(
-        map(_as_list, entries["images"]), text, map(_context, entries["context"]), strict=True
-    )
-    return list(own)
+    rows = zip(own["images"], text, own["videos"], own["context"], strict=True)
+    return [
+        Asked(_as_list(pictures), words, as_videos(films), _context(about))
+        for pictures, words, films, about in rows
+    ]
 
 
 def _context(given: Any) -> str | None:

@@ -6,6 +6,7 @@ table of the visual tokens (`anyres`).
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ from vlcache_jax.models.llava.anyres import num_tiles, visual_rows
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.patches import patch_rectangles
 from vlcache_jax.requests.images import ImageLike, load_image, name_of
-from vlcache_jax.requests.packing import Packing, Patches, Rendered, Row
+from vlcache_jax.requests.packing import (
+    NO_VIDEOS,
+    Packing,
+    Patches,
+    Rendered,
+    Row,
+    Segment,
+    joined,
+)
+from vlcache_jax.requests.videos import Clip
 
 Sizes = Sequence[tuple[int, int]]
 """(height, width) of each picture of a prompt, in pixels."""
@@ -88,9 +98,13 @@ class LlavaPacking(Packing):
         """How many tiles each picture becomes."""
         return [num_tiles(size, self.config) for size in sizes]
 
-    def visual(self, sizes: Sizes) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """`Row.visual` and `Row.weights`."""
-        return [visual_rows(size, self.config) for size in sizes], []
+    def visual(self, sizes: Sizes) -> list[tuple[np.ndarray, ...]]:
+        """Of each picture what its visual tokens are: the rows, and their weights if they have."""
+        return [(visual_rows(size, self.config),) for size in sizes]
+
+    def film(self, clip: Clip) -> Segment:
+        """What stands at a video's mark."""
+        raise ValueError(NO_VIDEOS)
 
     def patches(self, sizes: Sizes) -> list[Patches]:
         """Which pixels the visual tokens of each picture show; see `Packing.patches`."""
@@ -104,34 +118,49 @@ class LlavaPacking(Packing):
         pixels = long * long if self.image_processor.do_pad else 0
         return max(pixels, self.config.vision.image_size**2 * long // narrow)
 
-    def row(self, images: Sequence[ImageLike], prompt: Rendered) -> Row:
-        """The row of a rendered prompt and its images; see `Packing.row`."""
+    def row(self, images: Sequence[ImageLike], prompt: Rendered, clips: Sequence[Clip] = ()) -> Row:
+        """The row of a rendered prompt, its images and clips; see `Packing.row`."""
         config, pictures = self.config, [self._load(image, len(images)) for image in images]
         # Inside a list of prompts, or OneVision's processor takes them for prompts of their own.
         encoded = self.encode(text=prompt.text, images=[pictures] if pictures else None)
         sizes = [(picture.height, picture.width) for picture in pictures]
-        tokens = np.asarray(encoded["input_ids"][0], np.int32)
-        is_visual = tokens == config.image_token_id
-        visual, weights = self.visual(sizes)
+        ids = np.asarray(encoded["input_ids"][0], np.int32)
         pixels = encoded.get("pixel_values", ())  # of each image [3, H, W], or anyres' [tiles, ...]
-        tiles = [
-            image.reshape(-1, *image.shape[-3:])[:count]
-            for image, count in zip(pixels, self.tiles(sizes), strict=True)
+        shown = [
+            Segment([rows], [image.reshape(-1, *image.shape[-3:])[:count]], weights)
+            for image, count, (rows, *weights) in zip(
+                pixels, self.tiles(sizes), self.visual(sizes), strict=True
+            )
         ]
-        if (made := np.count_nonzero(is_visual)) != (count := sum(map(len, visual))):
+        made, count = np.count_nonzero(ids == self.mark_id), sum(each.count for each in shown)
+        if made != count:
             raise ValueError(
                 f"the processor made {made} image tokens of images of (height, width) {sizes}, but "
                 f"the model has {count}: use the processor files of the same checkpoint"
             )
-        self.check(tokens, is_visual)
         side = config.vision.image_size
-        if tiles and tiles[0].shape[1:] != (3, side, side):
+        if shown and (shape := shown[0].tiles[0].shape[1:]) != (3, side, side):
             raise ValueError(
-                f"the processor made tiles of shape {tiles[0].shape[1:]}, but the model's "
-                f"image_size is {side}: use the processor files of the same checkpoint"
+                f"the processor made tiles of shape {shape}, but the model's image_size is {side}: "
+                "use the processor files of the same checkpoint"
             )
+        films = [self.film(clip) for clip in clips]
+        times = np.ones(len(ids), np.int64)
+        times[ids == self.video_mark_id] = [film.count for film in films]
+        tokens = np.repeat(ids, times)
+        is_visual = self.is_mark(tokens)
+        self.check(tokens, is_visual)
         context = self.context(prompt, tokens, is_visual)
-        return Row(tokens, context, np.flatnonzero(is_visual), visual, tiles, weights=weights)
+        segments = self._in_order(prompt.text, shown, films)
+        return Row(tokens, context, np.flatnonzero(is_visual), **joined(segments))
+
+    def _in_order(self, text: str, pictures: list[Segment], films: list[Segment]) -> list[Segment]:
+        """All of them, as their marks follow each other in a prompt."""
+        if not films:
+            return pictures
+        given = {"image": iter(pictures), "video": iter(films)}
+        kinds = {mark: given[kind] for kind, mark in self.marks.items()}
+        return [next(kinds[mark]) for mark in re.findall("|".join(map(re.escape, kinds)), text)]
 
     def _load(self, source: ImageLike, pictures: int) -> Image.Image:
         """One of a prompt's images, within Pillow's limit even when the processor enlarges it."""

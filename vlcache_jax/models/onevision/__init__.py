@@ -1,1 +1,1 @@
-"""The family LLaVA-OneVision: pictures, not yet videos."""
+"""The family LLaVA-OneVision: pictures and videos."""

@@ -5,8 +5,11 @@ patches than `anyres_max` tiles have is scaled down by bilinear interpolation, s
 visual tokens is a weighted sum of up to four patches. Pictures that share a prompt become a base
 tile each, and one newline.
 
+The frames of a video are tiles that are scaled to half their sides, and one newline ends them.
+
 Source: LLaVA-OneVision (Li et al. 2024), section 3; the arithmetic, floats and rounding included,
-is that of Hugging Face's `LlavaOnevisionModel.pack_image_features` and of torch's `interpolate`.
+is that of Hugging Face's `LlavaOnevisionModel.pack_image_features` and `apply_pooling`, and of
+torch's `interpolate`.
 """
 
 import math
@@ -78,17 +81,35 @@ def visual_tokens(
         weights, float32 `[n, 4]`.
     """
     grid = grid_rows(image_size, config) if alone else np.zeros((1, 0), np.int32)
-    lines, places = scaled_size(grid.shape, config)
-    down, across = between(grid.shape[0], lines), between(grid.shape[1], places)
+    near, shares = _scaled(grid, scaled_size(grid.shape, config))
+    # Each line of the grid ends with a newline, in front of them is the base tile.
+    end, base = ((0, 0), (0, 1), (0, 0)), np.arange(config.vision.num_patches, dtype=np.int32)
+    rows = np.pad(near, end, constant_values=NEWLINE).reshape(-1, 4)
+    weights = np.pad(shares, end, constant_values=0.25).reshape(-1, 4)
+    rows = np.concatenate([np.repeat(base[:, None], 4, axis=1), rows])
+    return rows, np.concatenate([np.full((base.size, 4), 0.25, np.float32), weights])
+
+
+def frame_tokens(config: OnevisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """What the visual tokens of a video's frame are: its tile with half as many patches a side.
+
+    Returns:
+        Rows and weights `[n, 4]`, as of `visual_tokens`.
+    """
+    side = config.vision.grid
+    grid = np.arange(config.vision.num_patches, dtype=np.int32).reshape(side, side)
+    half = -(-side // 2)
+    rows, weights = _scaled(grid, (half, half))
+    return rows.reshape(-1, 4), weights.reshape(-1, 4)
+
+
+def _scaled(grid: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A grid of rows, scaled: the rows that each of its places is made of, and their weights."""
+    down, across = (between(*axis) for axis in zip(grid.shape, size, strict=True))
     near = [grid[np.ix_(row, column)] for row in down[:2] for column in across[:2]]
     shares = [
         np.outer(row, column)
         for row in (1 - down.share, down.share)
         for column in (1 - across.share, across.share)
     ]
-    # Each line of the grid ends with a newline, in front of them is the base tile.
-    end, base = ((0, 0), (0, 1), (0, 0)), np.arange(config.vision.num_patches, dtype=np.int32)
-    rows = np.pad(np.stack(near, axis=2), end, constant_values=NEWLINE).reshape(-1, 4)
-    weights = np.pad(np.stack(shares, axis=2), end, constant_values=0.25).reshape(-1, 4)
-    rows = np.concatenate([np.repeat(base[:, None], 4, axis=1), rows])
-    return rows, np.concatenate([np.full((base.size, 4), 0.25, np.float32), weights])
+    return np.stack(near, axis=2), np.stack(shares, axis=2)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vlcache_jax.fields import Kind, one_of, read_field
+from vlcache_jax.fields import ID, Kind, one_of, read_field
 from vlcache_jax.models.config import refuse_formats
 from vlcache_jax.models.llava.config import LlavaConfig, Usual, VisionConfig, read_llava
 
@@ -43,9 +43,11 @@ class OnevisionConfig(LlavaConfig):
 
     Attributes:
         anyres_max: a grid of more patches than so many tiles have is scaled down to them.
+        video_token_id: the id that stands for one visual token of a video in a prompt.
     """
 
     anyres_max: int = 9
+    video_token_id: int = 151647
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> Self:
@@ -53,4 +55,6 @@ class OnevisionConfig(LlavaConfig):
         refuse_formats(data)
         read_field(data, "model_type", one_of("llava_onevision"))
         most = read_field(data, "vision_aspect_ratio", _ANYRES_MAX, cls.anyres_max)
-        return cls(**read_llava(data, _ONEVISION), anyres_max=most)
+        token = read_field(data, "video_token_id", ID, cls.video_token_id)
+        video = read_field(data, "video_token_index", ID, token)
+        return cls(**read_llava(data, _ONEVISION), anyres_max=most, video_token_id=video)

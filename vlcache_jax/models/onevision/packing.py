@@ -1,35 +1,46 @@
-"""LLaVA-OneVision's packing: one picture by anyres, several with a base tile each.
+"""LLaVA-OneVision's packing: one picture by anyres, several with a base tile each, and videos.
 
-transformers' processor needs torchvision for videos; what is made here has none.
+A frame of a video is a tile whose grid of patches is scaled to half its sides.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlcache_jax.fields import SIZE
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.llava.packing import LlavaPacking, Sizes
-from vlcache_jax.models.onevision.anyres import visual_tokens
+from vlcache_jax.models.onevision.anyres import frame_tokens, visual_tokens
 from vlcache_jax.models.onevision.config import OnevisionConfig
 from vlcache_jax.models.onevision.patches import patch_rectangles
-from vlcache_jax.requests.images import ImageLike
-from vlcache_jax.requests.packing import Patches, Rendered, Row, picture_processor
+from vlcache_jax.requests.packing import NEWLINE, Patches, Segment, picture_processor
+from vlcache_jax.requests.video_settings import VideoSettings
+from vlcache_jax.requests.videos import Clip, Shape, VideoLike, evenly, load_video
 
 
 class OnevisionPacking(LlavaPacking):
-    """Makes a `Row` of a prompt with pictures; see `LlavaPacking`."""
+    """Makes a `Row` of a prompt with pictures and videos; see `LlavaPacking`."""
 
     config: OnevisionConfig
     neighbours = 4
 
+    def __init__(self, config: OnevisionConfig, processor: Any):
+        super().__init__(config, processor)
+        mark = str(processor.video_token)
+        if self.tokenizer.convert_tokens_to_ids(mark) == config.video_token_id:
+            self.video_mark, self.video_mark_id = mark, config.video_token_id
+        # What is done for videos needs torchvision, and is done here: it would refuse their marks.
+        self.processor.video_token = None
+
     @staticmethod
     def load(path: Path, config: ModelConfig) -> Any:
         """What `transformers` makes of the files in a directory; may raise anything."""
-        return picture_processor("LlavaOnevisionProcessor").from_pretrained(
+        processor = picture_processor("LlavaOnevisionProcessor").from_pretrained(
             path, backend="pil", local_files_only=True, trust_remote_code=False
         )
+        processor.video_settings = VideoSettings.find(path)
+        return processor
 
     def settings(self) -> dict[str, Any]:
         """What the processor needs to know of the model."""
@@ -43,10 +54,43 @@ class OnevisionPacking(LlavaPacking):
         """How many tiles each picture becomes."""
         return super().tiles(sizes) if len(sizes) == 1 else [1] * len(sizes)
 
-    def visual(self, sizes: Sizes) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """`Row.visual` and `Row.weights`."""
-        found = [visual_tokens(size, self.config, alone=len(sizes) == 1) for size in sizes]
-        return [rows for rows, _ in found], [weights for _, weights in found]
+    def visual(self, sizes: Sizes) -> list[tuple[np.ndarray, ...]]:
+        """Of each picture what its visual tokens are: the rows and their weights."""
+        return [visual_tokens(size, self.config, alone=len(sizes) == 1) for size in sizes]
+
+    def clip(self, video: VideoLike, frames: int | None) -> Clip:
+        """The frames of a video that the model is shown; see `Packing.clip`."""
+        if self.video_mark is None:
+            return super().clip(video, frames)
+        settings, side = self.video_settings, self.config.vision.image_size
+        for edge in ("height", "width"):
+            if (given := settings.read(f"size.{edge}", SIZE, side)) != side:
+                raise ValueError(
+                    f"{settings.file}: size.{edge} is {given}, but the model's image_size is "
+                    f"{side}: use the processor files of the same checkpoint"
+                )
+
+        def choose(shape: Shape) -> np.ndarray:
+            count = frames or settings.count
+            if not count and (wanted := settings.rated(shape)) is not None:
+                count = max(1, int(wanted))
+            chosen = evenly(shape, count or shape.frames)
+            rows, _ = frame_tokens(self.config)
+            self.check_frames(shape, len(chosen), len(chosen) * len(rows) + 1)
+            return chosen
+
+        return load_video(video, choose)
+
+    def film(self, clip: Clip) -> Segment:
+        """What stands at a video's mark: its frames, each scaled down, and one newline."""
+        side = self.config.vision.image_size
+        pixels = self.video_settings.pixels(clip.frames, (side, side))
+        rows, weights = frame_tokens(self.config)
+        ending = np.full((1, rows.shape[1]), NEWLINE, np.int32), np.full_like(weights[:1], 0.25)
+        more = [(rows, weights)] * (len(pixels) - 1)
+        last = np.concatenate([rows, ending[0]]), np.concatenate([weights, ending[1]])
+        visual, shares = zip(*more, last, strict=True)
+        return Segment(visual, list(pixels[:, None]), shares)
 
     def patches(self, sizes: Sizes) -> list[Patches]:
         """Which pixels the visual tokens of each picture show; see `Packing.patches`."""
@@ -58,15 +102,3 @@ class OnevisionPacking(LlavaPacking):
     def enlarged(self, size: tuple[int, int], pictures: int) -> int:
         """Pixels of the largest that the processor makes of one of so many pictures."""
         return 0 if pictures == 1 else max(size) ** 2
-
-    def row(self, images: Sequence[ImageLike], prompt: Rendered) -> Row:
-        """The row of a rendered prompt and its images; see `Packing.row`.
-
-        Raises:
-            NotImplementedError: the prompt has a mark of a video.
-        """
-        if (mark := str(self.processor.video_token)) in prompt.text:
-            raise NotImplementedError(
-                f"the prompt has {mark}, and videos are not supported: give a few of its pictures"
-            )
-        return super().row(images, prompt)

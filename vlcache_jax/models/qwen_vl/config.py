@@ -24,6 +24,8 @@ class TowerConfig:
         patch_size: side of a square patch, in pixels.
         merge_size: patches along one side of a tile, the square that becomes one visual token.
         rope_theta: base of the rotary frequencies.
+        tokens_per_second: how far a second of a video moves the decoder's positions in time; 0
+            where videos are not taken.
     """
 
     hidden_size: int
@@ -33,6 +35,7 @@ class TowerConfig:
     patch_size: int
     merge_size: int = 2
     rope_theta: float = 10000.0
+    tokens_per_second: float = 0.0
 
     @property
     def head_dim(self) -> int:
@@ -66,6 +69,7 @@ class VisionConfig(TowerConfig):
     patch_size: int = 14
     window_size: int = 112
     full_layers: tuple[int, ...] = (7, 15, 23, 31)
+    tokens_per_second: float = 4.0
 
     @property
     def window_side(self) -> int:
@@ -75,7 +79,7 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class QwenConfig(ModelConfig, ABC):
-    """A model of the Qwen-VL line, of which pictures alone are taken.
+    """A model of the Qwen-VL line.
 
     A tile is the square of 2 x 2 patches that becomes one visual token.
 
@@ -84,7 +88,7 @@ class QwenConfig(ModelConfig, ABC):
         text: the decoder.
         vision: the vision tower.
         image_token_id: the id that stands for one visual token of a picture in a prompt.
-        video_token_id: that of a video, which is refused.
+        video_token_id: that of a video.
     """
 
     vision: TowerConfig
@@ -280,7 +284,8 @@ def _read_vision(data: Mapping[str, Any]) -> VisionConfig:
     section, types = "vision_config.", ("qwen2_5_vl_vision", "qwen2_5_vl")
     found = read_tower(data, VisionConfig, types, "silu")
     layers = read_field(data, f"{section}fullatt_block_indexes", LAYERS, VisionConfig.full_layers)
-    config = VisionConfig(**found, full_layers=layers)
+    speed = read_field(data, f"{section}tokens_per_second", NUMBER, VisionConfig.tokens_per_second)
+    config = VisionConfig(**found, full_layers=layers, tokens_per_second=speed)
     if not config.window_side:
         raise ValueError(
             f"config.json: {section}window_size={config.window_size} must be at least "

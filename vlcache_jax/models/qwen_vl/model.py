@@ -59,7 +59,7 @@ class QwenVL(Decoder):
     def visual_rows(
         self, tiles: jax.Array, layout: jax.Array, attend: Attend
     ) -> tuple[jax.Array, ...]:
-        """Pixel tiles [S, 3, side, side] and their layout [S, 4] -> tables of visual rows [S, D].
+        """Pixel tiles [S, ..., side, side] and their layout [S, 4] -> visual rows [S, D].
 
         The first holds the rows that stand in the prompt, the others are `Embedded.added`.
         """

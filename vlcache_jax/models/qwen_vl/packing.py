@@ -1,8 +1,8 @@
 """Qwen-VL's packing: pictures as tiles in the tower's order, positions of three axes.
 
 A picture is resized to whole tiles by the checkpoint's image processor (its PIL and numpy backend:
-neither torch nor torchvision is needed). A prompt has one token for each picture until the sizes of
-the pictures are known.
+neither torch nor torchvision is needed), frames of videos by `frames`. A prompt has one token for
+each picture and video until their sizes are known.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,35 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vlcache_jax.errors import reason, short
+from vlcache_jax.fields import SIZE
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.qwen_vl.config import FRAMES, QwenConfig
-from vlcache_jax.models.qwen_vl.layout import Grid, prompt_positions, tile_places, tower_rows
+from vlcache_jax.models.qwen_vl.frames import choose_frames, frame_size
+from vlcache_jax.models.qwen_vl.layout import (
+    Grid,
+    Span,
+    prompt_positions,
+    tile_places,
+    tower_rows,
+)
 from vlcache_jax.requests.images import ImageLike, load_image, name_of
-from vlcache_jax.requests.packing import BASE, Packing, Patches, Rendered, Row, picture_processor
+from vlcache_jax.requests.packing import (
+    BASE,
+    NO_VIDEOS,
+    Packing,
+    Patches,
+    Rendered,
+    Row,
+    Segment,
+    joined,
+    picture_processor,
+)
+from vlcache_jax.requests.video_settings import VideoSettings
+from vlcache_jax.requests.videos import Clip, Shape, VideoLike, load_video
 
-PAD = "<|image_pad|>"
-MARK = f"<|vision_start|>{PAD}<|vision_end|>"
-"""What the family's chat templates write for a picture."""
+PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+MARK, VIDEO_MARK = (f"<|vision_start|>{pad}<|vision_end|>" for pad in (PAD, VIDEO_PAD))
+"""What the family's chat templates write for a picture and for a video."""
 
 
 PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
@@ -28,7 +48,7 @@ PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor
 
 
 class QwenVLPacking(Packing):
-    """Makes a `Row` of a prompt with pictures.
+    """Makes a `Row` of a prompt with pictures and videos.
 
     Args:
         config: the model.
@@ -53,12 +73,15 @@ class QwenVLPacking(Packing):
                 f"the tokenizer's id of {PAD} is {found}, but the model's image_token_id is "
                 f"{self.mark_id}: use the tokenizer files of the same checkpoint"
             )
-        wanted = {
+        known = self.tokenizer.convert_tokens_to_ids(VIDEO_PAD) == config.video_token_id
+        if known and vision.tokens_per_second:
+            self.video_mark, self.video_mark_id = VIDEO_MARK, config.video_token_id
+        self._sizes = {
             "patch_size": vision.patch_size,
             "merge_size": vision.merge_size,
             "temporal_patch_size": FRAMES,
         }
-        for name, size in wanted.items():
+        for name, size in self._sizes.items():
             if (given := getattr(self.image_processor, name, None)) != size:
                 raise ValueError(
                     f"the image processor's {name} is {short(repr(given))}, but the model's is "
@@ -68,69 +91,112 @@ class QwenVLPacking(Packing):
     @staticmethod
     def load(path: Path, config: ModelConfig) -> Any:
         """What `transformers` makes of the files in a directory; may raise anything."""
-        return picture_processor(PROCESSORS[config.family]).from_pretrained(
+        processor = picture_processor(PROCESSORS[config.family]).from_pretrained(
             path, backend="pil", local_files_only=True, trust_remote_code=False
         )
+        processor.video_settings = VideoSettings.find(path)
+        return processor
 
-    def row(self, images: Sequence[ImageLike], prompt: Rendered) -> Row:
-        """The row of a rendered prompt and its images; see `Packing.row`.
+    def clip(self, video: VideoLike, frames: int | None) -> Clip:
+        """The frames of a video that the model is shown; see `Packing.clip`."""
+        if self.video_mark is None:
+            return super().clip(video, frames)
+        for name, size in self._sizes.items():
+            if (given := self.video_settings.read(name, SIZE, size)) != size:
+                raise ValueError(
+                    f"{self.video_settings.file}: the video processor's {name} is {given}, but the "
+                    f"model's is {size}: use the processor files of the same checkpoint"
+                )
 
-        Raises:
-            NotImplementedError: the prompt has a mark for a video.
-        """
+        def choose(shape: Shape) -> np.ndarray:
+            chosen = choose_frames(shape, frames, self.video_settings)
+            down, across = self._grid(self._frame_size(shape, len(chosen)))
+            self.check_frames(shape, len(chosen), -(-len(chosen) // FRAMES) * down * across)
+            return chosen
+
+        return load_video(video, choose)
+
+    def row(self, images: Sequence[ImageLike], prompt: Rendered, clips: Sequence[Clip] = ()) -> Row:
+        """The row of a rendered prompt, its images and clips; see `Packing.row`."""
         ids = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
-        if (ids == self.config.video_token_id).any():
-            raise NotImplementedError(
-                "the prompt has a <|video_pad|>, but videos are not supported: give single frames "
-                "of it as images, with <image> marks"
-            )
-        if (count := np.count_nonzero(ids == self.mark_id)) != len(images):
-            raise ValueError(
-                f"{count} {PAD} tokens in the prompt but {len(images)} images: write <image>, or "
-                f"{MARK}, for each image"
-            )
-        pictures = [self._tiles(image) for image in images]
-        grids = [grid for grid, _ in pictures]
+        if self.video_mark is None and (ids == self.config.video_token_id).any():
+            raise NotImplementedError(f"the prompt has a {VIDEO_PAD}, but {NO_VIDEOS}")
+        asked = ("image", self.mark_id, images), ("video", self.video_mark_id, clips)
+        for kind, pad, given in asked:
+            if (count := np.count_nonzero(ids == pad)) != len(given):
+                raise ValueError(
+                    f"{count} <|{kind}_pad|> tokens in the prompt but {len(given)} {kind}s: write "
+                    f"<{kind}>, or <|vision_start|><|{kind}_pad|><|vision_end|>, for each {kind}"
+                )
+        pictures, films = map(self._picture, images), map(self._film, clips)
+        is_mark = self.is_mark(ids)
+        made = [next(films if id == self.video_mark_id else pictures) for id in ids[is_mark]]
+        spans, segments = [span for span, _ in made], [segment for _, segment in made]
         times = np.ones(len(ids), np.int64)
-        times[ids == self.mark_id] = [down * across for down, across in grids]
+        times[is_mark] = [segment.count for segment in segments]
         tokens = np.repeat(ids, times)
-        is_visual = tokens == self.mark_id
+        is_visual = self.is_mark(tokens)
         self.check(tokens, is_visual)
-        side = self.config.vision.window_side
         return Row(
             tokens,
             self.context(prompt, tokens, is_visual),
             np.flatnonzero(is_visual),
-            [tower_rows(grid, side) for grid in grids],
-            [tiles for _, tiles in pictures],
-            prompt_positions(is_visual, grids),
-            layout=[tile_places(grid, side) for grid in grids],
+            positions=prompt_positions(is_visual, spans),
+            **joined(segments),
         )
 
     def patches(self, sizes: Sequence[tuple[int, int]]) -> list[Patches]:
         """Which pixels the visual tokens of each picture show; see `Packing.patches`."""
-        return [self._patches(*size) for size in sizes]
-
-    def _patches(self, height: int, width: int) -> Patches:
-        """A picture is resized to its grid whole: its tokens show equal parts of it."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         limits, side = self.image_processor.size, self.config.tile_side
-        whole = smart_resize(
-            height,
-            width,
-            factor=side,
-            min_pixels=limits["shortest_edge"],
-            max_pixels=limits["longest_edge"],
-        )
-        down, across = (length // side for length in whole)
+        least, most = limits["shortest_edge"], limits["longest_edge"]
+        return [
+            self._patches(size, smart_resize(*size, side, min_pixels=least, max_pixels=most))
+            for size in sizes
+        ]
+
+    def _patches(self, size: tuple[int, int], resized: tuple[int, int]) -> Patches:
+        """A picture is resized to its grid whole: its tokens show equal parts of it."""
+        (height, width), (down, across) = size, self._grid(resized)
         row, column = np.indices((down, across)).reshape(2, -1)
         places = np.stack([column, row, column + 1, row + 1], axis=1)
         step = np.array([width / across, height / down] * 2)
         return Patches(places * step, np.full(len(places), BASE, np.int8))
 
-    def _tiles(self, source: ImageLike) -> tuple[Grid, np.ndarray]:
-        """Tiles down and across of an image, and their pixels in the tower's order."""
+    def _grid(self, resized: tuple[int, int]) -> Grid:
+        """Tiles down and across of so many pixels."""
+        height, width = resized
+        return height // self.config.tile_side, width // self.config.tile_side
+
+    def _frame_size(self, shape: Shape, count: int) -> tuple[int, int]:
+        """(height, width) that so many frames of a video are resized to."""
+        return frame_size(shape, count, self.config.tile_side, self.video_settings)
+
+    def _segment(self, grid: Grid, steps: Sequence[np.ndarray]) -> Segment:
+        """A picture, or steps of a video, from their tiles line by line."""
+        side = self.config.vision.window_side
+        places, rows = tile_places(grid, side), tower_rows(grid, side)
+        _, row, column = places.T
+        tiles = [step[row * grid[1] + column] for step in steps]
+        return Segment([rows] * len(steps), tiles, layout=[places] * len(steps))
+
+    def _film(self, clip: Clip) -> tuple[Span, Segment]:
+        """Where a video's tokens lie, and its steps."""
+        side = self.config.tile_side
+        size = self._frame_size(clip.shape, len(clip.frames))
+        down, across = grid = self._grid(size)
+        frames = [*clip.frames, *clip.frames[-1:] * (-len(clip.frames) % FRAMES)]
+        pixels = self.video_settings.pixels(frames, size)
+        pixels = pixels.reshape(-1, FRAMES, 3, down, side, across, side)
+        steps = pixels.transpose(0, 3, 5, 1, 2, 4, 6)
+        steps = steps.reshape(-1, down * across, FRAMES, 3, side, side)
+        seconds = np.float32(FRAMES / clip.fps)
+        interval = np.float32(self.config.vision.tokens_per_second) * seconds
+        return Span(len(steps), grid, float(interval)), self._segment(grid, list(steps))
+
+    def _picture(self, source: ImageLike) -> tuple[Span, Segment]:
+        """Where an image's tokens lie, and its tiles."""
         picture, merge = load_image(source), self.config.vision.merge_size
         try:
             made = self.image_processor(images=[picture], return_tensors="np")
@@ -146,5 +212,4 @@ class QwenVLPacking(Packing):
         patches = np.asarray(made["pixel_values"], np.float32)
         patches = patches.reshape(-1, merge, merge, 3, FRAMES, *[side // merge] * 2)[:, :, :, :, 0]
         tiles = patches.transpose(0, 3, 1, 4, 2, 5).reshape(-1, 3, side, side)
-        _, row, column = tile_places(grid, self.config.vision.window_side).T
-        return grid, tiles[row * grid[1] + column]
+        return Span(1, grid), self._segment(grid, [tiles])

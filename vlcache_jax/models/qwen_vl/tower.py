@@ -1,8 +1,9 @@
 """The vision transformer of Qwen2.5-VL (Bai et al. 2025, section 2.1), and what Qwen3-VL's shares.
 
 All pictures of a batch are one sequence of patches, window by window: `layout` makes their order.
-Most layers attend inside windows, the others inside pictures. Nothing depends on how many pictures
-there are or on their sizes, but the length of the sequence.
+A video is as many pictures as it has steps, each of two frames. Most layers attend inside windows,
+the others inside pictures. Nothing depends on how many pictures there are or on their sizes, but
+the length of the sequence.
 """
 
 import math
@@ -129,14 +130,18 @@ class PatchTower(nnx.Module):
         """What the first layer gets of the tiles, [M, D], without a bias or positions.
 
         Args:
-            tiles: normalised pixels [S, 3, side, side]; rows that are padding are not read.
+            tiles: normalised pixels [S, 3, side, side] of pictures, or of frames
+                [S, FRAMES, 3, side, side]; rows that are padding are not read.
             layout: int32 [S, 4], see `ModelInputs`.
         """
         merge, patch = self.config.merge_size, self.config.patch_size
-        inside = (layout[:, 0] >= 0)[:, None, None, None]
+        inside = (layout[:, 0] >= 0).reshape(-1, *[1] * (tiles.ndim - 1))
         pixels = jnp.where(inside, tiles, 0).astype(self.patch_embedding.dtype)
-        pixels = pixels.reshape(-1, 3, 1, merge, patch, merge, patch)
-        pixels = jnp.broadcast_to(pixels, (*pixels.shape[:2], FRAMES, *pixels.shape[3:]))
+        if tiles.ndim == 4:
+            pixels = pixels.reshape(-1, 3, 1, merge, patch, merge, patch)
+            pixels = jnp.broadcast_to(pixels, (*pixels.shape[:2], FRAMES, *pixels.shape[3:]))
+        else:
+            pixels = pixels.reshape(-1, FRAMES, 3, merge, patch, merge, patch).swapaxes(1, 2)
         patches = product("scfipjq,cfpqd->sijd", pixels, self.patch_embedding)
         return patches.reshape(-1, self.config.hidden_size)
 
@@ -173,7 +178,8 @@ class VisionTower(PatchTower):
         """Patch features [S, merge * merge, D] of the tiles.
 
         Args:
-            tiles: normalised pixels [S, 3, side, side]; rows that are padding are not read.
+            tiles: normalised pixels [S, 3, side, side] of pictures, or of frames
+                [S, FRAMES, 3, side, side]; rows that are padding are not read.
             layout: int32 [S, 4], see `ModelInputs`.
             attend: full attention.
             group: see `GROUP`.

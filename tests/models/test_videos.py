@@ -1,0 +1,190 @@
+"""Videos are Hugging Face's: tokens, positions, features, logits and greedy answers.
+
+transformers' video processors need torchvision: both models are given the pixels that are made
+here, and benchmarks/video_pixels compares these with torchvision's.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import vlcache_jax
+from pallas_kernels.prefill_attention import prefill_attention
+from tests import hf
+from tests.tiny import picture
+from tests.tiny_qwen import IMAGE_ID, PATCH, VIDEO_ID
+from vlcache_jax import Buckets, Video
+from vlcache_jax.models.families import bind
+from vlcache_jax.models.qwen_vl.packing import PAD, VIDEO_PAD
+from vlcache_jax.running.stages import Stages
+
+BOUND = 1e-4
+FAMILIES = {
+    "llava_onevision": Buckets(prompt=(256,), tiles=(0, 37)),
+    "qwen2_5_vl": Buckets(prompt=(256,), tiles=(0, 256)),
+}
+
+
+def video(frames, width, height, fps=None):
+    return Video([picture(width, height, seed) for seed in range(frames)], fps)
+
+
+PROMPTS = {
+    "one frame": ([], [video(1, 60, 40)], "<video>\nwhat is this?"),
+    "two frames": ([], [video(2, 33, 77, fps=0.3)], "look: <video> what?"),
+    "seven": ([], [video(7, 90, 20, fps=1)], "<video>"),
+    "32": ([], [video(32, 50, 50, fps=24)], "<video> name the colours"),
+    "two videos": ([], [video(3, 40, 40, 2), video(3, 30, 50, 7)], "<video><video> differ?"),
+    "a picture first": ([(50, 30)], [video(4, 40, 64, 1)], "a <image> and <video>?"),
+    "a video first": ([(50, 30), (9, 20)], [video(4, 40, 64, 1)], "a <video> or <image><image>?"),
+}
+
+
+class Pair:
+    """The same model twice: Hugging Face's and ours, loaded from its files; compiled once."""
+
+    def __init__(self, family, folder):
+        self.family = family
+        if family == "qwen2_5_vl":
+            self.theirs = hf.qwen_model("qwen2_5_vl")
+        else:
+            self.theirs = hf.hf_model(family, "qwen2", {"num_key_value_heads": 2})
+        self.path = hf.save(self.theirs, folder / "model", family)
+        self.ours = vlcache_jax.load(self.path, buckets=FAMILIES[family])
+        self.ours.stop_ids = ()  # as Hugging Face's model: the tokenizer's own would be taken
+        self.logits = jax.jit(Stages(self.ours.config).prompt_logits)
+        attend = partial(prefill_attention, causal=False)
+        self.embed = jax.jit(
+            lambda params, inputs: bind(self.ours.config)(params).embed_prompt(inputs, attend).x
+        )
+
+    def prompt(self, name):
+        """The images, videos and words of a prompt, and what transformers makes of them."""
+        sizes, videos, words = PROMPTS[name]
+        images = [picture(*size) for size in sizes]
+        clips = self.ours.processor.clips(videos)
+        make = qwen_inputs if self.family == "qwen2_5_vl" else onevision_inputs
+        return images, videos, words, make(self.ours.processor, images, clips, words)
+
+    def inputs(self, name):
+        images, videos, words, theirs = self.prompt(name)
+        return self.ours.processor(images, words, videos=videos, raw_prompt=True), theirs
+
+
+def with_ids(tokenizer, text, data, kinds):
+    ids = torch.tensor(tokenizer(text)["input_ids"])[None]
+    data |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kinds:
+        data["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
+    return data
+
+
+def onevision_inputs(processor, images, clips, words):
+    data = {}
+    if images:
+        data = dict(hf.hf_inputs("llava_onevision", images, "<image>" * len(images)))
+        counts = [(data["input_ids"] == processor._packing.mark_id).sum().item()]
+        counts = counts if len(images) == 1 else [counts[0] // len(images)] * len(images)
+        for count in counts:
+            words = words.replace("<image>", "<pad>" * count, 1)
+        words = words.replace("<pad>", "<image>")
+    frames = [processor._packing.video_settings.pixels(clip.frames, (56, 56)) for clip in clips]
+    data["pixel_values_videos"] = torch.tensor(np.stack(frames))
+    words = words.replace("<video>", "<video>" * (4 * len(frames[0]) + 1))
+    return with_ids(processor.tokenizer, words, data, False)
+
+
+def qwen_inputs(processor, images, clips, words):
+    data = {}
+    if images:
+        data = dict(processor.image_processor(images=images, return_tensors="pt"))
+        for _, height, width in data["image_grid_thw"].tolist():
+            words = words.replace("<image>", f"<s>{PAD * (height * width // 4)}<s>", 1)
+    grids, patches = [], []
+    for clip in clips:
+        size = processor._packing._frame_size(clip.shape, len(clip.frames))
+        frames = torch.tensor(processor._packing.video_settings.pixels(clip.frames, size))
+        if len(frames) % 2:
+            frames = torch.cat([frames, frames[-1:]])
+        steps, down, across = len(frames) // 2, *(length // (2 * PATCH) for length in size)
+        cut = frames.view(steps, 2, 3, down, 2, PATCH, across, 2, PATCH)
+        patches.append(cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 6 * PATCH * PATCH))
+        grids.append([steps, 2 * down, 2 * across])
+        words = words.replace("<video>", f"<s>{VIDEO_PAD * (steps * down * across)}<s>", 1)
+    data["pixel_values_videos"] = torch.cat(patches)
+    data["video_grid_thw"] = torch.tensor(grids)
+    data["second_per_grid_ts"] = torch.tensor([2 / clip.fps for clip in clips])
+    starts = "<|vision_start|>", "<|vision_end|>"
+    words, *rest = words.split("<s>")
+    words += "".join(starts[place % 2] + piece for place, piece in enumerate(rest))
+    return with_ids(processor.tokenizer, words, data, True)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    return Pair(request.param, tmp_path_factory.mktemp("videos"))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_tokens_and_positions(pair, name):
+    inputs, theirs = pair.inputs(name)
+    length = int(inputs.length[0])
+    assert inputs.tokens[0, :length].tolist() == theirs["input_ids"][0].tolist()
+    if pair.family == "qwen2_5_vl":
+        grids = {key: theirs.get(key) for key in ("image_grid_thw", "video_grid_thw")}
+        positions, _ = pair.theirs.model.get_rope_index(
+            theirs["input_ids"],
+            theirs["mm_token_type_ids"],
+            second_per_grid_ts=theirs["second_per_grid_ts"],
+            **grids,
+        )
+        assert np.array_equal(inputs.positions[:, 0, :length], positions[:, 0])
+        assert inputs.next_position().tolist() == [int(positions[0, 0, -1]) + 1]
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_visual_tokens(pair, name):
+    inputs, theirs = pair.inputs(name)
+    given = {key: theirs[key] for key in ("pixel_values_videos", "video_grid_thw") if key in theirs}
+    with torch.no_grad():
+        out = pair.theirs.model.get_video_features(**given).pooler_output
+    expected = np.concatenate([np.asarray(x) for x in out])
+    own = inputs.tokens == pair.ours.processor._packing.video_mark_id
+    rows = np.asarray(pair.embed(pair.ours.params, inputs))[own]
+    assert rows.shape == expected.shape
+    assert hf.relative_error(rows, expected) < BOUND
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_logits_of_every_position(pair, name):
+    inputs, theirs = pair.inputs(name)
+    hf.check_logits(pair, inputs, theirs, BOUND)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_same_greedy_tokens(pair, name):
+    images, videos, words, theirs = pair.prompt(name)
+    with torch.no_grad():
+        out = pair.theirs.generate(**theirs, max_new_tokens=32, do_sample=False, pad_token_id=3)
+    expected = out[0, theirs["input_ids"].shape[1] :].tolist()
+    asked = {"videos": videos, "max_new_tokens": 32, "raw_prompt": True}
+    assert pair.ours.generate(images, words, **asked).tokens == expected
+    assert len(set(expected)) > 3, "the model says one thing only: the test would prove little"
+
+
+@pytest.mark.parametrize("group", [None, 1])  # alone, a picture's tiles have frames too
+def test_a_batch_of_unequal_prompts_equals_batch_one(group, pair):
+    names = ("seven", "a video first", "two frames")
+    images = [[picture(*size) for size in PROMPTS[name][0]] for name in names]
+    videos, texts = ([PROMPTS[name][place] for name in names] for place in (1, 2))
+    images, videos = [*images, [picture(30, 30)], None], [*videos, None, None]
+    texts = [*texts, "<image> only", "no picture at all"]
+    asked = {"max_new_tokens": 32, "raw_prompt": True, "cache": "vl-cache"}
+    batch = pair.ours.generate(images, texts, videos=videos, **asked, prefill_batch=group)
+    for answer, pictures, films, text in zip(batch, images, videos, texts, strict=True):
+        alone = pair.ours.generate(pictures, text, videos=films, **asked)
+        assert (answer.tokens, answer.cache.kept_bytes) == (alone.tokens, alone.cache.kept_bytes)
