@@ -64,10 +64,12 @@ def generate(
             metavar="FILE.json",
             help='A conversation in place of --prompt: [{"role": "user", "content": "..."}, ...]. '
             'The roles are system, user and assistant; a content may be a list of {"type": "text", '
-            '"text": "..."} and {"type": "image"}.',
+            '"text": "..."}, {"type": "image"} and {"type": "video"}.',
         ),
     ] = None,
     image: options.Image = None,
+    video: options.Video = None,
+    frames: options.Frames = None,
     context: options.Context = None,
     max_new_tokens: options.MaxNewTokens = 128,
     stop: Annotated[
@@ -99,7 +101,7 @@ def generate(
     raw_prompt: options.RawPrompt = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Answer a question about images or a text, or a question alone.
+    """Answer a question about images, videos or a text, or a question alone.
 
     VL-Cache keeps a tenth of the prompt's cache, chosen for this question.
 
@@ -122,13 +124,15 @@ def generate(
         if messages is not None and prompt is not None:
             raise ValueError("give --prompt or --messages, not both")
         turns = None if messages is None else read_messages(messages)
-        images, question, right = find_question(image, prompt if turns is None else "")
+        images, question, right = find_question(image, prompt if turns is None else "", video)
         document = read_context(context)
         vlm, progress = open_model(model, revision, dtype, backend, cache=cache)
         stream = vlm.stream(
             images,
             question,
             messages=turns,
+            videos=video,
+            frames=frames,
             context=document,
             stop=[text.replace("\\n", "\n") for text in stop or []],
             max_new_tokens=max_new_tokens,
@@ -156,6 +160,8 @@ def compare(
     model: options.Model,
     prompt: options.Prompt = None,
     image: options.Image = None,
+    video: options.Video = None,
+    frames: options.Frames = None,
     context: options.Context = None,
     max_new_tokens: options.MaxNewTokens = 128,
     revision: options.Revision = None,
@@ -182,13 +188,15 @@ def compare(
 
     with user_errors():
         named = cache_methods(method or list(options.COMPARED), kv_budget, kv_bits)
-        images, question, right = find_question(image, prompt)
+        images, question, right = find_question(image, prompt, video)
         document = read_context(context)
         vlm, progress = open_model(model, revision, dtype, backend)
         streams = [
             vlm.stream(
                 images,
                 question,
+                videos=video,
+                frames=frames,
                 context=document,
                 max_new_tokens=max_new_tokens,
                 raw_prompt=raw_prompt,
@@ -302,6 +310,8 @@ def inspect(
     model: options.Model,
     prompt: options.Prompt = None,
     image: options.Image = None,
+    video: options.Video = None,
+    frames: options.Frames = None,
     context: options.Context = None,
     method: Annotated[
         str | None, typer.Option(help=f"{options.METHOD_HELP} {DEFAULT_METHOD} by default.")
@@ -361,7 +371,7 @@ def inspect(
             check_file(out, "report", force=force)
         if png is not None:
             figures.check_folder(png, force=force)
-        images, question, right = find_question(image, prompt)
+        images, question, right = find_question(image, prompt, video)
         document = read_context(context)
         vlm, progress = open_model(model, revision, dtype, backend)
         with progress:
@@ -370,6 +380,8 @@ def inspect(
                 images,
                 question,
                 methods=methods,
+                videos=video,
+                frames=frames,
                 context=document,
                 right_answer=right,
                 max_new_tokens=max_new_tokens,

@@ -31,14 +31,16 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help='A request on each line: {"images": ["a.png"], "context": "...", "text": "..."}; '
-            "images and context may be left out, images are named as --image does, or from the "
-            "file's folder on. 'demo' and 'demo-small' stand for the pictures in this package, "
-            "with their own questions.",
+            help='A request on each line: {"images": ["a.png"], "context": "...", "text": "..."}, '
+            'or "videos": ["a.mp4"] with "frames": 8; all but the text may be left out. Images are '
+            "named as --image does, or from the file's folder on, as videos are. 'demo' and "
+            "'demo-small' stand for the pictures in this package, with their own questions.",
         ),
     ] = None,
     prompt: options.Prompt = None,
     image: options.Image = None,
+    video: options.Video = None,
+    frames: options.Frames = None,
     context: options.Context = None,
     method: options.Methods = None,
     kv_budget: Annotated[
@@ -88,11 +90,13 @@ def evaluate(
         if out is not None:
             check_file(out, "report", force=force)
         if requests is None:
-            images, question, _ = find_question(image, prompt)
-            own = {"images": images, "text": question, "context": read_context(context)}
-            names, asked = None, [own]
-        elif image or context or prompt is not None:
-            raise ValueError("give --requests, or one request by --image, --context and --prompt")
+            images, question, _ = find_question(image, prompt, video)
+            own = {"images": images, "videos": video, "frames": frames, "text": question}
+            names, asked = None, [own | {"context": read_context(context)}]
+        elif image or video or frames or context or prompt is not None:
+            raise ValueError(
+                "give --requests, or one request by --image, --video, --context and --prompt"
+            )
         else:
             names, asked = read_requests(requests)
         vlm, progress = open_model(model, revision, dtype, backend)
@@ -152,13 +156,19 @@ def read_requests(file: str) -> tuple[list[str], list[dict[str, Any]]]:
 
 def _located(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A request with the files of its images, and a demo picture's own question if it has none."""
-    images = request.get("images") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise ValueError("images must be a list of file names")
+    images = _names(request.get("images"), "images")
     own = [name.partition(":")[0] in demo.MODELS for name in images]
     given = [name if ours else str(folder / name) for name, ours in zip(images, own, strict=True)]
-    if request.get("text") is None and own != [True]:
+    videos = [folder / name for name in _names(request.get("videos"), "videos")]
+    if request.get("text") is None and (own != [True] or videos):
         raise ValueError("text is missing: what is asked")
     files, text, _ = find_question(given, request.get("text"))
-    return request | {"images": files, "text": text}
+    return request | {"images": files, "videos": videos, "text": text}
+
+
+def _names(given: Any, field: str) -> list[str]:
+    """The files that a field of a request names."""
+    names = [given] if isinstance(given, str) else given or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field} must be a list of file names")
+    return names

@@ -32,6 +32,22 @@ Image = Annotated[
         "for each image."
     ),
 ]
+Video = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="A video: an animated GIF or WebP, or a film (needs the package av). Give the option "
+        "once for each. <video> marks in the prompt say where videos go; else they come behind the "
+        "images.",
+    ),
+]
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        help="Frames of each video that the model is shown, evenly chosen; by default what the "
+        "checkpoint's processor says, often all of them."
+    ),
+]
 Context = Annotated[
     Path | None,
     typer.Option(

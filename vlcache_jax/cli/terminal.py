@@ -93,7 +93,7 @@ def read_context(file: Path | None) -> str | None:
 
 
 def find_question(
-    images: Sequence[str] | None, prompt: str | None
+    images: Sequence[str] | None, prompt: str | None, videos: Sequence[Any] | None = None
 ) -> tuple[list[Path], str, str | None]:
     """The images, the prompt, and its right answer where the prompt is a demo picture's own."""
     from vlcache_jax import demo
@@ -102,7 +102,7 @@ def find_question(
     files = [picture.file if picture else Path(name) for name, picture in shown]
     if prompt is not None:
         return files, prompt, None
-    if len(shown) == 1 and (own := shown[0][1]):
+    if len(shown) == 1 and not videos and (own := shown[0][1]):
         return files, own.prompt, own.answer
     raise ValueError(
         "give a --prompt; only where the one --image is a demo picture is its own question asked"

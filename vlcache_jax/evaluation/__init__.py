@@ -34,7 +34,7 @@ from vlcache_jax.vlm import VLM
 TOLERANCE = 0.95
 """Share of tokens that have to be the same, by default."""
 
-FIELDS = ("images", "context", "text")
+FIELDS = ("images", "videos", "frames", "context", "text")
 """Of a request: arguments of `VLM.generate`, each of which may be left out."""
 
 RESAMPLED = 2000
@@ -291,7 +291,7 @@ def evaluate(
     Args:
         vlm: the model.
         requests: for each the arguments of `VLM.generate` that are among `FIELDS`: "text", and
-            "images" or "context" if it is about any.
+            "images", "videos" or "context" if it is about any.
         methods: one or more methods, or quantizers, which keep everything.
         max_new_tokens: most tokens of an answer.
         tolerance: share of tokens that have to be the same for a budget to be chosen.
@@ -301,9 +301,9 @@ def evaluate(
 
     Raises:
         ValueError: there is no request or no method, a method is given twice, a request has another
-            field, an image, a text or a context is bad, or there are more tokens than the model has
-            positions for.
-        FileNotFoundError: an image file does not exist.
+            field, an image, a video, a text or a context is bad, or there are more tokens than the
+            model has positions for.
+        FileNotFoundError: a file of an image or a video does not exist.
     """
     tolerance = real_number(tolerance, "tolerance")
     if not 0 <= tolerance <= 1:

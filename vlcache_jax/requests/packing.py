@@ -267,6 +267,16 @@ class Packing:
             raise ValueError(f"a {self.config.family} decoder has no visual tokens: give no sizes")
         return []
 
+    def frame_patches(self, clip: Clip) -> list[Patches]:
+        """Which pixels the visual tokens of a video show, of each of its pictures.
+
+        Where a picture spans frames, its tokens show the same part of each of them.
+
+        Raises:
+            ValueError: the model takes no videos.
+        """
+        raise ValueError(NO_VIDEOS)
+
     def context(self, prompt: Rendered, tokens: np.ndarray, is_visual: np.ndarray) -> np.ndarray:
         """Where the context's tokens are, int [c]: those that hold a character of it.
 

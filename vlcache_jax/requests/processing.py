@@ -205,6 +205,14 @@ class Processor:
         """Which pixels the visual tokens of each of a prompt's pictures show: `Packing.patches`."""
         return self._packing.patches(sizes)
 
+    def frame_patches(self, clip: Clip) -> list[Patches]:
+        """Which pixels the visual tokens of a video show: `Packing.frame_patches`."""
+        return self._packing.frame_patches(clip)
+
+    def is_video(self, tokens: Array) -> Array:
+        """Which of a prompt's ids [m] are a video's, bool [m]."""
+        return tokens == self._packing.video_mark_id
+
     def render(self, text: Text, num_images: int = 0, num_videos: int = 0) -> str:
         """A prompt as the checkpoint's chat template writes it, with a mark for each image.
 

@@ -105,26 +105,27 @@ def tile_views(
         # CLIP's own processor has the setting too, and pads nothing that was cropped.
         pads = image_processor.do_pad and hasattr(image_processor, "pad_to_square")
         return [single_view(image_size, image_processor, pads=pads)]
-    size, whole = np.array(image_size), _whole(image_size)
+    size, view = np.array(image_size), whole(image_size)
     base, side = image_processor.size, config.vision.image_size
     base = np.array([base.height or base.shortest_edge, base.width or base.shortest_edge])
     best = np.array(select_best_resolution(image_size, config.grid_pinpoints))
     fitted = np.minimum(np.ceil(size * min(best / size)), best)  # with its aspect kept
-    grid = whole.resized(fitted).padded(best)
+    grid = view.resized(fitted).padded(best)
     places = side * np.array(list(np.ndindex(*best // side)))
-    tiles = [whole.resized(base), *(grid.cut(first, np.full(2, side)) for first in places)]
+    tiles = [view.resized(base), *(grid.cut(first, np.full(2, side)) for first in places)]
     return [_finished(tile, image_processor) for tile in tiles]
 
 
 def single_view(image_size: tuple[int, int], image_processor: Any, *, pads: bool) -> View:
     """What the one tile of a picture shows of it, which may be padded to a square first."""
-    view = _whole(image_size)
+    view = whole(image_size)
     if pads:
         view = view.padded(np.full(2, max(image_size)))
     return _finished(view, image_processor)
 
 
-def _whole(image_size: tuple[int, int]) -> View:
+def whole(image_size: tuple[int, int]) -> View:
+    """A picture of (height, width) pixels as it is."""
     return View(np.array(image_size), np.zeros(2), np.ones(2))
 
 

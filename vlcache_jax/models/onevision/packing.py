@@ -13,7 +13,7 @@ from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.llava.packing import LlavaPacking, Sizes
 from vlcache_jax.models.onevision.anyres import frame_tokens, visual_tokens
 from vlcache_jax.models.onevision.config import OnevisionConfig
-from vlcache_jax.models.onevision.patches import patch_rectangles
+from vlcache_jax.models.onevision.patches import frame_rectangles, patch_rectangles
 from vlcache_jax.requests.packing import NEWLINE, Patches, Segment, picture_processor
 from vlcache_jax.requests.video_settings import VideoSettings
 from vlcache_jax.requests.videos import Clip, Shape, VideoLike, evenly, load_video
@@ -98,6 +98,11 @@ class OnevisionPacking(LlavaPacking):
         return [
             patch_rectangles(size, self.config, self.image_processor, alone=alone) for size in sizes
         ]
+
+    def frame_patches(self, clip: Clip) -> list[Patches]:
+        """Which pixels the visual tokens of each frame show; see `Packing.frame_patches`."""
+        size, count = (clip.shape.height, clip.shape.width), len(clip.frames)
+        return [frame_rectangles(size, self.config, last=at == count - 1) for at in range(count)]
 
     def enlarged(self, size: tuple[int, int], pictures: int) -> int:
         """Pixels of the largest that the processor makes of one of so many pictures."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlcache_jax.models.llava.anyres import grid_rows
-from vlcache_jax.models.llava.patches import clipped, corners, single_view, tile_views
+from vlcache_jax.models.llava.patches import clipped, corners, single_view, tile_views, whole
 from vlcache_jax.models.onevision.anyres import scaled_size
 from vlcache_jax.models.onevision.config import OnevisionConfig
 from vlcache_jax.requests.packing import BASE, GRID, NEWLINE_PART, Patches
@@ -36,11 +36,7 @@ def patch_rectangles(
     else:  # a newline is all of the grid
         views, rows = [single_view(image_size, image_processor, pads=True)], base[:0].reshape(1, 0)
     lines, places = scaled_size(rows.shape, config)
-    grid = corners(views, rows.ravel(), config).reshape(*rows.shape, 2, 2)
-    if (lines, places) != rows.shape:
-        down, across = _scaled(grid[:, 0, :, 0], lines), _scaled(grid[0, :, :, 1], places)
-        whole = np.broadcast_arrays(down[:, None], across[None])
-        grid = np.stack(whole, axis=-1)
+    grid = _scaled(corners(views, rows.ravel(), config).reshape(*rows.shape, 2, 2), lines, places)
     ends = (0, 0), (0, 1)
     grid = np.pad(grid, (*ends, (0, 0), (0, 0))).reshape(-1, 2, 2)
     part = np.pad(np.full((lines, places), GRID), ends, constant_values=NEWLINE_PART).ravel()
@@ -51,7 +47,33 @@ def patch_rectangles(
     )
 
 
-def _scaled(spans: np.ndarray, wanted: int) -> np.ndarray:
+def frame_rectangles(
+    frame_size: tuple[int, int], config: OnevisionConfig, *, last: bool
+) -> Patches:
+    """Where the visual tokens of a video's frame lie in it; the last frame's end with a newline.
+
+    Args:
+        frame_size: (height, width) of the frame, in pixels, which are squashed to a square.
+        config: the model.
+        last: whether it is the video's last.
+    """
+    side, half = config.vision.grid, -(-config.vision.grid // 2)
+    view = whole(frame_size).resized(np.full(2, config.vision.image_size))
+    grid = corners([view], np.arange(side * side), config).reshape(side, side, 2, 2)
+    places = np.pad(_scaled(grid, half, half).reshape(-1, 2, 2), ((0, last), (0, 0), (0, 0)))
+    part = np.pad(np.full(half * half, BASE), (0, last), constant_values=NEWLINE_PART)
+    return clipped(places, part, frame_size)
+
+
+def _scaled(grid: np.ndarray, lines: int, places: int) -> np.ndarray:
+    """The corners of a grid's patches [rows, columns, 2, 2], scaled to another number of them."""
+    if (lines, places) == grid.shape[:2]:
+        return grid
+    down, across = _spans(grid[:, 0, :, 0], lines), _spans(grid[0, :, :, 1], places)
+    return np.stack(np.broadcast_arrays(down[:, None], across[None]), axis=-1)
+
+
+def _spans(spans: np.ndarray, wanted: int) -> np.ndarray:
     """Spans [n, 2] along an axis, scaled to another number of them that cover the same."""
     edge = len(spans) * np.arange(wanted + 1)  # in patches, times `wanted`
     size = spans[:, 1] - spans[:, 0]

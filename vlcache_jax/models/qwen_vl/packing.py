@@ -156,6 +156,12 @@ class QwenVLPacking(Packing):
             for size in sizes
         ]
 
+    def frame_patches(self, clip: Clip) -> list[Patches]:
+        """Which pixels the visual tokens of each step show; see `Packing.frame_patches`."""
+        size = clip.shape.height, clip.shape.width
+        steps = -(-len(clip.frames) // FRAMES)
+        return [self._patches(size, self._frame_size(clip.shape, len(clip.frames)))] * steps
+
     def _patches(self, size: tuple[int, int], resized: tuple[int, int]) -> Patches:
         """A picture is resized to its grid whole: its tokens show equal parts of it."""
         (height, width), (down, across) = size, self._grid(resized)

@@ -11,7 +11,7 @@ Which patch of a picture a visual token is comes from the family's packing, what
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from vlcache_jax.cache.trace import Trace
 from vlcache_jax.files import whole_file
 from vlcache_jax.requests.images import ImageLike, Images, load_image
 from vlcache_jax.requests.inputs import CONTEXT
+from vlcache_jax.requests.packing import Patches
 from vlcache_jax.requests.processing import Processor
+from vlcache_jax.requests.videos import Clip, Videos
 from vlcache_jax.results.answer import Answer, same_tokens, versions
 from vlcache_jax.results.labels import labels, settings_of
 from vlcache_jax.results.report import CacheReport
@@ -37,11 +39,12 @@ from vlcache_jax.vlm import VLM
 
 @dataclass(frozen=True)
 class ShownPicture:
-    """A picture and its n visual tokens.
+    """A picture, or what of a video is one, and its n visual tokens.
 
     Attributes:
-        name: its file's name, or "picture 1".
-        image: the picture, RGB and upright.
+        name: its file's name, or "picture 1"; of a video with the numbers of the frames that its
+            tokens show, and when the first of them is seen.
+        image: the picture, or the first of the frames, RGB and upright.
         positions: places of its visual tokens in the prompt, int64 [n].
         rectangles: what each of them shows, (left, top, right, bottom) in pixels of the picture,
             float64 [n, 4]; NaN for a newline, of no area where it shows padding alone.
@@ -93,7 +96,7 @@ class Inspection:
         pieces: the text of each token of the rendered prompt, m of them; "" for visual ones.
         visual: which tokens are visual, bool [m].
         context: which tokens are the context's, bool [m].
-        pictures: the pictures, in their order.
+        pictures: the pictures and the frames of videos, in their order.
         full: the outcome of the full cache.
         outcomes: those of the methods.
         settings: what the run was made with, the methods' settings among it, as plain values.
@@ -227,6 +230,8 @@ def inspect(
     text: str = "",
     *,
     methods: Sequence[CacheMethod | Quantizer],
+    videos: Videos = None,
+    frames: int | None = None,
     context: str | None = None,
     right_answer: str | None = None,
     max_new_tokens: int = 64,
@@ -242,6 +247,8 @@ def inspect(
         images: None, an image or a list of images: local files, PIL images or uint8 [H, W, 3].
         text: the prompt.
         methods: one or more methods, or quantizers, which keep everything.
+        videos: None, a video or a list of videos (`requests.videos.Videos`).
+        frames: how many frames of each video the model is shown.
         context: a text that the prompt is about.
         right_answer: what is to be answered, where that is known.
         max_new_tokens: most tokens of an answer.
@@ -251,20 +258,22 @@ def inspect(
     Raises:
         ValueError: there is no method, or one is given twice, an image or the prompt is bad, or
             there are more tokens than the model has positions for.
-        FileNotFoundError: an image file does not exist.
+        FileNotFoundError: a file of an image or a video does not exist.
     """
     if not methods:
         raise ValueError("nothing to inspect: give one method or more, VLCache(0.1) for instance")
     given = images if isinstance(images, list | tuple) else [images]
     sources: list[Any] = [] if images is None else list(given)
     loaded: list[ImageLike] = [load_image(source) for source in sources]
+    clips = vlm.processor.clips(videos, frames)
     chosen = [
         as_method(method).for_model(vlm.config.text, vlm.tsa_layers)
         for method in (FullCache(), *methods)
     ]
     names = labels(chosen)
     prompt: dict[str, Any] = {
-        "images": loaded, "text": text, "context": context, "raw_prompt": raw_prompt
+        "images": loaded, "text": text, "videos": clips, "context": context,
+        "raw_prompt": raw_prompt,
     }  # fmt: skip
     streams = [
         vlm.stream(**prompt, max_new_tokens=max_new_tokens, cache=method, trace=True)
@@ -294,7 +303,7 @@ def inspect(
         pieces=["" if is_visual else next(words) for is_visual in visual],
         visual=visual,
         context=index == CONTEXT,
-        pictures=locate(vlm.processor, sources, visual),
+        pictures=locate(vlm.processor, sources, clips, tokens, visual),
         full=full,
         outcomes=outcomes,
         settings={
@@ -310,24 +319,60 @@ def inspect(
 
 
 def locate(
-    processor: Processor, sources: Sequence[ImageLike], visual: np.ndarray
+    processor: Processor,
+    sources: Sequence[ImageLike],
+    clips: Sequence[Clip],
+    tokens: np.ndarray,
+    visual: np.ndarray,
 ) -> list[ShownPicture]:
     """The pictures of a prompt, with the places of their visual tokens in it.
 
     Args:
         processor: the model's.
         sources: the pictures, in the order of the prompt's marks.
-        visual: which tokens of the prompt are visual, bool [m].
+        clips: the videos, likewise.
+        tokens: the prompt's ids, int [m].
+        visual: which of them are visual, bool [m].
     """
     images = [load_image(source) for source in sources]
+    names = [
+        Path(source).name if isinstance(source, str | Path) else f"picture {number}"
+        for number, source in enumerate(sources, 1)
+    ]
     patches = processor.patches([(image.height, image.width) for image in images])
-    places, pictures = np.flatnonzero(visual), []
-    triples = zip(sources, images, patches, strict=True)
-    for number, (source, image, found) in enumerate(triples, 1):
-        own, places = np.split(places, [len(found.part)])
-        name = Path(source).name if isinstance(source, str | Path) else f"picture {number}"
-        pictures.append(ShownPicture(name, image, own, found.rectangles, found.part))
-    return pictures
+    shown = list(zip(names, images, patches, strict=True))
+    of_videos = processor.is_video(tokens)
+    pictures = _placed(shown, np.flatnonzero(visual & ~of_videos))
+    shown = [
+        each for number, clip in enumerate(clips, 1) for each in _frames(processor, clip, number)
+    ]
+    pictures += _placed(shown, np.flatnonzero(visual & of_videos))
+    return sorted(pictures, key=lambda picture: picture.positions[0])
+
+
+def _placed(
+    shown: Sequence[tuple[str, Image.Image, Patches]], places: np.ndarray
+) -> list[ShownPicture]:
+    """Pictures whose tokens follow each other at these places of the prompt, int [n]."""
+    ends = np.cumsum([len(found.part) for _, _, found in shown], dtype=int)
+    return [
+        ShownPicture(name, image, own, found.rectangles, found.part)
+        for (name, image, found), own in zip(shown, np.split(places, ends)[:-1], strict=True)
+    ]
+
+
+def _frames(
+    processor: Processor, clip: Clip, number: int
+) -> Iterator[tuple[str, Image.Image, Patches]]:
+    """The pictures of a video: what each is called, its first frame and its tokens' patches."""
+    patches = processor.frame_patches(clip)
+    span = -(-len(clip.frames) // len(patches))
+    for first, found in zip(range(0, len(clip.frames), span), patches, strict=True):
+        own = clip.chosen[first : first + span].tolist()
+        name = f"{clip.name or f'video {number}'}, frame {' and '.join(map(str, own))}"
+        if clip.shape.fps:
+            name += f", {own[0] / clip.shape.fps:.2f} s"
+        yield name, clip.frames[first], found
 
 
 def _outcome(
