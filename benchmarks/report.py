@@ -16,6 +16,7 @@ from benchmarks import (
     quantization,
     speed_plots,
     speed_sections,
+    video_pixels,
 )
 from benchmarks.accuracy import parity, report
 from benchmarks.accuracy.experiments import sections
@@ -32,6 +33,7 @@ DOCUMENTS: dict[Path, tuple[Part, ...]] = {
     ),
     DOCS / "benchmarks.md": speed_sections.SECTIONS,
     DOCS / "performance.md": (cpu_decode.SECTION,),
+    DOCS / "models.md": (video_pixels.SECTION,),
 }  # fmt: skip
 """The generated parts of each document."""
 
