@@ -54,7 +54,7 @@ def frames_of(kind: str, size: tuple[int, int]) -> np.ndarray:
     y, x = np.indices(size)[:, None, ..., None] / np.array(size).min()
     time, colour = np.arange(FRAMES)[:, None, None, None], np.arange(3)
     waves = np.sin(9 * x + time + colour) + np.sign(np.sin(23 * y - 0.5 * time + 2 * colour))
-    return np.uint8(255 * (waves + 2) / 4)
+    return (255 * (waves + 2) / 4).astype(np.uint8)
 
 
 def ours(family: str, video: np.ndarray) -> Frames:

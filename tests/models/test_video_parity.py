@@ -17,7 +17,7 @@ from pallas_kernels.prefill_attention import prefill_attention
 from tests import hf
 from tests.tiny import picture
 from tests.tiny_qwen import IMAGE_ID, PATCH, VIDEO_ID
-from vlcache_jax import Buckets, Video
+from vlcache_jax import Buckets, SnapKV, Video
 from vlcache_jax.models.families import bind
 from vlcache_jax.models.qwen_vl.packing import PAD, VIDEO_PAD
 from vlcache_jax.running.stages import Stages
@@ -176,7 +176,7 @@ def test_the_same_greedy_tokens(pair, name):
     assert len(set(expected)) > 3, "the model says one thing only: the test would prove little"
 
 
-@pytest.mark.parametrize("group", [None, 1])  # alone, a picture's tiles have frames too
+@pytest.mark.parametrize("group", [pytest.param(None, marks=pytest.mark.full), 1])
 def test_a_batch_of_unequal_prompts_equals_batch_one(group, pair):
     names = ("seven", "a video first", "two frames")
     images = [[picture(*size) for size in PROMPTS[name][0]] for name in names]
@@ -188,3 +188,25 @@ def test_a_batch_of_unequal_prompts_equals_batch_one(group, pair):
     for answer, pictures, films, text in zip(batch, images, videos, texts, strict=True):
         alone = pair.ours.generate(pictures, text, videos=films, **asked)
         assert (answer.tokens, answer.cache.kept_bytes) == (alone.tokens, alone.cache.kept_bytes)
+
+
+@pytest.mark.full
+def test_an_inspection_shows_each_frame(pair, tmp_path):
+    found = vlcache_jax.inspect(
+        pair.ours,
+        picture(30, 20),
+        "a <video> or <image>?",
+        videos=Video([picture(40, 24, seed) for seed in range(8)], fps=2),
+        frames=4,
+        methods=[SnapKV("9tok")],
+        max_new_tokens=2,
+    )
+    names = ["frame 0, 0.00 s", "frame 2, 1.00 s", "frame 4, 2.00 s", "frame 6, 3.00 s"]
+    if pair.family == "qwen2_5_vl":
+        names = ["frame 0 and 2, 0.00 s", "frame 4 and 6, 2.00 s"]
+    expected = [*(f"video 1, {name}" for name in names), "picture 1"]
+    assert [each.name for each in found.pictures] == expected
+    places = np.concatenate([each.positions for each in found.pictures])
+    assert places.tolist() == np.flatnonzero(found.visual).tolist()
+    assert all(len(each.positions) == len(each.part) for each in found.pictures)
+    found.save(tmp_path / "page.html")
