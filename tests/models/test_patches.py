@@ -115,7 +115,8 @@ def test_rectangles_hold_what_the_processor_shows(kind, shapes):
     pictures = [coordinates(*shape) for shape in shapes]
     inputs = processor(pictures, "a <image>" * len(shapes) + " what?")
     visual = inputs.visual_index[0, : inputs.length[0]] >= 0
-    located = locate(processor, pictures, visual)
+    tokens = inputs.tokens[0, : inputs.length[0]]
+    located = locate(processor, pictures, (), tokens, visual)
     places = np.concatenate([picture.positions for picture in located])
     assert places.tolist() == np.flatnonzero(visual).tolist()
     colours = patches_of_tokens(inputs, HF[kind].image_processor)

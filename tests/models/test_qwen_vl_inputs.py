@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
