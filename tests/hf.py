@@ -161,6 +161,16 @@ def check_logits(pair: Any, inputs: Any, theirs: dict[str, Any], bound: float) -
     assert relative_error(logits, expected) < bound
 
 
+def check_greedy(pair: Any, theirs: dict[str, Any], images: Any, prompt: str, **asked: Any) -> None:
+    """32 greedy tokens of a raw prompt, of a pair of models, are the same."""
+    with torch.no_grad():
+        out = pair.theirs.generate(**theirs, max_new_tokens=32, do_sample=False, pad_token_id=3)
+    expected = out[0, theirs["input_ids"].shape[1] :].tolist()
+    answer = pair.ours.generate(images, prompt, max_new_tokens=32, raw_prompt=True, **asked)
+    assert answer.tokens == expected
+    assert len(set(expected)) > 3, "the model says one thing only: the test would prove little"
+
+
 def check_transform(pair: Any, inputs: Any, bound: float) -> None:
     """Values that are transformed change no logits of a pair's model."""
     plain = np.asarray(pair.logits(pair.ours.params, inputs))

@@ -27,7 +27,6 @@ from vlcache_jax.cache.trace import Trace
 from vlcache_jax.files import whole_file
 from vlcache_jax.requests.images import ImageLike, Images, load_image
 from vlcache_jax.requests.inputs import CONTEXT
-from vlcache_jax.requests.packing import Patches
 from vlcache_jax.requests.processing import Processor
 from vlcache_jax.requests.videos import Clip, Videos
 from vlcache_jax.results.answer import Answer, same_tokens, versions
@@ -49,6 +48,7 @@ class ShownPicture:
         rectangles: what each of them shows, (left, top, right, bottom) in pixels of the picture,
             float64 [n, 4]; NaN for a newline, of no area where it shows padding alone.
         part: 0 for the base tile, 1 for the grid of tiles, 2 for a newline, int8 [n].
+        video: the number of the video that it is of, from 1 on; None for a picture.
     """
 
     name: str
@@ -56,6 +56,7 @@ class ShownPicture:
     positions: np.ndarray
     rectangles: np.ndarray
     part: np.ndarray
+    video: int | None = None
 
 
 @dataclass(frozen=True)
@@ -335,36 +336,36 @@ def locate(
         visual: which of them are visual, bool [m].
     """
     images = [load_image(source) for source in sources]
-    names = [
-        Path(source).name if isinstance(source, str | Path) else f"picture {number}"
-        for number, source in enumerate(sources, 1)
-    ]
     patches = processor.patches([(image.height, image.width) for image in images])
-    shown = list(zip(names, images, patches, strict=True))
-    of_videos = processor.is_video(tokens)
-    pictures = _placed(shown, np.flatnonzero(visual & ~of_videos))
-    shown = [
-        each for number, clip in enumerate(clips, 1) for each in _frames(processor, clip, number)
+    none, of_videos = np.zeros(0, np.int64), processor.is_video(tokens)
+    pictures = [
+        ShownPicture(
+            Path(source).name if isinstance(source, str | Path) else f"picture {number}",
+            image, none, found.rectangles, found.part,
+        )
+        for number, (source, image, found) in enumerate(
+            zip(sources, images, patches, strict=True), 1
+        )
+    ]  # fmt: skip
+    frames = [
+        frame for number, clip in enumerate(clips, 1) for frame in _frames(processor, clip, number)
     ]
-    pictures += _placed(shown, np.flatnonzero(visual & of_videos))
-    return sorted(pictures, key=lambda picture: picture.positions[0])
+    placed = [
+        *_placed(pictures, np.flatnonzero(visual & ~of_videos)),
+        *_placed(frames, np.flatnonzero(visual & of_videos)),
+    ]
+    return sorted(placed, key=lambda picture: picture.positions[0])
 
 
-def _placed(
-    shown: Sequence[tuple[str, Image.Image, Patches]], places: np.ndarray
-) -> list[ShownPicture]:
+def _placed(pictures: Sequence[ShownPicture], places: np.ndarray) -> Iterator[ShownPicture]:
     """Pictures whose tokens follow each other at these places of the prompt, int [n]."""
-    ends = np.cumsum([len(found.part) for _, _, found in shown], dtype=int)
-    return [
-        ShownPicture(name, image, own, found.rectangles, found.part)
-        for (name, image, found), own in zip(shown, np.split(places, ends)[:-1], strict=True)
-    ]
+    for picture in pictures:
+        own, places = np.split(places, [len(picture.part)])
+        yield dataclasses.replace(picture, positions=own)
 
 
-def _frames(
-    processor: Processor, clip: Clip, number: int
-) -> Iterator[tuple[str, Image.Image, Patches]]:
-    """The pictures of a video: what each is called, its first frame and its tokens' patches."""
+def _frames(processor: Processor, clip: Clip, number: int) -> Iterator[ShownPicture]:
+    """The pictures of a video, not yet placed: of those that a token shows, the first frame."""
     patches = processor.frame_patches(clip)
     span = -(-len(clip.frames) // len(patches))
     for first, found in zip(range(0, len(clip.frames), span), patches, strict=True):
@@ -372,7 +373,8 @@ def _frames(
         name = f"{clip.name or f'video {number}'}, frame {' and '.join(map(str, own))}"
         if clip.shape.fps:
             name += f", {own[0] / clip.shape.fps:.2f} s"
-        yield name, clip.frames[first], found
+        none = np.zeros(0, np.int64)
+        yield ShownPicture(name, clip.frames[first], none, found.rectangles, found.part, number)
 
 
 def _outcome(
@@ -409,4 +411,5 @@ def _picture_values(picture: ShownPicture) -> dict[str, Any]:
         "positions": picture.positions.tolist(),
         "rectangles": [None if end else box for end, box in zip(newline, boxes, strict=True)],
         "part": picture.part.tolist(),
+        "video": picture.video,
     }

@@ -143,6 +143,18 @@
     canvas.title = found ? `token ${found[0]}: ${inWords(outcomeOf(canvas), found[0])} kept` : "";
   }
 
+  /** One frame of a video at a time. */
+  for (const time of document.querySelectorAll("[data-frames]")) {
+    const frames = [...document.querySelectorAll(`[data-video="${time.dataset.frames}"]`)];
+    const choose = () => {
+      frames.forEach((frame, i) => { frame.hidden = i !== Number(time.value); });
+      time.setAttribute("aria-valuetext", frames[time.value].querySelector("h3").textContent);
+    };
+    time.addEventListener("input", choose);
+    time.closest("p").hidden = false;
+    choose();
+  }
+
   slider.addEventListener("input", show);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
   document.querySelectorAll("canvas").forEach((canvas) => canvas.addEventListener("pointermove", point));

@@ -105,6 +105,7 @@ def _picture(picture: "ShownPicture") -> dict[str, Any]:
     """A picture as the page shows it."""
     return {
         "name": picture.name,
+        "video": picture.video,
         "width": picture.image.width,
         "height": picture.image.height,
         "uri": data_uri(picture.image),
