@@ -133,11 +133,13 @@ def part(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ["family", "frames", "height x width", "resized to", "same frames and size",
             "largest difference", "values that differ"]  # fmt: skip
-    found = result["versions"]
+    found, compared = result["versions"], [row for row in result["rows"] if row["same_size"]]
+    largest, most = (max(row[name] for row in compared) for name in ("largest", "differ"))
     return (
-        f"`{result['command']}`, with transformers {found['transformers']}, torchvision "
-        f"{found['torchvision']} and Pillow {found['PIL']}: {CHOSEN} of {FRAMES} frames. The "
-        "difference is of single values in steps of 8 bits, before they are normalised.\n\n"
+        "`python -m benchmarks.video_pixels`, with transformers "
+        f"{found['transformers']}, torchvision {found['torchvision']} and Pillow {found['PIL']}: "
+        f"{CHOSEN} of {FRAMES} frames. No value is further off than {largest:.0f} steps of 8 bits, "
+        f"before it is normalised, and of no video more than {most:.1%} of them are.\n\n"
         f"{table(head, rows)}"
     )
 
