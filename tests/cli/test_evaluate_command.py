@@ -106,6 +106,9 @@ def test_demo_stands_for_the_pictures_of_the_package(lines):
         (({"text": 5},), "mine.jsonl, line 1: text=5 must be a string"),
         (({"context": "b"},), "mine.jsonl, line 1: text is missing"),
         (({"text": "a", "images": 5},), "mine.jsonl, line 1: images must be a list"),
+        (({"text": "a", "videos": [5]},), "mine.jsonl, line 1: videos must be a list"),
+        (({"text": "a", "videos": "a.gif"},), "mine.jsonl, line 1: the model takes no videos"),
+        (({"text": "a", "frames": 2},), "mine.jsonl, line 1: frames=2 but no videos"),
         (({"text": "a", "context": 5},), "mine.jsonl, line 1: a context must be a string"),
         (({"text": "a"}, {"text": "a", "images": ["no.png"]}), "mine.jsonl, line 2: "),
         (

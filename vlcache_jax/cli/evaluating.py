@@ -163,7 +163,8 @@ def _located(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     if request.get("text") is None and (own != [True] or videos):
         raise ValueError("text is missing: what is asked")
     files, text, _ = find_question(given, request.get("text"))
-    return request | {"images": files, "videos": videos, "text": text}
+    shown = {"videos": videos} if videos else {}
+    return request | {"images": files, "text": text} | shown
 
 
 def _names(given: Any, field: str) -> list[str]:

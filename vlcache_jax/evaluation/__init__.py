@@ -34,7 +34,7 @@ from vlcache_jax.vlm import VLM
 TOLERANCE = 0.95
 """Share of tokens that have to be the same, by default."""
 
-FIELDS = ("images", "videos", "frames", "context", "text")
+FIELDS = ("images", "context", "text", "videos", "frames")
 """Of a request: arguments of `VLM.generate`, each of which may be left out."""
 
 RESAMPLED = 2000
