@@ -29,10 +29,10 @@ PROMPT = "<image>\nwhat is this? and what is that?"
 def models(request, tmp_path_factory):
     """A Hugging Face model, ours made of its files, and the former's inputs of a raw prompt."""
     folder = tmp_path_factory.mktemp("model") / "hf"
-    if request.param in qwen.MODELS:
-        model = qwen.hf_model(request.param)
+    if request.param in hf.QWEN:
+        model = hf.qwen_model(request.param)
         ours = vlcache_jax.load(
-            qwen.save(model, folder), buckets=Buckets(prompt=(160,), tiles=(0, 96))
+            hf.save(model, folder, request.param), buckets=Buckets(prompt=(160,), tiles=(0, 96))
         )
         return model, ours, qwen.hf_inputs
     family, decoder, shape = hf.KINDS[request.param]
