@@ -42,6 +42,7 @@ class Kind:
     """What comes with a model of the package.
 
     Attributes:
+        folder: of the model and its pictures, in `vlcache_jax/demo`.
         tasks: what it may be shown for.
         make: makes an item of a task's name, a seed, a split and further options.
         plain: options of the pictures.
@@ -50,6 +51,7 @@ class Kind:
         ending: of the pictures' files.
     """
 
+    folder: str
     tasks: Sequence[str]
     make: Callable[..., Item]
     plain: dict[str, str]
@@ -61,8 +63,9 @@ class Kind:
 PLAIN = {"variant": "plain", "shape": "square"}
 KINDS_OF = {
     # Pages are like photographs, and so are their files.
-    "demo": Kind(KINDS, make_page_item, {"variant": "plain"}, {}, 24 * 10**6, "jpg"),
+    "demo": Kind("pages", KINDS, make_page_item, {"variant": "plain"}, {}, 24 * 10**6, "jpg"),
     "demo-small": Kind(
+        "small",
         tuple(TASKS),
         make_item,
         PLAIN,
@@ -232,7 +235,7 @@ def main(
         make_demo(
             run,
             None if tasks is None else tasks.split(","),
-            package=demo.MODELS[name_of(run)].parent,
+            package=Path(demo.__file__).with_name(KINDS_OF[name_of(run)].folder),
             results=RESULTS / name_of(run),
             force=force,
             before=before or (),

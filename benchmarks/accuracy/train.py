@@ -320,7 +320,8 @@ class Trainer:
         if not 0 <= step < self.recipe.steps:
             raise ValueError(f"step {step}: the recipe has those from 0 to {self.recipe.steps - 1}")
         self.step = step
-        self.state["optimizer"] = optax.tree.set(self.state["optimizer"], count=jnp.int32(step))
+        state = optax.tree.set(self.state["optimizer"], count=jnp.int32(step))
+        self.state["optimizer"] = jax.tree.map(jnp.array, state)  # each is donated: none is shared
 
     def _newest(self, folder: Path) -> tuple[int, Any] | None:
         """The step and the state that a folder's run was saved at last."""

@@ -13,7 +13,7 @@ from tests.tiny import tiny_config
 from tests.tiny_qwen import qwen_json
 from vlcache_jax import Generate, VLCache
 from vlcache_jax.models.families import abstract_params, read_config
-from vlcache_jax.models.qwen_vl.layout import prompt_positions, tile_places, tower_rows
+from vlcache_jax.models.qwen_vl.layout import Span, prompt_positions, tile_places, tower_rows
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.report import count_parameters
 
@@ -68,7 +68,7 @@ def test_places_of_a_square_picture_are_the_packings():
     assert layout is not None
     assert made.positions is not None
     for b, first in enumerate((0, own)):
-        expected = prompt_positions(index[:50] < own, [grid])
+        expected = prompt_positions(index[:50] < own, [Span(1, grid)])
         assert np.array_equal(made.positions[:, b, :50], expected)
         assert np.array_equal(made.visual_index[b, :own], first + tower_rows(grid, side))
         tile = layout[first : first + own]
