@@ -25,6 +25,9 @@ from tests.tiny import (
 from tests.tiny_qwen import qwen_json, save_processor
 from vlcache_jax.models.fold import fold_transform
 
+# Threads of torch wait by turning in circles, and XLA's own need the cores: many times slower.
+torch.set_num_threads(1)
+
 KINDS = {
     "llava-1.5 Llama MHA": ("llava", "llama", {"num_key_value_heads": 4}),
     "NeXT Mistral GQA": ("llava_next", "mistral", {"num_key_value_heads": 2}),
