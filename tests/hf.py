@@ -137,7 +137,7 @@ def save(model: Any, path: Path, family: str, **kwargs: Any) -> Path:
     """Write the model and its processor as a Hugging Face directory."""
     model.save_pretrained(path, **kwargs)
     if family in QWEN:
-        save_processor(path)
+        save_processor(path, family)
         return path
     (text_tokenizer() if family == "text" else tiny_processor(family)).save_pretrained(path)
     return path
