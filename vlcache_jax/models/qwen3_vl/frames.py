@@ -50,7 +50,7 @@ def choose_frames(shape: Shape, asked: int | None, settings: VideoSettings) -> n
     elif settings.samples:
         wanted = settings.rated(shape._replace(fps=shape.fps or UNKNOWN_FPS))
         least, most = (settings.read(f"{end}_frames", COUNT, total) for end in ("min", "max"))
-        count = min(max(total if wanted is None else int(wanted), least), most, total)
+        count = int(min(max(total if wanted is None else wanted, least), most, total))
     return np.linspace(0, total - 1, count or total).round().astype(int)
 
 
