@@ -16,12 +16,16 @@ from benchmarks import command
 from benchmarks.accuracy.report import RESULTS
 from benchmarks.documents import Part, measured, table
 from benchmarks.environment import environment
-from vlcache_jax.models.qwen_vl.frames import choose_frames, frame_size
+from vlcache_jax.models.qwen3_vl import frames as qwen3_vl
+from vlcache_jax.models.qwen_vl import frames as qwen_vl
 from vlcache_jax.requests.video_settings import VideoSettings
 from vlcache_jax.requests.videos import Video, evenly, load_video
 
-SIDE, TILE = 384, 28
-"""Of LLaVA-OneVision's frames and Qwen2.5-VL's tiles, in pixels."""
+SIDE = 384
+"""Of LLaVA-OneVision's frames, in pixels."""
+
+QWEN = {"Qwen2.5-VL": (qwen_vl, 28), "Qwen3-VL": (qwen3_vl, 32)}
+"""The families of the Qwen-VL line: how they choose and resize frames, the side of a tile."""
 
 SIZES = ((360, 640), (1080, 1920), (97, 61), (720, 405), (16, 900), (384, 384))
 """(height, width) of the frames."""
@@ -35,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "image_std": [0.5] * 3,
     },
     "Qwen2.5-VL": {},
+    "Qwen3-VL": dict(qwen3_vl.DEFAULTS),
 }
 """Of the families' checkpoints; where there are none, of transformers' classes."""
 
@@ -60,9 +65,10 @@ def frames_of(kind: str, size: tuple[int, int]) -> np.ndarray:
 def ours(family: str, video: np.ndarray) -> Frames:
     """What the library makes of it."""
     settings = VideoSettings(SETTINGS[family])
-    if family == "Qwen2.5-VL":
-        clip = load_video(Video(video), lambda shape: choose_frames(shape, CHOSEN, settings))
-        size = frame_size(clip.shape, len(clip.frames), TILE, settings)
+    if family in QWEN:
+        own, side = QWEN[family]
+        clip = load_video(Video(video), lambda shape: own.choose_frames(shape, CHOSEN, settings))
+        size = own.frame_size(clip.shape, len(clip.frames), side, settings)
     else:
         clip = load_video(Video(video), lambda shape: evenly(shape, CHOSEN))
         size = SIDE, SIDE
@@ -75,22 +81,27 @@ def theirs(family: str, video: np.ndarray) -> Frames:
     Raises:
         ModuleNotFoundError: there is no torchvision.
     """
+    asked: dict[str, Any] = {"num_frames": CHOSEN, "fps": None}
     if family == "Qwen2.5-VL":
         from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
         processor = Qwen2VLVideoProcessor(cap_pixels_per_frame=False, **SETTINGS[family])
+    elif family == "Qwen3-VL":
+        from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+        processor = Qwen3VLVideoProcessor(cap_pixels_per_frame=False)
     else:
         from transformers.models.llava_onevision import video_processing_llava_onevision as module
 
         processor = module.LlavaOnevisionVideoProcessor(**SETTINGS[family])
     made = processor(
-        [video], do_sample_frames=True, num_frames=CHOSEN, return_metadata=True, return_tensors="np"
+        [video], do_sample_frames=True, return_metadata=True, return_tensors="np", **asked
     )
     pixels, [metadata] = np.asarray(made["pixel_values_videos"]), made["video_metadata"]
     chosen = np.asarray(metadata.frames_indices)
-    if family != "Qwen2.5-VL":
+    if family not in QWEN:
         return Frames(pixels[0], chosen)
-    [[time, down, across]], patch = made["video_grid_thw"], TILE // 2
+    [[time, down, across]], patch = made["video_grid_thw"], QWEN[family][1] // 2
     tiles = pixels.reshape(time, down // 2, across // 2, 2, 2, 3, 2, patch, patch)
     whole = tiles.transpose(0, 6, 5, 1, 3, 7, 2, 4, 8)
     return Frames(whole.reshape(2 * time, 3, down * patch, across * patch), chosen)

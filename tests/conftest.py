@@ -92,7 +92,7 @@ def qwen3_dir(tmp_path_factory):
 
 def write_qwen(path, family):
     write_tiny(path, qwen_json(family), qwen_tokenizer())
-    save_processor(path)
+    save_processor(path, family)
     return path
 
 

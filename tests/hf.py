@@ -25,6 +25,9 @@ from tests.tiny import (
 from tests.tiny_qwen import qwen_json, save_processor
 from vlcache_jax.models.fold import fold_transform
 
+# Threads of torch wait by turning in circles, and XLA's own need the cores: many times slower.
+torch.set_num_threads(1)
+
 KINDS = {
     "llava-1.5 Llama MHA": ("llava", "llama", {"num_key_value_heads": 4}),
     "NeXT Mistral GQA": ("llava_next", "mistral", {"num_key_value_heads": 2}),
@@ -134,7 +137,7 @@ def save(model: Any, path: Path, family: str, **kwargs: Any) -> Path:
     """Write the model and its processor as a Hugging Face directory."""
     model.save_pretrained(path, **kwargs)
     if family in QWEN:
-        save_processor(path)
+        save_processor(path, family)
         return path
     (text_tokenizer() if family == "text" else tiny_processor(family)).save_pretrained(path)
     return path

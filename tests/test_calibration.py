@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import vlcache_jax
+from tests.cli.program import run
 from tests.tiny import picture
 from vlcache_jax import AKVQ, Calibration, FullCache, Generate, VLCache, calibrate, demo
 from vlcache_jax.cache.method import CacheMethod, Observation
@@ -104,6 +105,24 @@ def test_bad_input_is_refused_before_the_parameters_are_read(
     lazy._read_params = lambda: pytest.fail("the parameters were read")
     with pytest.raises(ValueError, match=message):
         calibrate(lazy, images, text, **options)
+
+
+def test_a_picture_and_a_video(onevision_dir, tmp_path):
+    """As the command pairs them with the questions: each is a prompt of its own."""
+    film, shot, out = tmp_path / "a.gif", tmp_path / "a.png", tmp_path / "found.json"
+    IMAGES[0].save(film, save_all=True, append_images=[picture(70, 40, seed) for seed in (2, 3)])
+    IMAGES[1].save(shot)
+    asked = ("--prompt", TEXTS[0], "--prompt", TEXTS[1], "--out", out)
+    both = ("--video", film, "--image", shot, "--frames", 2)
+    result = run("calibrate", onevision_dir, *both, *asked)
+    assert result.exit_code == 0, result.output
+    vlm = vlcache_jax.load(onevision_dir)
+    alone = calibrate(vlm, shot, TEXTS[0]), calibrate(vlm, None, TEXTS[1], videos=film, frames=2)
+    expected = np.mean([each.text_shares for each in alone], axis=0)
+    found = Calibration.read(out)
+    assert found.prompts == 2
+    np.testing.assert_allclose(found.text_shares, expected, rtol=1e-5)
+    assert abs(alone[0].text_shares[0] - alone[1].text_shares[0]) > 1e-3
 
 
 def test_a_file_is_read_as_it_was_written(found, tmp_path):

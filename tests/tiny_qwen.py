@@ -94,23 +94,27 @@ def qwen_images(**settings: Any) -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(**usual | settings)
 
 
-VIDEO_SETTINGS = {
-    "size": {"shortest_edge": 2 * TILE * TILE, "longest_edge": 12 * TILE * TILE},
-    "patch_size": PATCH,
-}
-"""Of the video processor: frames of 2 to 12 tiles."""
+def video_settings(family: str) -> dict[str, Any]:
+    """Of the video processor: every frame, of 2 to 12 tiles, Qwen3-VL's of 2 to 48 together."""
+    most = 48 if family == "qwen3_vl" else 12
+    return {
+        "size": {"shortest_edge": 2 * TILE * TILE, "longest_edge": most * TILE * TILE},
+        "patch_size": PATCH,
+        "do_sample_frames": False,
+    }
 
 
 def qwen_processor(family: str = "qwen2_5_vl", **settings: Any) -> Any:
     """Both together, the image processor with other settings."""
     kind = picture_processor(PROCESSORS[family])
     processor = kind(qwen_images(**settings), qwen_tokenizer())
-    processor.video_settings = VideoSettings(VIDEO_SETTINGS)
+    processor.video_settings = VideoSettings(video_settings(family))
     return processor
 
 
-def save_processor(path: Path) -> None:
+def save_processor(path: Path, family: str) -> None:
     """Write the files of `qwen_processor` into a model directory."""
     qwen_images().save_pretrained(path)
     qwen_tokenizer().save_pretrained(path)
-    (path / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_SETTINGS))
+    settings = json.dumps(video_settings(family))
+    (path / "video_preprocessor_config.json").write_text(settings)

@@ -29,6 +29,7 @@ from vlcache_jax.files import check_file, whole_file
 from vlcache_jax.models.families import Params
 from vlcache_jax.requests.images import Images
 from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.requests.videos import Videos
 from vlcache_jax.results.answer import versions
 from vlcache_jax.running.settings import Settings
 from vlcache_jax.running.stages import Stages
@@ -142,12 +143,14 @@ def calibrate(
     images: Images | Sequence[Images] = None,
     text: str | list[str] = "",
     *,
+    videos: Videos | Sequence[Videos] = None,
+    frames: int | None = None,
     threshold: float = THRESHOLD,
     pivots: int = AKVQ.pivots,
     raw_prompt: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Find the text-salient layers of a model, by a few prompts with pictures.
+    """Find the text-salient layers of a model, by a few prompts with pictures or videos.
 
     The prompts are only read, one at a time, never answered. Use the result as
     `AKVQ(tsa_layers=result.tsa_layers)`, or save it as `KV_LAYERS` beside the weights, where `load`
@@ -157,27 +160,36 @@ def calibrate(
         vlm: the model.
         images: of one prompt, an image or a list of images; of a list of prompts, a list with one
             such entry for each. An image is a local file, a PIL image or uint8 [H, W, 3].
-        text: one prompt, or a list of them; each needs an image.
+        text: one prompt, or a list of them; each needs an image or a video.
+        videos: as images (`requests.videos.Videos`).
+        frames: how many frames of each video the model is shown.
         threshold: text share above which a layer is text-salient.
         pivots: tokens of each layer with the largest activations, which are left out.
         raw_prompt: take the text as it is, without the chat template.
         progress: called with the prompts done and the prompts in all.
 
     Raises:
-        ValueError: bad images or prompts, a prompt without a picture, a setting out of range.
-        FileNotFoundError: an image file does not exist.
+        ValueError: bad images, videos or prompts, a prompt without either, a setting out of range.
+        FileNotFoundError: a file of an image or a video does not exist.
     """
     # Any budget that is not the whole cache has the layers looked at; nothing is evicted.
     quantizer = AKVQ(pivots=pivots, tsa_layers=())
     method = Custom(0.5, score=ColumnSum(), allocation="uniform", quantize=quantizer)
     unmeasured = Calibration((0.0,), threshold, pivots)  # refuses a bad setting now
     request = vlm.request(
-        images, text, max_new_tokens=1, raw_prompt=raw_prompt, cache=method, prefill_batch=1
+        images,
+        text,
+        videos=videos,
+        frames=frames,
+        max_new_tokens=1,
+        raw_prompt=raw_prompt,
+        cache=method,
+        prefill_batch=1,
     )
     stages, prompts = request.generate.stages, request.groups
     for number, inputs in enumerate(prompts, 1):
         if not (inputs.visual_index >= 0).any():
-            raise ValueError(f"prompt {number} has no picture: give one to every prompt")
+            raise ValueError(f"prompt {number} has no picture and no video: give one to each")
     settings = request.settings.rows(np.zeros(1, np.int32))  # the same for all
     measure = jax.jit(partial(_text_shares, stages, quantizer))
     shares = []

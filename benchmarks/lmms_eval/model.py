@@ -17,7 +17,7 @@ from vlcache_jax.running.programs import keep_programs
 
 
 class VLCacheModel(lmms):
-    """A model with a compressed cache, for lmms-eval's tasks of images and text.
+    """A model with a compressed cache, for lmms-eval's tasks of images, videos and text.
 
     All arguments but the first have defaults; lmms-eval's `--model_args` gives them by name.
 
@@ -33,6 +33,8 @@ class VLCacheModel(lmms):
         max_batch_size: an upper bound of it.
         prefill_batch: prompts of a batch that are prefilled at a time, all by default. Fewer take
             less memory.
+        frames: frames of each video that the model is shown, evenly chosen; by default what the
+            checkpoint's processor says. A video with fewer is refused.
         device: None, or the name of the device that JAX takes anyway.
         seed: of the draws where a task asks for sampling.
 
@@ -55,13 +57,14 @@ class VLCacheModel(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         prefill_batch: int | None = None,
+        frames: int | None = None,
         device: str | None = None,
         seed: int = 0,
     ):
         super().__init__()
         check_machine(device)
         self.batch_size = batch_size_of(batch_size, max_batch_size)
-        self.prefill_batch, self.seed = prefill_batch, seed
+        self.prefill_batch, self.frames, self.seed = prefill_batch, frames, seed
         quantizer = make_quantizer(None if kv_bits is None else str(kv_bits))
         self.cache = make_method(method, kv_budget, quantizer)
         keep_programs()
@@ -74,11 +77,11 @@ class VLCacheModel(lmms):
 
         The share of the cache that was kept is logged, and lmms-eval writes its mean beside the
         speed (`throughput`). The time counted is the model's alone: without compilation and
-        without the processing of images.
+        without the processing of images and videos.
 
         Raises:
             ValueError: a prompt does not fit the model; the message names what would.
-            NotImplementedError: video or audio, or a generation setting that is not supported.
+            NotImplementedError: audio, or a generation setting that is not supported.
         """
         results: list[GenerationResult] = [GenerationResult("")] * len(requests)
         prompts = [Request.of(request.args, self.task_dict) for request in requests]
@@ -86,7 +89,7 @@ class VLCacheModel(lmms):
         with tqdm(total=len(prompts), desc="Answering") as bar:
             for places, answers in answer_all(
                 self.vlm, prompts, cache=self.cache, batch_size=self.batch_size,
-                prefill_batch=self.prefill_batch, seed=self.seed,
+                prefill_batch=self.prefill_batch, frames=self.frames, seed=self.seed,
             ):  # fmt: skip
                 for place, answer in zip(places, answers, strict=True):
                     counts = TokenCounts(answer.prompt_tokens, len(answer.tokens))

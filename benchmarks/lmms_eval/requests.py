@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from PIL import Image
@@ -115,18 +116,30 @@ class Settings:
         )
 
 
+class Visuals(NamedTuple):
+    """What a document shows.
+
+    Attributes:
+        images: its images.
+        videos: the files of its videos.
+    """
+
+    images: list[Image.Image]
+    videos: list[str | Path]
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt to answer.
 
     Attributes:
         text: the prompt.
-        images: reads its images.
+        visuals: reads its images, and finds its videos.
         settings: how its answer is generated.
     """
 
     text: str
-    images: Callable[[], list[Image.Image]]
+    visuals: Callable[[], Visuals]
     settings: Settings
 
     @classmethod
@@ -134,27 +147,31 @@ class Request:
         """Read the `args` of an lmms-eval instance for `generate_until`.
 
         Args:
-            arguments: context, generation arguments, the function from a document to its images,
-                the document's number, its task and its split.
+            arguments: context, generation arguments, the function from a document to its images and
+                paths of videos, the document's number, its task and its split.
             datasets: documents by task, split and number.
 
         Raises:
             ValueError: a generation argument is out of range.
-            NotImplementedError: one is not supported; `images` raises it for video and audio.
+            NotImplementedError: one is not supported; `visuals` raises it for audio.
         """
         text, generation, doc_to_visual, number, task, split = arguments
 
-        def images() -> list[Image.Image]:
-            visuals = doc_to_visual(datasets[task][split][number]) or []
-            for visual in visuals:
-                if not isinstance(visual, Image.Image):
+        def visuals() -> Visuals:
+            found = Visuals([], [])
+            for visual in doc_to_visual(datasets[task][split][number]) or []:
+                if isinstance(visual, Image.Image):
+                    found.images.append(visual)
+                elif isinstance(visual, str | Path):
+                    found.videos.append(visual)
+                else:
                     raise NotImplementedError(
                         f"document {number} of {task} has a {type(visual).__name__}: only images "
-                        "are supported, neither video nor audio"
+                        "and files of videos are supported, not audio"
                     )
-            return list(visuals)
+            return found
 
-        return cls(text, images, Settings.of(generation))
+        return cls(text, visuals, Settings.of(generation))
 
 
 def answer_all(
@@ -164,9 +181,10 @@ def answer_all(
     cache: CacheMethod,
     batch_size: int,
     prefill_batch: int | None = None,
+    frames: int | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[list[int], list[Answer]]]:
-    """Answer requests batch by batch; a batch's images are read while the one before it runs.
+    """Answer requests batch by batch; what a batch shows is read while the one before it runs.
 
     Args:
         vlm: the model.
@@ -174,6 +192,7 @@ def answer_all(
         cache: what is kept of each prompt.
         batch_size: most prompts of a batch.
         prefill_batch: prompts of a batch that are prefilled at a time, all by default.
+        frames: frames of each video that the model is shown; what its processor says by default.
         seed: of the first batch's draws. Each batch has one of its own, so that a request that is
             repeated is drawn anew.
 
@@ -181,8 +200,8 @@ def answer_all(
         The places of a batch's requests and their answers.
 
     Raises:
-        ValueError: a prompt does not fit the model.
-        NotImplementedError: a document holds something else than images.
+        ValueError: a prompt does not fit the model, or a video cannot be read.
+        NotImplementedError: a document holds something else than images and videos.
     """
     groups: dict[Settings, list[int]] = {}
     for place, request in enumerate(requests):
@@ -192,9 +211,15 @@ def answer_all(
         for settings, group in groups.items()
         for start in range(0, len(group), batch_size)
     ]
+
+    def shown(places: list[int]) -> dict[str, Any]:
+        found = [requests[place].visuals() for place in places]
+        images, videos = ([list(each) for each in kind] for kind in zip(*found, strict=True))
+        return {"images": images, "videos": videos, "frames": frames if any(videos) else None}
+
     arguments = (
         {
-            "images": [requests[place].images() for place in places],
+            **shown(places),
             "text": [requests[place].text for place in places],
             "max_new_tokens": settings.max_new_tokens,
             "cache": cache,

@@ -23,6 +23,7 @@ import vlcache_jax
 from benchmarks.lmms_eval.requests import (
     Request,
     Settings,
+    Visuals,
     answer_all,
     batch_size_of,
     check_machine,
@@ -94,13 +95,16 @@ def test_generation_arguments_that_are_refused(given, error, message):
         Settings.of(given)
 
 
-def test_documents_without_images_and_with_a_video():
+def test_documents_without_images_and_with_videos():
     datasets = {"task": {"test": [None]}}
     text_only = Request.of(("q", {}, lambda doc: doc, 0, "task", "test"), datasets)
-    assert text_only.images() == []
-    video = Request.of(("q", {}, lambda doc: ["clip.mp4"], 0, "task", "test"), datasets)
-    with pytest.raises(NotImplementedError, match="document 0 of task has a str"):
-        video.images()
+    assert text_only.visuals() == ([], [])
+    photo = picture(9, 9)
+    both = Request.of(("q", {}, lambda doc: ["a.mp4", photo], 0, "task", "test"), datasets)
+    assert both.visuals() == ([photo], ["a.mp4"])
+    audio = Request.of(("q", {}, lambda doc: [{"array": []}], 0, "task", "test"), datasets)
+    with pytest.raises(NotImplementedError, match=r"document 0 of task has a dict: .*not audio"):
+        audio.visuals()
 
 
 def test_requests_share_a_batch_with_those_of_their_settings():
@@ -108,22 +112,27 @@ def test_requests_share_a_batch_with_those_of_their_settings():
 
     def generate_each(batches):
         for given in batches:
-            names = "images", "text", "max_new_tokens", "seed", "top_p", "stop"
+            assert given["frames"] == (5 if any(given["videos"]) else None)
+            names = "images", "videos", "text", "max_new_tokens", "seed", "top_p", "stop"
             calls.append(tuple(given[name] for name in names))
             yield given["text"]
 
     few, many = Settings(4), Settings(9, Sampling(1.0, None, 0.5), ("end",))
     kinds = [few, many, few, few, many]
     image: Any = "image"
-    requests = [Request(f"q{place}", lambda: [image], kind) for place, kind in enumerate(kinds)]
+    shown = [Visuals([image], ["a.mp4"] * (place == 3)) for place in range(5)]
+    requests = [
+        Request(f"q{place}", lambda place=place: shown[place], kind)
+        for place, kind in enumerate(kinds)
+    ]
     vlm: Any = SimpleNamespace(generate_each=generate_each)
     cache = vlcache_jax.FullCache()
-    done = list(answer_all(vlm, requests, cache=cache, batch_size=2, seed=7))
+    done = list(answer_all(vlm, requests, cache=cache, batch_size=2, frames=5, seed=7))
     assert [places for places, _ in done] == [[0, 2], [3], [1, 4]]
     assert calls == [
-        ([[image], [image]], ["q0", "q2"], 4, 7, 1.0, ()),
-        ([[image]], ["q3"], 4, 8, 1.0, ()),
-        ([[image], [image]], ["q1", "q4"], 9, 9, 0.5, ("end",)),
+        ([[image], [image]], [[], []], ["q0", "q2"], 4, 7, 1.0, ()),
+        ([[image]], [["a.mp4"]], ["q3"], 4, 8, 1.0, ()),
+        ([[image], [image]], [[], []], ["q1", "q4"], 9, 9, 0.5, ("end",)),
     ]
 
 
@@ -278,6 +287,24 @@ def test_an_answer_ends_before_the_first_string(plugin, model_dir):
     ends = whole[-1], whole[len(whole) // 2]
     assert answer(*ends) == whole[: min(map(whole.index, ends))]
     assert answer("no such text") == whole
+
+
+def test_a_video_beside_a_picture(plugin, onevision_dir, tmp_path):
+    module, _ = plugin
+    shots = [picture(40, 30, seed) for seed in range(4)]
+    film = tmp_path / "a.gif"
+    shots[0].save(film, save_all=True, append_images=shots[1:])
+    model = module.VLCacheModel(str(onevision_dir), batch_size=2, frames=2)
+    model.task_dict["tiny"] = {"test": [[str(film)], [shots[0]]]}
+    asked = [("What?", {"max_new_tokens": 6}, list, number, "tiny", "test") for number in range(2)]
+    found = model.generate_until([SimpleNamespace(args=arguments) for arguments in asked])
+    options = {"max_new_tokens": 6, "cache": vlcache_jax.VLCache()}
+    alone = [
+        model.vlm.generate(None, "What?", videos=film, frames=2, **options),
+        model.vlm.generate(shots[0], "What?", **options),
+    ]
+    assert [result.text for result in found] == [answer.text for answer in alone]
+    assert found[0].text != found[1].text
 
 
 def test_bits_may_be_a_number_and_the_weights_are_made_for_them(plugin, model_dir):

@@ -345,7 +345,7 @@ def test_calibration_leaves_a_file_that_later_runs_find(model_dir, image, tmp_pa
     assert json.loads(out.read_text()) == written
     for options, message in (
         (("demo-small", "--image", "demo-small"), "--out FILE"),
-        ((copy, "--force"), "give one --image or more"),
+        ((copy, "--force"), "give one --image or --video or more"),
         ((copy, "--force", "--image", image), "give a --prompt"),
         (
             (
@@ -357,7 +357,7 @@ def test_calibration_leaves_a_file_that_later_runs_find(model_dir, image, tmp_pa
                 "demo-small",
                 *("--prompt", "x") * 3,
             ),
-            "2 images and 3 prompts",
+            "2 images, 0 videos and 3 prompts",
         ),
         ((copy, "--out", tmp_path / "none" / "x.json", "--image", "demo-small"), "no directory"),
         ((copy, "--force", "--image", "demo-small", "--threshold", 2), "threshold=2"),

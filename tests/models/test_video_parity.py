@@ -5,6 +5,7 @@ here, and benchmarks/video_pixels compares these with torchvision's.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,20 +13,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from transformers.video_utils import VideoMetadata
+
 import vlcache_jax
 from pallas_kernels.prefill_attention import prefill_attention
 from tests import hf
 from tests.tiny import picture
-from tests.tiny_qwen import IMAGE_ID, PATCH, VIDEO_ID
+from tests.tiny_qwen import IMAGE_ID, PATCH, qwen_processor
 from vlcache_jax import Buckets, SnapKV, Video
 from vlcache_jax.models.families import bind
-from vlcache_jax.models.qwen_vl.packing import PAD, VIDEO_PAD
+from vlcache_jax.models.qwen_vl.packing import MARK, PAD, VIDEO_MARK
 from vlcache_jax.running.stages import Stages
 
 BOUND = 1e-4
 FAMILIES = {
     "llava_onevision": Buckets(prompt=(256,), tiles=(0, 37)),
     "qwen2_5_vl": Buckets(prompt=(256,), tiles=(0, 256)),
+    "qwen3_vl": Buckets(prompt=(320,), tiles=(0, 128)),
 }
 
 
@@ -49,8 +53,8 @@ class Pair:
 
     def __init__(self, family, folder):
         self.family = family
-        if family == "qwen2_5_vl":
-            self.theirs = hf.qwen_model("qwen2_5_vl")
+        if family in hf.QWEN:
+            self.theirs = hf.qwen_model(family)
         else:
             self.theirs = hf.hf_model(family, "qwen2", {"num_key_value_heads": 2})
         self.path = hf.save(self.theirs, folder / "model", family)
@@ -67,7 +71,9 @@ class Pair:
         sizes, videos, words = PROMPTS[name]
         images = [picture(*size) for size in sizes]
         clips = self.ours.processor.clips(videos)
-        make = qwen_inputs if self.family == "qwen2_5_vl" else onevision_inputs
+        make = onevision_inputs
+        if self.family in hf.QWEN:
+            make = partial(qwen_inputs, self.family)
         return images, videos, words, make(self.ours.processor, images, clips, words)
 
     def inputs(self, name):
@@ -75,11 +81,9 @@ class Pair:
         return self.ours.processor(images, words, videos=videos, raw_prompt=True), theirs
 
 
-def with_ids(tokenizer, text, data, kinds):
+def with_ids(tokenizer, text, data):
     ids = torch.tensor(tokenizer(text)["input_ids"])[None]
     data |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if kinds:
-        data["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
     return data
 
 
@@ -95,18 +99,21 @@ def onevision_inputs(processor, images, clips, words):
     frames = [processor._packing.video_settings.pixels(clip.frames, (56, 56)) for clip in clips]
     data["pixel_values_videos"] = torch.tensor(np.stack(frames))
     words = words.replace("<video>", "<video>" * (4 * len(frames[0]) + 1))
-    return with_ids(processor.tokenizer, words, data, False)
+    return with_ids(processor.tokenizer, words, data)
 
 
-def qwen_inputs(processor, images, clips, words):
-    data = {}
+def qwen_inputs(family, processor, images, clips, words):
+    """Text of transformers' processor, which is given the sizes of its torchvision half alone."""
+    theirs = qwen_processor(family)
+    theirs.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    theirs.image_token, theirs.image_token_id = PAD, IMAGE_ID  # the tokenizer has LLaVA's, too
+    data, pictures = {}, []
     if images:
         data = dict(processor.image_processor(images=images, return_tensors="pt"))
-        for _, height, width in data["image_grid_thw"].tolist():
-            words = words.replace("<image>", f"<s>{PAD * (height * width // 4)}<s>", 1)
+        pictures = [theirs.replace_image_token(data, place) for place in range(len(images))]
     grids, patches = [], []
     for clip in clips:
-        size = processor._packing._frame_size(clip.shape, len(clip.frames))
+        size = processor._packing.frame_size(clip.shape, len(clip.frames))
         frames = torch.tensor(processor._packing.video_settings.pixels(clip.frames, size))
         if len(frames) % 2:
             frames = torch.cat([frames, frames[-1:]])
@@ -114,14 +121,18 @@ def qwen_inputs(processor, images, clips, words):
         cut = frames.view(steps, 2, 3, down, 2, PATCH, across, 2, PATCH)
         patches.append(cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 6 * PATCH * PATCH))
         grids.append([steps, 2 * down, 2 * across])
-        words = words.replace("<video>", f"<s>{VIDEO_PAD * (steps * down * across)}<s>", 1)
     data["pixel_values_videos"] = torch.cat(patches)
     data["video_grid_thw"] = torch.tensor(grids)
-    data["second_per_grid_ts"] = torch.tensor([2 / clip.fps for clip in clips])
-    starts = "<|vision_start|>", "<|vision_end|>"
-    words, *rest = words.split("<s>")
-    words += "".join(starts[place % 2] + piece for place, piece in enumerate(rest))
-    return with_ids(processor.tokenizer, words, data, True)
+    if family == "qwen2_5_vl":
+        data["second_per_grid_ts"] = torch.tensor([2 / clip.fps for clip in clips])
+    times = [VideoMetadata(*clip.shape[::3], frames_indices=clip.chosen) for clip in clips]
+    made = data | {"video_metadata": times}
+    films = [theirs.replace_video_token(made, place) for place in range(len(clips))]
+    words = words.replace("<image>", MARK).replace("<video>", VIDEO_MARK)
+    [words], _ = theirs.get_text_with_replacements([words], pictures, films)
+    with_ids(processor.tokenizer, words, data)
+    kinds = theirs.create_mm_token_type_ids(data["input_ids"].tolist())
+    return data | {"mm_token_type_ids": torch.tensor(kinds)}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -134,13 +145,12 @@ def test_tokens_and_positions(pair, name):
     inputs, theirs = pair.inputs(name)
     length = int(inputs.length[0])
     assert inputs.tokens[0, :length].tolist() == theirs["input_ids"][0].tolist()
-    if pair.family == "qwen2_5_vl":
-        grids = {key: theirs.get(key) for key in ("image_grid_thw", "video_grid_thw")}
+    if pair.family in hf.QWEN:
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
         positions, _ = pair.theirs.model.get_rope_index(
             theirs["input_ids"],
             theirs["mm_token_type_ids"],
-            second_per_grid_ts=theirs["second_per_grid_ts"],
-            **grids,
+            **{name: theirs.get(name) for name in names},
         )
         assert np.array_equal(inputs.positions[:, 0, :length], positions[:, 0])
         assert inputs.next_position().tolist() == [int(positions[0, 0, -1]) + 1]
@@ -199,6 +209,8 @@ def test_an_inspection_shows_each_frame(pair, tmp_path):
     names = ["frame 0, 0.00 s", "frame 2, 1.00 s", "frame 4, 2.00 s", "frame 6, 3.00 s"]
     if pair.family == "qwen2_5_vl":
         names = ["frame 0 and 2, 0.00 s", "frame 4 and 6, 2.00 s"]
+    if pair.family == "qwen3_vl":
+        names = ["frame 0 and 2, 0.00 s", "frame 5 and 7, 2.50 s"]
     expected = [*(f"video 1, {name}" for name in names), "picture 1"]
     assert [each.name for each in found.pictures] == expected
     places = np.concatenate([each.positions for each in found.pictures])

@@ -12,6 +12,7 @@ from tests.tiny_qwen import qwen_json, qwen_processor
 from vlcache_jax import Video
 from vlcache_jax.models.families import read_config
 from vlcache_jax.models.qwen_vl.frames import choose_frames, frame_size
+from vlcache_jax.models.qwen_vl.packing import PROCESSORS
 from vlcache_jax.requests.processing import Processor
 from vlcache_jax.requests.video_settings import VideoSettings
 from vlcache_jax.requests.videos import Shape, as_videos, evenly, load_video
@@ -42,10 +43,10 @@ def film(path, frames=12, rate=10):
     return path
 
 
-@pytest.fixture(scope="module", params=["llava_onevision", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["llava_onevision", *PROCESSORS])
 def processor(request):
-    if request.param == "qwen2_5_vl":
-        return Processor(read_config(qwen_json()), qwen_processor())
+    if request.param in PROCESSORS:
+        return Processor(read_config(qwen_json(request.param)), qwen_processor(request.param))
     return Processor(tiny_config(request.param), tiny_processor(request.param))
 
 

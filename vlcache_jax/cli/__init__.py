@@ -257,10 +257,12 @@ def calibrate(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="The question to each image, in their order, or one for all of them. Without it "
-            "demo pictures have their own."
+            help="The question to each image and then to each video, in their order, or one for "
+            "all of them. Without it demo pictures have their own."
         ),
     ] = None,
+    video: options.Video = None,
+    frames: options.Frames = None,
     threshold: Annotated[
         float, typer.Option(help="Text share above which a layer is text-salient.")
     ] = 0.5,
@@ -280,10 +282,10 @@ def calibrate(
 ) -> None:
     """Find the layers that attend to text, for --kv-bits akvq.
 
-    Reads a few pictures with questions, and measures how much of each layer's attention goes to
-    text. AKVQ gives text more bits in layers where most does. The result is written beside the
-    weights, where every later run finds it; without one, the layers are those that the paper found
-    for Llama (the first two) and Mistral (none).
+    Reads a few pictures or videos with questions, and measures how much of each layer's attention
+    goes to text. AKVQ gives text more bits in layers where most does. The result is written beside
+    the weights, where every later run finds it; without one, the layers are those that the paper
+    found for Llama (the first two) and Mistral (none).
 
     Example: vlcache calibrate MODEL --image a.png --prompt "..." --image b.png --prompt "..."
     """
@@ -293,12 +295,19 @@ def calibrate(
 
     with user_errors():
         file = check_file(out or calibration.file_beside(model), "calibration file", force=force)
-        images, texts = find_questions(image or [], prompt or [])
+        images, videos, texts = find_questions(image or [], video or [], prompt or [])
         vlm, progress = open_model(model, revision, dtype, backend)
         show = partial(progress_line(progress, "reading"), "prompts")
         with progress:
             found = calibration.calibrate(
-                vlm, images, texts, threshold=threshold, raw_prompt=raw_prompt, progress=show
+                vlm,
+                images,
+                texts,
+                videos=videos if video else None,
+                frames=frames,
+                threshold=threshold,
+                raw_prompt=raw_prompt,
+                progress=show,
             )
         found.save(file, force=force)
     facts = asdict(found) | {"tsa_layers": found.tsa_layers, "file": str(file), "model": model}

@@ -109,18 +109,25 @@ def find_question(
     )
 
 
-def find_questions(images: list[str], prompts: list[str]) -> tuple[list[list[Path]], list[str]]:
-    """For each image its file, in a list, and its question."""
-    if not images:
-        raise ValueError("give one --image or more, and a --prompt to each of them or to all")
-    if len(prompts) not in (0, 1, len(images)):
+def find_questions(
+    images: list[str], videos: list[Path], prompts: list[str]
+) -> tuple[list[list[Path]], list[list[Path]], list[str]]:
+    """The images, the videos and the text of a question to each image, then to each video."""
+    shown = [([image], []) for image in images] + [([], [video]) for video in videos]
+    if not shown:
         raise ValueError(
-            f"{len(images)} images and {len(prompts)} prompts: give one --prompt for each --image, "
-            "or one for all; demo pictures have questions of their own"
+            "give one --image or --video or more, and a --prompt to each of them or to all"
         )
-    texts = prompts if len(prompts) > 1 else (prompts or [None]) * len(images)
-    asked = [find_question([image], text) for image, text in zip(images, texts, strict=True)]
-    return [files for files, _, _ in asked], [question for _, question, _ in asked]
+    if len(prompts) not in (0, 1, len(shown)):
+        raise ValueError(
+            f"{len(images)} images, {len(videos)} videos and {len(prompts)} prompts: give one "
+            "--prompt for each --image and --video, or one for all; demo pictures have questions "
+            "of their own"
+        )
+    texts = prompts if len(prompts) > 1 else (prompts or [None]) * len(shown)
+    asked = [find_question(one, text, film) for (one, film), text in zip(shown, texts, strict=True)]
+    films = [film for _, film in shown]
+    return [files for files, _, _ in asked], films, [question for _, question, _ in asked]
 
 
 def open_model(

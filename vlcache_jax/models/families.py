@@ -26,6 +26,7 @@ from vlcache_jax.models.onevision.packing import OnevisionPacking
 from vlcache_jax.models.qwen3_vl.config import Qwen3VLConfig
 from vlcache_jax.models.qwen3_vl.model import Qwen3VL
 from vlcache_jax.models.qwen3_vl.names import QWEN3_VL
+from vlcache_jax.models.qwen3_vl.packing import Qwen3VLPacking
 from vlcache_jax.models.qwen_vl.config import QwenVLConfig
 from vlcache_jax.models.qwen_vl.model import QwenVL
 from vlcache_jax.models.qwen_vl.names import QWEN_VL
@@ -55,7 +56,7 @@ _TEXT = Family(ModelConfig, Decoder, DECODER, Packing)
 _LLAVA = Family(LlavaConfig, Llava, LLAVA, LlavaPacking)
 _ONEVISION = Family(OnevisionConfig, Llava, LLAVA, OnevisionPacking)
 _QWEN_VL = Family(QwenVLConfig, QwenVL, QWEN_VL, QwenVLPacking)
-_QWEN3_VL = Family(Qwen3VLConfig, Qwen3VL, QWEN3_VL, QwenVLPacking)
+_QWEN3_VL = Family(Qwen3VLConfig, Qwen3VL, QWEN3_VL, Qwen3VLPacking)
 FAMILIES = {
     **dict.fromkeys(DECODERS, _TEXT),
     "llava": _LLAVA,

@@ -7,7 +7,7 @@ A mark of a prompt stands for a `Segment`: a picture, or a video, whose frames a
 follow each other. Behind the packing there are only pictures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +26,8 @@ NEWLINE = -2
 """Among a picture's rows of the visual table: the row behind those of all tiles."""
 
 NO_VIDEOS = (
-    "the model takes no videos: give frames of them as images, or take a LLaVA-OneVision or a "
-    "Qwen2.5-VL"
+    "the model takes no videos: give frames of them as images, or take a LLaVA-OneVision, a "
+    "Qwen2.5-VL or a Qwen3-VL"
 )
 """What is said where a video is given to a family without them."""
 
@@ -165,6 +165,8 @@ class Packing:
     """C: the rows of which a visual token is a weighted sum; 0 where it is one row."""
     has_layout: ClassVar[bool] = False
     """Whether tiles stand in a `ModelInputs.layout`."""
+    video_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings of the family's video processor where they are not those of most."""
 
     def __init__(self, config: ModelConfig, processor: Any):
         self.config, self.processor = config, processor
@@ -226,8 +228,9 @@ class Packing:
 
     @property
     def video_settings(self) -> VideoSettings:
-        """Those of the checkpoint."""
-        return getattr(self.processor, "video_settings", VideoSettings())
+        """Those of the checkpoint, and the family's where it does not say."""
+        own = getattr(self.processor, "video_settings", VideoSettings())
+        return own.over(self.video_defaults)
 
     def clip(self, video: VideoLike, frames: int | None) -> Clip:
         """The frames of a video that the model is shown.

@@ -12,7 +12,17 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.errors import short
-from vlcache_jax.fields import COUNT, FLAG, NUMBER, SECTION, Kind, one_of, read_field, read_json
+from vlcache_jax.fields import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    REQUIRED,
+    SECTION,
+    Kind,
+    one_of,
+    read_field,
+    read_json,
+)
 from vlcache_jax.requests.videos import Shape
 
 _COLOURS = Kind(
@@ -55,14 +65,18 @@ class VideoSettings:
                 return cls(read_json(file), file)
         return cls()
 
-    def read(self, name: str, kind: Kind, default: Any) -> Any:
+    def over(self, defaults: Mapping[str, Any]) -> "VideoSettings":
+        """The same, with a family's own where nothing is said of a setting."""
+        return VideoSettings({**defaults, **self.data}, self.file)
+
+    def read(self, name: str, kind: Kind, default: Any = REQUIRED) -> Any:
         """A setting, as `fields.read_field` reads it."""
         return read_field(self.data, name, kind, default, file=self.file)
 
     @property
     def count(self) -> int | None:
         """How many frames are chosen; None where that is not set."""
-        return self.read("num_frames", COUNT, None) if self._samples else None
+        return self.read("num_frames", COUNT, None) if self.samples else None
 
     def rated(self, shape: Shape) -> float | None:
         """How many frames of a video are chosen by their number in a second; None as of `count`.
@@ -70,7 +84,7 @@ class VideoSettings:
         Raises:
             ValueError: it is not known how many frames of a second the video has.
         """
-        if not self._samples or (fps := self.read("fps", NUMBER, None)) is None:
+        if not self.samples or (fps := self.read("fps", NUMBER, None)) is None:
             return None
         if shape.fps is None:
             raise ValueError(
@@ -81,7 +95,8 @@ class VideoSettings:
         return shape.frames / shape.fps * fps
 
     @property
-    def _samples(self) -> bool:
+    def samples(self) -> bool:
+        """Whether frames are chosen at all."""
         return self.read("do_sample_frames", FLAG, False)
 
     def pixels(self, frames: Sequence[Image.Image], size: tuple[int, int]) -> np.ndarray:

@@ -67,7 +67,7 @@ class Clip(NamedTuple):
     def fps(self) -> float:
         """Chosen frames per second, as transformers' `VideoMetadata.sampled_fps` counts them."""
         shape = self.shape
-        return len(self.frames) / shape.frames * shape.fps if shape.fps else 24.0
+        return len(self.frames) / shape.frames * shape.fps if shape.fps else UNKNOWN_FPS
 
 
 VideoLike: TypeAlias = Video | Clip | str | Path | bytes | Sequence[ImageLike] | Any
@@ -78,6 +78,9 @@ WebP) or a film that ffmpeg does, for which PyAV is needed; a list of frames, ea
 Videos: TypeAlias = VideoLike | Sequence[VideoLike] | None
 """The videos of one prompt. A list of PIL images or arrays `[H, W, 3]` is one video; in any other
 list each element is one, so that frames that are files are a list inside the list, or a `Video`."""
+
+UNKNOWN_FPS = 24.0
+"""Frames per second that transformers takes a video to have of which that is not known."""
 
 Choose = Callable[[Shape], np.ndarray]
 """Which frames of a video are taken: their numbers, int [F], increasing."""
@@ -105,12 +108,17 @@ def evenly(shape: Shape, count: int) -> np.ndarray:
     Raises:
         ValueError: it has fewer.
     """
+    check_count(shape, count)
+    return np.arange(count) * shape.frames // count
+
+
+def check_count(shape: Shape, count: int) -> None:
+    """Refuse more frames than a video has."""
     if count > shape.frames:
         raise ValueError(
             f"{count} frames are asked for, but the video has {shape.frames}: ask for fewer, or "
             "leave the number out"
         )
-    return np.arange(count) * shape.frames // count
 
 
 def load_video(source: VideoLike, choose: Choose) -> Clip:

@@ -25,7 +25,7 @@ class TowerConfig:
         merge_size: patches along one side of a tile, the square that becomes one visual token.
         rope_theta: base of the rotary frequencies.
         tokens_per_second: how far a second of a video moves the decoder's positions in time; 0
-            where videos are not taken.
+            where the prompt says in words when a step is shown.
     """
 
     hidden_size: int

@@ -6,6 +6,7 @@ each picture and video until their sizes are known.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,6 @@ from vlcache_jax.models.qwen_vl.layout import (
 from vlcache_jax.requests.images import ImageLike, load_image, name_of
 from vlcache_jax.requests.packing import (
     BASE,
-    NO_VIDEOS,
     Packing,
     Patches,
     Rendered,
@@ -67,14 +67,13 @@ class QwenVLPacking(Packing):
         super().__init__(config, processor)
         self.encoder = self.tokenizer
         self.mark, self.mark_id = MARK, config.image_token_id
-        vision, found = config.vision, self.tokenizer.convert_tokens_to_ids(PAD)
-        if found != self.mark_id:
+        vision, found = config.vision, self._ids(PAD)
+        if found != [self.mark_id]:
             raise ValueError(
-                f"the tokenizer's id of {PAD} is {found}, but the model's image_token_id is "
-                f"{self.mark_id}: use the tokenizer files of the same checkpoint"
+                f"the tokenizer's id of {PAD} is {', '.join(map(str, found))}, but the model's "
+                f"image_token_id is {self.mark_id}: use the tokenizer files of the same checkpoint"
             )
-        known = self.tokenizer.convert_tokens_to_ids(VIDEO_PAD) == config.video_token_id
-        if known and vision.tokens_per_second:
+        if self._ids(VIDEO_PAD) == [config.video_token_id]:
             self.video_mark, self.video_mark_id = VIDEO_MARK, config.video_token_id
         self._sizes = {
             "patch_size": vision.patch_size,
@@ -109,8 +108,8 @@ class QwenVLPacking(Packing):
                 )
 
         def choose(shape: Shape) -> np.ndarray:
-            chosen = choose_frames(shape, frames, self.video_settings)
-            down, across = self._grid(self._frame_size(shape, len(chosen)))
+            chosen = self.choose(shape, frames)
+            down, across = self._grid(self.frame_size(shape, len(chosen)))
             self.check_frames(shape, len(chosen), -(-len(chosen) // FRAMES) * down * across)
             return chosen
 
@@ -118,17 +117,15 @@ class QwenVLPacking(Packing):
 
     def row(self, images: Sequence[ImageLike], prompt: Rendered, clips: Sequence[Clip] = ()) -> Row:
         """The row of a rendered prompt, its images and clips; see `Packing.row`."""
-        ids = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
-        if self.video_mark is None and (ids == self.config.video_token_id).any():
-            raise NotImplementedError(f"the prompt has a {VIDEO_PAD}, but {NO_VIDEOS}")
-        asked = ("image", self.mark_id, images), ("video", self.video_mark_id, clips)
-        for kind, pad, given in asked:
-            if (count := np.count_nonzero(ids == pad)) != len(given):
+        for kind, pad, given in (("image", PAD, images), ("video", VIDEO_PAD, clips)):
+            if (count := prompt.text.count(pad)) != len(given):
                 raise ValueError(
                     f"{count} <|{kind}_pad|> tokens in the prompt but {len(given)} {kind}s: write "
                     f"<{kind}>, or <|vision_start|><|{kind}_pad|><|vision_end|>, for each {kind}"
                 )
-        pictures, films = map(self._picture, images), map(self._film, clips)
+        prompt = self.written(prompt, clips)
+        ids = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
+        pictures, films = map(self._picture, images), chain.from_iterable(map(self.film, clips))
         is_mark = self.is_mark(ids)
         made = [next(films if id == self.video_mark_id else pictures) for id in ids[is_mark]]
         spans, segments = [span for span, _ in made], [segment for _, segment in made]
@@ -160,7 +157,45 @@ class QwenVLPacking(Packing):
         """Which pixels the visual tokens of each step show; see `Packing.frame_patches`."""
         size = clip.shape.height, clip.shape.width
         steps = -(-len(clip.frames) // FRAMES)
-        return [self._patches(size, self._frame_size(clip.shape, len(clip.frames)))] * steps
+        return [self._patches(size, self.frame_size(clip.shape, len(clip.frames)))] * steps
+
+    def choose(self, shape: Shape, frames: int | None) -> np.ndarray:
+        """Which frames of a video are taken, int [F]; see `frames.choose_frames`."""
+        return choose_frames(shape, frames, self.video_settings)
+
+    def frame_size(self, shape: Shape, count: int) -> tuple[int, int]:
+        """(height, width) that so many frames are resized to; see `frames.frame_size`."""
+        return frame_size(shape, count, self.config.tile_side, self.video_settings)
+
+    def written(self, prompt: Rendered, clips: Sequence[Clip]) -> Rendered:
+        """The prompt, with a mark for each picture and each of what `film` makes of the clips."""
+        return prompt
+
+    def film(self, clip: Clip) -> list[tuple[Span, Segment]]:
+        """Where the tokens of a video lie, and its steps: here all of them at one mark."""
+        grid, steps = self.steps(clip)
+        seconds = np.float32(FRAMES / clip.fps)
+        interval = np.float32(self.config.vision.tokens_per_second) * seconds
+        return [(Span(len(steps), grid, float(interval)), self.segment(grid, steps))]
+
+    def segment(self, grid: Grid, steps: Sequence[np.ndarray]) -> Segment:
+        """A picture, or steps of a video, from their tiles line by line."""
+        side = self.config.vision.window_side
+        places, rows = tile_places(grid, side), tower_rows(grid, side)
+        _, row, column = places.T
+        tiles = [step[row * grid[1] + column] for step in steps]
+        return Segment([rows] * len(steps), tiles, layout=[places] * len(steps))
+
+    def steps(self, clip: Clip) -> tuple[Grid, list[np.ndarray]]:
+        """Tiles down and across of a video's steps, and those of each step line by line."""
+        side = self.config.tile_side
+        size = self.frame_size(clip.shape, len(clip.frames))
+        down, across = grid = self._grid(size)
+        frames = [*clip.frames, *clip.frames[-1:] * (-len(clip.frames) % FRAMES)]
+        pixels = self.video_settings.pixels(frames, size)
+        pixels = pixels.reshape(-1, FRAMES, 3, down, side, across, side)
+        steps = pixels.transpose(0, 3, 5, 1, 2, 4, 6)
+        return grid, list(steps.reshape(-1, down * across, FRAMES, 3, side, side))
 
     def _patches(self, size: tuple[int, int], resized: tuple[int, int]) -> Patches:
         """A picture is resized to its grid whole: its tokens show equal parts of it."""
@@ -175,31 +210,9 @@ class QwenVLPacking(Packing):
         height, width = resized
         return height // self.config.tile_side, width // self.config.tile_side
 
-    def _frame_size(self, shape: Shape, count: int) -> tuple[int, int]:
-        """(height, width) that so many frames of a video are resized to."""
-        return frame_size(shape, count, self.config.tile_side, self.video_settings)
-
-    def _segment(self, grid: Grid, steps: Sequence[np.ndarray]) -> Segment:
-        """A picture, or steps of a video, from their tiles line by line."""
-        side = self.config.vision.window_side
-        places, rows = tile_places(grid, side), tower_rows(grid, side)
-        _, row, column = places.T
-        tiles = [step[row * grid[1] + column] for step in steps]
-        return Segment([rows] * len(steps), tiles, layout=[places] * len(steps))
-
-    def _film(self, clip: Clip) -> tuple[Span, Segment]:
-        """Where a video's tokens lie, and its steps."""
-        side = self.config.tile_side
-        size = self._frame_size(clip.shape, len(clip.frames))
-        down, across = grid = self._grid(size)
-        frames = [*clip.frames, *clip.frames[-1:] * (-len(clip.frames) % FRAMES)]
-        pixels = self.video_settings.pixels(frames, size)
-        pixels = pixels.reshape(-1, FRAMES, 3, down, side, across, side)
-        steps = pixels.transpose(0, 3, 5, 1, 2, 4, 6)
-        steps = steps.reshape(-1, down * across, FRAMES, 3, side, side)
-        seconds = np.float32(FRAMES / clip.fps)
-        interval = np.float32(self.config.vision.tokens_per_second) * seconds
-        return Span(len(steps), grid, float(interval)), self._segment(grid, list(steps))
+    def _ids(self, text: str) -> list[int]:
+        """The tokens of a text: of a mark it is one, wherever it stands."""
+        return self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize(text))
 
     def _picture(self, source: ImageLike) -> tuple[Span, Segment]:
         """Where an image's tokens lie, and its tiles."""
@@ -218,4 +231,4 @@ class QwenVLPacking(Packing):
         patches = np.asarray(made["pixel_values"], np.float32)
         patches = patches.reshape(-1, merge, merge, 3, FRAMES, *[side // merge] * 2)[:, :, :, :, 0]
         tiles = patches.transpose(0, 3, 1, 4, 2, 5).reshape(-1, 3, side, side)
-        return Span(1, grid), self._segment(grid, [tiles])
+        return Span(1, grid), self.segment(grid, [tiles])
