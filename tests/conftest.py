@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 
-from tests import gguf_files
+from tests import gguf_files, thinned
 from tests.model_files import config_json, decoder_json, write_tiny
 from tests.tiny import VIDEO_TOKEN_ID, text_tokenizer, tiny_pinpoints, tiny_processor
 from tests.tiny_qwen import qwen_json, qwen_tokenizer, save_processor
@@ -34,6 +34,9 @@ from vlcache_jax.files import sha256
 if os.environ.get("JAX_PLATFORMS") == "cpu" and jax.__version_info__ < (0, 11):
     # The older code generator of fusions takes half the time again. Later releases have but one.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
+
+pytest_collection_modifyitems = thinned.pytest_collection_modifyitems
 
 
 @pytest.fixture(scope="module", autouse=True)

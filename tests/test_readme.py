@@ -85,6 +85,7 @@ def test_the_lines_about_two_bits_run(capsys):
     assert int(both[1]) < 0.1 * int(both[2])
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("tiny_demo")
 def test_the_code_in_the_guide_to_the_methods_runs(capsys):
     blocks = python_of(METHODS)

@@ -22,6 +22,8 @@ from vlcache_jax import AKVQ, KIVI, RTN, Custom, FullCache, Generate, RandomKV, 
 from vlcache_jax.cache.methods import METHODS, make_method
 from vlcache_jax.models.families import abstract_params
 
+pytestmark = pytest.mark.full
+
 RUN = (
     VLCache("9tok", renormalize=True),
     VLCache(0.3, quantize=AKVQ(tsa_layers=(0,))),

@@ -273,6 +273,7 @@ def compare_really(monkeypatch, **changes):
     return compare(replace(plan, **changes))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_hugging_face_and_ours_in_processes_of_their_own(monkeypatch, dtype):
     result = compare_really(monkeypatch, static=False, dtype=dtype)

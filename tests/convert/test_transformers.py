@@ -86,6 +86,7 @@ def test_the_model_itself_reads_what_transformers_saved(tmp_path):
     assert params["vision"]["layers"][0]["qkv_bias"][1, 1, 2] == np.float32(key.bias[18].item())
 
 
+@pytest.mark.full
 def test_every_spelling_and_the_conversion_generate_the_same_tokens(tmp_path):
     model = hf.hf_model("llava_next", "mistral", {"num_key_value_heads": 2})
     image, prompt = picture(90, 40), "<image> what?"

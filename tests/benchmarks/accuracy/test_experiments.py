@@ -121,6 +121,7 @@ def test_everything_kept_says_what_the_full_cache_says(talked):
     assert before[0] < 1
 
 
+@pytest.mark.full
 def test_each_token_of_a_conversation_is_forced_or_the_likeliest(talked, evaluation):
     pictures, spoken, _ = talked
     vlm = evaluation.vlm
