@@ -4,6 +4,7 @@ Input is checked before the parameters are read. Heavy imports stand inside the 
 `--help` is quick.
 """
 
+import os
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -417,6 +418,8 @@ def main() -> None:
     imports none of them. What stands beside this package comes before what stands in the working
     directory, which `python -m` puts first.
     """
+    # transformers would say that torch is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     here = str(Path(__file__).parents[2])
     sys.path.insert(0, here)
     for entry in metadata.entry_points(group="vlcache.commands"):
