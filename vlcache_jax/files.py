@@ -232,8 +232,7 @@ def _sync(path: Path) -> None:
 
 def _remove(directory: Path) -> None:
     """Remove a directory, also while the last threads of a failed save still write into it."""
-    for _ in range(20):
+    until = time.monotonic() + 5
+    while directory.exists() and time.monotonic() < until:
         shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
-            return
         time.sleep(0.01)
