@@ -162,7 +162,7 @@ def main(
     as_json: command.AsJson = False, out: command.Out = None, force: command.Force = False
 ) -> None:
     """Compare frames that the library resizes with those of transformers' video processors."""
-    import torchvision
+    import torchvision  # pyright: ignore[reportMissingImports]
     import transformers
 
     command.check_out(out, force=force)
