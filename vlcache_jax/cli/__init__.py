@@ -304,7 +304,7 @@ def calibrate(
                 vlm,
                 images,
                 texts,
-                videos=videos if video else None,
+                videos=videos,
                 frames=frames,
                 threshold=threshold,
                 raw_prompt=raw_prompt,

@@ -4,10 +4,8 @@ The module tree is the parameter tree: `vision`, `projector` (the mergers), and 
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from vlcache_jax.models.decoder import Decoder
 from vlcache_jax.models.layers import DType, LayerNorm
 from vlcache_jax.models.qwen3_vl.config import Qwen3VLConfig
 from vlcache_jax.models.qwen3_vl.tower import VisionTower
@@ -29,10 +27,7 @@ class Mergers(Merger):
 class Qwen3VL(QwenVL):
     """A Qwen3-VL model; see the module docstring."""
 
-    def __init__(self, config: Qwen3VLConfig, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
-        self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
-        self.projector = Mergers(config, dtype=dtype, rngs=rngs)
-        Decoder.__init__(self, config, dtype=dtype, rngs=rngs)
+    tower, merger = VisionTower, Mergers
 
     @jax.named_scope("vision")
     def visual_rows(

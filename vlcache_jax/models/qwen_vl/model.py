@@ -4,6 +4,7 @@ The module tree is the parameter tree: `vision`, `projector` (the merger), and t
 """
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 
 from vlcache_jax.models.decoder import Decoder, Embedded, with_visual_rows
 from vlcache_jax.models.layers import DType, Linear, RMSNorm
-from vlcache_jax.models.qwen_vl.config import QwenConfig, QwenVLConfig
+from vlcache_jax.models.qwen_vl.config import QwenConfig
 from vlcache_jax.models.qwen_vl.tower import EPS, Attend, VisionTower
 from vlcache_jax.requests.inputs import ModelInputs
 
@@ -48,11 +49,19 @@ class Merger(nnx.Module):
 
 
 class QwenVL(Decoder):
-    """A Qwen2.5-VL model; see the module docstring."""
+    """A Qwen2.5-VL model; see the module docstring.
 
-    def __init__(self, config: QwenVLConfig, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
-        self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
-        self.projector = Merger(config, dtype=dtype, rngs=rngs)
+    Attributes:
+        tower: the class of the vision tower.
+        merger: that of the projector.
+    """
+
+    tower: ClassVar[Callable[..., Any]] = VisionTower
+    merger: ClassVar[Callable[..., Any]] = Merger
+
+    def __init__(self, config: QwenConfig, *, dtype: DType = jnp.float32, rngs: nnx.Rngs):
+        self.vision = self.tower(config.vision, dtype=dtype, rngs=rngs)
+        self.projector = self.merger(config, dtype=dtype, rngs=rngs)
         super().__init__(config, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("vision")
