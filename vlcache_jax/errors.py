@@ -32,9 +32,13 @@ def short(value: Any, most: int = SHOWN) -> str:
 
 
 def reason(error: BaseException, most: int = 200) -> str:
-    """The first line of what an error of another library says, for a message of our own."""
-    lines = str(error).strip().splitlines()
-    return short(lines[0], most) if lines else type(error).__name__
+    """The first line of what an error of another library says, for a message of our own.
+
+    The line behind it belongs to it where it ends in a colon.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    told = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return short(told, most) or type(error).__name__
 
 
 def whole_number(value: Any, what: str, least: int | None = None) -> int:

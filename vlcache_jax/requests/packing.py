@@ -205,7 +205,9 @@ class Packing:
             if file.is_file() and b'"auto_map"' in file.read_bytes():
                 raise ValueError(f"{file} {REMOTE_CODE}")
         try:
-            return cls.load(path, config)
+            processor = cls.load(path, config)
+            getattr(processor, "tokenizer", processor).tokenize("a")  # some settings fail only now
+            return processor
         except Exception as error:  # the readers below raise anything, even plain Exception
             if not (path / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
                 raise ValueError(
