@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vlcache_jax.cache.methods import CacheLike, as_method
-from vlcache_jax.errors import whole_numbers
+from vlcache_jax.errors import whole_number, whole_numbers
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.families import Params
 from vlcache_jax.models.fold import fold_transform
@@ -23,6 +23,7 @@ from vlcache_jax.results.answer import Answer
 from vlcache_jax.results.report import cache_report
 from vlcache_jax.running.driver import Run
 from vlcache_jax.running.generate import Generate
+from vlcache_jax.running.parts import Rows
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.sampling import Sampling
 from vlcache_jax.running.settings import Settings
@@ -60,6 +61,9 @@ class Options(TypedDict, total=False):
         trace: also give each answer its `Trace`, at the cost of one more decode step.
         prefill_batch: prompts of a batch that are prefilled at a time, all by default. The memory
             of a prefill is that of these, not of the whole batch.
+        prefill_chunk: rows of the prompts that are prefilled at a time, all by default. Beside the
+            cache the memory of a prefill is then that of so many rows. A method that looks at rows
+            anywhere (`tgv-kv`, a score of your own) runs its prompts whole.
     """
 
     messages: Messages | Sequence[Messages] | None
@@ -76,6 +80,7 @@ class Options(TypedDict, total=False):
     cache: CacheLike
     trace: bool
     prefill_batch: int | None
+    prefill_chunk: int | None
 
 
 class Request(NamedTuple):
@@ -87,6 +92,7 @@ class Request(NamedTuple):
         groups: its padded inputs.
         settings: what is asked of each sequence.
         stop: texts that end an answer.
+        chunk: rows of the prompts that are run at a time; None for all.
     """
 
     single: bool
@@ -94,6 +100,7 @@ class Request(NamedTuple):
     groups: list[ModelInputs]
     settings: Settings
     stop: tuple[str, ...]
+    chunk: int | None = None
 
 
 class VLM:
@@ -264,6 +271,7 @@ class VLM:
         cache: CacheLike = None,
         trace: bool = False,
         prefill_batch: int | None = None,
+        prefill_chunk: int | None = None,
     ) -> Request:
         """Check the arguments of `generate`, and pad its inputs; nothing is run.
 
@@ -276,6 +284,8 @@ class VLM:
                 raise ValueError("give text or messages, not both")
             text = messages
         stops = check_stop(stop)
+        if prefill_chunk is not None:
+            prefill_chunk = whole_number(prefill_chunk, "prefill_chunk", 1)
         generate = Generate(
             self.config,
             as_method(self.cache if cache is None else cache).for_model(
@@ -305,17 +315,18 @@ class VLM:
             )
         single = is_one(text)
         settings = generate.settings(1 if single else len(text), seed)
-        return Request(single, generate, groups, settings, stops)
+        return Request(single, generate, groups, settings, stops, prefill_chunk)
 
 
 class Progress:
     """The answers to a request while they are made: the driver's tokens, turned into text."""
 
-    def __init__(self, vlm: VLM, request: Request):
+    def __init__(self, vlm: VLM, request: Request, prefix: Rows | None = None):
         self._vlm, self._request = vlm, request
         generate = request.generate
         params, settings = vlm._params_for(generate), request.settings
-        self._run = Run(vlm._programs, params, generate.stages, request.groups, settings)
+        own = request.groups, settings, request.chunk, prefix
+        self._run = Run(vlm._programs, params, generate.stages, *own)
         batch = len(settings.max_new_tokens)
         self._tokens: list[list[int]] = [[] for _ in range(batch)]
         self._texts = [""] * batch

@@ -50,6 +50,10 @@ class EliteRows(Score):
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} must be above 0 and at most 1")
 
+    def reach(self, length: int, last_visual: int) -> int:
+        """The rows that may be elite, and the last one."""
+        return max(1, min(PostVisionRows().maximum, length - 1 - last_visual))
+
     def elite(self, layer: Layer) -> jax.Array:
         """Which tokens are elite, bool [B, T]."""
         prompt, (batch, rows, heads, _) = layer.prompt, layer.k.shape
@@ -78,7 +82,8 @@ class EliteRows(Score):
         order = jnp.argsort(kind, axis=1, stable=True)
         visual, rows = (jnp.sum(each, axis=1, dtype=jnp.int32) for each in (prompt.visual, elite))
         start = visual - (rows == 0)  # the last row is a visual one
-        place = start[:, None] + jnp.arange(PostVisionRows().most(prompt), dtype=jnp.int32)
+        most = min(PostVisionRows().most(prompt), layer.q.shape[1])
+        place = start[:, None] + jnp.arange(most, dtype=jnp.int32)
         at = jnp.take_along_axis(order, jnp.minimum(place, prompt.rows - 1), axis=1)
         seen = window_scores(
             layer.queries(at),

@@ -25,6 +25,7 @@ from vlcache_jax.cache.score import (
     Score,
     Window,
     check_kernel,
+    furthest,
 )
 
 _LEAST, _LARGEST = np.float32(2.0**-120), np.float32(2.0**120)
@@ -89,6 +90,10 @@ class Several(RecentScore):
         """The window of all terms, where it is one."""
         windows = {look.window for look in self.looks}
         return windows.pop() if len(windows) == 1 else None
+
+    def reach(self, length: int, last_visual: int) -> int | None:
+        """The furthest of all terms."""
+        return furthest(term.reach(length, last_visual) for term in self.terms)
 
     def shares(self, layer: Layer) -> list[jax.Array]:
         """What each term gives each token, float32 [B, K, T]."""
@@ -191,6 +196,10 @@ class Changed(Score):
     def window(self) -> Window | None:
         """The other one's."""
         return self.score.window
+
+    def reach(self, length: int, last_visual: int) -> int | None:
+        """The other one's."""
+        return self.score.reach(length, last_visual)
 
     def always(self, rows: jax.Array, prompt: Prompt) -> tuple[jax.Array, jax.Array]:
         """What the other one always keeps."""

@@ -17,7 +17,7 @@ from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
 from vlcache_jax.cache.quantize import Quantizer, groups
-from vlcache_jax.cache.score import Layer, Look, Score
+from vlcache_jax.cache.score import Layer, Look, Score, furthest, merged
 from vlcache_jax.cache.select import kept_rows, last_marked, rank_rows
 from vlcache_jax.cache.state import Pool, round_up, whole_capacity
 from vlcache_jax.models.config import TextConfig
@@ -130,6 +130,19 @@ class CacheMethod:
         return found
 
     @property
+    def continued(self) -> tuple[Look, ...]:
+        """What has to be remembered of earlier rows where a prompt is run in parts."""
+        return tuple(look for look in merged(self.windows()) if look.window.continues)
+
+    def reach(self, length: int, last_visual: int) -> int | None:
+        """How many of a prompt's last rows have to be run together; see `Window.reach`."""
+        if self.limit.keeps_all:
+            return 1
+        score, _ = self.rules()
+        looks = (look.reach(length, last_visual) for look in self.windows())
+        return furthest([score.reach(length, last_visual), *looks])
+
+    @property
     def is_full(self) -> bool:
         """Whether the pool is the prompt's own keys and values."""
         return self.limit.keeps_all and self.quantize is None
@@ -178,9 +191,7 @@ class CacheMethod:
         """
         salience = None
         if self.quantize is not None and self.quantize.pivots:
-            if layer.entering is None:
-                raise ValueError("pivots are found by the stream that enters a layer: give it")
-            salience = jnp.max(jnp.abs(layer.entering), axis=-1).astype(jnp.float32)
+            salience = layer.salience()
         if self.limit.keeps_all:
             return Observation(salience=salience)
         score, allocation = self.rules()

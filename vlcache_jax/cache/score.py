@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.rows import LayerRows
 from pallas_kernels.window_scores import WindowScores, average_pool, window_scores
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.select import recent_rows
@@ -37,6 +38,51 @@ class Look(NamedTuple):
     threshold: float | None = None
     maxima: bool = False
 
+    def reach(self, length: int, last_visual: int) -> int | None:
+        """The window's; maxima are not continued, as they are told of a group's heads together."""
+        if self.maxima and self.window.continues:
+            return None
+        return self.window.reach(length, last_visual)
+
+
+def furthest(reaches: Iterable[int | None]) -> int | None:
+    """The most rows that have to be run together, 1 at least; None, all of them, is the most."""
+    found = list(reaches)
+    return None if None in found else max((reach or 1 for reach in found), default=1)
+
+
+def merged(looks: Iterable[Look]) -> tuple[Look, ...]:
+    """One look for each window; of several thresholds the first."""
+    wanted: dict[Window, Look] = {}
+    for look in looks:
+        old = wanted.get(look.window, look)
+        threshold = look.threshold if old.threshold is None else old.threshold
+        wanted[look.window] = Look(look.window, threshold, old.maxima or look.maxima)
+    return tuple(wanted.values())
+
+
+class Part(NamedTuple):
+    """Where a layer runs some of a prompt's rows, behind rows that were run before.
+
+        rows   0 . . . . . . start . . counted . . . . . until . . T
+                             [ queries:     [ not seen before ] ]
+
+    Attributes:
+        keys: all rows of the layer up to the last of these.
+        start: position of the first one, int32 [B].
+        counted: how many rows of the prompt were seen before, int32 [B].
+        until: where the rows end that are to be seen now, int32 [B].
+        before: what was seen of windows that continue.
+        salience: largest activation of each token seen before, float32 [B, T].
+    """
+
+    keys: LayerRows
+    start: jax.Array
+    counted: jax.Array
+    until: jax.Array
+    before: Mapping[Window, WindowScores]
+    salience: jax.Array
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -44,13 +90,14 @@ class Layer:
 
     Attributes:
         index: which layer it is.
-        q: queries [B, T, N, H].
+        q: queries [B, T, N, H]; fewer where a `part` of the prompt is run.
         k: keys [B, T, K, H]; query head n reads kv head n // (N // K).
         v: values [B, T, K, H].
         prompt: the prompts; what stands beyond their lengths has no meaning.
         backend: backend of the window scores.
         entering: the residual stream in front of the layer, [B, T, D].
         seen: what was observed beforehand: threshold and scores, by window.
+        part: which rows run now; None for all of them.
     """
 
     index: int
@@ -61,6 +108,7 @@ class Layer:
     backend: str | None = None
     entering: jax.Array | None = None
     seen: Mapping[Window, tuple[float | None, WindowScores]] = field(default_factory=dict)
+    part: Part | None = None
 
     def seeing(self, looks: Iterable[Look]) -> "Layer":
         """This layer with windows observed beforehand, each once for all that will `watch` it.
@@ -68,15 +116,10 @@ class Layer:
         Args:
             looks: what will be asked for; of several thresholds for a window, the first is counted.
         """
-        wanted: dict[Window, Look] = {}
-        for look in looks:
-            old = wanted.get(look.window, look)
-            threshold = look.threshold if old.threshold is None else old.threshold
-            wanted[look.window] = Look(look.window, threshold, old.maxima or look.maxima)
         seen = {
-            window: (look.threshold, self.watch(*look))
-            for window, look in wanted.items()
-            if window not in self.seen
+            look.window: (look.threshold, self.watch(*look))
+            for look in merged(looks)
+            if look.window not in self.seen
         }
         return replace(self, seen={**self.seen, **seen})
 
@@ -98,8 +141,27 @@ class Layer:
 
     def queries(self, position: jax.Array) -> jax.Array:
         """Queries of the rows at some positions [B, W], any where there is no row: [B, W, N, H]."""
-        row = jnp.minimum(position, self.prompt.rows - 1)
+        if self.part is not None:
+            position = position - self.part.start[:, None]
+        row = jnp.clip(position, 0, self.q.shape[1] - 1)
         return jnp.take_along_axis(self.q, row[:, :, None, None], axis=1)
+
+    def salience(self) -> jax.Array:
+        """Largest activation of each token in the stream that enters the layer, float32 [B, T].
+
+        Raises:
+            ValueError: the layer lacks the stream.
+        """
+        if self.entering is None:
+            raise ValueError("pivots are found by the stream that enters a layer: give it")
+        own, part = jnp.max(jnp.abs(self.entering), axis=-1).astype(jnp.float32), self.part
+        if part is None:
+            return own
+        position = jnp.arange(self.prompt.rows, dtype=jnp.int32)
+        here = position - part.start[:, None]  # [B, T]
+        now = (position >= part.counted[:, None]) & (here < own.shape[1])
+        here = jnp.clip(here, 0, own.shape[1] - 1)
+        return jnp.where(now, jnp.take_along_axis(own, here, axis=1), part.salience)
 
     def attention(
         self,
@@ -111,7 +173,8 @@ class Layer:
     ) -> WindowScores:
         """What rows with these queries attend to; see `window_scores`."""
         settings = {"threshold": threshold, "maxima": maxima, "weights": weights}
-        arrays = q, self.k, start, self.prompt.length
+        keys = self.k if self.part is None else self.part.keys
+        arrays = q, keys, start, self.prompt.length
         return window_scores(*arrays, **settings, backend=self.backend)
 
 
@@ -130,6 +193,10 @@ class Score:
     def looks(self) -> tuple[Look, ...]:
         """All windows of rows that the score watches, and what it asks of them."""
         return () if self.window is None else (Look(self.window, maxima=self.maxima),)
+
+    def reach(self, length: int, last_visual: int) -> int | None:
+        """How many of a prompt's last rows have to be run together; see `Window.reach`."""
+        return furthest(look.reach(length, last_visual) for look in self.looks)
 
     def __call__(self, layer: Layer) -> jax.Array | None:
         """The score of each token, float32 [B, K, T]; None where position alone decides.
@@ -316,6 +383,9 @@ class ScoreFunction(RecentScore):
     """
 
     function: Callable[[Layer], jax.Array]
+
+    def reach(self, length: int, last_visual: int) -> None:
+        """It may look at any row."""
 
     def __call__(self, layer: Layer) -> jax.Array:
         """What the function says of the layer."""

@@ -49,6 +49,9 @@ class TextGuided(Score):
         """The text rows, which are no window at the prompt's end."""
         return (Look(TEXT_ROWS),)
 
+    def reach(self, length: int, last_visual: int) -> None:
+        """What a row counts is known when all have been run."""
+
     def __call__(self, layer: Layer) -> jax.Array:
         """See the class."""
         prompt, text = layer.prompt, layer.prompt.text[:, None]

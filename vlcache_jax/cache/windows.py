@@ -1,7 +1,7 @@
 """Windows of rows, whose attention to the prompt's tokens scores and allocations watch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,12 @@ class Window:
 
     Attributes:
         maximum: the most rows of a prompt that it can have; None for all of them.
+        continues: whether what was seen of its first rows can be continued with the rows behind,
+            where a prompt is run in parts.
     """
 
     maximum: int | None = None
+    continues: ClassVar[bool] = False
 
     def most(self, prompt: Prompt) -> int:
         """The most rows that a prompt of this bucket can have in the window: static."""
@@ -33,12 +36,22 @@ class Window:
         """How many rows each prompt has in the window, int32 [B], from 1 to m."""
         return prompt.length
 
+    def reach(self, length: int, last_visual: int) -> int | None:
+        """How many of a prompt's last rows have to be run together; None for all of them.
+
+        Args:
+            length: of the prompt, m.
+            last_visual: position of its last visual token, -1 where there is none.
+        """
+        return None if self.maximum is None else min(self.maximum, length)
+
     def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
         """The attention that the rows pay to each token; `Layer.watch` remembers it."""
         prompt, q = layer.prompt, layer.q
         start = prompt.length - self.rows(prompt)
         if self.maximum is not None:
-            q = layer.queries(start[:, None] + jnp.arange(self.most(prompt), dtype=jnp.int32))
+            most = min(self.most(prompt), q.shape[1])
+            q = layer.queries(start[:, None] + jnp.arange(most, dtype=jnp.int32))
         return layer.attention(q, start, threshold, maxima)
 
 
@@ -76,6 +89,11 @@ class PostVisionRows(Window):
         rows = jnp.where(after > 0, after, self.fallback)
         return jnp.minimum(jnp.minimum(rows, self.maximum), prompt.length)
 
+    def reach(self, length: int, last_visual: int) -> int:
+        """Of one prompt, the same as `rows`."""
+        after = length - 1 - last_visual if last_visual >= 0 else 0
+        return min(after or self.fallback, self.maximum, length)
+
 
 @dataclass(frozen=True)
 class LastRows(Window):
@@ -105,8 +123,55 @@ class ScatteredRows(Window):
         return layer.attention(layer.queries(position), position, threshold, maxima)
 
 
+class ContinuedRows(ScatteredRows):
+    """Rows anywhere, whose sums are continued where a prompt is run in parts; maxima are not.
+
+    Where they stand must not depend on rows behind them, but for `basis`.
+    """
+
+    continues = True
+
+    def weights(self, prompt: Prompt) -> jax.Array | None:
+        """How often each row counts, float32 [B, W]; once where it is None."""
+        return None
+
+    def basis(self, length: int, last_visual: int) -> int:
+        """What their positions depend on; see `reach`."""
+        return 0
+
+    def reach(self, length: int, last_visual: int) -> int:
+        """See the class."""
+        return 1
+
+    def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
+        """See the class."""
+        if layer.part is None:
+            return super().watch(layer, threshold, maxima)
+        seen, before = self.add(layer, threshold), layer.part.before[self]
+        return WindowScores(
+            seen.scores + before.scores,
+            None if seen.zeroed is None else seen.zeroed + before.zeroed,
+            None if seen.visible is None else seen.visible + before.visible,
+            None,
+        )
+
+    def add(self, layer: "Layer", threshold: float | None) -> WindowScores:
+        """The attention of those of the rows that the layer's part counts."""
+        prompt, part = layer.prompt, layer.part
+        assert part is not None
+        position, weights = self.position(prompt), self.weights(prompt)
+        most = position.shape[1]
+        first = jnp.sum(position < part.counted[:, None], axis=1, keepdims=True)
+        at = first + jnp.arange(min(most, layer.q.shape[1]), dtype=jnp.int32)
+        own = jnp.take_along_axis(position, jnp.minimum(at, most - 1), axis=1)
+        own = jnp.where((at < most) & (own < part.until[:, None]), own, prompt.rows)
+        if weights is not None:
+            weights = jnp.take_along_axis(weights, jnp.minimum(at, most - 1), axis=1)[:, None]
+        return layer.attention(layer.queries(own), own, threshold, weights=weights)
+
+
 @dataclass(frozen=True)
-class RowsInFront(ScatteredRows):
+class RowsInFront(ContinuedRows):
     """Rows in front of the question's (`PostVisionRows`): the last ones, and some of all before.
 
     In most prompts the last of them is the last visual token's. Half of the count are the last
@@ -135,6 +200,10 @@ class RowsInFront(ScatteredRows):
         row = jnp.where(index < some, piece_ends(index, before, some), before + index - some)
         return jnp.where(row < n, row, prompt.rows)
 
+    def basis(self, length: int, last_visual: int) -> int:
+        """How many rows are in front."""
+        return length - PostVisionRows().reach(length, last_visual)
+
 
 def piece_ends(index: jax.Array, n: jax.Array, pieces: jax.Array) -> jax.Array:
     """The last row of each of so many equal pieces of n rows: (index + 1) * n // pieces - 1."""
@@ -155,7 +224,7 @@ def _sampled(rows: int, name: str) -> int:
 
 
 @dataclass(frozen=True)
-class AllRows(Window):
+class AllRows(ContinuedRows):
     """Every row of the prompt, or rows that stand for all of them.
 
     With a `sample`, the n rows up to the last visual token (or a context's) are cut into that many
@@ -192,14 +261,34 @@ class AllRows(Window):
         position = jnp.where(index < s, piece_ends(index, n, s), n - s + index)
         return position, s[:, 0], n[:, 0]
 
-    def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
+    def position(self, prompt: Prompt) -> jax.Array:
+        """See the class."""
+        if self.sample is not None:
+            return self.taken(prompt)[0]
+        return jnp.broadcast_to(jnp.arange(prompt.rows, dtype=jnp.int32), prompt.visual.shape)
+
+    def weights(self, prompt: Prompt) -> jax.Array | None:
         """See the class."""
         if self.sample is None:
-            return super().watch(layer, threshold, maxima)
-        position, s, n = self.taken(layer.prompt)
-        q, index = layer.queries(position), jnp.arange(layer.prompt.rows, dtype=jnp.int32)
+            return None
+        _, s, n = self.taken(prompt)
         each = n / jnp.maximum(s, 1).astype(jnp.float32)
-        weights = jnp.where(index < s[:, None], each[:, None], 1.0)
+        index = jnp.arange(prompt.rows, dtype=jnp.int32)
+        return jnp.where(index < s[:, None], each[:, None], 1.0)
+
+    def basis(self, length: int, last_visual: int) -> int:
+        """How many rows are sampled."""
+        return 0 if self.sample is None else last_visual + 1
+
+    def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
+        """See the class."""
+        if layer.part is not None:
+            return super().watch(layer, threshold, maxima)
+        weights = self.weights(layer.prompt)
+        if weights is None:
+            return layer.attention(layer.q, jnp.zeros_like(layer.prompt.length), threshold, maxima)
+        position = self.position(layer.prompt)
+        q = layer.queries(position)
         seen = layer.attention(q, position, threshold, weights=weights[:, None])
         if not maxima:
             return seen

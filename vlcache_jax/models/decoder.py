@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlcache_jax.models.config import ModelConfig
-from vlcache_jax.models.layers import DType
+from vlcache_jax.models.layers import DType, weighted_rows
 from vlcache_jax.models.llama import DecoderLayer, Embedding, Head, Residual
 from vlcache_jax.requests.inputs import ModelInputs
 
@@ -52,31 +52,44 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.head = Head(text, dtype=dtype, rngs=rngs)
 
-    def embed_prompt(self, inputs: ModelInputs, attend: Callable[..., jax.Array]) -> Embedded:
-        """What the layers are given of the prompts.
+    def visual_tables(
+        self, inputs: ModelInputs, attend: Callable[..., jax.Array]
+    ) -> tuple[jax.Array, ...]:
+        """The visual rows of all pictures, tables [R, D]: those that stand in the prompt first,
+        then `Embedded.added`. None of text.
 
         Args:
             inputs: the prompts.
             attend: full attention of q, k and v [S, P + 1, N, H] each, for a vision tower; a fourth
                 argument, int32 [S], says how many of their rows count.
         """
-        return Embedded(self.embed(inputs.tokens))
+        return ()
+
+    def embed_prompt(self, inputs: ModelInputs, attend: Callable[..., jax.Array]) -> Embedded:
+        """What the layers are given of the prompts; see `visual_tables`."""
+        return self.embed_rows(inputs, self.visual_tables(inputs, attend))
+
+    def embed_rows(self, inputs: ModelInputs, tables: tuple[jax.Array, ...]) -> Embedded:
+        """What the layers are given of the prompts, or of a part of their rows.
+
+        Args:
+            inputs: the prompts; their tiles are not looked at.
+            tables: of `visual_tables`.
+        """
+        x = self.embed(inputs.tokens)
+        if not tables:
+            return Embedded(x)
+        table, *added = tables
+        if inputs.interpolation is None:
+            visual = _rows_of(table, inputs.visual_index)
+        else:
+            visual = weighted_rows(table, *inputs.interpolation)
+        x = jnp.where((inputs.visual_index >= 0)[..., None], visual, x)
+        return Embedded(x, tuple(added))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final hidden states [..., D] -> logits [..., V] in float32."""
         return self.head(x, self.embed)
-
-
-def with_visual_rows(text: Embedded, table: jax.Array, index: jax.Array) -> Embedded:
-    """Embeddings with the rows of visual tokens in their places.
-
-    Args:
-        text: embeddings of the tokens.
-        table: the rows, [R, D].
-        index: `ModelInputs.visual_index` [B, T].
-    """
-    visual = _rows_of(table, index)
-    return Embedded(jnp.where((index >= 0)[..., None], visual, text.x))
 
 
 def _rows_of(table: jax.Array, index: jax.Array) -> jax.Array:

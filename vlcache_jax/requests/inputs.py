@@ -1,9 +1,10 @@
 """`ModelInputs`: a batch of prompts as arrays, all that a model sees of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array: TypeAlias = Any
@@ -61,6 +62,27 @@ class ModelInputs:
     positions: Array | None = None
     interpolation: Interpolation | None = None
     layout: Array | None = None
+
+    @property
+    def without_tiles(self) -> "ModelInputs":
+        """The same prompts, without the pictures."""
+        return replace(self, tiles=self.tiles[:0], layout=None)
+
+    def part(self, position: jax.Array) -> "ModelInputs":
+        """The rows of each prompt at some positions, int32 `[B, W]`, without the tiles."""
+
+        def take(rows: Array, axis: int = 1) -> jax.Array:
+            behind = (1,) * (rows.ndim - axis - 1)
+            index = position.reshape(*(1,) * (axis - 1), *position.shape, *behind)
+            return jnp.take_along_axis(jnp.asarray(rows), index, axis=axis)
+
+        return replace(
+            self.without_tiles,
+            tokens=take(self.tokens),
+            visual_index=take(self.visual_index),
+            positions=None if self.positions is None else take(self.positions, 2),
+            interpolation=self.interpolation and Interpolation(*map(take, self.interpolation)),
+        )
 
     def next_position(self) -> Array:
         """Where the first token of each answer stands, int32 `[B]`: behind the prompt's last one.

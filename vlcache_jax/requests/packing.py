@@ -8,6 +8,7 @@ follow each other. Behind the packing there are only pictures.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,6 +85,26 @@ class Segment(NamedTuple):
     def count(self) -> int:
         """Its visual tokens."""
         return sum(map(len, self.visual))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pictures and videos of a prompt, made ready for any prompt with as many marks.
+
+    Attributes:
+        pictures: what stands at the mark of each picture, by the family's packing.
+        films: the same of what each video becomes.
+        clips: the frames of each video.
+    """
+
+    pictures: Sequence[Any] = ()
+    films: Sequence[Any] = ()
+    clips: Sequence[Clip] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of each kind of `messages.MARKS`."""
+        return {"image": len(self.pictures), "video": len(self.clips)}
 
 
 class Row(NamedTuple):
@@ -247,12 +268,20 @@ class Packing:
         """
         raise ValueError(NO_VIDEOS)
 
-    def row(self, images: Sequence[ImageLike], prompt: Rendered, clips: Sequence[Clip] = ()) -> Row:
-        """The row of a rendered prompt, which has as many marks as there are images and clips.
+    def show(self, images: Sequence[ImageLike], clips: Sequence[Clip] = ()) -> Shown:
+        """A prompt's images and clips, made ready.
 
         Raises:
             FileNotFoundError: an image file does not exist.
-            ValueError: an image cannot be read, or the model cannot take what comes of the prompt.
+            ValueError: an image cannot be read.
+        """
+        return Shown()
+
+    def row(self, shown: Shown, prompt: Rendered) -> Row:
+        """The row of a rendered prompt, with a mark for each image and clip that is shown.
+
+        Raises:
+            ValueError: the model cannot take what comes of the prompt.
         """
         tokens = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
         self.check(tokens, is_visual := np.zeros(tokens.shape, bool))

@@ -26,7 +26,7 @@ from vlcache_jax.requests.messages import (
     marked,
     readable,
 )
-from vlcache_jax.requests.packing import NEWLINE, Patches, Rendered, Row
+from vlcache_jax.requests.packing import NEWLINE, Patches, Rendered, Row, Shown
 from vlcache_jax.requests.videos import Clip, VideoLike, Videos, as_videos
 
 Contexts: TypeAlias = str | Sequence[str | None] | None
@@ -190,6 +190,15 @@ class Processor:
         tile = max(made, key=len, default=(3, side, side))
         return [self._pad(group, t, (s, *tile)) for group in groups]
 
+    def show(self, images: Images, videos: Videos = None, frames: int | None = None) -> Shown:
+        """The pictures and videos of one prompt, made ready: to be given as `images`, many times.
+
+        Raises:
+            FileNotFoundError: a file does not exist.
+            ValueError: an image or a video cannot be read.
+        """
+        return self._packing.show(_as_list(images), self.clips(videos, frames))
+
     def clips(self, videos: Videos, frames: int | None = None) -> list[Clip]:
         """The frames of one prompt's videos that the model is shown; a `Clip` is a video, too.
 
@@ -223,9 +232,15 @@ class Processor:
 
     def _row(self, asked: "Asked", frames: int | None, raw_prompt: bool) -> Row:
         # Cheap errors of the text before slow images.
+        given = [each for each in asked.images if isinstance(each, Shown)]
+        if given and len(asked.images) + len(asked.videos) > 1:
+            raise ValueError("pictures that were made ready are all that a prompt has")
         counts = {"image": len(asked.images), "video": len(asked.videos)}
+        if given:
+            counts = given[0].counts
         prompt = self._render(asked.text, counts, asked.context, raw_prompt)
-        return self._packing.row(asked.images, prompt, self.clips(asked.videos, frames))
+        shown = given[0] if given else self.show(asked.images, asked.videos, frames)
+        return self._packing.row(shown, prompt)
 
     def _render(
         self, text: Text, counts: dict[str, int], context: str | None, raw_prompt: bool

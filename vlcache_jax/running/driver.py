@@ -5,7 +5,6 @@ groups of prompts ─► prefill ─► build_cache ─┐ (several groups: into
                                              ┘   tokens [B, 1]   [B, steps]      until all end
 """
 
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.trace import BatchTrace
 from vlcache_jax.models.families import Params
 from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.running.parts import CHUNK_ROWS, Rows, Runner, reach
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.settings import Settings
 from vlcache_jax.running.stages import DecodeState, Stages
-
-DONATED = {"build_into": (0,), "spill": (0, 1), "decode_chunk": (2,)}
-"""Arguments of the stages that are written in place."""
+from vlcache_jax.running.state import Prefill
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ class Run:
         groups: the prompts, equally many in each group, padded to the same shapes; what stands
             beyond the batch in the last one is not answered.
         settings: what is asked of each sequence, arrays on the host.
+        chunk: rows of the prompts that are run at a time; None for all of them.
+        prefix: rows of the prompt, which is one, that were run before.
 
     Attributes:
         counts: tokens of each answer so far, the stop token left out, int [B].
@@ -70,11 +70,15 @@ class Run:
         stages: Stages,
         groups: Sequence[ModelInputs],
         settings: Settings,
+        chunk: int | None = None,
+        prefix: Rows | None = None,
     ):
-        self._programs, self._params, self._stages = programs, params, stages
+        self._runner = Runner(programs, stages)
+        self._params, self._stages = params, stages
         self._groups, self._settings = groups, settings
+        self._chunk, self._prefix = chunk, prefix
         self._rows = groups[0].tokens.shape[1]
-        self._compile_s = self._prefill_s = self._decode_s = 0.0
+        self._prefill_s = self._decode_s = 0.0
         self._steps = 0
         self.traces: list[BatchTrace | None] = []
 
@@ -88,7 +92,7 @@ class Run:
         """Of all that was run so far."""
         speed = self._steps / self._decode_s if self._steps else None
         total = self._prefill_s + self._decode_s
-        return Timings(self._compile_s, self._prefill_s, self._decode_s, total, speed)
+        return Timings(self._runner.compile_s, self._prefill_s, self._decode_s, total, speed)
 
     def advance(self) -> np.ndarray:
         """Run a chunk of decode steps: its tokens, int32 [B, steps].
@@ -99,12 +103,12 @@ class Run:
         steps, room = self._stages.chunk_steps, self._stages.new_rows - self._steps
         if steps > room:
             raise ValueError(f"{steps} more steps do not fit: the tail has room for {room}")
-        began, compiled = time.perf_counter(), self._compile_s
+        began, compiled = time.perf_counter(), self._runner.compile_s
         if self._stages.residual:
             self.pool, self._state = self._do("spill", self.pool, self._state)
         self._state, tokens = self._do("decode_chunk", self._params, self.pool, self._state)
         self._read()
-        self._decode_s += time.perf_counter() - began - (self._compile_s - compiled)
+        self._decode_s += time.perf_counter() - began - (self._runner.compile_s - compiled)
         self._steps += steps
         return np.asarray(tokens)
 
@@ -118,9 +122,11 @@ class Run:
             # The repeated prompts that fill up the last group are written where the last one is.
             rows = np.minimum(np.arange(size, dtype=np.int32) + index * size, batch - 1)
             settings, inputs = self._settings.rows(rows), jax.device_put(group)
-            prefilled, token = self._do("prefill", self._params, inputs, settings)
+            prefilled, token = self._prefill(group, inputs, settings)
             if len(self._groups) == 1:
-                pool, trace = self._do("build_cache", prefilled, inputs, settings)
+                donate = (0,) if self._stages.keeps_prefill and self._prefix is None else ()
+                args = prefilled, inputs, settings
+                pool, trace = self._do("build_cache", *args, donate=donate)
             else:
                 if not index:
                     stages = self._stages.program("empty_pool", self._rows)
@@ -132,7 +138,7 @@ class Run:
         self.pool: AnyPool = pool
         self._state: DecodeState = self._do("start", tokens, positions, self._settings, dtype=dtype)
         self._read()
-        self._prefill_s = time.perf_counter() - began - self._compile_s
+        self._prefill_s = time.perf_counter() - began - self._runner.compile_s
         return tokens[:, None]
 
     def _read(self) -> None:
@@ -140,14 +146,18 @@ class Run:
         self.counts = np.asarray(self._state.count)
         self.done = getattr(self, "done", False) | np.asarray(self._state.done)
 
-    def _do(self, stage: str, *args: Any, **static: Any) -> Any:
-        """Run the program of a stage."""
-        stages = self._stages.program(stage, self._rows)
-        donate = DONATED.get(stage, ())
-        if stage == "build_cache" and stages.keeps_prefill:
-            donate = (0,)
-        name = stages, stage, tuple(static.items())
-        function = functools.partial(getattr(stages, stage), **static)
-        program, compile_s = self._programs.ready(name, function, *args, donate=donate)
-        self._compile_s += compile_s
-        return program(*args)
+    def _prefill(
+        self, group: ModelInputs, inputs: ModelInputs, settings: Settings
+    ) -> tuple[Prefill, jax.Array]:
+        """What a group of prompts leaves behind, run whole or in parts, and its first tokens."""
+        parts = self._chunk is not None or self._prefix is not None
+        together = reach(self._stages.cache, group) if parts else None
+        if together is None:
+            return self._do("prefill", self._params, inputs, settings)
+        rows = self._prefix or Rows.none(self._runner, self._params, inputs)
+        chunk = self._chunk or CHUNK_ROWS
+        return rows.finish(self._runner, self._params, group, settings, chunk, together)
+
+    def _do(self, stage: str, *args: Any, **options: Any) -> Any:
+        """Run a stage on prompts of this bucket."""
+        return self._runner.do(stage, self._rows, *args, **options)

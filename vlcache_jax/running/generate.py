@@ -95,7 +95,14 @@ class Generate:
         """The functions that it is made of; the tail has room for a bucket of whole chunks."""
         steps = self.chunk_steps
         rows = steps * bucket_for(self.num_chunks, CHUNKS)
-        return Stages(self.config, self.cache, steps, rows, self.backend, self.trace)
+        return Stages(
+            self.config,
+            self.cache,
+            backend=self.backend,
+            trace=self.trace,
+            chunk_steps=steps,
+            new_rows=rows,
+        )
 
     def settings(self, batch: int, seed: int = 0) -> Settings:
         """What is asked of a batch, as data: sequence i is request i.

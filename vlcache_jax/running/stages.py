@@ -8,61 +8,40 @@ A stage takes what is asked of each sequence as data (`Settings`). What its prog
 besides the shapes of its arguments is `Stages.program`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.rows import NewToken, Tail
-from vlcache_jax.cache.budget import POOL_SHARES, Prompt
-from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation
+from pallas_kernels.rows import Tail
+from vlcache_jax.cache.budget import POOL_SHARES
+from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.packed import PackedPool, spill
-from vlcache_jax.cache.score import Layer
-from vlcache_jax.cache.state import Pool, Tails, empty_tail, whole_capacity
-from vlcache_jax.cache.trace import BatchTrace, prompt_attention, trace_batch
-from vlcache_jax.models.config import ModelConfig
-from vlcache_jax.models.decoder import Decoder
+from vlcache_jax.cache.state import Tails, empty_tail
+from vlcache_jax.cache.trace import BatchTrace, trace_batch
 from vlcache_jax.models.families import Params, bind
-from vlcache_jax.models.llama import Attend, Kept, Residual, rope_table, rotated
+from vlcache_jax.models.llama import Attend, rope_table
 from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.running.layers import attend_cache, run_token
+from vlcache_jax.running.prompting import Prompting
 from vlcache_jax.running.settings import Settings
 from vlcache_jax.running.state import DecodeState, Prefill
 
-Heads = tuple[jax.Array, jax.Array, jax.Array]
-"""Queries [B, T, N, H], keys and values [B, T, K, H] of a layer."""
-
 
 @dataclass(frozen=True)
-class Stages:
-    """The functions; see the module docstring.
+class Stages(Prompting):
+    """The functions, those of `Prompting` among them; see the module docstring.
 
     Attributes:
-        config: the model.
-        cache: what is kept of the prompt's keys and values, made for the model.
         chunk_steps: decode steps of a chunk.
         new_rows: most new tokens whose keys and values are kept, whole chunks of them.
-        backend: "triton", "cudnn", "xla", or None for the best that supports the case. "cudnn" is
-            for the attention of the prefill; elsewhere it means None.
-        trace: also tell what was kept and why, at the cost of one decode step on the full cache.
     """
 
-    config: ModelConfig
-    cache: CacheMethod = field(default_factory=FullCache)
     chunk_steps: int = 1
     new_rows: int = 1
-    backend: str | None = None
-    trace: bool = False
-
-    @property
-    def cache_backend(self) -> str | None:
-        """Backend of all but the attention of a prompt, which is what cuDNN has."""
-        return None if self.backend == "cudnn" else self.backend
 
     @property
     def residual(self) -> bool:
@@ -93,12 +72,14 @@ class Stages:
         decoding knows no method.
 
         Args:
-            stage: name of the function: "prefill", "build_cache", "build_into", "empty_pool",
-                "start", "spill" or "decode_chunk".
+            stage: name of the function: "prefill", "see", "extend", "finish", "build_cache",
+                "build_into", "empty_pool", "start", "spill" or "decode_chunk".
             prompt_rows: the prompts' bucket, T.
         """
         cache, config, backend = self.cache, self.config, self.backend
-        if stage == "prefill":
+        if stage in ("see", "extend"):
+            return Stages(config, backend=backend)
+        if stage in ("prefill", "finish"):
             if not cache.limit.keeps_all:
                 cache = replace(cache, budget=POOL_SHARES[0])
             return Stages(config, cache, backend=backend, trace=self.trace)
@@ -118,92 +99,6 @@ class Stages:
         pool, trace = self.build_cache(prefilled, inputs, settings)
         dtype = params["embed"]["embedding"].dtype
         return pool, self.start(token, inputs.next_position(), settings, dtype), trace
-
-    def prefill(
-        self, params: Params, inputs: ModelInputs, settings: Settings
-    ) -> tuple[Prefill, jax.Array]:
-        """Run the prompt through the model, keeping every layer's K and V in one buffer.
-
-        Args:
-            params: parameters.
-            inputs: prompts padded to their buckets.
-            settings: what is asked of each sequence.
-
-        Returns:
-            What the prompt leaves behind, and the first token of each answer, int32 [B].
-        """
-        text, (batch, rows) = self.config.text, inputs.tokens.shape
-        shape = (batch, text.num_kv_heads, whole_capacity(text.num_layers, rows), text.head_dim)
-        model = bind(self.config)(params)
-        dtype = model.embed.embedding.dtype
-        buffers = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        seen, prompt = [], self.prompt(inputs, settings)
-
-        def keep(index: int, heads: Heads, entering: Residual, stream: Residual) -> Residual:
-            nonlocal buffers
-            buffers = tuple(
-                lax.dynamic_update_slice(buffer, part.swapaxes(1, 2), (0, 0, index * rows, 0))
-                for buffer, part in zip(buffers, heads[1:], strict=True)
-            )
-            with jax.named_scope("scores"):
-                layer = Layer(index, *heads, prompt, self.cache_backend, entering.total())
-                new = self.cache.observe(layer)
-            # Else XLA does all of this after the last layer: every layer's q, k, v live until then.
-            stream, buffers, new = lax.optimization_barrier((stream, buffers, new))
-            seen.append(new)
-            return stream
-
-        x = self._run_prompt(model, inputs, keep)
-        last = jnp.take_along_axis(x, (inputs.length - 1)[:, None, None], axis=1)
-        uniform = settings.draws.uniform(jnp.zeros((batch,), jnp.int32))
-        token = settings.draws.sample(model.logits(last[:, 0]), uniform, self.cache_backend)
-        attention = None
-        if self.trace:
-            attention = self._first_attention(model, *buffers, prompt, inputs, token)
-        return Prefill(*buffers, Observation.stack(seen), attention), token
-
-    def prompt_logits(self, params: Params, inputs: ModelInputs) -> jax.Array:
-        """Logits of every prompt position, float32 [B, T, V]: for tests and scoring of texts."""
-        model = bind(self.config)(params)
-        return model.logits(self._run_prompt(model, inputs))
-
-    def _run_prompt(
-        self,
-        model: Decoder,
-        inputs: ModelInputs,
-        keep: Callable[[int, Heads, Residual, Residual], Residual] | None = None,
-    ) -> jax.Array:
-        """Final hidden states [B, T, D].
-
-        `keep(index, heads, entering, stream)` is handed each layer's q, k and v, and the stream in
-        front of it and behind it; it gives the latter back.
-        """
-
-        def attend(qkv: jax.Array) -> tuple[jax.Array, Heads]:
-            with jax.named_scope("prefill_attention"):
-                q, k, v = rotated(qkv, table)
-                mixed = prefill_attention(q, k, v, inputs.length, backend=self.backend)
-            return mixed, (q, k, v)
-
-        patches = partial(prefill_attention, causal=False, backend=self.backend)
-        prompt = model.embed_prompt(inputs, patches)
-        stream = Residual(prompt.x)
-        positions = jnp.arange(stream.x.shape[1], dtype=jnp.int32)
-        if inputs.positions is not None:
-            positions = jnp.asarray(inputs.positions)
-        table = rope_table(positions, self.config.text)
-        for index, layer in enumerate(model.layers):
-            entering = stream
-            stream, kept = layer(stream, attend, backend=self.cache_backend)
-            stream = prompt.behind(index, stream, inputs.visual_index)
-            if keep is not None:
-                stream = keep(index, kept, entering, stream)
-        return stream.total()
-
-    def prompt(self, inputs: ModelInputs, settings: Settings) -> Prompt:
-        """The prompts as the cache method sees them."""
-        visual, layers = jnp.asarray(inputs.visual_index) != -1, self.config.text.num_layers
-        return Prompt(jnp.asarray(inputs.length), visual, layers, settings.limits)
 
     def build_cache(
         self, prefilled: Prefill, inputs: ModelInputs, settings: Settings
@@ -282,36 +177,6 @@ class Stages:
 
         return jax.tree.map(write, pool, part), trace
 
-    def _first_attention(
-        self,
-        model: Decoder,
-        k: jax.Array,
-        v: jax.Array,
-        prompt: Prompt,
-        inputs: ModelInputs,
-        token: jax.Array,
-    ) -> jax.Array:
-        """What the first decoded token attends to, by one decode step on the full cache."""
-        everything = FullCache()
-        full = everything.build(k, v, everything.plan(Observation(), prompt), prompt)
-        assert isinstance(full, Pool)
-        rows, none = prompt.rows, jnp.zeros_like(prompt.length)
-        segments = full.segments()
-        table = rope_table(jnp.asarray(inputs.next_position())[:, None], self.config.text)
-
-        def attend_layer(index: int) -> Attend[jax.Array]:
-            def attend(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
-                keys = full.k[:, :, index * rows : (index + 1) * rows]
-                weights = prompt_attention(rotated(qkv, table)[0][:, 0], keys, prompt.length)
-                empty = jnp.zeros_like(full.k[:, :, :1])  # a tail for the token's own row
-                own = Tail(empty, empty, none)
-                return self._attend_cache(qkv, table, full, segments[index], own)[0], weights
-
-            return attend
-
-        _, weights = self._run_token(model, token, attend_layer)
-        return jnp.stack(weights, axis=1)
-
     def start(
         self, token: jax.Array, position: jax.Array, settings: Settings, dtype: jnp.dtype
     ) -> DecodeState:
@@ -387,9 +252,9 @@ class Stages:
 
         def attend_layer(index: int) -> Attend[Tail]:
             own = segments[index], state.tail.layer(index)
-            return lambda qkv: self._attend_cache(qkv, table, pool, *own)
+            return lambda qkv: attend_cache(qkv, table, pool, *own, self.cache_backend)
 
-        x, tails = self._run_token(model, state.token, attend_layer)
+        x, tails = run_token(model, state.token, attend_layer, self.cache_backend)
         logits = model.logits(x)
         token = draws.sample(logits, uniform, self.cache_backend)
         return self._drawn(state, token, Tails.of(tails)), logits
@@ -409,30 +274,3 @@ class Stages:
             count=count,
             done=ended | (count >= settings.max_new_tokens),
         )
-
-    def _run_token(
-        self,
-        model: Decoder,
-        token: jax.Array,
-        attend_layer: Callable[[int], Attend[Kept]],
-    ) -> tuple[jax.Array, list[Kept]]:
-        """Run one token per sequence: its hidden states [B, D], and what each layer kept."""
-        stream, kept = Residual(model.embed(token[:, None])), []
-        for index, layer in enumerate(model.layers):
-            stream, own = layer(stream, attend_layer(index), backend=self.cache_backend)
-            kept.append(own)
-        return stream.total()[:, 0], kept
-
-    @jax.named_scope("decode_attention")
-    def _attend_cache(
-        self,
-        qkv: jax.Array,
-        table: tuple[jax.Array, jax.Array],
-        pool: AnyPool,
-        segment: Any,
-        tail: Tail,
-    ) -> tuple[jax.Array, Tail]:
-        """`Pool.append_and_attend`, of a product and a table with the axis of the one token."""
-        new = NewToken(qkv[:, 0], table[0][:, 0], table[1][:, 0])
-        mixed, tail = pool.append_and_attend(new, segment, tail, self.cache_backend)
-        return mixed[:, None], tail

@@ -1,13 +1,42 @@
 """What the stages of generation hand on: behind the prompt, between decode steps, at the end."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.window_scores import WindowScores
 from vlcache_jax.cache.method import Observation
 from vlcache_jax.cache.state import Tails
 from vlcache_jax.cache.trace import BatchTrace
 from vlcache_jax.running.settings import Settings
+
+
+class Buffers(NamedTuple):
+    """Keys and values of all layers, for a bucket of T rows.
+
+    Attributes:
+        k: keys after RoPE, [B, K, >= L * T, H]; layer l at rows l * T.
+        v: values, in the shape of the keys.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Memory(NamedTuple):
+    """What the rows of a prompt that were run leave behind beside their keys and values.
+
+    Attributes:
+        length: how many they are, int32 [B].
+        seen: the attention of windows that continue, of each `Look` that was asked for; its arrays
+            are [B, L, ...].
+        salience: largest activation of each token in front of each layer, float32 [B, L, T].
+    """
+
+    length: jax.Array
+    seen: tuple[WindowScores, ...]
+    salience: jax.Array
 
 
 @jax.tree_util.register_dataclass

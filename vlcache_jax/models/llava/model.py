@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlcache_jax.models.decoder import Decoder, Embedded, with_visual_rows
-from vlcache_jax.models.layers import DType, Linear, normal, weighted_rows
+from vlcache_jax.models.decoder import Decoder
+from vlcache_jax.models.layers import DType, Linear, normal
 from vlcache_jax.models.llava.clip import Attend, VisionTower
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.requests.inputs import ModelInputs
@@ -50,13 +50,8 @@ class Llava(Decoder):
         """Pixel tiles [S, 3, size, size] -> the table of visual rows [S * P (+ 1), D]."""
         return self.projector(self.vision(tiles, self.vision_layers, attend=attend))
 
-    def embed_prompt(self, inputs: ModelInputs, attend: Attend) -> Embedded:
-        """The decoder's input: token embeddings with the visual rows in their places."""
-        text = super().embed_prompt(inputs, attend)
+    def visual_tables(self, inputs: ModelInputs, attend: Attend) -> tuple[jax.Array, ...]:
+        """See `Decoder.visual_tables`."""
         if inputs.tiles.shape[0] == 0:
-            return text
-        table = self.visual_rows(inputs.tiles, attend)
-        if inputs.interpolation is not None:
-            visual = weighted_rows(table, *inputs.interpolation)
-            return Embedded(jnp.where((inputs.visual_index >= 0)[..., None], visual, text.x))
-        return with_visual_rows(text, table, inputs.visual_index)
+            return ()
+        return (self.visual_rows(inputs.tiles, attend),)

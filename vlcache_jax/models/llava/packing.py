@@ -27,6 +27,7 @@ from vlcache_jax.requests.packing import (
     Rendered,
     Row,
     Segment,
+    Shown,
     joined,
 )
 from vlcache_jax.requests.videos import Clip
@@ -118,40 +119,49 @@ class LlavaPacking(Packing):
         pixels = long * long if self.image_processor.do_pad else 0
         return max(pixels, self.config.vision.image_size**2 * long // narrow)
 
-    def row(self, images: Sequence[ImageLike], prompt: Rendered, clips: Sequence[Clip] = ()) -> Row:
-        """The row of a rendered prompt, its images and clips; see `Packing.row`."""
-        config, pictures = self.config, [self._load(image, len(images)) for image in images]
-        # Inside a list of prompts, or OneVision's processor takes them for prompts of their own.
-        encoded = self.encode(text=prompt.text, images=[pictures] if pictures else None)
+    def show(self, images: Sequence[ImageLike], clips: Sequence[Clip] = ()) -> Shown:
+        """See `Packing.show`."""
+        pictures = [self._load(image, len(images)) for image in images]
         sizes = [(picture.height, picture.width) for picture in pictures]
-        ids = np.asarray(encoded["input_ids"][0], np.int32)
-        pixels = encoded.get("pixel_values", ())  # of each image [3, H, W], or anyres' [tiles, ...]
-        shown = [
-            Segment([rows], [image.reshape(-1, *image.shape[-3:])[:count]], weights)
-            for image, count, (rows, *weights) in zip(
-                pixels, self.tiles(sizes), self.visual(sizes), strict=True
-            )
-        ]
-        made, count = np.count_nonzero(ids == self.mark_id), sum(each.count for each in shown)
-        if made != count:
-            raise ValueError(
-                f"the processor made {made} image tokens of images of (height, width) {sizes}, but "
-                f"the model has {count}: use the processor files of the same checkpoint"
-            )
-        side = config.vision.image_size
-        if shown and (shape := shown[0].tiles[0].shape[1:]) != (3, side, side):
-            raise ValueError(
-                f"the processor made tiles of shape {shape}, but the model's image_size is {side}: "
-                "use the processor files of the same checkpoint"
-            )
-        films = [self.film(clip) for clip in clips]
+        shown = []
+        if pictures:
+            # In a list of prompts, or OneVision's processor takes them for prompts of their own.
+            marks = self.mark * len(pictures) if self.mark else ""
+            encoded = self.encode(text=marks, images=[pictures])
+            pixels = encoded["pixel_values"]  # of each image [3, H, W], or anyres' [tiles, ...]
+            shown = [
+                Segment([rows], [image.reshape(-1, *image.shape[-3:])[:count]], weights)
+                for image, count, (rows, *weights) in zip(
+                    pixels, self.tiles(sizes), self.visual(sizes), strict=True
+                )
+            ]
+            made = np.count_nonzero(np.asarray(encoded["input_ids"][0]) == self.mark_id)
+            count = sum(each.count for each in shown)
+            if made != count:
+                raise ValueError(
+                    f"the processor made {made} image tokens of images of (height, width) {sizes}, "
+                    f"but the model has {count}: use the processor files of the same checkpoint"
+                )
+            shape, side = shown[0].tiles[0].shape[1:], self.config.vision.image_size
+            if shape != (3, side, side):
+                raise ValueError(
+                    f"the processor made tiles of shape {shape}, but the model's image_size is "
+                    f"{side}: use the processor files of the same checkpoint"
+                )
+        return Shown(shown, [self.film(clip) for clip in clips], clips)
+
+    def row(self, shown: Shown, prompt: Rendered) -> Row:
+        """The row of a rendered prompt; see `Packing.row`."""
+        ids = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
         times = np.ones(len(ids), np.int64)
-        times[ids == self.video_mark_id] = [film.count for film in films]
+        for mark, segments in ((self.mark_id, shown.pictures), (self.video_mark_id, shown.films)):
+            if segments:
+                times[ids == mark] = [segment.count for segment in segments]
         tokens = np.repeat(ids, times)
         is_visual = self.is_mark(tokens)
         self.check(tokens, is_visual)
         context = self.context(prompt, tokens, is_visual)
-        segments = self._in_order(prompt.text, shown, films)
+        segments = self._in_order(prompt.text, [*shown.pictures], [*shown.films])
         return Row(tokens, context, np.flatnonzero(is_visual), **joined(segments))
 
     def _in_order(self, text: str, pictures: list[Segment], films: list[Segment]) -> list[Segment]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlcache_jax.models.decoder import Decoder, Embedded, with_visual_rows
+from vlcache_jax.models.decoder import Decoder
 from vlcache_jax.models.layers import DType, Linear, RMSNorm
 from vlcache_jax.models.qwen_vl.config import QwenConfig
 from vlcache_jax.models.qwen_vl.tower import EPS, Attend, VisionTower
@@ -74,10 +74,8 @@ class QwenVL(Decoder):
         """
         return (self.projector(self.vision(tiles, layout, attend=attend)),)
 
-    def embed_prompt(self, inputs: ModelInputs, attend: Attend) -> Embedded:
-        """The decoder's input: token embeddings with the visual rows in their places."""
-        text = super().embed_prompt(inputs, attend)
+    def visual_tables(self, inputs: ModelInputs, attend: Attend) -> tuple[jax.Array, ...]:
+        """See `Decoder.visual_tables`."""
         if inputs.layout is None:
-            return text
-        table, *added = self.visual_rows(inputs.tiles, jnp.asarray(inputs.layout), attend)
-        return with_visual_rows(text, table, inputs.visual_index)._replace(added=tuple(added))
+            return ()
+        return self.visual_rows(inputs.tiles, jnp.asarray(inputs.layout), attend)

@@ -32,6 +32,7 @@ from vlcache_jax.requests.packing import (
     Rendered,
     Row,
     Segment,
+    Shown,
     joined,
     picture_processor,
 )
@@ -115,17 +116,23 @@ class QwenVLPacking(Packing):
 
         return load_video(video, choose)
 
-    def row(self, images: Sequence[ImageLike], prompt: Rendered, clips: Sequence[Clip] = ()) -> Row:
-        """The row of a rendered prompt, its images and clips; see `Packing.row`."""
-        for kind, pad, given in (("image", PAD, images), ("video", VIDEO_PAD, clips)):
-            if (count := prompt.text.count(pad)) != len(given):
+    def show(self, images: Sequence[ImageLike], clips: Sequence[Clip] = ()) -> Shown:
+        """See `Packing.show`."""
+        films = chain.from_iterable(map(self.film, clips))
+        return Shown([self._picture(image) for image in images], list(films), clips)
+
+    def row(self, shown: Shown, prompt: Rendered) -> Row:
+        """The row of a rendered prompt; see `Packing.row`."""
+        pads = {"image": PAD, "video": VIDEO_PAD}
+        for kind, given in shown.counts.items():
+            if (count := prompt.text.count(pads[kind])) != given:
                 raise ValueError(
-                    f"{count} <|{kind}_pad|> tokens in the prompt but {len(given)} {kind}s: write "
+                    f"{count} <|{kind}_pad|> tokens in the prompt but {given} {kind}s: write "
                     f"<{kind}>, or <|vision_start|><|{kind}_pad|><|vision_end|>, for each {kind}"
                 )
-        prompt = self.written(prompt, clips)
+        prompt = self.written(prompt, shown.clips)
         ids = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
-        pictures, films = map(self._picture, images), chain.from_iterable(map(self.film, clips))
+        pictures, films = iter(shown.pictures), iter(shown.films)
         is_mark = self.is_mark(ids)
         made = [next(films if id == self.video_mark_id else pictures) for id in ids[is_mark]]
         spans, segments = [span for span, _ in made], [segment for _, segment in made]

@@ -1,0 +1,173 @@
+"""Prompts that are run in parts: chunk by chunk, or behind a prefix that was run before.
+
+    0 . . . . . . . prefix . . . . . . . . . m - reach . . m
+    |  kept rows  | extend | extend | extend |   finish    |
+
+Reach is how many of its last rows the method has to see together: those of its windows. What it
+sees of rows anywhere is continued from part to part (`CacheMethod.continued`).
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlcache_jax.cache.method import CacheMethod
+from vlcache_jax.cache.score import Look
+from vlcache_jax.models.families import Params
+from vlcache_jax.requests.buckets import bucket_for
+from vlcache_jax.requests.inputs import ModelInputs
+from vlcache_jax.running.programs import Programs
+from vlcache_jax.running.prompting import Tables
+from vlcache_jax.running.settings import Settings
+from vlcache_jax.running.stages import Stages
+from vlcache_jax.running.state import Buffers, Memory, Prefill
+
+CHUNK_ROWS = 2048
+"""Rows of a prefix that are run at a time, by default: enough to keep a GPU busy."""
+
+ROWS = (32, 64, 96, 128, 192, 256, 384, 512)
+"""Rows of a part that a program is made for; beyond these, twice as many and so on."""
+
+DONATED = {
+    "extend": (3,),
+    "finish": (3,),
+    "build_into": (0,),
+    "spill": (0, 1),
+    "decode_chunk": (2,),
+}
+"""Arguments of the stages that are written in place."""
+
+
+class Runner:
+    """Runs the stages of one way to generate, each compiled when it is first needed.
+
+    Args:
+        programs: what was compiled so far.
+        stages: the functions.
+
+    Attributes:
+        compile_s: seconds that compiling took.
+    """
+
+    def __init__(self, programs: Programs, stages: Stages):
+        self._programs, self.stages = programs, stages
+        self.compile_s = 0.0
+
+    def do(
+        self, stage: str, rows: int, *args: Any, donate: tuple[int, ...] = (), **static: Any
+    ) -> Any:
+        """Run a stage.
+
+        Args:
+            stage: its name.
+            rows: the prompts' bucket, T.
+            args: its arguments.
+            donate: those that are given up, beside `DONATED`.
+            static: its static arguments.
+        """
+        stages = self.stages.program(stage, rows)
+        name = stages, stage, donate, tuple(static.items())
+        function = functools.partial(getattr(stages, stage), **static)
+        donate = (*DONATED.get(stage, ()), *donate)
+        program, compile_s = self._programs.ready(name, function, *args, donate=donate)
+        self.compile_s += compile_s
+        return program(*args)
+
+
+def reach(cache: CacheMethod, inputs: ModelInputs) -> int | None:
+    """How many last rows of a batch's prompts a method has to see together; None for all."""
+    found = []
+    for length, index in zip(inputs.length, inputs.visual_index, strict=True):
+        found.append(cache.reach(int(length), last_visual(index)))
+    return None if None in found else max(found)
+
+
+def last_visual(index: np.ndarray) -> int:
+    """Position of a prompt's last visual token, -1 where there is none: of a `visual_index` [T]."""
+    return int(np.max(np.flatnonzero(index != -1), initial=-1))
+
+
+@dataclass
+class Rows:
+    """The rows of prompts that were run, on the device.
+
+    Attributes:
+        tables: what was seen of the pictures.
+        buffers: keys and values.
+        memory: what they leave behind besides, for each set of looks that was asked for.
+    """
+
+    tables: Tables
+    buffers: Buffers
+    memory: dict[tuple[Look, ...], Memory] = field(default_factory=dict)
+
+    @classmethod
+    def none(cls, runner: Runner, params: Params, inputs: ModelInputs) -> "Rows":
+        """None yet, of prompts whose pictures are looked at."""
+        batch, rows = inputs.tokens.shape
+        tables = runner.do("see", rows, params, inputs) if len(inputs.tiles) else ()
+        dtype = params["embed"]["embedding"].dtype
+        return cls(tables, runner.stages.empty_buffers(batch, rows, dtype))
+
+    def remembered(self, runner: Runner, batch: int, total: int) -> Memory:
+        """What the rows leave behind for a method; where that is not known, of none of them."""
+        looks = runner.stages.cache.continued
+        found = self.memory.get(looks)
+        return runner.stages.empty_memory(batch, total, looks) if found is None else found
+
+    def extend(
+        self,
+        runner: Runner,
+        params: Params,
+        inputs: ModelInputs,
+        settings: Settings,
+        memory: Memory,
+        until: np.ndarray,
+        chunk: int,
+    ) -> Memory:
+        """Run the rows behind those of a memory, up to `until` [B], so many at a time."""
+        (batch, total), inputs = inputs.tokens.shape, inputs.without_tiles
+        looks, width = runner.stages.cache.continued, min(chunk, total)
+        for first in range(int(np.min(memory.length)), int(np.max(until)), width):
+            start = np.full(batch, min(first, total - width), np.int32)
+            args = self.tables, inputs, self.buffers, memory, start, until, settings
+            self.buffers, memory = runner.do(
+                "extend", total, params, *args, rows=width, looks=looks
+            )
+        return memory
+
+    def finish(
+        self,
+        runner: Runner,
+        params: Params,
+        inputs: ModelInputs,
+        settings: Settings,
+        chunk: int,
+        together: int,
+    ) -> tuple[Prefill, jax.Array]:
+        """Run all rows behind those of the method's memory, up to the prompts' ends.
+
+        Args:
+            runner: runs the stages.
+            params: parameters.
+            inputs: the whole prompts, arrays on the host; those of their rows that were run are not
+                run again, but for some that have to be run together with the last.
+            settings: what is asked of each sequence.
+            chunk: rows that are run at a time, beside those that have to be run together.
+            together: how many these are.
+        """
+        (batch, total), inputs = inputs.tokens.shape, inputs.without_tiles
+        length, memory = np.asarray(inputs.length), self.remembered(runner, batch, total)
+        start = np.minimum(np.asarray(memory.length), np.maximum(length - together, 0))
+        if np.max(length - start) > chunk:
+            start = np.maximum(length - together, 0).astype(np.int32)
+            memory = self.extend(runner, params, inputs, settings, memory, start, chunk)
+        width = min(bucket_for(int(np.max(length - start)), ROWS), total)
+        start = np.minimum(start, total - width).astype(np.int32)
+        args = self.tables, inputs, self.buffers, memory, start, settings
+        prefilled, token = runner.do("finish", total, params, *args, rows=width)
+        self.buffers = Buffers(prefilled.k, prefilled.v)
+        return prefilled, token
