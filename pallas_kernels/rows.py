@@ -1,8 +1,10 @@
-"""What decode attention reads and writes: the arrays of one layer, by their roles."""
+"""What attention reads and writes: the arrays of one layer, by their roles."""
 
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +58,48 @@ class Tail:
     k: jax.Array
     v: jax.Array
     fill: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerRows:
+    """One layer's rows in the buffer that a prefill fills: row t is row `first + t` of it.
+
+        k, v   . . . |<- rows ->| . . . .      as many rows of each other layer around them
+                   first
+
+    Attributes:
+        k: keys of all layers, [B, K, C, H].
+        v: values of all layers, [B, K, C, H].
+        first: first row of this layer, int32 []; `first + rows` is at most C.
+        rows: static: most rows of a sequence in one layer, T.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    first: jax.Array
+    rows: int = field(metadata={"static": True})
+
+    @classmethod
+    def alone(cls, k: jax.Array, v: jax.Array) -> "LayerRows":
+        """A layer that has a buffer of its own, of keys and values [B, T, K, H]."""
+        buffers = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return cls(*buffers, first=jnp.zeros((), jnp.int32), rows=k.shape[1])
+
+    def check(self, queries: tuple[int, ...]) -> None:
+        """Refuse buffers that do not fit each other, or queries of a shape [B, rows, N, H].
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        (batch, _, heads, head_dim), k, v = queries, self.k.shape, self.v.shape
+        if k != v or len(k) != 4 or (k[0], k[3]) != (batch, head_dim):
+            raise ValueError(f"{k=}, {v=}: expected [{batch}, K, C, {head_dim}] of both buffers")
+        if self.first.shape or not 1 <= self.rows <= k[2]:
+            raise ValueError(
+                f"{self.first.shape=} must be (), and {self.rows=} from 1 to the buffer's {k[2]}"
+            )
+        check_heads(heads, k[1])
 
 
 @jax.tree_util.register_dataclass
@@ -114,3 +158,44 @@ def check(new: NewToken, rows: Segment, tail: Tail) -> None:
     numbers = rows.offset.shape, rows.length.shape, tail.fill.shape
     if set(numbers) != {(batch,)}:
         raise ValueError(f"offset, length and fill {list(numbers)} must be {(batch,)}")
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Refuse query heads that cannot share the kv heads.
+
+    Raises:
+        ValueError: they are no multiple of them.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} kv heads")
+
+
+def read_rows(
+    array: jax.Array,
+    start: jax.Array,
+    count: int,
+    *,
+    number: jax.Array | None = None,
+    axis: int = 2,
+) -> jax.Array:
+    """Rows from `start` on: [B, K, S, H] -> [B, K, count, H].
+
+    Args:
+        array: of all sequences.
+        start: int32 []; `start + count` is at most S.
+        count: how many.
+        number: of the only sequence to read, int32 [], which gives [1, K, count, H]; None for all.
+        axis: where the rows are.
+    """
+    kind = array.dtype
+    if kind == jnp.bfloat16:
+        # XLA on a CPU slices no bfloat16: it would convert the whole array to float32, in front of
+        # the loop. It does slice integers; and what is tied to `start` it leaves in the loop.
+        array, start = lax.optimization_barrier((array, start))
+        array = lax.bitcast_convert_type(array, jnp.uint16)
+    first, sizes = [jnp.zeros_like(start)] * array.ndim, list(array.shape)
+    first[axis], sizes[axis] = start, count
+    if number is not None:
+        first[0], sizes[0] = number, 1
+    found = lax.dynamic_slice(array, first, sizes)
+    return lax.bitcast_convert_type(found, kind) if kind == jnp.bfloat16 else found

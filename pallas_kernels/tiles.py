@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.backends import current_device
+from pallas_kernels.rows import LayerRows
 
 SMALLEST = 16
 """Least side of a matrix product on tensor cores."""
@@ -96,12 +97,26 @@ def dot(a: jax.Array, b: jax.Array, *, trans_a: bool = False, trans_b: bool = Fa
     return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)
 
 
+def of_kv_head(rows: jax.Array | LayerRows, each: int = 1) -> pl.BlockSpec:
+    """What a program sees of keys or values: those of its sequence's kv head, [rows, H].
+
+    Args:
+        rows: an array [B, T, K, H]; or a layer, of whose buffers all rows of the head are seen.
+        each: programs of a kv head, along the grid's last axis but one; the last are the sequences.
+    """
+    if isinstance(rows, LayerRows):
+        sides = rows.k.shape[2:]
+        return pl.BlockSpec((None, None, *sides), lambda *at: (at[-1], at[-2] // each, 0, 0))
+    _, length, _, head_dim = rows.shape
+    return pl.BlockSpec((None, length, None, head_dim), lambda *at: (at[-1], 0, at[-2] // each, 0))
+
+
 def call(
     kernel: Callable[..., None],
     name: str,
     *,
     grid: tuple[int, ...],
-    in_specs: Sequence[pl.BlockSpec],
+    in_specs: Sequence[Any],
     out_specs: Any,
     out_shape: Any,
     aliases: dict[int, int] | None = None,
@@ -117,7 +132,7 @@ def call(
         kernel: takes the references and `static`.
         name: of the kernel, in programs and traces.
         grid: number of programs along each axis, the first varying fastest.
-        in_specs: of the inputs, which may be trees of arrays.
+        in_specs: of the inputs, which may be trees of arrays; None for one that is not there.
         out_specs: of the outputs.
         out_shape: of the outputs.
         aliases: input array's number to that of the output array that is the same memory.

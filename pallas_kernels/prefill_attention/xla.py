@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import online_softmax
+from pallas_kernels.rows import LayerRows, read_rows
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
@@ -25,49 +26,65 @@ def prefill_attention(
     scale: float,
 ) -> jax.Array:
     """See the package's public function."""
+    start = jnp.zeros((1,), jnp.int32)
+    return _attend(q, LayerRows.alone(k, v), start, lengths, causal=causal, scale=scale)
+
+
+def chunk_attention(
+    q: jax.Array, layer: LayerRows, start: jax.Array, lengths: jax.Array, *, scale: float
+) -> jax.Array:
+    """See the package's public function."""
+    return _attend(q, layer, start, lengths, causal=True, scale=scale)
+
+
+def _attend(
+    q: jax.Array,
+    layer: LayerRows,
+    start: jax.Array,
+    lengths: jax.Array,
+    *,
+    causal: bool,
+    scale: float,
+) -> jax.Array:
+    """Attention of the queries [B, Tq, N, H] from position `start` on, int32 [B] or [1]."""
     batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
+    kv_heads = layer.k.shape[1]
     group = heads // kv_heads
-    rows, columns = min(QUERY_BLOCK, length), min(KEY_BLOCK, length)
-    longest = jnp.max(lengths)
+    rows, columns = min(QUERY_BLOCK, length), min(KEY_BLOCK, layer.rows)
     q = q.reshape(batch, length, kv_heads, group, head_dim)
     # Tied to q: else XLA makes the zeros of all layers of a model at once, before the first one.
     q, zero = lax.optimization_barrier((q, jnp.zeros((), q.dtype)))
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
 
     def query_block(index: jax.Array, out: jax.Array) -> jax.Array:
-        start = jnp.minimum(index * rows, length - rows)
-        block = lax.dynamic_slice_in_dim(q, start, rows, axis=1)
+        row_at = jnp.minimum(index * rows, length - rows)
+        block = lax.dynamic_slice_in_dim(q, row_at, rows, axis=1)
         block = block.transpose(0, 2, 3, 1, 4)  # [B, K, G, rows, H]
         block = block.reshape(batch, kv_heads, group * rows, head_dim)
-        q_position = start + jnp.arange(rows, dtype=jnp.int32)
-        stop = jnp.minimum(start + rows, longest) if causal else longest
+        q_position = start[:, None] + row_at + jnp.arange(rows, dtype=jnp.int32)  # [B, rows]
+        stop = lengths
+        if causal:
+            stop = jnp.where(q_position[:, 0] < lengths, q_position[:, -1] + 1, 0)
+            stop = jnp.minimum(stop, lengths)
 
         def key_block(index: jax.Array, partial: online_softmax.Partial) -> online_softmax.Partial:
             first = index * columns
-            at = jnp.minimum(first, length - columns)
+            at = jnp.minimum(first, layer.rows - columns)
             position = at + jnp.arange(columns, dtype=jnp.int32)
             readable = (position >= first) & (position < lengths[:, None])  # [B, S]
-            visible = readable[:, None, None, :]
+            visible = readable[:, None, :]
             if causal:
-                seen = position <= q_position[:, None]  # [rows, S]
-                visible = visible & jnp.tile(seen, (group, 1))
-            part = online_softmax.attend(
-                block,
-                lax.dynamic_slice_in_dim(k, at, columns, axis=2),
-                lax.dynamic_slice_in_dim(v, at, columns, axis=2),
-                visible,
-                readable,
-                scale,
-            )
+                visible = visible & (position <= q_position[:, :, None])  # [B, rows, S]
+                visible = jnp.tile(visible, (1, group, 1))
+            k, v = (read_rows(x, layer.first + at, columns) for x in (layer.k, layer.v))
+            part = online_softmax.attend(block, k, v, visible[:, None], readable, scale)
             return online_softmax.merge(partial, part)
 
-        trips = (stop + columns - 1) // columns
+        trips = (jnp.max(stop) + columns - 1) // columns
         partial = lax.fori_loop(0, trips, key_block, online_softmax.empty(block))
         mixed = online_softmax.finish(partial).astype(q.dtype)
         mixed = mixed.reshape(batch, kv_heads, group, rows, head_dim).transpose(0, 3, 1, 2, 4)
-        return lax.dynamic_update_slice_in_dim(out, mixed, start, axis=1)
+        return lax.dynamic_update_slice_in_dim(out, mixed, row_at, axis=1)
 
-    trips = (longest + rows - 1) // rows
+    trips = (jnp.max(jnp.clip(lengths - start, 0, length)) + rows - 1) // rows
     out = lax.fori_loop(0, trips, query_block, jnp.full_like(q, zero))
     return out.reshape(batch, length, heads, head_dim)

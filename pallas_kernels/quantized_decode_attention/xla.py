@@ -4,6 +4,8 @@ A block of word-rows is unpacked and dequantized where it is used, so that never
 of any cache stands in memory at full width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,10 +18,9 @@ from pallas_kernels.ragged_decode_attention.xla import (
     attend_segments,
     by_sequence,
     finish,
-    read_rows,
 )
 from pallas_kernels.rope import rotate
-from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
+from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail, read_rows
 from pallas_kernels.splits import trips
 
 ROW_BLOCK = 256
@@ -64,18 +65,19 @@ def _attend_run(
 
     def attend(number: jax.Array) -> online_softmax.Partial:
         own = lax.dynamic_index_in_dim(query, number)
+        own_rows = functools.partial(read_rows, number=number)
 
         def read(
             words: jax.Array, affine: jax.Array, start: jax.Array, key_group: int | None
         ) -> jax.Array:
             """The rows of `count` word-rows: float32 [1, K, count * P, H]."""
-            codes = unpack(read_rows(words, number, start, count), bits)  # [1, K, count, P, H]
+            codes = unpack(own_rows(words, start, count), bits)  # [1, K, count, P, H]
             codes = codes.reshape(*codes.shape[:2], count * each, codes.shape[-1])
             if key_group:
                 groups = count * each // key_group
-                scales = read_rows(affine, number, start * each // key_group, groups)
+                scales = own_rows(affine, start * each // key_group, groups)
                 return dequantize(codes, scales, by_channel=True)
-            scales = read_rows(affine, number, start * lanes, count * lanes, axis=3)
+            scales = own_rows(affine, start * lanes, count * lanes, axis=3)
             scales = scales.reshape(*scales.shape[:-1], count, lanes)[..., :each]
             return dequantize(codes, scales.reshape(*scales.shape[:-2], count * each))
 

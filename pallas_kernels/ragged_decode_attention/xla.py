@@ -10,7 +10,7 @@ from jax import lax
 from pallas_kernels import online_softmax
 from pallas_kernels.backends import current_device
 from pallas_kernels.rope import rotate
-from pallas_kernels.rows import NewToken, Segment, Tail
+from pallas_kernels.rows import NewToken, Segment, Tail, read_rows
 
 LARGE = 2**20
 """Numbers of the keys of a large block, in all kv heads: 4 MB in float32, worth starting threads.
@@ -105,7 +105,7 @@ def _attend_rows(
     large, small = (max(numbers // width, 1) * PARTS for numbers in (LARGE, SMALL))
 
     def read(array: jax.Array, start: jax.Array, count: int) -> jax.Array:
-        return read_rows(array, number, start, count).astype(jnp.float32)
+        return read_rows(array, start, count, number=number).astype(jnp.float32)
 
     def side_by_side(block: jax.Array, parts: int) -> jax.Array:
         split = block.reshape(1, kv_heads, parts, -1, head_dim)
@@ -161,31 +161,6 @@ def _attend_rows(
         done += (rows - done) // most * most
     rest = min(rest, total // PARTS * PARTS or total)
     return small_blocks(seen, done, rest, (rows - done + rest - 1) // rest)
-
-
-def read_rows(
-    array: jax.Array, number: jax.Array, start: jax.Array, count: int, axis: int = 2
-) -> jax.Array:
-    """One sequence's rows from `start` on: [B, K, S, H] -> [1, K, count, H].
-
-    Args:
-        array: of all sequences.
-        number: of the sequence, int32 [].
-        start: int32 []; `start + count` is at most S.
-        count: how many.
-        axis: where the rows are.
-    """
-    kind = array.dtype
-    if kind == jnp.bfloat16:
-        # XLA on a CPU slices no bfloat16: it would convert the whole array to float32, in front of
-        # the loop. It does slice integers; and what is tied to `start` it leaves in the loop.
-        array, start = lax.optimization_barrier((array, start))
-        array = lax.bitcast_convert_type(array, jnp.uint16)
-    zero = jnp.zeros_like(number)
-    first, sizes = [number, zero, zero, zero], [1, *array.shape[1:]]
-    first[axis], sizes[axis] = start, count
-    found = lax.dynamic_slice(array, first, sizes)
-    return lax.bitcast_convert_type(found, kind) if kind == jnp.bfloat16 else found
 
 
 def append_and_attend(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.backends import choose
+from pallas_kernels.rows import LayerRows, check_heads
 from pallas_kernels.window_scores import triton, xla
 
 BACKENDS = {"triton": triton.window_scores, "xla": xla.window_scores}
@@ -37,7 +38,7 @@ class WindowScores(NamedTuple):
 
 def window_scores(
     q: jax.Array,
-    k: jax.Array,
+    k: jax.Array | LayerRows,
     start: jax.Array,
     lengths: jax.Array,
     *,
@@ -60,7 +61,8 @@ def window_scores(
 
     Args:
         q: queries of the window's rows [B, W, N, H].
-        k: keys of the whole prompt [B, T, K, H], N a multiple of K.
+        k: keys of the whole prompt [B, T, K, H], N a multiple of K; or a layer in the prefill's
+            buffer, whose keys are read in place: then T is `k.rows`.
         start: position of the window's first row, int32 [B]; or of each row, ascending, int32
             [B, W], where rows at or beyond the length are not there.
         lengths: true length of each prompt, int32 [B].
@@ -77,19 +79,23 @@ def window_scores(
         NotImplementedError: there is no such backend, or W * T is beyond what the counts hold.
     """
     batch, rows, heads, head_dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(f"{q.shape=}, {k.shape=}: expected [B, W, N, H] and [B, T, K, H]")
-    if heads % k.shape[2]:
-        raise ValueError(f"{heads} query heads must be a multiple of {k.shape[2]} kv heads")
+    if isinstance(k, LayerRows):
+        k.check(q.shape)
+        keys, kv_heads = k.rows, k.k.shape[1]
+    else:
+        if k.shape[0] != batch or k.shape[3] != head_dim:
+            raise ValueError(f"{q.shape=}, {k.shape=}: expected [B, W, N, H] and [B, T, K, H]")
+        keys, kv_heads = k.shape[1:3]
+        check_heads(heads, kv_heads)
     if start.shape not in ((batch,), (batch, rows)) or lengths.shape != (batch,):
         raise ValueError(
             f"{start.shape=}, {lengths.shape=} must be {(batch,)}, or {(batch, rows)} of the start"
         )
-    if weights is not None and weights.shape not in ((batch, 1, rows), (batch, k.shape[2], rows)):
+    if weights is not None and weights.shape not in ((batch, 1, rows), (batch, kv_heads, rows)):
         raise ValueError(f"{weights.shape=}: expected [B, 1, W] or [B, K, W], of {q.shape=}")
-    if threshold is not None and rows * k.shape[1] >= 2**31:
+    if threshold is not None and rows * keys >= 2**31:
         raise NotImplementedError(
-            f"{rows} window rows of {k.shape[1]} keys cannot be counted in 32 bits: use fewer "
+            f"{rows} window rows of {keys} keys cannot be counted in 32 bits: use fewer "
             "rows, or no threshold"
         )
     scale = 1 / math.sqrt(head_dim) if scale is None else scale

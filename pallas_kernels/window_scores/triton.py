@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tiles
+from pallas_kernels.rows import LayerRows
 from pallas_kernels.splits import split_count, trips
 from pallas_kernels.tuning import WindowConfig, best
 
@@ -48,6 +49,7 @@ def _positions(start: Any, batch: Any, rows: jax.Array, inside: jax.Array) -> ja
 def _rows_kernel(
     start_ref: Any,
     lengths_ref: Any,
+    first_ref: Any,
     q_ref: Any,
     k_ref: Any,
     maximum_ref: Any,
@@ -58,9 +60,13 @@ def _rows_kernel(
     block_keys: int,
     splits: int,
 ) -> None:
-    """References of one query head: q [W, H]; k [T, H]; maximum, total [splits, W]."""
+    """References of one query head: q [W, H]; k [T, H]; maximum, total [splits, W].
+
+    Of a layer in a buffer also `first` [1], the row of k that is key 0; else it is None.
+    """
     block, split, batch = pl.program_id(0), pl.program_id(1), pl.program_id(3)
     start, length = _start(start_ref, batch), lengths_ref[batch]
+    first = 0 if first_ref is None else first_ref[0]
     rows = block * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
     inside = rows < q_ref.shape[0]
     position = _positions(start, batch, rows, inside)
@@ -72,7 +78,7 @@ def _rows_kernel(
         maximum, total = carry
         keys = index * block_keys + columns
         valid = keys < length
-        logits = tiles.dot(q, tiles.load(k_ref, keys, valid), trans_b=True) * scale
+        logits = tiles.dot(q, tiles.load(k_ref, first + keys, valid), trans_b=True) * scale
         seen = real[:, None] & (keys[None, :] <= position[:, None])
         logits = jnp.where(seen, logits, -jnp.inf)
         new = jnp.maximum(maximum, jnp.max(logits, axis=1))
@@ -87,12 +93,12 @@ def _rows_kernel(
         last = jnp.where(start + block * block_rows < length, last, 0)
     blocks = trips(last, block_keys)
     each = trips(blocks, splits)
-    first = split * each
+    begin = split * each
     nothing = (
         jnp.full((block_rows,), -jnp.inf, jnp.float32),
         jnp.zeros((block_rows,), jnp.float32),
     )
-    maximum, total = lax.fori_loop(first, jnp.minimum(first + each, blocks), add, nothing)
+    maximum, total = lax.fori_loop(begin, jnp.minimum(begin + each, blocks), add, nothing)
     tiles.scatter(maximum_ref, (split, rows), inside, maximum)
     tiles.scatter(total_ref, (split, rows), inside, total)
 
@@ -100,6 +106,7 @@ def _rows_kernel(
 def _columns_kernel(
     start_ref: Any,
     lengths_ref: Any,
+    first_ref: Any,
     q_ref: Any,
     k_ref: Any,
     maximum_ref: Any,
@@ -116,13 +123,14 @@ def _columns_kernel(
     """References of one kv head: q [W, G, H]; k [T, H]; maximum, share [G, W]; scores [T].
 
     `zeroed` is [G, key blocks]: what this block of keys adds to each query head's count; `maxima`
-    is [T]. Either is None where it is not asked for.
+    is [T]. Either is None where it is not asked for. `first` is as in `_rows_kernel`.
     """
     block, batch = pl.program_id(0), pl.program_id(2)
     start, length = _start(start_ref, batch), lengths_ref[batch]
+    first = 0 if first_ref is None else first_ref[0]
     window, group, _ = q_ref.shape
     keys = block * block_keys + jnp.arange(block_keys, dtype=jnp.int32)
-    k = tiles.load(k_ref, keys, keys < length)
+    k = tiles.load(k_ref, first + keys, keys < length)
     lines = jnp.arange(block_rows, dtype=jnp.int32)
     # Rows before the block's first key do not see it.
     if isinstance(start, OwnRows):
@@ -173,7 +181,7 @@ def _columns_kernel(
 
 def window_scores(
     q: jax.Array,
-    k: jax.Array,
+    k: jax.Array | LayerRows,
     start: jax.Array,
     lengths: jax.Array,
     *,
@@ -188,7 +196,10 @@ def window_scores(
     `config` is that of the device by default.
     """
     batch, window, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1:3]
+    if isinstance(k, LayerRows):
+        array, keys, kv_heads, first = k.k, k.rows, k.k.shape[1], k.first[None]
+    else:
+        array, (keys, kv_heads), first = k, k.shape[1:3], None
     group, pairs = heads // kv_heads, batch * heads * window * keys
     launch: WindowConfig = config or best("window_scores", q.dtype, head_dim)
     block_rows = min(launch.block_rows, tiles.padded(window))
@@ -199,21 +210,22 @@ def window_scores(
         cost=pl.CostEstimate(
             flops=2 * pairs * head_dim,
             transcendentals=pairs,
-            bytes_accessed=(q.size + k.size) * q.dtype.itemsize,
+            bytes_accessed=(q.size + array.size) * q.dtype.itemsize,
         ),
         scale=scale,
         block_rows=block_rows,
         block_keys=block_keys,
     )
     whole = pl.BlockSpec((batch,), lambda *_: (0,))
-    first: Any = whole
+    of_first = None if first is None else pl.BlockSpec((1,), lambda *_: (0,))
+    of_start: Any = whole
     rows_at: Any = start
     if start.ndim == 2:
         edges = jnp.arange(pl.cdiv(keys, block_keys), dtype=jnp.int32) * block_keys
         edges = jnp.append(jnp.broadcast_to(edges, (batch, edges.size)), lengths[:, None], axis=1)
         before = jnp.sum(start[:, :, None] < edges[:, None, :], axis=1, dtype=jnp.int32)
         rows_at = OwnRows(start, before)
-        first = OwnRows(*(pl.BlockSpec(each.shape, lambda *_: (0, 0)) for each in rows_at))
+        of_start = OwnRows(*(pl.BlockSpec(each.shape, lambda *_: (0, 0)) for each in rows_at))
 
     blocks = pl.cdiv(window, block_rows)
     splits = split_count(blocks * heads * batch, keys // block_keys, per_core=4, least=4)
@@ -223,15 +235,16 @@ def window_scores(
         "window_rows",
         grid=(blocks, splits, heads, batch),
         in_specs=[
-            first,
+            of_start,
             whole,
+            of_first,
             pl.BlockSpec((None, window, None, head_dim), lambda i, s, n, b: (b, 0, n, 0)),
-            pl.BlockSpec((None, keys, None, head_dim), lambda i, s, n, b: (b, 0, n // group, 0)),
+            tiles.of_kv_head(k, group),
         ],
         out_specs=[of_head] * 2,
         out_shape=[jax.ShapeDtypeStruct((batch, heads, splits, window), jnp.float32)] * 2,
         splits=splits,
-    )(rows_at, lengths, q, k)
+    )(rows_at, lengths, first, q, array)
     # An entry is exp(logit - maximum) times the row's share, 1 / sum.
     highest = jnp.max(maximum, axis=2)
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)
@@ -252,10 +265,11 @@ def window_scores(
         "window_columns",
         grid=(blocks, kv_heads, batch),
         in_specs=[
-            first,
+            of_start,
             whole,
+            of_first,
             pl.BlockSpec((None, window, None, group, head_dim), lambda j, h, b: (b, 0, h, 0, 0)),
-            pl.BlockSpec((None, keys, None, head_dim), lambda j, h, b: (b, 0, h, 0)),
+            tiles.of_kv_head(k),
             by_head,
             by_head,
         ],
@@ -265,8 +279,9 @@ def window_scores(
     )(
         rows_at,
         lengths,
+        first,
         q.reshape(batch, window, kv_heads, group, head_dim),
-        k,
+        array,
         highest.reshape(batch, kv_heads, group, window),
         share,
     )

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.rows import LayerRows, read_rows
+
 ROW_BLOCK = 128
 KEY_BLOCK = 512
 
@@ -14,7 +16,7 @@ Sums = tuple[jax.Array, jax.Array | None, jax.Array | None]
 
 def window_scores(
     q: jax.Array,
-    k: jax.Array,
+    k: jax.Array | LayerRows,
     start: jax.Array,
     lengths: jax.Array,
     *,
@@ -25,11 +27,11 @@ def window_scores(
 ) -> Sums:
     """See the package's public function, of which it gives the scores, `zeroed` and `maxima`."""
     batch, window, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1:3]
+    layer = k if isinstance(k, LayerRows) else LayerRows.alone(k, k)
+    keys, kv_heads = layer.rows, layer.k.shape[1]
     group = heads // kv_heads
     rows, columns = min(ROW_BLOCK, window), min(KEY_BLOCK, keys)
     q = q.reshape(batch, window, kv_heads, group, head_dim)
-    k = k.swapaxes(1, 2)  # [B, K, T, H]
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
     def row_block(index: jax.Array, sums: Sums) -> Sums:
@@ -53,7 +55,7 @@ def window_scores(
             logits = jnp.einsum(
                 "brkgh,bksh->bkgrs",
                 block,
-                lax.dynamic_slice_in_dim(k, at, columns, axis=2),
+                read_rows(layer.k, layer.first + at, columns),
                 precision=precision,
                 preferred_element_type=jnp.float32,
             )
