@@ -170,7 +170,6 @@ class Packing:
         processor: the same, made ready.
         tokenizer: its tokenizer.
         image_processor: its image processor, None where it has none.
-        encoder: what is asked for a prompt's ids: the processor.
         mark: what stands for a picture in a text; None where the model takes no pictures.
         mark_id: the token of a picture in it, -1 where there is none.
         video_mark, video_mark_id: the same of videos.
@@ -193,7 +192,6 @@ class Packing:
         self.config, self.processor = config, processor
         self.tokenizer: Any = getattr(processor, "tokenizer", processor)
         self.image_processor: Any = getattr(processor, "image_processor", None)
-        self.encoder = processor
         self.mark: str | None = None
         self.video_mark: str | None = None
         self.mark_id = self.video_mark_id = -1
@@ -283,7 +281,7 @@ class Packing:
         Raises:
             ValueError: the model cannot take what comes of the prompt.
         """
-        tokens = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
+        tokens = np.asarray(self.encode(prompt.text)["input_ids"][0], np.int32)
         self.check(tokens, is_visual := np.zeros(tokens.shape, bool))
         return Row(tokens, self.context(prompt, tokens, is_visual), np.zeros(0, np.int64))
 
@@ -354,10 +352,10 @@ class Packing:
         bos = self.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
-    def encode(self, *, text: str, **pictures: Any) -> Any:
-        """What the processor makes of a prompt."""
+    def encode(self, text: str, processor: Any = None, **pictures: Any) -> Any:
+        """What the tokenizer makes of a prompt, or a processor of its marks and pictures."""
         try:
-            return self.encoder(
+            return (processor or self.tokenizer)(
                 text=text,
                 add_special_tokens=self._adds_special(text),
                 padding=False,  # a tokenizer may have been saved with either

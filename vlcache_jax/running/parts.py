@@ -57,18 +57,18 @@ class Runner:
         self.compile_s = 0.0
 
     def do(
-        self, stage: str, rows: int, *args: Any, donate: tuple[int, ...] = (), **static: Any
+        self, stage: str, prompt_rows: int, *args: Any, donate: tuple[int, ...] = (), **static: Any
     ) -> Any:
         """Run a stage.
 
         Args:
             stage: its name.
-            rows: the prompts' bucket, T.
+            prompt_rows: the prompts' bucket, T.
             args: its arguments.
             donate: those that are given up, beside `DONATED`.
             static: its static arguments.
         """
-        stages = self.stages.program(stage, rows)
+        stages = self.stages.program(stage, prompt_rows)
         name = stages, stage, donate, tuple(static.items())
         function = functools.partial(getattr(stages, stage), **static)
         donate = (*DONATED.get(stage, ()), *donate)

@@ -127,7 +127,7 @@ class LlavaPacking(Packing):
         if pictures:
             # In a list of prompts, or OneVision's processor takes them for prompts of their own.
             marks = self.mark * len(pictures) if self.mark else ""
-            encoded = self.encode(text=marks, images=[pictures])
+            encoded = self.encode(marks, self.processor, images=[pictures])
             pixels = encoded["pixel_values"]  # of each image [3, H, W], or anyres' [tiles, ...]
             shown = [
                 Segment([rows], [image.reshape(-1, *image.shape[-3:])[:count]], weights)
@@ -152,7 +152,7 @@ class LlavaPacking(Packing):
 
     def row(self, shown: Shown, prompt: Rendered) -> Row:
         """The row of a rendered prompt; see `Packing.row`."""
-        ids = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
+        ids = np.asarray(self.encode(prompt.text)["input_ids"][0], np.int32)
         times = np.ones(len(ids), np.int64)
         for mark, segments in ((self.mark_id, shown.pictures), (self.video_mark_id, shown.films)):
             if segments:

@@ -30,8 +30,6 @@ class OnevisionPacking(LlavaPacking):
         mark = str(processor.video_token)
         if self.tokenizer.convert_tokens_to_ids(mark) == config.video_token_id:
             self.video_mark, self.video_mark_id = mark, config.video_token_id
-        # What is done for videos needs torchvision, and is done here: it would refuse their marks.
-        self.processor.video_token = None
 
     @staticmethod
     def load(path: Path, config: ModelConfig) -> Any:

@@ -66,7 +66,6 @@ class QwenVLPacking(Packing):
 
     def __init__(self, config: QwenConfig, processor: Any):
         super().__init__(config, processor)
-        self.encoder = self.tokenizer
         self.mark, self.mark_id = MARK, config.image_token_id
         vision, found = config.vision, self._ids(PAD)
         if found != [self.mark_id]:
@@ -131,7 +130,7 @@ class QwenVLPacking(Packing):
                     f"<{kind}>, or <|vision_start|><|{kind}_pad|><|vision_end|>, for each {kind}"
                 )
         prompt = self.written(prompt, shown.clips)
-        ids = np.asarray(self.encode(text=prompt.text)["input_ids"][0], np.int32)
+        ids = np.asarray(self.encode(prompt.text)["input_ids"][0], np.int32)
         pictures, films = iter(shown.pictures), iter(shown.films)
         is_mark = self.is_mark(ids)
         made = [next(films if id == self.video_mark_id else pictures) for id in ids[is_mark]]
