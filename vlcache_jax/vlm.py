@@ -3,10 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, NamedTuple, TypedDict, Unpack, overload
-
-import jax
-import numpy as np
+from typing import Any, TypedDict, Unpack, overload
 
 from vlcache_jax.cache.methods import CacheLike, as_method
 from vlcache_jax.errors import whole_number, whole_numbers
@@ -15,18 +12,16 @@ from vlcache_jax.models.families import Params
 from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.requests.detokenize import check_stop
 from vlcache_jax.requests.images import Images
-from vlcache_jax.requests.inputs import CONTEXT, ModelInputs
 from vlcache_jax.requests.messages import Messages, is_one
 from vlcache_jax.requests.processing import Contexts, Processor
 from vlcache_jax.requests.videos import Videos
 from vlcache_jax.results.answer import Answer
-from vlcache_jax.results.report import cache_report
-from vlcache_jax.running.driver import Run
 from vlcache_jax.running.generate import Generate
 from vlcache_jax.running.parts import Rows
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.sampling import Sampling
-from vlcache_jax.running.settings import Settings
+from vlcache_jax.session import Prefix, Session, SessionOptions
+from vlcache_jax.streaming import Progress, Request, Stream
 
 
 class Options(TypedDict, total=False):
@@ -83,26 +78,6 @@ class Options(TypedDict, total=False):
     prefill_chunk: int | None
 
 
-class Request(NamedTuple):
-    """A request that was checked.
-
-    Attributes:
-        single: whether it is one prompt, not a list.
-        generate: how it is answered.
-        groups: its padded inputs.
-        settings: what is asked of each sequence.
-        stop: texts that end an answer.
-        chunk: rows of the prompts that are run at a time; None for all.
-    """
-
-    single: bool
-    generate: Generate
-    groups: list[ModelInputs]
-    settings: Settings
-    stop: tuple[str, ...]
-    chunk: int | None = None
-
-
 class VLM:
     """A vision-language model ready to answer; made by `vlcache_jax.load`.
 
@@ -143,7 +118,7 @@ class VLM:
         self.cache = as_method(cache)
         self.transformed = transformed
         self.tsa_layers = None if tsa_layers is None else whole_numbers(tsa_layers, "tsa_layers")
-        self._programs = Programs()
+        self.programs = Programs()
 
     @cached_property
     def params(self) -> Params:
@@ -155,7 +130,7 @@ class VLM:
         """The parameters with the transform of the values folded in, made at the first use."""
         return self.params if self.transformed else fold_transform(self.params)
 
-    def _params_for(self, generate: Generate) -> Params:
+    def params_for(self, generate: Generate) -> Params:
         """The parameters that a way to generate runs on."""
         return self.folded if generate.cache.transforms else self.params
 
@@ -242,7 +217,36 @@ class VLM:
         request = self.request(images, text, **options)
         if not request.single:
             raise ValueError("stream answers one prompt: use generate for a list of them")
-        return Stream(self, request)
+        return self.start(request)
+
+    def start(
+        self,
+        request: Request,
+        prefix: Rows | None = None,
+        done: Callable[[Answer], None] | None = None,
+    ) -> "Stream":
+        """`stream` of a request that was checked.
+
+        Args:
+            request: of one prompt.
+            prefix: rows of it that were run before.
+            done: called with the answer once the stream was read to its end.
+        """
+        return Stream(self, request, prefix, done)
+
+    def session(self, images: Images = None, **options: Unpack[SessionOptions]) -> Session:
+        """A conversation whose pictures are run once, for all questions.
+
+        Args:
+            images: None, an image or a list of images.
+            **options: see `SessionOptions`.
+
+        Raises:
+            ValueError: as `generate`.
+            FileNotFoundError: a file of an image or a video does not exist.
+        """
+        prefix = Prefix(self, images, **options)
+        return Session(prefix, prefix.first)
 
     def _answer(self, request: Request) -> Answer | list[Answer]:
         """The answers to a request: its stream, read to the end."""
@@ -316,107 +320,3 @@ class VLM:
         single = is_one(text)
         settings = generate.settings(1 if single else len(text), seed)
         return Request(single, generate, groups, settings, stops, prefill_chunk)
-
-
-class Progress:
-    """The answers to a request while they are made: the driver's tokens, turned into text."""
-
-    def __init__(self, vlm: VLM, request: Request, prefix: Rows | None = None):
-        self._vlm, self._request = vlm, request
-        generate = request.generate
-        params, settings = vlm._params_for(generate), request.settings
-        own = request.groups, settings, request.chunk, prefix
-        self._run = Run(vlm._programs, params, generate.stages, *own)
-        batch = len(settings.max_new_tokens)
-        self._tokens: list[list[int]] = [[] for _ in range(batch)]
-        self._texts = [""] * batch
-        self._words = [vlm.processor.detokenizer(request.stop) for _ in range(batch)]
-
-    def pieces(self) -> Iterator[list[str]]:
-        """Run it to the end: for each answer the text that a chunk has added."""
-        for drawn in self._run:
-            new = [""] * len(self._tokens)
-            for row, tokens in enumerate(self._tokens):
-                words = self._words[row]
-                if not words.stopped:
-                    more = drawn[row, : self._run.counts[row] - len(tokens)].tolist()
-                    tokens.extend(more)
-                    new[row] = words.push(more)
-                    self._run.done[row] |= words.stopped
-            self._add(new)
-            yield new
-        new = [words.finish() for words in self._words]
-        self._add(new)
-        yield new
-
-    def _add(self, pieces: list[str]) -> None:
-        self._texts = [text + piece for text, piece in zip(self._texts, pieces, strict=True)]
-
-    def answers(self) -> list[Answer]:
-        """The whole answers, once all pieces were read."""
-        generate, groups, run = self._request.generate, self._request.groups, self._run
-        stages, timings = generate.stages, run.timings
-        # On the host, where no operation is a program: all but keys and values, [B, K, rows, H].
-        pool = jax.tree.map(lambda leaf: np.asarray(leaf) if leaf.ndim < 4 else leaf, run.pool)
-        counts, kept_visual = np.asarray(pool.counts), pool.visual
-        answers = []
-        for row, (text, tokens) in enumerate(zip(self._texts, self._tokens, strict=True)):
-            group, place = divmod(row, len(groups[0].length))
-            inputs, trace = groups[group], run.traces[group]
-            length = int(inputs.length[place])
-            index = inputs.visual_index[place, :length]
-            visual, context = index >= 0, index == CONTEXT
-            report = cache_report(
-                self._vlm.config.text,
-                generate.cache,
-                self._vlm.params["embed"]["embedding"].dtype,
-                prompt_tokens=length,
-                counts=counts[row],
-                kept_visual=kept_visual[row],
-                prompt_rows=inputs.tokens.shape[1],
-                tail_rows=stages.tail_rows,
-                reserved_rows=stages.reserved_rows,
-            )
-            answers.append(
-                Answer(
-                    text=text,
-                    tokens=tokens[: self._words[row].count],
-                    prompt_tokens=length,
-                    visual_tokens=int(visual.sum()),
-                    context_tokens=int(context.sum()),
-                    cache=report,
-                    timings=timings,
-                    trace=trace and trace.row(place, generate.cache, visual, context),
-                )
-            )
-        return answers
-
-
-class Stream(Iterator[str]):
-    """An answer in pieces of text; see `VLM.stream`."""
-
-    def __init__(self, vlm: VLM, request: Request):
-        self._vlm, self._request = vlm, request
-        self._answer: Answer | None = None
-        self._pieces = self._read()
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer.
-
-        Raises:
-            ValueError: the stream was not read to its end yet.
-        """
-        if self._answer is None:
-            raise ValueError("the answer is there once the stream was read to its end")
-        return self._answer
-
-    def _read(self) -> Iterator[str]:
-        progress = Progress(self._vlm, self._request)
-        for [piece] in progress.pieces():
-            if piece:
-                yield piece
-        [self._answer] = progress.answers()

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.hadamard import transform
-from pallas_kernels.packing import BITS, join_affine, pack, per_word
+from pallas_kernels.packing import BITS, dequantize, join_affine, pack, per_word, unpack
 from pallas_kernels.quantized_decode_attention import append_and_attend
 from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
 from vlcache_jax.cache.budget import Prompt
@@ -361,3 +361,37 @@ def spill(pool: PackedPool, tail: Tails) -> tuple[PackedPool, Tails]:
     pool = PackedPool(pool.dense, *packed, pool.first, rows, quantizer, pool.most_words)
     k, v = (tuple(jnp.roll(x, -moved, axis=2) for x in part) for part in (tail.k, tail.v))
     return pool, Tails(k, v, tail.fill - moved)
+
+
+def pack_rows(x: jax.Array, quantizer: Quantizer) -> tuple[jax.Array, jax.Array]:
+    """Quantize all rows alike, head by head: for what is kept whole, not in a pool.
+
+    Args:
+        x: [B, K, C, H], C a multiple of the quantizer's lanes.
+        quantizer: of one width, in groups along H.
+
+    Returns:
+        Words uint32 [B, K, W, H] and affine words uint32 [B, K, groups, C].
+    """
+    [bits], lanes = quantizer.widths, quantizer.lanes
+
+    def head(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batch, count, head_dim = rows.shape
+        shape = batch, 1, count // lanes
+        widths, inside = jnp.full(shape[::2], bits, jnp.uint32), jnp.ones((), bool)
+        blocks = rows.reshape(*shape, lanes, head_dim)
+        words, affine = _quantize_block(quantizer, blocks, widths, inside, None)
+        return words[:, 0], affine[:, 0]
+
+    found = lax.map(head, x.swapaxes(0, 1))
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), found)
+
+
+def unpack_rows(words: jax.Array, affine: jax.Array, bits: int, dtype: jnp.dtype) -> jax.Array:
+    """The rows that `pack_rows` packed, [B, K, C, H], in a type."""
+
+    def head(parts: tuple[jax.Array, jax.Array]) -> jax.Array:
+        codes = unpack(parts[0], bits)
+        return dequantize(codes.reshape(len(codes), -1, codes.shape[-1]), parts[1]).astype(dtype)
+
+    return lax.map(head, (words.swapaxes(0, 1), affine.swapaxes(0, 1))).swapaxes(0, 1)

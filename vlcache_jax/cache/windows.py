@@ -147,13 +147,7 @@ class ContinuedRows(ScatteredRows):
         """See the class."""
         if layer.part is None:
             return super().watch(layer, threshold, maxima)
-        seen, before = self.add(layer, threshold), layer.part.before[self]
-        return WindowScores(
-            seen.scores + before.scores,
-            None if seen.zeroed is None else seen.zeroed + before.zeroed,
-            None if seen.visible is None else seen.visible + before.visible,
-            None,
-        )
+        return jax.tree.map(jnp.add, self.add(layer, threshold), layer.part.before[self])
 
     def add(self, layer: "Layer", threshold: float | None) -> WindowScores:
         """The attention of those of the rows that the layer's part counts."""

@@ -68,6 +68,32 @@ class ModelInputs:
         """The same prompts, without the pictures."""
         return replace(self, tiles=self.tiles[:0], layout=None)
 
+    def padded(self, rows: int, length: Array | None = None) -> "ModelInputs":
+        """The same prompts, or their first tokens, in another bucket; arrays on the host.
+
+        Args:
+            rows: of the bucket.
+            length: how many tokens they then have, int32 `[B]`; all of them by default.
+        """
+        length = np.asarray(self.length if length is None else length)
+        inside = np.arange(rows, dtype=np.int32) < length[:, None]  # [B, rows]
+
+        def fit(array: Array, axis: int = 1, empty: int = 0) -> Array:
+            count = min(rows, array.shape[axis])
+            array = np.take(array, np.arange(count), axis)
+            widths = [(0, rows - count if each == axis else 0) for each in range(array.ndim)]
+            behind = (1,) * (array.ndim - axis - 1)
+            return np.where(inside.reshape(*inside.shape, *behind), np.pad(array, widths), empty)
+
+        return replace(
+            self,
+            tokens=fit(self.tokens),
+            length=length,
+            visual_index=fit(self.visual_index, empty=-1),
+            positions=None if self.positions is None else fit(self.positions, 2),
+            interpolation=self.interpolation and Interpolation(*map(fit, self.interpolation)),
+        )
+
     def part(self, position: jax.Array) -> "ModelInputs":
         """The rows of each prompt at some positions, int32 `[B, W]`, without the tiles."""
 

@@ -133,6 +133,8 @@ class Run:
                     pool = stages.empty_pool(batch, self._rows, dtype)
                 pool, trace = self._do("build_into", pool, rows, prefilled, inputs, settings)
             del prefilled  # the next group's takes its place
+            if self._prefix is not None:
+                self._prefix.release()
             tokens[rows], positions[rows] = token, group.next_position()
             self.traces.append(jax.device_get(trace))
         self.pool: AnyPool = pool
@@ -154,7 +156,7 @@ class Run:
         together = reach(self._stages.cache, group) if parts else None
         if together is None:
             return self._do("prefill", self._params, inputs, settings)
-        rows = self._prefix or Rows.none(self._runner, self._params, inputs)
+        rows = self._prefix or Rows(self._runner, self._params, inputs)
         chunk = self._chunk or CHUNK_ROWS
         return rows.finish(self._runner, self._params, group, settings, chunk, together)
 

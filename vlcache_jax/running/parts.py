@@ -8,7 +8,6 @@ sees of rows anywhere is continued from part to part (`CacheMethod.continued`).
 """
 
 import functools
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from vlcache_jax.running.prompting import Tables
 from vlcache_jax.running.settings import Settings
 from vlcache_jax.running.stages import Stages
 from vlcache_jax.running.state import Buffers, Memory, Prefill
+from vlcache_jax.running.stores import get, put
 
 CHUNK_ROWS = 2048
 """Rows of a prefix that are run at a time, by default: enough to keep a GPU busy."""
@@ -90,27 +90,55 @@ def last_visual(index: np.ndarray) -> int:
     return int(np.max(np.flatnonzero(index != -1), initial=-1))
 
 
-@dataclass
 class Rows:
     """The rows of prompts that were run, on the device.
 
+    Args:
+        runner: runs the stages.
+        params: parameters.
+        inputs: the prompts, whose pictures are looked at now.
+        store: where keys and values lie while no question runs, see `stores`.
+        tables: what was seen of the pictures before; then they are not looked at.
+
     Attributes:
         tables: what was seen of the pictures.
-        buffers: keys and values.
-        memory: what they leave behind besides, for each set of looks that was asked for.
+        memory: what the rows leave behind beside keys and values, for each set of looks.
     """
 
-    tables: Tables
-    buffers: Buffers
-    memory: dict[tuple[Look, ...], Memory] = field(default_factory=dict)
-
-    @classmethod
-    def none(cls, runner: Runner, params: Params, inputs: ModelInputs) -> "Rows":
-        """None yet, of prompts whose pictures are looked at."""
+    def __init__(
+        self,
+        runner: Runner,
+        params: Params,
+        inputs: ModelInputs,
+        store: str = "device",
+        tables: Tables = (),
+    ) -> None:
         batch, rows = inputs.tokens.shape
-        tables = runner.do("see", rows, params, inputs) if len(inputs.tiles) else ()
-        dtype = params["embed"]["embedding"].dtype
-        return cls(tables, runner.stages.empty_buffers(batch, rows, dtype))
+        if len(inputs.tiles) and not tables:
+            tables = runner.do("see", rows, params, inputs)
+        self.tables: Tables = tables
+        self.memory: dict[tuple[Look, ...], Memory] = {}
+        self._store, self._dtype = store, params["embed"]["embedding"].dtype
+        self._kept: Any = None
+        self._buffers: Buffers | None = runner.stages.empty_buffers(batch, rows, self._dtype)
+
+    @property
+    def buffers(self) -> Buffers:
+        """Keys and values, at full width on the device."""
+        if self._buffers is None:
+            self._buffers = get(self._store, self._kept, self._dtype)
+        return self._buffers
+
+    @property
+    def kept(self) -> Any:
+        """Keys and values as they lie between questions, arrays."""
+        return self._buffers if self._kept is None else self._kept
+
+    def release(self) -> None:
+        """Leave keys and values to the store, until they are needed again."""
+        if self._store != "device":
+            self._kept = put(self._store, self.buffers) if self._kept is None else self._kept
+            self._buffers = None
 
     def remembered(self, runner: Runner, batch: int, total: int) -> Memory:
         """What the rows leave behind for a method; where that is not known, of none of them."""
@@ -134,7 +162,7 @@ class Rows:
         for first in range(int(np.min(memory.length)), int(np.max(until)), width):
             start = np.full(batch, min(first, total - width), np.int32)
             args = self.tables, inputs, self.buffers, memory, start, until, settings
-            self.buffers, memory = runner.do(
+            self._buffers, memory = runner.do(
                 "extend", total, params, *args, rows=width, looks=looks
             )
         return memory
@@ -169,5 +197,5 @@ class Rows:
         start = np.minimum(start, total - width).astype(np.int32)
         args = self.tables, inputs, self.buffers, memory, start, settings
         prefilled, token = runner.do("finish", total, params, *args, rows=width)
-        self.buffers = Buffers(prefilled.k, prefilled.v)
+        self._buffers = Buffers(prefilled.k, prefilled.v)
         return prefilled, token

@@ -88,7 +88,8 @@ class Prompting:
             scores = zeros(jnp.float32, text.num_kv_heads, rows)
             if look.threshold is None:
                 return WindowScores(scores, None, None, None)
-            return WindowScores(scores, *(zeros("int32", text.num_heads) for _ in range(2)), None)
+            counts = zeros(jnp.int32, text.num_heads)
+            return WindowScores(scores, counts, counts, None)
 
         seen = tuple(nothing(look) for look in looks)
         return Memory(jnp.zeros((batch,), jnp.int32), seen, zeros(jnp.float32, rows))
