@@ -26,6 +26,7 @@ KINDS = {
     "report": {".html": " (the page)", ".json": " (the numbers)"},
     "figure": {".png": ""},
     "result file": {".json": ""},
+    "session": {".safetensors": ""},
     "plot": {".svg": ""},
 }
 """Endings of the names of what is written for the user, and what each means."""

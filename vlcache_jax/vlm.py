@@ -1,9 +1,14 @@
 """The friendly object: a model with its parameters, its processor and its compiled programs."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
+
+import jax
+import numpy as np
 
 from vlcache_jax.cache.methods import CacheLike, as_method
 from vlcache_jax.errors import whole_number, whole_numbers
@@ -20,7 +25,9 @@ from vlcache_jax.running.generate import Generate
 from vlcache_jax.running.parts import Rows
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.sampling import Sampling
-from vlcache_jax.session import Prefix, Session, SessionOptions
+from vlcache_jax.sessions.prefix import Prefix
+from vlcache_jax.sessions.saved import open_saved
+from vlcache_jax.sessions.session import Session, SessionOptions
 from vlcache_jax.streaming import Progress, Request, Stream
 
 
@@ -124,6 +131,17 @@ class VLM:
     def params(self) -> Params:
         """The parameters, read at the first use."""
         return self._read_params()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells the model from others: a sum over its configuration and a part of each array,
+        in hexadecimal digits.
+        """
+        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+        for path, array in jax.tree.leaves_with_path(self.params):
+            digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+            digest.update(np.asarray(array[(0,) * (array.ndim - 1)]).view(np.uint8).data)
+        return digest.hexdigest()
 
     @cached_property
     def folded(self) -> Params:
@@ -247,6 +265,18 @@ class VLM:
         """
         prefix = Prefix(self, images, **options)
         return Session(prefix, prefix.first)
+
+    def open_session(self, path: str | Path) -> Session:
+        """Go on with a session that was saved.
+
+        Args:
+            path: the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, no session, or one of another model.
+        """
+        return Session(*open_saved(self, path))
 
     def _answer(self, request: Request) -> Answer | list[Answer]:
         """The answers to a request: its stream, read to the end."""

@@ -45,6 +45,10 @@ class Window:
         """
         return None if self.maximum is None else min(self.maximum, length)
 
+    def basis(self, length: int, last_visual: int) -> int:
+        """What the positions of rows that continue depend on; see `reach`."""
+        return 0
+
     def watch(self, layer: "Layer", threshold: float | None, maxima: bool) -> WindowScores:
         """The attention that the rows pay to each token; `Layer.watch` remembers it."""
         prompt, q = layer.prompt, layer.q
@@ -134,10 +138,6 @@ class ContinuedRows(ScatteredRows):
     def weights(self, prompt: Prompt) -> jax.Array | None:
         """How often each row counts, float32 [B, W]; once where it is None."""
         return None
-
-    def basis(self, length: int, last_visual: int) -> int:
-        """What their positions depend on; see `reach`."""
-        return 0
 
     def reach(self, length: int, last_visual: int) -> int:
         """See the class."""

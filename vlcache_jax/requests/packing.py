@@ -102,6 +102,18 @@ class Shown:
     clips: Sequence[Clip] = ()
 
     @property
+    def without_pixels(self) -> "Shown":
+        """The same, of no more bytes than their shapes: where they were looked at before."""
+
+        def blank(part: Any) -> Any:
+            if isinstance(part, Segment):
+                tiles = [np.broadcast_to(np.float32(0), tile.shape) for tile in part.tiles]
+                return part._replace(tiles=tiles)
+            return tuple(map(blank, part)) if type(part) is tuple else part
+
+        return Shown(list(map(blank, self.pictures)), list(map(blank, self.films)), self.clips)
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many there are of each kind of `messages.MARKS`."""
         return {"image": len(self.pictures), "video": len(self.clips)}

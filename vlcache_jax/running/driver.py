@@ -122,19 +122,20 @@ class Run:
             # The repeated prompts that fill up the last group are written where the last one is.
             rows = np.minimum(np.arange(size, dtype=np.int32) + index * size, batch - 1)
             settings, inputs = self._settings.rows(rows), jax.device_put(group)
-            prefilled, token = self._prefill(group, inputs, settings)
-            if len(self._groups) == 1:
-                donate = (0,) if self._stages.keeps_prefill and self._prefix is None else ()
+            if self._prefix is not None:
+                token, pool, trace = self._behind(self._prefix, group, settings)
+            elif len(self._groups) == 1:
+                prefilled, token = self._prefill(group, inputs, settings)
+                donate = (0,) if self._stages.keeps_prefill else ()
                 args = prefilled, inputs, settings
                 pool, trace = self._do("build_cache", *args, donate=donate)
             else:
+                prefilled, token = self._prefill(group, inputs, settings)
                 if not index:
                     stages = self._stages.program("empty_pool", self._rows)
                     pool = stages.empty_pool(batch, self._rows, dtype)
                 pool, trace = self._do("build_into", pool, rows, prefilled, inputs, settings)
-            del prefilled  # the next group's takes its place
-            if self._prefix is not None:
-                self._prefix.release()
+            prefilled = None  # the next group's takes its place
             tokens[rows], positions[rows] = token, group.next_position()
             self.traces.append(jax.device_get(trace))
         self.pool: AnyPool = pool
@@ -152,13 +153,26 @@ class Run:
         self, group: ModelInputs, inputs: ModelInputs, settings: Settings
     ) -> tuple[Prefill, jax.Array]:
         """What a group of prompts leaves behind, run whole or in parts, and its first tokens."""
-        parts = self._chunk is not None or self._prefix is not None
-        together = reach(self._stages.cache, group) if parts else None
-        if together is None:
+        together = None if self._chunk is None else reach(self._stages.cache, group)
+        if self._chunk is None or together is None:
             return self._do("prefill", self._params, inputs, settings)
-        rows = self._prefix or Rows(self._runner, self._params, inputs)
+        rows = Rows.none(self._runner, self._params, group)
+        return rows.finish(self._runner, self._params, group, settings, self._chunk, together)
+
+    def _behind(
+        self, prefix: Rows, inputs: ModelInputs, settings: Settings
+    ) -> tuple[jax.Array, AnyPool, BatchTrace | None]:
+        """The first token and the pool of a prompt that is run behind a prefix."""
+        together = reach(self._stages.cache, inputs)
+        assert together is not None  # else it is not run so
         chunk = self._chunk or CHUNK_ROWS
-        return rows.finish(self._runner, self._params, group, settings, chunk, together)
+        with prefix.lock:
+            prefilled, token = prefix.finish(
+                self._runner, self._params, inputs, settings, chunk, together
+            )
+            pool, trace = self._do("build_cache", prefilled, inputs, settings)
+            prefix.release()
+        return token, pool, trace
 
     def _do(self, stage: str, *args: Any, **options: Any) -> Any:
         """Run a stage on prompts of this bucket."""

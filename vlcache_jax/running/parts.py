@@ -8,13 +8,14 @@ sees of rows anywhere is continued from part to part (`CacheMethod.continued`).
 """
 
 import functools
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.cache.score import Look
 from vlcache_jax.models.families import Params
 from vlcache_jax.requests.buckets import bucket_for
 from vlcache_jax.requests.inputs import ModelInputs
@@ -90,37 +91,58 @@ def last_visual(index: np.ndarray) -> int:
     return int(np.max(np.flatnonzero(index != -1), initial=-1))
 
 
+def memory_key(cache: CacheMethod) -> str:
+    """What tells apart what methods remember of a prefix."""
+    return repr(cache.continued)
+
+
 class Rows:
     """The rows of prompts that were run, on the device.
 
     Args:
-        runner: runs the stages.
-        params: parameters.
-        inputs: the prompts, whose pictures are looked at now.
-        store: where keys and values lie while no question runs, see `stores`.
-        tables: what was seen of the pictures before; then they are not looked at.
+        tables: what was seen of the pictures.
+        dtype: type of the keys and values.
+        store: where these lie while no question runs, see `stores`.
+        buffers: keys and values.
+        kept: what the store has of them.
+        memory: see below.
 
     Attributes:
-        tables: what was seen of the pictures.
-        memory: what the rows leave behind beside keys and values, for each set of looks.
+        tables: as given.
+        memory: what the rows leave behind beside keys and values, by `memory_key`.
+        lock: held from a question's first row to its pool, which are made in the buffers.
     """
 
     def __init__(
         self,
+        tables: Tables,
+        dtype: Any,
+        store: str = "device",
+        *,
+        buffers: Buffers | None = None,
+        kept: Any = None,
+        memory: Mapping[str, Memory] | None = None,
+    ):
+        self.tables, self._dtype, self._store = tables, dtype, store
+        self._buffers, self._kept = buffers, kept
+        self.memory, self.lock = dict(memory or {}), threading.RLock()
+
+    @classmethod
+    def none(
+        cls,
         runner: Runner,
         params: Params,
         inputs: ModelInputs,
         store: str = "device",
         tables: Tables = (),
-    ) -> None:
-        batch, rows = inputs.tokens.shape
+    ) -> "Rows":
+        """None yet, of prompts whose pictures are looked at now, unless there are `tables`."""
+        batch, total = inputs.tokens.shape
+        dtype = params["embed"]["embedding"].dtype
         if len(inputs.tiles) and not tables:
-            tables = runner.do("see", rows, params, inputs)
-        self.tables: Tables = tables
-        self.memory: dict[tuple[Look, ...], Memory] = {}
-        self._store, self._dtype = store, params["embed"]["embedding"].dtype
-        self._kept: Any = None
-        self._buffers: Buffers | None = runner.stages.empty_buffers(batch, rows, self._dtype)
+            tables = runner.do("see", total, params, inputs)
+        buffers = runner.stages.empty_buffers(batch, total, dtype)
+        return cls(tables, dtype, store, buffers=buffers)
 
     @property
     def buffers(self) -> Buffers:
@@ -142,9 +164,10 @@ class Rows:
 
     def remembered(self, runner: Runner, batch: int, total: int) -> Memory:
         """What the rows leave behind for a method; where that is not known, of none of them."""
-        looks = runner.stages.cache.continued
-        found = self.memory.get(looks)
-        return runner.stages.empty_memory(batch, total, looks) if found is None else found
+        found = self.memory.get(memory_key(runner.stages.cache))
+        if found is None:
+            found = runner.stages.empty_memory(batch, total, runner.stages.cache.continued)
+        return found
 
     def extend(
         self,

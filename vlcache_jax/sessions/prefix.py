@@ -1,73 +1,30 @@
-"""Many questions about one picture: what stands in front of them is run once, and kept whole.
-
-    prefix   system, context, pictures     run once: keys and values of all its rows
-    ask      question ─► its rows, behind the prefix ─► scored over everything ─► a pool of its own
-
-A method chooses for one question what to keep: here every question has a choice of its own. What
-was answered before is text in front of the next question and is run again with it, so that a
-conversation depends on its words alone, not on the methods that answered.
-"""
+"""What the questions of a session and of its forks have in common, run once and kept whole."""
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import CacheLike
 from vlcache_jax.errors import whole_number
 from vlcache_jax.requests.buckets import bucket_for
 from vlcache_jax.requests.images import Images
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.requests.videos import Videos
-from vlcache_jax.results.answer import Answer
 from vlcache_jax.running.generate import Generate
-from vlcache_jax.running.parts import CHUNK_ROWS, Rows, Runner, last_visual, reach
+from vlcache_jax.running.parts import CHUNK_ROWS, Rows, Runner, last_visual, memory_key, reach
+from vlcache_jax.running.prompting import Tables
 from vlcache_jax.running.stores import check_store
 
 if TYPE_CHECKING:
-    from vlcache_jax.streaming import Request, Stream
+    from vlcache_jax.streaming import Request
     from vlcache_jax.vlm import VLM
 
 ROOM = 128
 """Rows behind a prefix that its bucket has at least; a longer conversation takes a larger one."""
-
-
-class SessionOptions(TypedDict, total=False):
-    """Options of `VLM.session`; all may be left out.
-
-    Attributes:
-        videos: a video or a list of videos.
-        frames: how many frames of each video the model is shown.
-        context: a text that all questions are about.
-        system: a message of the system in front of everything.
-        store: where the prefix's keys and values lie between questions: "device", "host", or "8"
-            and "4" for so many bits a value on the device (`running.stores`).
-        prefill_chunk: rows of the prefix that are run at a time.
-    """
-
-    videos: Videos
-    frames: int | None
-    context: str | None
-    system: str | None
-    store: str
-    prefill_chunk: int
-
-
-class AskOptions(TypedDict, total=False):
-    """Options of `Session.ask` and `Session.stream`; those of `VLM.generate` by the same names."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float
-    seed: int
-    stop: str | Sequence[str]
-    cache: CacheLike
-    trace: bool
-    prefill_chunk: int | None
 
 
 @dataclass(frozen=True)
@@ -104,6 +61,8 @@ class Prefix:
     Attributes:
         subject: arguments of `VLM.request` that all questions have in common.
         first: the messages in front of the first question.
+        cache: what questions are asked with where they do not say.
+        all_rows: its rows, by whether they were made with transformed values.
         length: tokens of the prefix, p.
         questions, anew: see `SessionReport`.
     """
@@ -117,28 +76,44 @@ class Prefix:
         frames: int | None = None,
         context: str | None = None,
         system: str | None = None,
+        cache: CacheLike = None,
         store: str = "device",
         prefill_chunk: int = CHUNK_ROWS,
     ):
         self.vlm, self.store = vlm, check_store(store)
         self.chunk = whole_number(prefill_chunk, "prefill_chunk", 1)
         shown = vlm.processor.show(images, videos, frames)
-        self.subject: dict[str, Any] = {"images": shown, "context": context}
         self.first = [] if system is None else [{"role": "system", "content": system}]
-        self.questions = self.anew = 0
-        self._rows: dict[bool, Rows] = {}
-        self._lock = threading.Lock()
         # What two questions have in common in front of them does not depend on the question.
-        one, other = (
-            vlm.request(
-                **self.subject, messages=[*self.first, user(text)], max_new_tokens=1
-            ).groups[0]
-            for text in ("a", "0 b")
-        )
-        self.length = common(one, other)
-        visual = last_visual(one.visual_index[0]) + 1
-        self.length = min(self.length, visual or self.length)
+        asked = [[*self.first, user(text)] for text in ("a", "0 b")]
+        subject = {"images": shown, "context": context, "max_new_tokens": 1, "cache": cache}
+        requests = [vlm.request(messages=messages, **subject) for messages in asked]
+        one, other = (request.groups[0] for request in requests)
+        same = common(one, other)
+        self.length = min(same, last_visual(one.visual_index[0]) + 1 or same)
+        self.subject: dict[str, Any] = {"images": shown.without_pixels, "context": context}
+        self.cache = requests[0].generate.cache
+        self._begin()
         self._fit(one)
+        self.rows(requests[0].generate)
+
+    @classmethod
+    def restored(cls, vlm: "VLM", state: dict[str, Any], rows: dict[bool, Rows]) -> "Prefix":
+        """That of a session which was saved; see `saved`."""
+        self = cls.__new__(cls)
+        self.vlm, self.cache = vlm, vlm.cache
+        self.store, self.chunk, self.length = state["store"], state["chunk"], state["length"]
+        self.first, self.inputs = state["first"], state["inputs"]
+        self.subject = {"images": state["shown"], "context": state["context"]}
+        self._begin()
+        self.all_rows = rows
+        return self
+
+    def _begin(self) -> None:
+        self.questions = self.anew = 0
+        self.all_rows: dict[bool, Rows] = {}
+        self._tables: Tables = ()
+        self._lock = threading.Lock()
 
     def _fit(self, inputs: ModelInputs) -> None:
         """Make room for a prompt that begins with the prefix."""
@@ -147,11 +122,10 @@ class Prefix:
         # One row of text stands behind it, as of every question: what is in front of it is known.
         end = np.array([self.length + 1], np.int32)
         self.inputs = inputs.padded(total, end)
-        tables = [rows.tables for rows in self._rows.values()]
-        self._tables = tables[0] if tables else ()
-        self._rows.clear()
+        self._tables = next((rows.tables for rows in self.all_rows.values()), ())
+        self.all_rows.clear()
 
-    def serves(self, cache: Any, inputs: ModelInputs) -> bool:
+    def serves(self, cache: CacheMethod, inputs: ModelInputs) -> bool:
         """Whether a prompt can be run behind the prefix, for a method."""
         if reach(cache, inputs) is None or common(self.inputs, inputs) < self.length:
             return False
@@ -181,16 +155,17 @@ class Prefix:
         vlm, params = self.vlm, self.vlm.params_for(generate)
         runner = Runner(vlm.programs, generate.stages)
         transformed = generate.cache.transforms and not vlm.transformed
-        rows = self._rows.get(transformed)
+        rows = self.all_rows.get(transformed)
         if rows is None:
-            rows = Rows(runner, params, self.inputs, self.store, self._tables)
-            self._rows[transformed] = rows
-        looks = generate.cache.continued
-        if looks not in rows.memory:
+            rows = Rows.none(runner, params, self.inputs, self.store, self._tables)
+            self.all_rows[transformed] = rows
+            self._tables, self.inputs = rows.tables, self.inputs.without_tiles
+        key = memory_key(generate.cache)
+        if key not in rows.memory:
             memory = rows.remembered(runner, 1, self.inputs.tokens.shape[1])
             until = np.array([self.length], np.int32)
             own = params, self.inputs, generate.settings(1), memory, until, self.chunk
-            rows.memory[looks] = rows.extend(runner, *own)
+            rows.memory[key] = rows.extend(runner, *own)
             rows.release()
         return rows
 
@@ -198,76 +173,12 @@ class Prefix:
     def report(self) -> SessionReport:
         """See `SessionReport`."""
         kv, other = 0, 0
-        for rows in self._rows.values():
+        for rows in self.all_rows.values():
             kv += _bytes(rows.kept)
             other += _bytes((rows.tables, [*rows.memory.values()]))
         visual = int(np.sum(self.inputs.visual_index[0] >= 0))
         counts = self.questions, self.anew
         return SessionReport(self.length, visual, self.store, kv, other, *counts)
-
-
-class Session:
-    """A conversation about a prefix that is run once; made by `VLM.session`.
-
-    Attributes:
-        messages: the conversation so far.
-    """
-
-    def __init__(self, prefix: Prefix, messages: Sequence[dict[str, Any]]):
-        self._prefix = prefix
-        self.messages = list(messages)
-
-    def ask(self, text: str, **options: Unpack[AskOptions]) -> Answer:
-        """Answer the next question of the conversation.
-
-        The same as `VLM.generate` with all of its messages.
-
-        Args:
-            text: the question.
-            **options: see `AskOptions`.
-
-        Raises:
-            ValueError: as `VLM.generate`.
-        """
-        stream = self.stream(text, **options)
-        for _ in stream:
-            pass
-        return stream.answer
-
-    def stream(self, text: str, **options: Unpack[AskOptions]) -> "Stream":
-        """Answer the next question piece by piece: see `VLM.stream`.
-
-        The question and its answer are part of the conversation once the stream was read to its
-        end.
-
-        Raises:
-            ValueError: as `VLM.generate`.
-        """
-        if unknown := options.keys() - AskOptions.__annotations__.keys():
-            raise ValueError(f"a session's question takes no {', '.join(sorted(unknown))}")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError("a question must be a text that is not empty")
-        messages, prefix = [*self.messages, user(text)], self._prefix
-        request = prefix.vlm.request(**prefix.subject, messages=messages, **options)
-
-        def done(answer: Answer) -> None:
-            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
-
-        return prefix.vlm.start(*prefix.behind(request), done)
-
-    def fork(self) -> "Session":
-        """A conversation of its own that goes on from here; nothing is copied."""
-        return Session(self._prefix, self.messages)
-
-    @property
-    def bytes(self) -> int:
-        """All that is kept between questions, in bytes."""
-        report = self.report()
-        return report.kv_bytes + report.other_bytes
-
-    def report(self) -> SessionReport:
-        """What the session holds, and what it has spared."""
-        return self._prefix.report
 
 
 def user(text: str) -> dict[str, Any]:
