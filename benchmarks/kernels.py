@@ -25,7 +25,15 @@ from benchmarks.ahead_of_time import GPUS
 from benchmarks.command import AsJson, Force, Out, bad_input, check_known, check_out, finish
 from benchmarks.documents import table
 from benchmarks.environment import added, environment
-from benchmarks.operations import OPERATIONS, candidates, kernel, layer, packed_rows, prompt
+from benchmarks.operations import (
+    OPERATIONS,
+    candidates,
+    kernel,
+    layer,
+    layer_rows,
+    packed_rows,
+    prompt,
+)
 from benchmarks.triton_offline import KernelError, compile_kernels
 from pallas_kernels.packing import per_word
 
@@ -48,6 +56,10 @@ They are compiled in bfloat16 with heads of 128 and the default configuration al
 MEAN_ROWS = LENGTH // 10
 MAXIMA = "counted, maxima"
 """The window's column maxima too: of the default configuration alone."""
+CHUNKS = {32: 32, 2048: BATCH}
+"""Rows of a chunk over the buffer of 32 layers → sequences, of which 32 have more elements than 32
+bits count. They are compiled in bfloat16 with heads of 128 and the default configuration alone."""
+CHUNK = "chunk of"
 CASE = ("operation", "variant", "dtype", "head_dim", "config", "arch")
 NUMBERS = ("registers", "spill_bytes", "shared_bytes", "tensor_core_ops")
 
@@ -137,7 +149,7 @@ def _in_all(operation: str, variant: str) -> bool:
     if operation == "quantized_decode_attention":
         return variant == str(PACKED[0])
     # Of the maxima's others, 64 x 128 spills 24 bytes with heads of 128 on sm_80.
-    return variant != MAXIMA and "group" not in variant
+    return variant != MAXIMA and "group" not in variant and CHUNK not in variant
 
 
 def _programs(dtype: str) -> Iterator[tuple[str, str, int, dict[str, Any], tuple[Any, ...]]]:
@@ -146,6 +158,11 @@ def _programs(dtype: str) -> Iterator[tuple[str, str, int, dict[str, Any], tuple
         common = (dtype, head_dim) == ("bfloat16", 128)
         for group in (HEADS // KV_HEADS, *(GROUPS if common else ())):
             yield from _attention(dtype, head_dim, group)
+        for rows, batch in CHUNKS.items() if common else ():
+            q, number = _shape(dtype, batch, rows, HEADS, head_dim), _shape("int32", batch)
+            where = layer_rows(_shape, dtype, batch, KV_HEADS, head_dim, LENGTH, 32)
+            for operation in ("prefill_attention", "window_scores"):
+                yield operation, f"{CHUNK} {rows}", head_dim, {}, (q, where, number, number)
         if dtype != "float32":  # is left to XLA
             for packed in PACKED if common else PACKED[:1]:
                 yield (
@@ -203,7 +220,7 @@ def representative(case: Case) -> bool:
     few = {("bfloat16", 128), ("float32", 80), ("bfloat16", 4096), ("float32", 32000)}
     common = (case.dtype, case.head_dim) in few
     first = configs(case.operation, case.arch, case.dtype, case.head_dim)[0]
-    usual = _in_all(case.operation, case.variant) or case.variant == MAXIMA
+    usual = _in_all(case.operation, case.variant) or case.variant == MAXIMA or CHUNK in case.variant
     return common and case.config == first and usual and case.variant != "bidirectional"
 
 

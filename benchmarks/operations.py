@@ -19,7 +19,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.backends import current_device
 from pallas_kernels.packing import per_word
-from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
+from pallas_kernels.rows import LayerRows, NewToken, PackedRows, Segment, Tail
 
 Draw = Callable[..., Any]
 """A function of a type and of the sides of an array: random numbers; "uint32" are random bits."""
@@ -39,8 +39,16 @@ class Operation(NamedTuple):
     scaled: bool = True
 
 
+def _prefill(q: Any, *arrays: Any, **settings: Any) -> Any:
+    """Attention of whole prompts, or of chunks where a layer in a buffer follows the queries."""
+    backend = prefill_attention.triton
+    of_layer = isinstance(arrays[0], LayerRows)
+    run = backend.chunk_attention if of_layer else backend.prefill_attention
+    return run(q, *arrays, **settings)
+
+
 OPERATIONS: dict[str, Operation] = {
-    "prefill_attention": Operation(prefill_attention.triton.prefill_attention, {}),
+    "prefill_attention": Operation(_prefill, {}),
     "window_scores": Operation(window_scores.triton.window_scores, {"threshold": 0.01}),
     "ragged_decode_attention": Operation(ragged_decode_attention.triton.append_and_attend, {}),
     "quantized_decode_attention": Operation(
@@ -84,6 +92,14 @@ def prompt(
     """Queries [B, T, N, H], keys and values [B, T, K, H] of prompts; `heads` are N and K."""
     q, k, v = (draw(dtype, batch, length, n, head_dim) for n in (*heads, heads[1]))
     return q, k, v
+
+
+def layer_rows(
+    draw: Draw, dtype: str, batch: int, kv_heads: int, head_dim: int, rows: int, layers: int
+) -> LayerRows:
+    """A layer of so many rows in the buffer of all layers; which one is random."""
+    k, v = (draw(dtype, batch, kv_heads, layers * rows, head_dim) for _ in range(2))
+    return LayerRows(k, v, draw("int32"), rows)
 
 
 def layer(

@@ -86,7 +86,7 @@ def compile_kernels(function: Callable[..., Any], *args: Any, gpu: str) -> list[
         )
     with jax.sharding.use_abstract_mesh(abstract_mesh(GPUS[gpu])):
         lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-    calls = _triton_calls(lowered.compiler_ir("stablehlo"))
+    calls = triton_calls(lowered.compiler_ir("stablehlo"))
     return [_compile(call, GPUS[gpu].capability) for call in calls]
 
 
@@ -100,7 +100,7 @@ class _Call(NamedTuple):
     grid: tuple[int, int, int]
 
 
-def _triton_calls(module: Any) -> list[_Call]:
+def triton_calls(module: Any) -> list[_Call]:
     """The different kernels of a lowered program, in order."""
     from jaxlib.triton import dialect
 

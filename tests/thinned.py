@@ -18,6 +18,8 @@ THINNED = {
     "tests/convert/test_conversion.py::test_there_and_back_is_bit_identical": 2,
     "tests/convert/test_transformers.py::test_saved_by_transformers_and_loaded_by_it_again": 5,
     "tests/evaluation/test_replay.py::test_replay_equals_step_by_step_decoding": 5,
+    "tests/kernels/test_chunks.py::test_against_the_reference": 3,
+    "tests/kernels/test_chunks.py::test_scores_are_those_of_the_layer_alone": 5,
     "tests/kernels/test_prefill_attention.py::test_against_the_reference": 3,
     "tests/kernels/test_quantized_decode.py::test_attention_is_that_of_the_rows_spelled_out": 3,
     "tests/kernels/test_ragged_decode.py::test_against_the_reference": 3,

@@ -20,6 +20,7 @@ from pallas_kernels import sample_tokens as sample_op
 from pallas_kernels import window_scores as scores_op
 from pallas_kernels.add_rms_norm import reference as norm_reference
 from pallas_kernels.prefill_attention import reference as prefill_reference
+from pallas_kernels.rows import LayerRows
 from pallas_kernels.sample_tokens import reference as sample_reference
 from pallas_kernels.window_scores import reference as scores_reference
 
@@ -68,6 +69,13 @@ def prefill(context: Context) -> dict[str, Any]:
         for shape, every in shapes(context)
         if not every and (shape[1] == 80 or shape[2] != GROUP)
     ]
+    rows = (9,) if context.dry else (1, 50, 300)
+    groups += [
+        chunk_group(rng, shape, every, most)
+        for most in rows
+        for shape, every in shapes(context)
+        if shape[3] > most and (context.dry or shape[1] == 128)
+    ]
     return checks.run(context, groups)
 
 
@@ -106,6 +114,52 @@ def prefill_group(
 
 
 _dense_prefill = jax.jit(prefill_reference.prefill_attention, static_argnames=("causal", "scale"))
+_dense_chunk = jax.jit(prefill_reference.chunk_attention, static_argnames="scale")
+
+
+def windows(length: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where so many rows begin in three prompts, and the prompts' lengths.
+
+    They end where the prompt does, in it, and behind it.
+    """
+    start = np.array([length - rows, max(0, length // 2 - rows), 0], np.int32)
+    return start, np.array([length, length // 2 + 1, max(1, rows - 3)], np.int32)
+
+
+def second_of_three(k: np.ndarray, v: np.ndarray) -> LayerRows:
+    """Keys and values [B, T, K, H] as the second layer of three, of which the others are NaN."""
+    buffers = []
+    for rows in (k, v):
+        layer = rows.swapaxes(1, 2)
+        nothing = np.full_like(layer, np.nan)
+        buffers.append(np.concatenate([nothing, layer, nothing], axis=2))
+    first: Any = np.array(k.shape[1], np.int32)
+    return LayerRows(*buffers, first=first, rows=k.shape[1])
+
+
+def chunk_group(rng: np.random.Generator, shape: Shape, every: bool, most: int) -> Group:
+    """Chunks of prompts whose keys are in the prefill's buffer, with NaN around them."""
+    dtype, head_dim, group, length = shape
+    rows, scale = min(most, length), head_dim**-0.5
+    start, lengths = windows(length, rows)
+    q = host(rng, dtype, len(start), rows, KV_HEADS * group, head_dim)
+    k, v = (host(rng, dtype, len(start), length, KV_HEADS, head_dim) for _ in range(2))
+    beyond = np.arange(length) >= lengths[:, None]
+    k[beyond] = v[beyond] = np.nan
+    there = start[:, None] + np.arange(rows) < lengths[:, None]  # [B, rows]
+    inputs = 2 * q, second_of_three(k, v), start, lengths
+
+    def judge(results: list[np.ndarray], expected: np.ndarray) -> Errors:
+        error = checks.relative_error(results[0][there], expected[there])
+        return {"out": (error + checks.not_finite(results[0]), BOUNDS[dtype])}
+
+    def expected() -> np.ndarray:
+        return np.asarray(_dense_chunk(*inputs, scale=scale))
+
+    ways = variants("prefill_attention", dtype, head_dim, every=every)
+    return Group(
+        "prefill_attention", f"{label(shape)}, chunk of {rows}", inputs, ways, expected, judge
+    )
 
 
 def scores(context: Context) -> dict[str, Any]:
@@ -115,23 +169,27 @@ def scores(context: Context) -> dict[str, Any]:
     groups = [scores_group(rng, *shape, window) for shape in shapes(context)]
     if not context.dry:  # all rows, as H2O wants them
         groups += [scores_group(rng, (dtype, 128, 2, 300), False, 300) for dtype in DTYPES]
+    shape = "bfloat16", *((16, 2, 40) if context.dry else (128, GROUP, 1000))
+    groups.append(scores_group(rng, shape, False, window, of_layer=True))
     return checks.run(context, groups)
 
 
-def scores_group(rng: np.random.Generator, shape: Shape, every: bool, most: int) -> Group:
-    """Windows that end where the prompt does, in it, and behind it, with NaN beyond."""
+def scores_group(
+    rng: np.random.Generator, shape: Shape, every: bool, most: int, *, of_layer: bool = False
+) -> Group:
+    """Windows of prompts, with NaN beyond; `of_layer` has the keys in the prefill's buffer."""
     dtype, head_dim, group, length = shape
     settings: dict[str, Any] = {"threshold": 0.01, "scale": head_dim**-0.5}
     window = min(most, length)
-    start = np.array([length - window, max(0, length // 2 - window), 0], np.int32)
-    lengths = np.array([length, length // 2 + 1, max(1, window - 3)], np.int32)
+    start, lengths = windows(length, window)
     if length > FAR:
         start, lengths = start[:1], lengths[:1] - 3
     q = host(rng, dtype, len(start), window, KV_HEADS * group, head_dim)
     k = host(rng, dtype, len(start), length, KV_HEADS, head_dim)
     for b in range(len(start)):
         k[b, lengths[b] :] = q[b, max(0, lengths[b] - start[b]) :] = np.nan
-    inputs = q, k, start, lengths
+    plain = q, k, start, lengths
+    inputs = q, second_of_three(k, k) if of_layer else k, start, lengths
 
     def judge(results: list[np.ndarray], expected: list[np.ndarray]) -> Errors:
         ours, zeroed, *maxima = results
@@ -149,9 +207,9 @@ def scores_group(rng: np.random.Generator, shape: Shape, every: bool, most: int)
         if length > FAR:
             dense = functools.partial(scores_op.window_scores, maxima=True, backend="xla")
             return checks.in_float32(dense, *inputs, **settings)
-        return list(scores_reference.window_scores(*inputs, **settings))
+        return list(scores_reference.window_scores(*plain, **settings))
 
-    words = f"{label(shape)}, window {window}"
+    words = f"{label(shape)}, window {window}{', of a layer' if of_layer else ''}"
     ways = variants("window_scores", dtype, head_dim, every=every)
     ways["maxima"] = kernel("window_scores", head_dim, maxima=True)
     return Group("window_scores", words, inputs, ways, expected, judge)

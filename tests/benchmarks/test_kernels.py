@@ -106,6 +106,8 @@ def test_every_operation_type_head_dim_and_configuration_is_a_case():
         assert case.config in options
     heads = {(c.operation, c.dtype, c.head_dim, c.arch) for c in found if c.head_dim < 1000}
     assert len(heads) == (3 * 3 + 2) * 6 * 2  # packed rows are not for float32
+    chunks = {(c.operation, c.variant, c.arch) for c in found if kernels.CHUNK in c.variant}
+    assert len(chunks) == 2 * len(kernels.CHUNKS) * len(ARCHITECTURES)
     packed = {str(variant) for variant in kernels.PACKED}
     assert packed == {c.variant for c in found if c.operation == "quantized_decode_attention"}
     assert len(packed) == len(kernels.PACKED)

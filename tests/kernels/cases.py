@@ -19,6 +19,14 @@ SHAPES: dict[str, Sequence[Any]] = {
 }
 FACTORS: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "prefill_attention": SHAPES | {"causal": (True, False)},
+    "chunk_attention": {
+        "dtype": ("bfloat16", "float32"),
+        "head_dim": (32, 80),
+        "group": (1, 4),
+        "rows": (7, 1, 133),
+        "length": (255, 600),
+        "layer": (0, 1, 2),
+    },
     "window_scores": SHAPES | {"window": ("first", "inside", "last", "one", "all")},
     "ragged_decode_attention": SHAPES | {"splits": (1, 3, None)},
     "add_rms_norm": {
@@ -34,7 +42,7 @@ FACTORS: Mapping[str, Mapping[str, Sequence[Any]]] = {
         "temperature": (1.0, 0.2, 1e4, 1e30),
     },
 }
-"""Of each operation; `splits` None is the kernel's own choice."""
+"""Of each operation; `splits` None is the kernel's own choice, `rows` of a chunk its queries."""
 
 TOLERANCES = {
     "float32": {1.0: 4e-6, 0.99: 1e-6, 0.9: 5e-7},

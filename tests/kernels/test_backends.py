@@ -23,7 +23,7 @@ from pallas_kernels import quantized_decode_attention as quantized
 from pallas_kernels import ragged_decode_attention as ragged
 from pallas_kernels.backends import Device, check_backend, choose, current_device
 from pallas_kernels.prefill_attention import cudnn, reference
-from pallas_kernels.rows import NewToken, PackedRows, Segment, Tail
+from pallas_kernels.rows import LayerRows, NewToken, PackedRows, Segment, Tail
 from tests.kernels.cases import FACTORS, SHAPES, assert_close, draw, int32, poison
 
 CPU = Device("cpu", "cpu", None, present=True)
@@ -31,6 +31,7 @@ H200 = Device("gpu", "NVIDIA H200", 90, present=True)
 ABSENT = Device("gpu", "NVIDIA H200", 90, present=False)
 OPERATIONS = {
     "prefill_attention": (prefill_attention.prefill_attention, prefill_attention.BACKENDS),
+    "chunk_attention": (prefill_attention.chunk_attention, prefill_attention.CHUNK_BACKENDS),
     "window_scores": (window_scores.window_scores, window_scores.BACKENDS),
     "append_and_attend": (ragged.append_and_attend, ragged.BACKENDS),
     "quantized_append_and_attend": (quantized.append_and_attend, quantized.BACKENDS),
@@ -56,6 +57,7 @@ def arguments(operation) -> Any:
     packed = PackedRows(words, words, affine, affine, runs, runs, (2,))
     return {
         "prefill_attention": (rows, rows, rows, one),
+        "chunk_attention": (rows, LayerRows(pool, pool, one[0], 4), one, one),
         "window_scores": (rows, rows, one, one),
         "append_and_attend": layer(pool),
         "quantized_append_and_attend": (new, dense, packed, tail),
