@@ -269,7 +269,7 @@ class Prompting:
         def write(buffer: jax.Array, part: jax.Array, first: int) -> jax.Array:
             part = part.swapaxes(1, 2)  # [B, K, rows, H]
             for b in range(batch):  # one update in place each; a scatter might copy
-                at = (b, 0, first + start[b], 0)
+                at = (b, 0, first + start[b] + turn, 0)
                 old = lax.dynamic_slice(buffer, at, (1, *part.shape[1:]))
                 kept = jnp.where(new[b : b + 1], part[b : b + 1], old)
                 buffer = lax.dynamic_update_slice(buffer, kept, at)
@@ -290,14 +290,15 @@ class Prompting:
 
             return attend
 
-        seen = []
+        seen, turn = [], jnp.int32(0)
 
         def keep(index: int, kept: Any, entering: Residual, stream: Residual) -> Residual:
-            nonlocal buffers
+            nonlocal buffers, turn
             q, keys = kept
             before, salience = jax.tree.map(lambda x: x[:, index], (memory.seen, memory.salience))
             windows = {look.window: each for look, each in zip(looks, before, strict=True)}
-            part = Part(keys, start, memory.length, until, windows, salience)
+            end = jnp.minimum(until, start + count)
+            part = Part(keys, start, memory.length, end, windows, salience)
             with jax.named_scope("scores"):
                 # As [B, T, K, H] for the rules that want them so; where none does, XLA drops it.
                 k, v = (
@@ -309,6 +310,7 @@ class Prompting:
                 found = observe(layer)
             stream, buffers, found = lax.optimization_barrier((stream, buffers, found))
             seen.append(found)
+            turn = _zero_after(found)
             return stream
 
         embedded = model.embed_rows(own, tables)
@@ -367,3 +369,14 @@ class Prompting:
     def _patches(self) -> Callable[..., jax.Array]:
         """Full attention of a vision tower."""
         return partial(prefill_attention, causal=False, backend=self.backend)
+
+
+def _zero_after(found: Any) -> jax.Array:
+    """Zero, int32 [], known when all of these arrays are.
+
+    What writes a buffer at a place that depends on it comes behind all that has read the buffer for
+    them. A barrier is not enough: it is gone when XLA decides which buffers it has to copy.
+    """
+    ones = (leaf.reshape(-1)[0] for leaf in jax.tree.leaves(found))
+    never = [one < one - 1 for one in ones]
+    return jnp.any(jnp.stack(never)).astype(jnp.int32) if never else jnp.int32(0)
