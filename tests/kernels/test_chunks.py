@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from benchmarks.ahead_of_time import GPUS, abstract_mesh
 from benchmarks.triton_offline import triton_calls
@@ -141,6 +142,25 @@ def shaped(dtype, rows, batch=2, kv_heads=2, head_dim=64) -> Any:
 def test_no_copy_of_the_layer_is_made(dtype, name):
     q, layer, *numbers = shaped(dtype, 16384)
     program = jax.jit(partial(CALLS[name], backend="xla")).lower(q, layer, *numbers).compile()
+    memory: Any = program.memory_analysis()
+    assert memory.temp_size_in_bytes < layer.k.size // LAYERS * layer.k.dtype.itemsize / 2
+
+
+def test_layers_are_written_and_read_in_one_buffer():
+    """As a decoder does: each layer writes rows, then attends; the next one's depend on that."""
+
+    def layers(k, v, q, first, start, lengths):
+        new = q[:, :, :2].swapaxes(1, 2)
+        for index in range(LAYERS):
+            at = 0, 0, index * first + start[0], 0
+            k, v = (lax.dynamic_update_slice(x, new, at) for x in (k, v))
+            rows = LayerRows(k, v, index * first, k.shape[2] // LAYERS)
+            new += chunk_attention(q, rows, start, lengths, backend="xla")[:, :, :2].swapaxes(1, 2)
+        return k, v, new
+
+    q, layer, *numbers = shaped("float32", 16384, batch=1)
+    program = jax.jit(layers, donate_argnums=(0, 1))
+    program = program.lower(layer.k, layer.v, q, layer.first, *numbers).compile()
     memory: Any = program.memory_analysis()
     assert memory.temp_size_in_bytes < layer.k.size // LAYERS * layer.k.dtype.itemsize / 2
 
