@@ -163,8 +163,7 @@ class Run:
         self, prefix: Rows, inputs: ModelInputs, settings: Settings
     ) -> tuple[jax.Array, AnyPool, BatchTrace | None]:
         """The first token and the pool of a prompt that is run behind a prefix."""
-        together = reach(self._stages.cache, inputs)
-        assert together is not None  # else it is not run so
+        together = reach(self._stages.cache, inputs) or self._rows
         chunk = self._chunk or CHUNK_ROWS
         with prefix.lock:
             prefilled, token = prefix.finish(

@@ -208,7 +208,7 @@ class Rows:
                 run again, but for some that have to be run together with the last.
             settings: what is asked of each sequence.
             chunk: rows that are run at a time, beside those that have to be run together.
-            together: how many these are.
+            together: how many these are; T for the whole prompt.
         """
         (batch, total), inputs = inputs.tokens.shape, inputs.without_tiles
         length, memory = np.asarray(inputs.length), self.remembered(runner, batch, total)
@@ -217,6 +217,8 @@ class Rows:
             start = np.maximum(length - together, 0).astype(np.int32)
             memory = self.extend(runner, params, inputs, settings, memory, start, chunk)
         width = min(bucket_for(int(np.max(length - start)), ROWS), total)
+        if together >= total:
+            width = total
         start = np.minimum(start, total - width).astype(np.int32)
         args = self.tables, inputs, self.buffers, memory, start, settings
         prefilled, token = runner.do("finish", total, params, *args, rows=width)

@@ -218,7 +218,16 @@ class Prompting:
         model, cache = bind(self.config)(params), self.cache
         prompt, where = self.prompt(inputs, settings), (start, inputs.length, rows)
         x, buffers, seen = self._run_part(
-            model, tables, inputs, buffers, memory, where, prompt, cache.continued, cache.observe
+            model,
+            tables,
+            inputs,
+            buffers,
+            memory,
+            where,
+            prompt,
+            cache.continued,
+            cache.observe,
+            whole=rows == inputs.tokens.shape[1],
         )
         last = inputs.length - 1 - start
         return self._prefilled(model, x, last, buffers, seen, inputs, settings)
@@ -253,10 +262,12 @@ class Prompting:
         prompt: Prompt,
         looks: tuple[Look, ...],
         observe: Callable[[Layer], Any],
+        whole: bool = False,
     ) -> tuple[jax.Array, Buffers, list[Any]]:
         """Final hidden states of some rows [B, rows, D], the buffers, and what each layer showed.
 
-        `where` is the rows' start, the end of those that count, and how many are run.
+        `where` is the rows' start, the end of those that count, and how many are run. The `whole`
+        prompt, as all rows at once, is what every rule knows.
         """
         start, until, count = where
         batch, total = inputs.tokens.shape
@@ -299,6 +310,8 @@ class Prompting:
             windows = {look.window: each for look, each in zip(looks, before, strict=True)}
             end = jnp.minimum(until, start + count)
             part = Part(keys, start, memory.length, end, windows, salience)
+            if whole:
+                part = None
             with jax.named_scope("scores"):
                 # As [B, T, K, H] for the rules that want them so; where none does, XLA drops it.
                 k, v = (

@@ -126,29 +126,33 @@ class Prefix:
         self.all_rows.clear()
 
     def serves(self, cache: CacheMethod, inputs: ModelInputs) -> bool:
-        """Whether a prompt can be run behind the prefix, for a method."""
-        if reach(cache, inputs) is None or common(self.inputs, inputs) < self.length:
+        """Whether a prompt begins with the prefix, and a method would remember the same of it."""
+        if common(self.inputs, inputs) < self.length:
             return False
         ends = [
             (int(each.length[0]), last_visual(each.visual_index[0]))
             for each in (self.inputs, inputs)
         ]
-        return all(look.window.basis(*ends[0]) == look.window.basis(*ends[1])
-                   for look in cache.continued)  # fmt: skip
+        windows = [look.window for look in cache.continued]
+        return all(window.basis(*ends[0]) == window.basis(*ends[1]) for window in windows)
 
-    def behind(self, request: "Request") -> "tuple[Request, Rows | None]":
-        """A request as it is run behind the prefix, and the prefix's rows; None where it is not."""
-        inputs, cache = request.groups[0], request.generate.cache
+    def behind(self, request: "Request") -> "tuple[Request, Rows]":
+        """A request as it is run behind the prefix, and the rows that it is run behind."""
+        inputs, generate = request.groups[0], request.generate
         with self._lock:
-            self.questions += 1
-            if not self.serves(cache, inputs):
-                self.anew += 1
-                return request, None
             if int(inputs.length[0]) > self.inputs.tokens.shape[1]:
                 self._fit(inputs)
-            rows = self.rows(request.generate)
-        total = self.inputs.tokens.shape[1]
-        return request._replace(groups=[inputs.without_tiles.padded(total)]), rows
+            serves = self.serves(generate.cache, inputs)
+            inputs = inputs.without_tiles.padded(self.inputs.tokens.shape[1])
+            if serves:
+                rows = self.rows(generate)
+            else:
+                runner = Runner(self.vlm.programs, generate.stages)
+                params = self.vlm.params_for(generate)
+                rows = Rows.none(runner, params, inputs, tables=self._tables)
+            self.questions += 1
+            self.anew += not serves or reach(generate.cache, inputs) is None
+        return request._replace(groups=[inputs]), rows
 
     def rows(self, generate: Generate) -> Rows:
         """The rows of the prefix, with what a method remembers of them; run where they are not."""
