@@ -4,7 +4,6 @@ import json
 import threading
 
 import jax
-import numpy as np
 import pytest
 
 import vlcache_jax
