@@ -32,6 +32,7 @@ def test_plots_are_up_to_date(plot):
 
 
 METHODS = ROOT / "docs" / "methods.md"
+SESSIONS = ROOT / "docs" / "sessions.md"
 
 
 def python_of(document):
@@ -94,6 +95,14 @@ def test_the_code_in_the_guide_to_the_methods_runs(capsys):
         exec(code, {})
     kept, full = map(int, capsys.readouterr().out.split()[:2])
     assert 0.08 < kept / full < 0.12
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("tiny_demo")
+def test_the_code_in_the_guide_to_sessions_runs(capsys):
+    [code] = python_of(SESSIONS)
+    exec(code, {})
+    assert "questions=2" in capsys.readouterr().out
 
 
 def test_the_guide_counts_bits_as_the_report_does():

@@ -36,7 +36,9 @@ from vlcache_jax.results.report import CacheReport
 from vlcache_jax.running.driver import Timings
 from vlcache_jax.running.generate import Generate, GenerateOutput
 from vlcache_jax.running.sampling import Sampling
-from vlcache_jax.vlm import VLM, Stream
+from vlcache_jax.sessions.session import Session
+from vlcache_jax.streaming import Stream
+from vlcache_jax.vlm import VLM
 
 __all__ = [
     "AKVQ",
@@ -71,6 +73,7 @@ __all__ = [
     "PyramidKV",
     "RandomKV",
     "Sampling",
+    "Session",
     "SnapKV",
     "Stream",
     "StreamingLLM",

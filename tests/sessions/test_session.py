@@ -76,6 +76,7 @@ def test_so_it_is_of_every_family(family, request):
     assert session.report().prefilled_anew == 0
 
 
+@pytest.mark.full
 def test_a_video_is_looked_at_once(qwen3_dir):
     vlm, frames = loaded(qwen3_dir), [picture(56, 56, seed=seed) for seed in range(4)]
     subject = {"videos": [frames]}
@@ -85,6 +86,7 @@ def test_a_video_is_looked_at_once(qwen3_dir):
         session.save("session.safetensors")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("subject", [{}, {"system": "be brief"}, {"context": "a b c"}])
 def test_a_session_may_have_no_picture(vlm, subject):
     session = vlm.session(**subject)

@@ -82,7 +82,7 @@ class VLCache(CacheMethod):
     """VL-Cache (Tu et al., ICLR 2025): budgets by the sparsity of the post-vision attention.
 
     Query-aware: what is kept depends on the question. A later question about the same picture needs
-    the full cache, or a new prefill.
+    a choice of its own (`VLM.session`), or the full cache.
 
     Attributes:
         recent_ratio: share of each layer's budget that goes to the prompt's last tokens.

@@ -100,11 +100,12 @@ def generate(
     ] = None,
     force: options.Force = False,
     raw_prompt: options.RawPrompt = False,
+    prefill_chunk: options.PrefillChunk = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Answer a question about images, videos or a text, or a question alone.
 
-    VL-Cache keeps a tenth of the prompt's cache, chosen for this question.
+    A tenth of the prompt's cache is kept, chosen for this question.
 
     Another method or budget: --method, --kv-budget. The whole cache: --method full.
 
@@ -144,6 +145,7 @@ def generate(
             raw_prompt=raw_prompt,
             cache=cache,
             trace=trace is not None,
+            prefill_chunk=prefill_chunk,
         )
         read_params(vlm, progress)
     answer = drain(stream, echo=not as_json)

@@ -56,6 +56,13 @@ Context = Annotated[
         "as of a picture.",
     ),
 ]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        help="Rows of the prompt that are run at a time, 2048 for instance: a long prompt then "
+        "takes no more memory beside its cache than so many rows. All of them by default."
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
 RawPrompt = Annotated[
     bool, typer.Option("--raw-prompt", help="Take the prompt as given, without the chat template.")
