@@ -49,9 +49,9 @@ def command_of(name: str) -> Callable[..., None]:
             int | None,
             typer.Option(
                 min=2,
-                help="Different questions of a conversation; by default as many as take 300 tokens "
+                help="Different questions about a picture; by default as many as take 300 tokens "
                 "and more.",
-                hidden=name != "long",
+                hidden=name not in ("long", "questions"),
             ),
         ] = None,
         batch: options.Batch = 16,

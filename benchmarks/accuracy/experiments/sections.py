@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from benchmarks.accuracy.experiments import compared, long, rare, scores
+from benchmarks.accuracy.experiments import compared, long, questions, rare, scores
 from benchmarks.accuracy.report import RESULTS
 from benchmarks.documents import DOCS, Part, Plot, Result, measured
 
@@ -13,6 +13,7 @@ EXPERIMENTS = {
     "settings": compared.VL_CACHE_SETTINGS,
     "variants": compared.PROMPTS,
     "long": long.LONG,
+    "questions": questions.QUESTIONS,
     "rare": rare.RARE,
     "quantized": compared.QUANTIZED,
     "scores": scores.SCORING,
