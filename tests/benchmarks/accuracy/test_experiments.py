@@ -21,6 +21,7 @@ from benchmarks.accuracy.experiments import (
     compared,
     conversation,
     long,
+    questions,
     rare,
     scores,
     sections,
@@ -205,6 +206,7 @@ def small(evaluation, monkeypatch, tmp_path):
     monkeypatch.setattr(scores, "candidates", lambda budget: {"h2o": H2O(budget)})
     monkeypatch.setattr(compared, "WHOLE_BITS", ("akvq",))
     monkeypatch.setattr(compared, "EVICTING", ("snapkv",))
+    monkeypatch.setattr(questions, "SHOWN", ("snapkv",))
     monkeypatch.setattr(scores, "MANNERS", ("brief",))
     monkeypatch.setattr(scores, "BEST", 1)
     monkeypatch.setattr(sections, "RESULTS", tmp_path)
@@ -217,6 +219,7 @@ LABELS = {
     "settings": ["0.01 (default)", "0.2"],
     "variants": ["snapkv"],
     "long": ["snapkv", *long.ORACLES],
+    "questions": ["full", "snapkv"],
     "rare": ["snapkv"],
     "quantized": ["full + akvq", "snapkv", "snapkv + akvq"],
     "scores": ["vl-cache", "oracle", "oracle-layers"],
