@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -101,6 +102,28 @@ def test_what_is_seen_is_that_of_the_whole_prompt(vlm, score):
             inside = (np.arange(CONFIG.text.num_layers)[:, None] * T + np.arange(m)).ravel()
             np.testing.assert_allclose(one[:, inside], other[:, inside], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(whole.seen.measured, parts.seen.measured, rtol=1e-4)
+
+
+def test_what_bfloat16_keeps_is_as_near_as_it_can_be(vlm):
+    """Keys and values of parts and of the whole, in bfloat16, are as far from those in float32."""
+    request = vlm.request(**asked("vl-cache"))
+    [group], settings, stages = request.groups, request.settings, request.generate.stages
+    exact, _ = jax.jit(stages.prefill)(vlm.params, group, settings)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), vlm.params)
+    whole, _ = jax.jit(stages.prefill)(params, group, settings)
+    runner = Runner(Programs(), stages)
+    rows = Rows.none(runner, params, group)
+    together = reach(stages.cache, group)
+    assert together is not None
+    parts, _ = rows.finish(runner, params, group, settings, 48, together)
+    for b, m in enumerate(group.length):
+        inside = (np.arange(CONFIG.text.num_layers)[:, None] * T + np.arange(m)).ravel()
+        for name in ("k", "v"):
+            one, other, right = (
+                np.asarray(getattr(each, name)[b][:, inside], np.float32)
+                for each in (whole, parts, exact)
+            )
+            assert np.abs(other - right).mean() < 1.5 * np.abs(one - right).mean()
 
 
 def test_one_program_serves_all_lengths_and_chunk_counts(vlm, compilations):

@@ -1,5 +1,6 @@
 """A session's answers are those of whole prompts, in any order, saved or not, wherever it lies."""
 
+import gc
 import json
 import threading
 
@@ -182,6 +183,20 @@ def test_where_the_prefix_lies(vlm, store):
         check(session, vlm, "vl-cache", images=picture(70, 40))
     assert session.fork().ask(QUESTIONS[0], **SHORT).tokens == before
     assert session.report().kv_bytes == report.kv_bytes
+
+
+def test_the_bytes_are_those_that_live(vlm):
+    def live():
+        return {id(array): array for array in jax.live_arrays()}
+
+    vlm.session(picture(56, 56), cache="consensus")  # what is made once is there
+    gc.collect()
+    before = live()
+    session = vlm.session(picture(56, 56, seed=2), cache="consensus")
+    session.fork().ask("what?", **SHORT)
+    gc.collect()
+    made = [array for key, array in live().items() if key not in before]
+    assert sum(array.nbytes for array in made) == session.bytes
 
 
 @pytest.mark.parametrize("store", ["device", "8"])
