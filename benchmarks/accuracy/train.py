@@ -300,7 +300,7 @@ class Trainer:
         """
         check_known("part", [part], self.state["learned"])
         if (folder / "config.json").is_file():
-            self.state["learned"][part] = self.learner.read(folder)[part]
+            self._take(part, self.learner.read(folder))
             return
         if not (folder / RECIPE).is_file():
             raise ValueError(f"{folder} is no folder of a run: train it first")
@@ -309,7 +309,12 @@ class Trainer:
         found = self._newest(folder)
         if found is None:
             raise ValueError(f"{folder} has no state yet: let it save one")
-        self.state["learned"][part] = found[1]["learned"][part]
+        self._take(part, found[1]["learned"])
+
+    def _take(self, part: str, learned: Any) -> None:
+        self.state["learned"][part] = learned[part]
+        # Each is donated: none may be shared, as equal ones of a checkpoint are.
+        self.state = jax.tree.map(jnp.array, self.state)
 
     def begin(self, step: int) -> None:
         """Go on from a step with what was taken; the optimizer has no moments of it.
