@@ -104,11 +104,11 @@ class Chat:
         return True
 
     def _command(self, line: str) -> bool:
-        name, _, given = line[1:].strip().partition(" ")
-        given = given.strip()
+        command, *behind = line.split(None, 1)
+        name, given = command[1:], "".join(behind).strip()
         if name not in COMMANDS:
             raise ValueError(
-                f"there is no command /{short(name)}: /help lists them; a question may begin so "
+                f"there is no command {short(command)}: /help lists them; a question may begin so "
                 "behind a space"
             )
         if given and not COMMANDS[name][0]:
