@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,12 +42,20 @@ def read_lines() -> Callable[[], str]:
         from prompt_toolkit.completion import WordCompleter
     except ImportError:
         note("for a history, and completed commands: pip install 'vlcache-jax[chat]'")
-        return partial(input, PROMPT)
+        return _typed
     commands = [f"/{name}" for name in COMMANDS] + [f"/method {name}" for name in METHODS]
     # Whole lines are completed: a slash is no part of a word. Without a file the history is kept in
     # memory.
     prompt = PromptSession[str](PROMPT, completer=WordCompleter(commands, sentence=True))
     return prompt.prompt
+
+
+def _typed() -> str:
+    try:
+        return input(PROMPT)
+    except (EOFError, KeyboardInterrupt):
+        note("")  # the prompt's line is not ended yet
+        raise
 
 
 def _piped() -> str:
