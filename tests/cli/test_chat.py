@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 import vlcache_jax
@@ -167,9 +168,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(chat, session, capsys, monke
     chat._asked = {"max_new_tokens": 40}
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", Interrupting())
+        patch.setattr(sys, "stdout", stdout := Interrupting())
         talk(chat, Typed("what?", KeyboardInterrupt(), ""))
-        shown = sys.stdout.getvalue().removesuffix("\n")
+    shown = stdout.getvalue().removesuffix("\n")
     assert shown
     assert whole.startswith(shown)
     assert shown != whole
@@ -208,9 +209,9 @@ def test_differences_are_marked_from_the_first_token_on(chat):
         ("same", "more", ("abc", "abc{+d+}", "no, from token 4 on")),
         ("same", "none", ("[-abc-]", "", "no, from token 1 on")),
     ):
-        console = Console(file=io.StringIO(), width=80)
-        console.print(differences(answers[own], answers[full], lambda ids: [*map(chr, ids)]))
-        rows = console.file.getvalue().splitlines()[1:-1]
+        table = differences(answers[own], answers[full], lambda ids: [*map(chr, ids)])
+        Console(file=(shown := io.StringIO()), width=80).print(table)
+        rows = shown.getvalue().splitlines()[1:-1]
         assert tuple(row.split("│")[2].strip() for row in rows) == expected
 
 
@@ -219,15 +220,41 @@ def piped(lines, *args):
     return CliRunner().invoke(app, command, input=lines)
 
 
-def test_piped_lines_are_answered_until_they_end(model_dir, image, session):
+def test_piped_lines_are_answered_until_they_end(model_dir, image, vlm):
     lines = "\ufeff/budget 7\n\n  \nunïcödé 日本?\r\n".encode() + b"\xff\xfe?"
-    result = piped(lines, model_dir, "--image", image, "--method", "full", "--system", "Short.")
+    result = piped(lines, model_dir, "--image", image, "--method", "full", "--system", "Be brief.")
     assert result.exit_code == 0, result.output
-    own = session._prefix.vlm.session([image], system="Short.")
+    own = vlm.session([image], system="Be brief.")
     answers = [own.ask(question, **NEW).text for question in ("unïcödé 日本?", "\ufffd\ufffd?")]
     assert result.stdout == "".join(f"{text}\n" for text in answers)
     assert result.stderr.count("time to first token") == 2
     assert result.stderr.startswith("error: ")
+
+
+def test_a_saved_conversation_goes_on(chat, vlm, model_dir, tmp_path, capsys, monkeypatch):
+    # Its programs are compiled.
+    monkeypatch.setattr(chatting, "open_model", lambda *_, **__: (vlm, Progress(disable=True)))
+    file = tmp_path / "a b.safetensors"
+    chat.handle("what?")
+    for line, told in (
+        (f'/save "{file}"', f"written to {file}"),
+        (f"/save {file}", "--force"),
+        (f'/save "{file}" --force', f"written to {file}"),
+        (f"/save {tmp_path}/x.txt", "must end in .safetensors"),
+    ):
+        capsys.readouterr()
+        assert chat.handle(line)
+        assert told in capsys.readouterr().err
+    chat.handle("and now?")
+    out, _ = capsys.readouterr()
+    options = ("--session", file, "--method", "snapkv", "--kv-budget", 0.5)
+    result = piped("/full\n/image demo\nand now?", model_dir, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == out
+    first, second, took = result.stderr.splitlines()
+    assert "ask a question" in first
+    assert "start again with --image" in second
+    assert "reused" in took
 
 
 @pytest.mark.parametrize(
@@ -238,6 +265,8 @@ def test_piped_lines_are_answered_until_they_end(model_dir, image, session):
         (("--store", 3), "there is no store '3'"),
         (("--image", "none.png"), "no image file at none.png"),
         (("--method", "full", "--kv-budget", 0.1), "leave the budget out"),
+        (("--prefill-chunk", 0), "prefill_chunk"),
+        (("--session", "none"), "there is no session at none"),
         (("--session", "x", "--image", "demo"), "--session has its own: leave --image out"),
         (("--session", "x", "--frames", 2, "--video", "y"), "leave --video and --frames out"),
     ],

@@ -14,12 +14,12 @@ from vlcache_jax.cache.methods import DEFAULT_METHOD, METHODS
 from vlcache_jax.cli import options
 from vlcache_jax.cli.conversation import COMMANDS, Chat
 from vlcache_jax.cli.terminal import (
+    READING,
     cache_methods,
     find_images,
     note,
     open_model,
     read_context,
-    read_params,
     stop_texts,
     user_errors,
 )
@@ -131,6 +131,7 @@ def chat(
     kv_budget: options.KvBudget = None,
     kv_bits: options.KvBits = None,
     backend: options.Backend = None,
+    prefill_chunk: options.PrefillChunk = None,
 ) -> None:
     """Have a conversation about images, videos or a text, whose keys and values are made once.
 
@@ -146,6 +147,7 @@ def chat(
         "top_p": top_p,
         "seed": seed,
         "stop": stop_texts(stop),
+        "prefill_chunk": prefill_chunk,
     }
     with user_errors():
         [cache] = cache_methods([method], [kv_budget], [kv_bits])
@@ -161,8 +163,11 @@ def chat(
             raise ValueError(f"--session has its own: leave --{' and --'.join(names)} out")
         vlm, progress = open_model(model, revision, dtype, backend, cache=cache)
         vlm.request(text="a", **asked)
-        begun = vlm.session(images, **shown) if session is None else vlm.open_session(session)
-        read_params(vlm, progress)
+        if prefill_chunk is not None:
+            shown["prefill_chunk"] = prefill_chunk
+        progress.add_task(READING, total=None)
+        with progress:
+            begun = vlm.session(images, **shown) if session is None else vlm.open_session(session)
     setting = method, kv_budget, kv_bits
     chat = Chat(vlm, begun, setting, asked, images if session is None else None, shown)
     with user_errors(()):

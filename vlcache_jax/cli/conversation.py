@@ -136,7 +136,7 @@ class Chat:
         held, report, compiled = session.bytes, session.report(), programs.compile_s
         with ERRORS.status(READING):
             stream = session.stream(question, cache=cache, **self._asked)
-            # What stands in front is run by now, if it had to be: the stream does not count it.
+            # By now the prefix is run for a method that is new to it; no stream counts that.
             begin_s = time.perf_counter() - began - (programs.compile_s - compiled)
             anew = session.report().prefilled_anew > report.prefilled_anew
             known = session.bytes == held and not anew
@@ -166,7 +166,8 @@ class Chat:
                 "each picture"
             )
         images = [*self._images, *find_images([_file(given, "image")])]
-        self._session = self._vlm.session(images, **self._shown)
+        with ERRORS.status(READING):
+            self._session = self._vlm.session(images, cache=self._cache, **self._shown)
         self._images, self._last = images, None
         note(f"a new conversation about {', '.join(image.name for image in images)}")
 
