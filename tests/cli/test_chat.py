@@ -293,7 +293,6 @@ def test_without_prompt_toolkit_there_is_one_hint(monkeypatch, capsys):
 def test_prompt_toolkit_keeps_a_history_and_completes_commands():
     pytest.importorskip("prompt_toolkit")
     from prompt_toolkit.application import create_app_session
-    from prompt_toolkit.document import Document
     from prompt_toolkit.input import create_pipe_input
     from prompt_toolkit.output import DummyOutput
 
@@ -303,12 +302,16 @@ def test_prompt_toolkit_keeps_a_history_and_completes_commands():
         assert read() == "日本?"
         keys.send_text("\x1b[A\n")  # up
         assert read() == "日本?"
+        for typed, line in (
+            ("/bu\t 0.2", "/budget 0.2"),
+            ("/method sn\t", "/method snapkv"),
+            ("a /f\t", "a /f"),
+        ):
+            keys.send_text(f"{typed}\n")
+            assert read() == line
         keys.send_text("half\x03")
         with pytest.raises(KeyboardInterrupt):
             read()
         keys.send_text("\x04")
         with pytest.raises(EOFError):
             read()
-    [found] = read.__self__.completer.get_completions(Document("/method sn"), None)
-    assert found.text == "/method snapkv"
-    assert not [*read.__self__.completer.get_completions(Document("a /f"), None)]

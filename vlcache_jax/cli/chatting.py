@@ -40,14 +40,14 @@ def read_lines() -> Callable[[], str]:
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.shortcuts import CompleteStyle
     except ImportError:
         note("for a history, and completed commands: pip install 'vlcache-jax[chat]'")
         return _typed
     commands = [f"/{name}" for name in COMMANDS] + [f"/method {name}" for name in METHODS]
-    # Whole lines are completed: a slash is no part of a word. Without a file the history is kept in
-    # memory.
-    prompt = PromptSession[str](PROMPT, completer=WordCompleter(commands, sentence=True))
-    return prompt.prompt
+    # Whole lines are completed, as a slash is no part of a word. The history is kept in memory.
+    whole, by_tab = WordCompleter(commands, sentence=True), CompleteStyle.READLINE_LIKE
+    return PromptSession[str](PROMPT, completer=whole, complete_style=by_tab).prompt
 
 
 def _typed() -> str:
