@@ -266,6 +266,7 @@ def test_a_saved_conversation_goes_on(chat, vlm, model_dir, tmp_path, capsys, mo
         (("--image", "none.png"), "no image file at none.png"),
         (("--method", "full", "--kv-budget", 0.1), "leave the budget out"),
         (("--prefill-chunk", 0), "prefill_chunk"),
+        (("--revision", "v1"), "has no revision='v1'"),
         (("--session", "none"), "there is no session at none"),
         (("--session", "x", "--image", "demo"), "--session has its own: leave --image out"),
         (("--session", "x", "--frames", 2, "--video", "y"), "leave --video and --frames out"),
