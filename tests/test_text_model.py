@@ -137,9 +137,9 @@ def test_the_command_line(text_dir, tmp_path):
     result = run("compare", converted, *ask, "--json")
     named = [answer["kv"]["method"] for answer in json.loads(result.stdout)["answers"]]
     assert named == ["full", DEFAULT_METHOD, "vl-cache"]
-    refused(
-        "reads text alone and was given 1 picture", "generate", text_dir, "--image", "demo-small:2"
-    )
+    for command in ("generate", "chat"):
+        reason = "reads text alone and was given 1 picture"
+        refused(reason, command, text_dir, "--image", "demo-small:2")
 
     result = run("info", text_dir)
     assert result.exit_code == 0

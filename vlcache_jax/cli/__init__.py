@@ -16,6 +16,7 @@ import typer
 
 from vlcache_jax.cache.methods import DEFAULT_METHOD
 from vlcache_jax.cli import options
+from vlcache_jax.cli.chatting import chat
 from vlcache_jax.cli.evaluating import evaluate
 from vlcache_jax.cli.terminal import (
     BAD_INPUT,
@@ -30,6 +31,7 @@ from vlcache_jax.cli.terminal import (
     read_context,
     read_messages,
     read_params,
+    stop_texts,
     user_errors,
 )
 from vlcache_jax.errors import reason
@@ -73,19 +75,11 @@ def generate(
     frames: options.Frames = None,
     context: options.Context = None,
     max_new_tokens: options.MaxNewTokens = 128,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="End the answer in front of this text. Give the option once for each; \\n stands "
-            "for a new line."
-        ),
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the k most likely tokens.")] = None,
-    top_p: Annotated[
-        float, typer.Option(help="Draw among the tokens that reach this probability together.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    stop: options.Stop = None,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = None,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 0,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
     method: options.Method = DEFAULT_METHOD,
@@ -136,7 +130,7 @@ def generate(
             videos=video,
             frames=frames,
             context=document,
-            stop=[text.replace("\\n", "\n") for text in stop or []],
+            stop=stop_texts(stop),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -410,6 +404,7 @@ def inspect(
     print_result(found.as_json(), display.inspection_table(found), as_json, written)
 
 
+app.command()(chat)
 app.command()(evaluate)
 
 

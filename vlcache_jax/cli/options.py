@@ -64,6 +64,19 @@ PrefillChunk = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of the answer.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="End the answer in front of this text. Give the option once for each; \\n stands "
+        "for a new line."
+    ),
+]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
+TopK = Annotated[int | None, typer.Option(help="Draw among the k most likely tokens.")]
+TopP = Annotated[
+    float, typer.Option(help="Draw among the tokens that reach this probability together.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
 RawPrompt = Annotated[
     bool, typer.Option("--raw-prompt", help="Take the prompt as given, without the chat template.")
 ]

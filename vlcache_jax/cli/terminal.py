@@ -28,6 +28,9 @@ ERRORS = Console(stderr=True, highlight=False, emoji=False)  # "demo:x:" stays a
 LONGEST = 390
 """Characters of an error or a warning."""
 
+READING = "compiling, and reading the prompt ..."
+"""What is done until an answer's first piece."""
+
 BAD_INPUT = ValueError, OSError, NotImplementedError
 
 
@@ -41,16 +44,26 @@ def user_errors(kinds: tuple[type[Exception], ...] = BAD_INPUT) -> Iterator[None
             warnings.showwarning = lambda message, *_: _line("warning", message, "yellow")
             yield
     except kinds as error:
-        _line("error", error, "red")
+        show_error(error)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def show_error(error: object) -> None:
+    """One line on stderr about bad input."""
+    _line("error", error, "red")
 
 
 def _line(kind: str, message: object, style: str) -> None:
     """One line on stderr."""
     text = short(str(message) or type(message).__name__, LONGEST)
     ERRORS.print(f"{kind}: {text}", style=style, markup=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """One line on stderr that is no fault."""
+    ERRORS.print(text, style="dim", markup=False, soft_wrap=True)
 
 
 def cache_methods(
@@ -92,17 +105,29 @@ def read_context(file: Path | None) -> str | None:
     return text
 
 
+def stop_texts(given: Sequence[str] | None) -> list[str]:
+    """Texts that end an answer: a backslash and an n stand for a new line."""
+    return [text.replace("\\n", "\n") for text in given or []]
+
+
+def find_images(names: Sequence[str] | None) -> list[Path]:
+    """The files of images, and of pictures of this package."""
+    from vlcache_jax import demo
+
+    shown = [(name, demo.find(name)) for name in names or ()]
+    return [picture.file if picture else Path(name) for name, picture in shown]
+
+
 def find_question(
     images: Sequence[str] | None, prompt: str | None, videos: Sequence[Any] | None = None
 ) -> tuple[list[Path], str, str | None]:
     """The images, the prompt, and its right answer where the prompt is a demo picture's own."""
     from vlcache_jax import demo
 
-    shown = [(name, demo.find(name)) for name in images or ()]
-    files = [picture.file if picture else Path(name) for name, picture in shown]
+    files = find_images(images)
     if prompt is not None:
         return files, prompt, None
-    if len(shown) == 1 and not videos and (own := shown[0][1]):
+    if images and len(images) == 1 and not videos and (own := demo.find(images[0])):
         return files, own.prompt, own.answer
     raise ValueError(
         "give a --prompt; only where the one --image is a demo picture is its own question asked"
@@ -179,7 +204,7 @@ def drain(stream: "Stream", echo: bool) -> "Answer":
     # A backend that does not support the model says so when a program is made: of the prompt, or,
     # behind the first piece, of the decoding.
     with user_errors((NotImplementedError,)):
-        with ERRORS.status("compiling, and reading the prompt ..."):
+        with ERRORS.status(READING):
             first = next(stream, "")
         for piece in chain([first], stream):
             if echo:

@@ -84,7 +84,7 @@ def conversation(
     if not parts and not any(counts.values()):
         raise ValueError("the prompt is empty: give a text, an image or both")
     places = {kind: sum(part["type"] == kind for part in parts) for kind in MARKS}
-    _refuse_others(counts, places, marks)
+    refuse_others({kind: max(counts[kind], places[kind]) for kind in MARKS}, marks)
     for kind, count in places.items():
         if count != counts[kind] and (raw or count):
             hint = "" if raw else f", or leave the marks out and the {kind}s come first"
@@ -99,11 +99,9 @@ def conversation(
     return made
 
 
-def _refuse_others(
-    counts: Mapping[str, int], places: Mapping[str, int], marks: Mapping[str, str]
-) -> None:
-    """Refuse what the model does not take."""
-    given = {kind: max(counts[kind], places[kind]) for kind in MARKS if kind not in marks}
+def refuse_others(counts: Mapping[str, int], marks: Mapping[str, str]) -> None:
+    """Refuse what the model does not take: of each kind so many, beside the kinds of its marks."""
+    given = {kind: count for kind, count in counts.items() if kind not in marks}
     if count := given.get("image", 0):
         raise ValueError(
             f"the model reads text alone and was given {count} picture{'s' * (count > 1)}: leave "

@@ -25,6 +25,7 @@ from vlcache_jax.requests.messages import (
     is_one,
     marked,
     readable,
+    refuse_others,
 )
 from vlcache_jax.requests.packing import NEWLINE, Patches, Rendered, Row, Shown
 from vlcache_jax.requests.videos import Clip, VideoLike, Videos, as_videos
@@ -195,9 +196,11 @@ class Processor:
 
         Raises:
             FileNotFoundError: a file does not exist.
-            ValueError: an image or a video cannot be read.
+            ValueError: an image or a video cannot be read, or the model takes none.
         """
-        return self._packing.show(_as_list(images), self.clips(videos, frames))
+        pictures = _as_list(images)
+        refuse_others({"image": len(pictures)}, self._packing.marks)
+        return self._packing.show(pictures, self.clips(videos, frames))
 
     def clips(self, videos: Videos, frames: int | None = None) -> list[Clip]:
         """The frames of one prompt's videos that the model is shown; a `Clip` is a video, too.

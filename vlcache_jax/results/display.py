@@ -1,7 +1,7 @@
 """What the command line shows: answers, comparisons and models as plain values and as tables."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.bar import Bar
@@ -101,6 +101,46 @@ def prompt_rows(facts: dict[str, Any]) -> dict[str, str]:
 def agreement(difference: int | None) -> str:
     """Whether an answer is the full cache's, by its first token that is not; None for none."""
     return "yes" if difference is None else f"no, from token {difference + 1} on"
+
+
+def answer_line(facts: dict[str, Any], reused: int) -> str:
+    """What an answer of a conversation took, given as `answer_facts`, on one line.
+
+    Args:
+        facts: the answer.
+        reused: tokens of its prompt whose keys and values were there before.
+    """
+    rows = answer_rows(facts)
+    said = [
+        f"time to first token {rows['time to first token']}",
+        f"kept {rows['cache']}, {rows['method']}",
+        f"reused {reused} of {facts['prompt_tokens']} prompt tokens",
+    ]
+    if facts["timings"]["compile_s"]:
+        said.append(f"compilation, apart, {rows['compilation, apart']}")
+    return "; ".join(said)
+
+
+def differences(own: Answer, full: Answer, split: Callable[[list[int]], list[str]]) -> Table:
+    """An answer above the full cache's, each marked from the first token on that differs.
+
+    The marks are those of a word diff: [-...-] of the one, {+...+} of the other.
+
+    Args:
+        own: the answer of a cache.
+        full: that of the full cache.
+        split: the text of each token of an answer.
+    """
+    same = same_tokens(full.tokens, own.tokens)
+    table = Table(show_header=False)
+    for answer, marks, style in ((own, "[--]", "red"), (full, "{++}", "green")):
+        pieces = split(answer.tokens)
+        text = Text("".join(pieces[:same]))
+        if rest := "".join(pieces[same:]):
+            text.append(f"{marks[:2]}{rest}{marks[2:]}", style)
+        table.add_row(Text(setting(dataclasses.asdict(answer.cache))), text)
+    table.add_row("as the full cache", agreement(None if own.tokens == full.tokens else same))
+    return table
 
 
 def comparison_tables(facts: dict[str, Any]) -> Group:

@@ -28,10 +28,14 @@ class Programs:
 
     Args:
         most: programs that are kept.
+
+    Attributes:
+        compile_s: seconds that compiling has taken so far.
     """
 
     def __init__(self, most: int = PROGRAMS):
         self._most = most
+        self.compile_s = 0.0
         self._compiled: OrderedDict[Hashable, Any] = OrderedDict()
 
     def __len__(self) -> int:
@@ -62,6 +66,7 @@ class Programs:
             jitted = jax.jit(function, donate_argnums=donate)
             self._compiled[key] = jitted.lower(*args).compile()
             seconds = time.perf_counter() - began
+            self.compile_s += seconds
             if len(self._compiled) > self._most:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
