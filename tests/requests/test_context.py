@@ -139,19 +139,6 @@ def test_a_tokenizer_that_tells_no_characters_is_refused(decoder, monkeypatch):
         decoder(None, "what?", context="A lamp.")
 
 
-def test_a_processor_of_other_tokens_is_refused(decoder, monkeypatch):
-    packing = decoder._packing
-    encode = packing.encode
-
-    def other(**given):
-        found = encode(**given)
-        return {"input_ids": found["input_ids"][:, :-1]}
-
-    monkeypatch.setattr(packing, "encode", other)
-    with pytest.raises(ValueError, match="other tokens"):
-        decoder(None, "what?", context="A lamp.")
-
-
 def test_answers_tell_it_and_methods_take_it_for_a_picture(text_dir):
     """The window of VL-Cache is what follows it, and what is kept of it is told apart."""
     vlm = vlcache_jax.load(text_dir)

@@ -11,6 +11,7 @@ import vlcache_jax
 from tests.tiny import picture
 from vlcache_jax import AKVQ, KIVI, RTN, VLCache
 from vlcache_jax.cache.methods import METHODS, FullCache, make_method
+from vlcache_jax.running.parts import Runner
 from vlcache_jax.running.stores import STORES
 from vlcache_jax.sessions.prefix import ROOM
 
@@ -132,6 +133,25 @@ def test_streams_may_be_read_by_turns(vlm, session):
             assert want.text.startswith("".join(own))
 
 
+def test_an_interrupted_question_costs_the_prefix_no_more_than_a_run(vlm, monkeypatch):
+    session = vlm.session(picture(70, 40), cache="vl-cache")
+    want = session.fork().ask("what?", **SHORT).tokens
+    do = Runner.do
+
+    def interrupted(self, stage, *args, **static):
+        found = do(self, stage, *args, **static)  # whose buffers are given up by now
+        if stage == "finish":
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "do", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.ask("what?", **SHORT)
+    assert session.messages == []
+    assert session.ask("what?", **SHORT).tokens == want
+
+
 def test_threads_may_ask_at_once(vlm, session):
     found = {}
 
@@ -151,8 +171,6 @@ def test_threads_may_ask_at_once(vlm, session):
 def test_a_question_runs_its_own_rows(vlm, monkeypatch):
     """A bucket of 32 rows behind the prefix, and no program more for the next one."""
     session, widths = vlm.session(picture(70, 40), cache="vl-cache"), []
-    from vlcache_jax.running.parts import Runner
-
     do = Runner.do
 
     def spied(self, stage, *args, **static):

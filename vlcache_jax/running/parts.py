@@ -156,6 +156,16 @@ class Rows:
         """Keys and values as they lie between questions, arrays."""
         return self._buffers if self._kept is None else self._kept
 
+    @property
+    def lost(self) -> bool:
+        """Whether there are none: what was to write them was interrupted."""
+        return self._buffers is None and self._kept is None
+
+    def _give_up(self) -> Buffers:
+        """The buffers, for a stage that writes them in place."""
+        buffers, self._buffers = self.buffers, None
+        return buffers
+
     def release(self) -> None:
         """Leave keys and values to the store, until they are needed again."""
         if self._store != "device":
@@ -184,7 +194,7 @@ class Rows:
         looks, width = runner.stages.cache.continued, min(chunk, total)
         for first in range(int(np.min(memory.length)), int(np.max(until)), width):
             start = np.full(batch, min(first, total - width), np.int32)
-            args = self.tables, inputs, self.buffers, memory, start, until, settings
+            args = self.tables, inputs, self._give_up(), memory, start, until, settings
             self._buffers, memory = runner.do(
                 "extend", total, params, *args, rows=width, looks=looks
             )
@@ -220,7 +230,7 @@ class Rows:
         if together >= total:
             width = total
         start = np.minimum(start, total - width).astype(np.int32)
-        args = self.tables, inputs, self.buffers, memory, start, settings
+        args = self.tables, inputs, self._give_up(), memory, start, settings
         prefilled, token = runner.do("finish", total, params, *args, rows=width)
         self._buffers = Buffers(prefilled.k, prefilled.v)
         return prefilled, token

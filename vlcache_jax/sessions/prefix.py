@@ -160,7 +160,7 @@ class Prefix:
         runner = Runner(vlm.programs, generate.stages)
         transformed = generate.cache.transforms and not vlm.transformed
         rows = self.all_rows.get(transformed)
-        if rows is None:
+        if rows is None or rows.lost:
             rows = Rows.none(runner, params, self.inputs, self.store, self._tables)
             self.all_rows[transformed] = rows
             self._tables, self.inputs = rows.tables, self.inputs.without_tiles

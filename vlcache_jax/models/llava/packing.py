@@ -160,7 +160,7 @@ class LlavaPacking(Packing):
         tokens = np.repeat(ids, times)
         is_visual = self.is_mark(tokens)
         self.check(tokens, is_visual)
-        context = self.context(prompt, tokens, is_visual)
+        context = self.context(prompt, is_visual)
         segments = self._in_order(prompt.text, [*shown.pictures], [*shown.films])
         return Row(tokens, context, np.flatnonzero(is_visual), **joined(segments))
 

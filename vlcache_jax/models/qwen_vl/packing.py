@@ -142,7 +142,7 @@ class QwenVLPacking(Packing):
         self.check(tokens, is_visual)
         return Row(
             tokens,
-            self.context(prompt, tokens, is_visual),
+            self.context(prompt, is_visual),
             np.flatnonzero(is_visual),
             positions=prompt_positions(is_visual, spans),
             **joined(segments),
