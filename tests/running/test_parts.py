@@ -101,7 +101,8 @@ def test_what_is_seen_is_that_of_the_whole_prompt(vlm, score):
             one, other = (x[b].reshape(len(x[b]), -1, x.shape[-1]) for x in (one, other))
             inside = (np.arange(CONFIG.text.num_layers)[:, None] * T + np.arange(m)).ravel()
             np.testing.assert_allclose(one[:, inside], other[:, inside], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(whole.seen.measured, parts.seen.measured, rtol=1e-4)
+    one, other = (np.asarray(each.seen.measured) for each in (whole, parts))
+    np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
 def test_what_bfloat16_keeps_is_as_near_as_it_can_be(vlm):
@@ -171,7 +172,7 @@ def test_the_rows_of_a_chunk_bound_the_memory_of_a_prefill(vlm):
     looks, total = stages.cache.continued, 16384
     inputs, settings = abstract_inputs(vlm.config, 1, total, 0), vlm.request(text="x").settings
     params = jax.eval_shape(lambda: vlm.params)
-    buffers = jax.eval_shape(lambda: stages.empty_buffers(1, total, np.float32))
+    buffers = jax.eval_shape(lambda: stages.empty_buffers(1, total, np.dtype("float32")))
     memory = jax.eval_shape(lambda: stages.empty_memory(1, total, looks))
     row = jax.ShapeDtypeStruct((1,), np.int32)
     kv = sum(leaf.size * 4 for leaf in buffers)
@@ -180,6 +181,7 @@ def test_the_rows_of_a_chunk_bound_the_memory_of_a_prefill(vlm):
         extend = jax.jit(partial(stages.extend, rows=rows, looks=looks), donate_argnums=3)
         args = params, (), inputs, buffers, memory, row, row, settings
         found = extend.lower(*args).compile().memory_analysis()
+        assert found is not None
         assert found.alias_size_in_bytes >= kv
         return found.temp_size_in_bytes
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import threading
+from typing import Any
 
 import jax
 import pytest
@@ -69,7 +70,7 @@ def test_so_it_is_with_other_widths_and_budgets(session, vlm, cache):
 @pytest.mark.parametrize("family", ["onevision_dir", "qwen_dir", "qwen3_dir", "text_dir"])
 def test_so_it_is_of_every_family(family, request):
     vlm = loaded(request.getfixturevalue(family))
-    subject = {"images": [picture(70, 40), picture(56, 56, seed=3)]}
+    subject: dict[str, Any] = {"images": [picture(70, 40), picture(56, 56, seed=3)]}
     if family == "text_dir":
         subject = {"context": "some words that a question is about, and more of them."}
     session = vlm.session(**subject, cache="consensus")
@@ -81,7 +82,7 @@ def test_so_it_is_of_every_family(family, request):
 @pytest.mark.full
 def test_a_video_is_looked_at_once(qwen3_dir):
     vlm, frames = loaded(qwen3_dir), [picture(56, 56, seed=seed) for seed in range(4)]
-    subject = {"videos": [frames]}
+    subject: dict[str, Any] = {"videos": [frames]}
     session = vlm.session(**subject)
     check(session, vlm, "vl-cache", QUESTIONS[:2], **subject)
     with pytest.raises(NotImplementedError, match="video"):
