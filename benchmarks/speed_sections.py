@@ -295,6 +295,32 @@ def throughput_part(result: Result) -> str:
     )
 
 
+@measured
+def sessions_part(result: Result) -> str:
+    """A second question about a picture beside a new prefill of the same prompt."""
+    head = ["visual tokens", "bucket", "prefix", "median", "spread", "over the new prefill",
+            "first call"]  # fmt: skip
+    rows = _rows(
+        head,
+        result["rows"],
+        about=lambda row: [
+            f"{row['visual_tokens']:,}",
+            f"{row['bucket']:,}",
+            "run anew" if row["store"] is None else f"store {row['store']}",
+        ],
+        cells=lambda row: [
+            *_timed(row),
+            _times(row.get("speedup")),
+            f"{row['compile_s']:.1f} s",
+        ],
+    )
+    first = result["rows"][0]
+    return (
+        f"{_made_by(result)}. Model {first['model']}, {first['dtype']}, {first['method']}, "
+        f"{first['question_tokens']} tokens of question:\n\n{rows}"
+    )
+
+
 def summary_part(
     programs: Result | None, speed: Result | None, peers: Result | None, gpu: Result | None
 ) -> str:
@@ -361,6 +387,8 @@ SECTIONS = (
     Part("peers-cpu", peers_part, (CPU / "peers.json",)),
     Part("throughput-gpu", throughput_part, (GPU / "throughput.json",)),
     Part("throughput-cpu", throughput_part, (CPU / "throughput.json",)),
+    Part("sessions-gpu", sessions_part, (GPU / "sessions.json",)),
+    Part("sessions-cpu", sessions_part, (CPU / "sessions.json",)),
     Part("profile-gpu", profile_part, (GPU / "profile.json",)),
     Part("profile-cpu", profile_part, (CPU / "profile.json",)),
     Part("programs", programs_part, (PROGRAMS,)),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.report import kv_bits
 from vlcache_jax.running.generate import CHUNK, Generate
 
+PAGES = Path(demo.__file__).parent / "pages" / "checkpoint" / "config.json"
+"""Of the model that reads pages; its decoder's weights are another package's."""
+
 _SMALL = TextConfig(
     vocab_size=4096,
     hidden_size=512,
@@ -42,11 +46,12 @@ _SMALL = TextConfig(
 
 @cache
 def models() -> Mapping[str, ModelConfig]:
-    """All shapes by name: the shipped model's, two that a CPU can run, the published ones."""
+    """All shapes by name: the shipped models', two that a CPU can run, the published ones."""
     mha = LlavaConfig(family="llava", vision=SMALL_TOWER, text=_SMALL, vision_layers=2)
     wide = replace(_SMALL, hidden_size=1024, intermediate_size=2816, num_heads=16)
     return {
         "demo-small": LlavaConfig.from_file(demo.MODELS["demo-small"] / "config.json"),
+        "pages": LlavaConfig.from_file(PAGES),
         "small-mha": mha,
         "small-gqa": replace(mha, text=wide),
         **MODELS,
@@ -77,6 +82,7 @@ class Case:
             are ordinary ones that only the method takes for visual, and no tower runs.
         new_tokens: of a whole answer.
         chunk: most decode steps of one program.
+        text: tokens of each prompt behind its picture.
     """
 
     model: str
@@ -86,6 +92,7 @@ class Case:
     images: bool = False
     new_tokens: int = 100
     chunk: int = CHUNK
+    text: int = WINDOW
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -142,7 +149,7 @@ class Case:
         return {"kept_share": share, "stored_bits": bits, "kept_bytes_share": share * bits / 16}
 
     def inputs(self, seed: int = 0, length: int | None = None) -> ModelInputs:
-        """Random prompts: a picture's tokens, then 50 of text.
+        """Random prompts: a picture's tokens, then those of text.
 
         Args:
             seed: of the tokens.
@@ -154,7 +161,7 @@ class Case:
         lengths = np.full((self.batch,), length, np.int32)
         visible = np.arange(rows) < lengths[:, None]
         tokens = np.where(visible, rng.integers(5, config.text.vocab_size, visible.shape), 0)
-        visual = np.arange(rows) < np.maximum(lengths - WINDOW, 0)[:, None]
+        visual = np.arange(rows) < np.maximum(lengths - self.text, 0)[:, None]
         tiles = most_tiles(config, rows) if self.images else 0
         side, patches = config.tile_side, config.tile_tokens
         table = np.arange(rows)[None] % max(1, tiles * patches)

@@ -179,6 +179,26 @@ class Rows:
             found = runner.stages.empty_memory(batch, total, runner.stages.cache.continued)
         return found
 
+    def remember(
+        self,
+        runner: Runner,
+        params: Params,
+        inputs: ModelInputs,
+        settings: Settings,
+        until: np.ndarray,
+        chunk: int,
+    ) -> None:
+        """Run the rows up to `until` [B], where it is not known yet what a method sees of them.
+
+        The other arguments are those of `finish`.
+        """
+        key = memory_key(runner.stages.cache)
+        if key not in self.memory:
+            memory = self.remembered(runner, *inputs.tokens.shape)
+            own = params, inputs, settings, memory, until, chunk
+            self.memory[key] = self.extend(runner, *own)
+            self.release()
+
     def extend(
         self,
         runner: Runner,

@@ -15,7 +15,7 @@ from vlcache_jax.requests.images import Images
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.requests.videos import Videos
 from vlcache_jax.running.generate import Generate
-from vlcache_jax.running.parts import CHUNK_ROWS, Rows, Runner, last_visual, memory_key, reach
+from vlcache_jax.running.parts import CHUNK_ROWS, Rows, Runner, last_visual, reach
 from vlcache_jax.running.prompting import Tables
 from vlcache_jax.running.stores import check_store
 
@@ -164,13 +164,8 @@ class Prefix:
             rows = Rows.none(runner, params, self.inputs, self.store, self._tables)
             self.all_rows[transformed] = rows
             self._tables, self.inputs = rows.tables, self.inputs.without_tiles
-        key = memory_key(generate.cache)
-        if key not in rows.memory:
-            memory = rows.remembered(runner, 1, self.inputs.tokens.shape[1])
-            until = np.array([self.length], np.int32)
-            own = params, self.inputs, generate.settings(1), memory, until, self.chunk
-            rows.memory[key] = rows.extend(runner, *own)
-            rows.release()
+        until = np.array([self.length], np.int32)
+        rows.remember(runner, params, self.inputs, generate.settings(1), until, self.chunk)
         return rows
 
     @property
