@@ -32,7 +32,13 @@ def loop_copies(hlo_text: str, shape: tuple[int, ...]) -> list[str]:
         place.
     """
     wanted = math.prod(shape)
-    return _written(hlo_text, lambda kind, size: size == wanted)
+    return _written(hlo_text, _loops, lambda kind, size: size == wanted)
+
+
+def copies(hlo_text: str, shape: tuple[int, ...]) -> list[str]:
+    """`loop_copies`, anywhere in the program."""
+    wanted = math.prod(shape)
+    return _written(hlo_text, _entry, lambda kind, size: size == wanted)
 
 
 def loop_floats(hlo_text: str, least: int) -> list[str]:
@@ -41,15 +47,19 @@ def loop_floats(hlo_text: str, least: int) -> list[str]:
     So a quantized cache is found out that is made into one of full width at every step.
     """
     floats = ("f16", "bf16", "f32", "f64")
-    return _written(hlo_text, lambda kind, size: kind in floats and size >= least)
+    return _written(hlo_text, _loops, lambda kind, size: kind in floats and size >= least)
 
 
-def _written(hlo_text: str, wanted: Callable[[str, int], bool]) -> list[str]:
-    """What fills a buffer of a wanted type and size in any computation that a loop reaches."""
+def _written(
+    hlo_text: str,
+    begin: Callable[[Mapping[str, Computation]], list[str]],
+    wanted: Callable[[str, int], bool],
+) -> list[str]:
+    """What fills a buffer of a wanted type and size in any computation that is reached."""
     computations = parse(hlo_text)
     return [
         instruction.text
-        for name in _reached_by_loops(computations)
+        for name in _reached(computations, begin(computations))
         for instruction in computations[name].values()
         if any(
             wanted(kind, size) and _fills(instruction, computations[name], computations, size)
@@ -58,16 +68,31 @@ def _written(hlo_text: str, wanted: Callable[[str, int], bool]) -> list[str]:
     ]
 
 
-def _reached_by_loops(computations: Mapping[str, Computation]) -> list[str]:
-    """Conditions and bodies of all loops, and what they call; a fusion is one instruction."""
-    reached: dict[str, None] = {}
-    waiting = [
+def _loops(computations: Mapping[str, Computation]) -> list[str]:
+    """Conditions and bodies of all loops."""
+    return [
         name
         for computation in computations.values()
         for instruction in computation.values()
         if instruction.opcode == "while"
         for name in instruction.called
     ]
+
+
+def _entry(computations: Mapping[str, Computation]) -> list[str]:
+    """What nothing calls: the program itself."""
+    called = {
+        name
+        for computation in computations.values()
+        for instruction in computation.values()
+        for name in instruction.called
+    }
+    return [name for name in computations if name not in called]
+
+
+def _reached(computations: Mapping[str, Computation], waiting: list[str]) -> list[str]:
+    """These and what they call; a fusion is one instruction."""
+    reached: dict[str, None] = {}
     while waiting:
         name = waiting.pop()
         if name not in reached:

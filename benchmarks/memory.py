@@ -25,11 +25,13 @@ from rich.progress import track
 
 from benchmarks.ahead_of_time import GPUS, compile_for
 from benchmarks.command import AsJson, Force, Out, bad_input, check_known, check_out, finish
+from benchmarks.counted import operations
 from benchmarks.device import describe
 from benchmarks.environment import added, environment
-from benchmarks.loops import loop_copies, loop_floats, step_launches
+from benchmarks.loops import copies, loop_copies, loop_floats, step_launches
 from benchmarks.models import MODELS, empty_cache
-from benchmarks.programs import ALL, BFLOAT16, DEFAULT, STAGES, Program
+from benchmarks.programs import ALL, BFLOAT16, DEFAULT, PARTS, STAGES, Program
+from benchmarks.roofline import prefill
 from benchmarks.speed_sections import programs_part
 from pallas_kernels.packing import per_word
 from vlcache_jax.cache.budget import Budget
@@ -37,7 +39,7 @@ from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.methods import METHODS, FullCache, VLCache
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import QUANTIZERS, make_quantizer
-from vlcache_jax.models.families import abstract_params
+from vlcache_jax.models.families import Params, abstract_params
 from vlcache_jax.results.report import token_bytes
 
 
@@ -52,6 +54,7 @@ def measure(program: Program, dump: str) -> dict[str, Any]:
     size = program.batch, program.context
     params = abstract_params(MODELS[program.model], BFLOAT16)
     began = time.perf_counter()
+    args: tuple[Any, ...] = ()
     if program.stage == "decode":
         cache = jax.eval_shape(lambda: empty_cache(generate, *size, BFLOAT16))
         step = generate.stages.decode_chunk
@@ -59,6 +62,9 @@ def measure(program: Program, dump: str) -> dict[str, Any]:
     elif program.stage == "generate":
         key = jax.eval_shape(lambda: jax.random.key(0))
         compiled = compile_for(program.device, generate, params, program.inputs(), key)
+    elif program.stage in PARTS:
+        part, args, donated = program.part(params)
+        compiled = compile_for(program.device, part, *args, donate_argnums=donated)
     else:
         compiled = compile_for(program.device, program.vision, params, program.inputs())
     seconds = time.perf_counter() - began
@@ -74,6 +80,8 @@ def measure(program: Program, dump: str) -> dict[str, Any]:
     }
     if program.stage == "vision":
         return row
+    if program.stage in PARTS:
+        return {**row, **part_facts(program, compiled, params, args)}
     (launches,) = Path(dump).glob("*.thunk_sequence_after_thunk_passes.txt")
     tail, reserved = generate.stages.tail_rows, generate.stages.reserved_rows
     pool, full = (
@@ -93,6 +101,43 @@ def measure(program: Program, dump: str) -> dict[str, Any]:
     }
 
 
+def part_facts(
+    program: Program, compiled: jax.stages.Compiled, params: Params, args: tuple[Any, ...]
+) -> dict[str, int]:
+    """What is said of one of `PARTS`: what it needs beside all weights and the prompt's K and V.
+
+    Of `args` shapes, the weights' `params` where it is given them. Arguments that it does not use
+    lie in memory all the same. Of a question also its operations, beside what its rows need at
+    least: `benchmarks.roofline`.
+    """
+    config, size = MODELS[program.model], (program.batch, program.context)
+    stages, memory = program.generate().stages, compiled.memory_analysis()
+    buffers = jax.eval_shape(lambda: stages.empty_buffers(*size, BFLOAT16))
+    assert memory is not None
+    weights, cache = _bytes(params), _bytes(buffers)
+    given = _bytes(args) - (weights if args[0] is params else 0)
+    given -= 0 if program.stage == "see" else cache
+    facts = {
+        "weight_bytes": weights,
+        "full_cache_bytes": cache,
+        "beside_bytes": memory.peak_memory_in_bytes - memory.argument_size_in_bytes + given,
+        "buffer_copies": len(copies(compiled.as_text() or "", buffers.k.shape)),
+    }
+    if program.stage == "finish":
+        least = prefill(config, program.context, program.batch, rows=program.rows)
+        question = replace(program, backend="xla").part(params)
+        facts |= {
+            "operations": round(operations(*question[:1], *question[1])),
+            "least_operations": round(least.operations),
+            "least_bytes": round(least.bytes),
+        }
+    return facts
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _large(pool: AnyPool) -> list[Any]:
     """The arrays of a pool that have rows; the others are a few numbers for each layer."""
     return [leaf for leaf in jax.tree.leaves(pool) if leaf.ndim == 4]
@@ -110,10 +155,7 @@ def cache_parts(pool: AnyPool) -> dict[str, int]:
         parts["dense_bytes"] = _large(pool.dense)
         parts["word_bytes"] = [pool.words_k, pool.words_v]
         parts["scale_bytes"] = [pool.affine_k, pool.affine_v]
-    found = {
-        name: sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        for name, leaves in parts.items()
-    }
+    found = {name: _bytes(leaves) for name, leaves in parts.items()}
     return {"cache_bytes": sum(found.values()), **found}
 
 
@@ -265,11 +307,17 @@ def main(
         ),
     ] = None,
     stage: Annotated[
-        str, typer.Option(help="decode (a chunk of steps), generate (all of it), or vision.")
+        str,
+        typer.Option(
+            help=f"decode (a chunk of steps), generate (all of it), vision, or {', '.join(PARTS)}."
+        ),
     ] = "decode",
     tiles: Annotated[
         int | None,
         typer.Option(min=0, help="Of each prompt; by default the most that one image becomes."),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="That extend or finish runs; 2048 by default.")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="triton or xla; the best by default.")] = None,
     on_gpu: Annotated[
@@ -327,6 +375,7 @@ def main(
             kv_bits=bits,
             method=method,
             tiles=tiles,
+            rows=rows,
         )
         for share in shares
         for bits in kv_bits or ["16"]

@@ -1,8 +1,11 @@
 """The programs that `benchmarks.memory` compiles: what is asked for, and the committed table's."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from benchmarks.models import MODELS, abstract_inputs
@@ -13,8 +16,12 @@ from vlcache_jax.models.decoder import Embedded
 from vlcache_jax.models.families import Params, bind
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.generate import Generate
+from vlcache_jax.running.parts import CHUNK_ROWS, DONATED
 
-STAGES = ("decode", "generate", "vision")
+PARTS = ("see", "extend", "finish", "build_cache")
+"""Stages that a prompt in chunks, and a question behind a prefix, are run by."""
+
+STAGES = ("decode", "generate", "vision", *PARTS)
 DEFAULT = "llava-v1.6-mistral-7b"
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
@@ -31,11 +38,12 @@ class Program:
         budget: share of the cache that the method keeps; 1 for the full cache.
         new_tokens: most tokens of an answer.
         stage: "decode", a chunk of decode steps alone, "generate", all from pixels to tokens, or
-            "vision", what the decoder is given of pixels and tokens.
+            "vision", what the decoder is given of pixels and tokens; or one of `PARTS`.
         backend: of the attention, None for the best.
         kv_bits: how what is kept is quantized, as of `make_quantizer`; "16" for not at all.
         method: what is kept, a name of `METHODS`.
         tiles: of each prompt; None for the most that one image becomes.
+        rows: that "extend" or "finish" runs.
     """
 
     device: str = "h200"
@@ -49,6 +57,7 @@ class Program:
     kv_bits: str = "16"
     method: str = VLCache.name
     tiles: int | None = None
+    rows: int | None = None
 
     def generate(self) -> Generate:
         """The program's functions."""
@@ -64,6 +73,28 @@ class Program:
         """What the decoder is given."""
         attend = partial(prefill_attention, causal=False, backend=self.backend)
         return bind(MODELS[self.model])(params).embed_prompt(inputs, attend)
+
+    def part(self, params: Params) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
+        """One of `PARTS`: the function, its arguments as shapes, and those that are donated."""
+        generate, inputs = self.generate(), self.inputs()
+        stages, settings = generate.stages, generate.settings(self.batch)
+        if self.stage == "see":
+            return stages.see, (params, inputs), ()
+        looks, size = stages.cache.continued, (self.batch, self.context)
+        tables = jax.eval_shape(stages.see, params, inputs)
+        buffers = jax.eval_shape(lambda: stages.empty_buffers(*size, BFLOAT16))
+        memory = jax.eval_shape(lambda: stages.empty_memory(*size, looks))
+        inputs = jax.eval_shape(lambda given: given.without_tiles, inputs)
+        behind = params, tables, inputs, buffers, memory
+        rows, donated = self.rows or min(CHUNK_ROWS, self.context), DONATED.get(self.stage, ())
+        if self.stage == "extend":
+            extend = partial(stages.extend, rows=rows, looks=looks)
+            return extend, (*behind, inputs.length, inputs.length, settings), donated
+        finish, last = partial(stages.finish, rows=rows), (*behind, inputs.length, settings)
+        if self.stage == "finish":
+            return finish, last, donated
+        prefilled, _ = jax.eval_shape(finish, *last)
+        return stages.build_cache, (prefilled, inputs, settings), donated
 
 
 ALL = (
@@ -104,5 +135,11 @@ ALL = (
         Program(model="qwen2.5-vl-7b", context=8192, batch=64, budget=budget)
         for budget in (1.0, 0.1)
     ),
+    *(  # as many pictures as the prompt has room for, in chunks
+        Program(context=context, tiles=context // 576, stage=stage, rows=rows)
+        for context in (32768, 131072)
+        for stage, rows in (("see", None), ("extend", 2048), ("finish", 32), ("build_cache", 32))
+    ),
+    *(Program(context=3072, stage="finish", rows=32, budget=budget) for budget in (1.0, 0.1)),
 )
 """The rows of the committed table."""

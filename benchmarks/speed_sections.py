@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.documents import RESULTS, Part, Result, measured, table
 from benchmarks.models import MODELS
+from benchmarks.programs import PARTS
 from benchmarks.roofline import DEVICES, decode_step, largest_batch
 from benchmarks.roofline.packed import caches
 from benchmarks.speed.rows import cache_of
@@ -162,8 +163,43 @@ def programs_part(result: Result) -> str:
             f"{row['compile_s']:.0f} s",
         ]
         for row in result["rows"]
+        if row["stage"] not in PARTS
     ]
-    return f"bfloat16, jax {result['versions']['jax']}:\n\n{table(head, rows)}"
+    tables = [table(head, rows)] if rows else []
+    parts = [row for row in result["rows"] if row["stage"] in PARTS]
+    return "\n\n".join([f"bfloat16, jax {result['versions']['jax']}:", *tables, *_part_rows(parts)])
+
+
+def _part_rows(rows: Sequence[Result]) -> list[str]:
+    """Prompts in parts: what they need beside the weights and the whole prompt's K and V."""
+    head = ["model", "part", "prompt x batch", "method", "rows", "K and V", "beside weights, K and V",
+            "copies of K or V", "operations", "least", "ratio", "least bytes", "compile"]  # fmt: skip
+
+    def counted(row: Result) -> list[str]:
+        if "operations" not in row:
+            return ["-"] * 4
+        found, least = row["operations"], row["least_operations"]
+        return [
+            f"{found / 1e12:.2f} T", f"{least / 1e12:.2f} T", f"{found / least:.2f}",
+            human_bytes(row["least_bytes"]),
+        ]  # fmt: skip
+
+    cells = [
+        [
+            row["model"],
+            row["stage"],
+            _size(row) + (f", {row['tiles']} tiles" if row["tiles"] else ""),
+            row["method"] if row["budget"] < 1 else "full",
+            "-" if row["stage"] in ("see", "build_cache") else f"{row['rows']:,}",
+            human_bytes(row["full_cache_bytes"]),
+            human_bytes(row["beside_bytes"]),
+            str(row["buffer_copies"]),
+            *counted(row),
+            f"{row['compile_s']:.0f} s",
+        ]
+        for row in rows
+    ]
+    return [table(head, cells)] if cells else []
 
 
 def _speed_rows(rows: Sequence[Result]) -> str:

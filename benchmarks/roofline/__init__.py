@@ -110,16 +110,20 @@ class Stage:
         return sum(part.floor(device) for part in self.parts.values())
 
 
-def prefill(config: ModelConfig, context: int, batch: int = 1) -> Stage:
-    """Run prompts of `context` tokens through the decoder; the head multiplies their last rows."""
-    text, rows = config.text, batch * context
+def prefill(config: ModelConfig, context: int, batch: int = 1, *, rows: int | None = None) -> Stage:
+    """Run prompts of `context` tokens through the decoder; the head multiplies their last rows.
+
+    All of their rows, or the last `rows` of each, behind the others' keys and values.
+    """
+    text, own = config.text, context if rows is None else rows
     layers, head = _multiplied(config)
-    kept = rows * token_bytes(text, BFLOAT16)
-    entries = batch * _window_entries(context, context)
+    kept, read = (batch * count * token_bytes(text, BFLOAT16) for count in (own, context))
+    entries = batch * _window_entries(context, own)
+    operations = 2 * batch * (own * layers + head)
     return Stage(
         {
-            "products": Work(language_bytes(config) + kept, 2 * (rows * layers + batch * head)),
-            "attention": Work(kept, 4 * entries * _heads_width(config)),
+            "products": Work(language_bytes(config) + kept, operations),
+            "attention": Work(read, 4 * entries * _heads_width(config)),
         }
     )
 
