@@ -125,9 +125,9 @@ def part_facts(
     }
     if program.stage == "finish":
         least = prefill(config, program.context, program.batch, rows=program.rows)
-        question = replace(program, backend="xla").part(params)
+        question, own, _ = replace(program, backend="xla").part(params)
         facts |= {
-            "operations": round(operations(*question[:1], *question[1])),
+            "operations": round(operations(question, *own)),
             "least_operations": round(least.operations),
             "least_bytes": round(least.bytes),
         }
@@ -224,7 +224,12 @@ def peak(program: Program, statistics: Callable[[], dict[str, int]] = device_sta
     def zeros(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
-    params = zeros(abstract_params(config, BFLOAT16))
+    shapes = abstract_params(config, BFLOAT16)
+    if program.stage in PARTS:
+        part, args, donated = program.part(shapes)
+        jax.block_until_ready(jax.jit(part, donate_argnums=donated)(*zeros(args)))
+        return statistics()["peak_bytes_in_use"]
+    params = zeros(shapes)
     if program.stage == "decode":
         pool, state = empty_cache(generate, program.batch, program.context, BFLOAT16)
         decode = jax.jit(generate.stages.decode_chunk, donate_argnums=2)

@@ -1,15 +1,16 @@
 """A second question about a picture beside a new prefill: `python -m benchmarks.sessions`.
 
 The time from its tokens to its first token and its pool: behind a prefix that was run before,
-wherever its keys and values lie, and by a prefill of the whole prompt with its picture. The two
-take turns. Weights are random, of the shape of the model that reads pages, unless another is named.
+wherever its keys and values lie, and by a prefill of the whole prompt with its picture, also in
+chunks. They take turns. Weights are random, of the shape of the model that reads pages unless
+another is named.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
@@ -79,24 +80,41 @@ class Subject:
         rows.remember(runner, params, inputs, generate.settings(1), until, CHUNK_ROWS)
         return rows
 
-    def ask(self, params: Params, inputs: ModelInputs, prefix: Rows | None = None) -> Any:
+    def ask(
+        self,
+        params: Params,
+        inputs: ModelInputs,
+        *,
+        chunk: int | None = None,
+        prefix: Rows | None = None,
+    ) -> Any:
         """The first token of a question, and the pool that further ones are drawn from."""
         generate = self.case.generate(self.cache, 1)
-        run = Run(
-            self.programs, params, generate.stages, [inputs], generate.settings(1), prefix=prefix
-        )
+        asked = self.programs, params, generate.stages, [inputs], generate.settings(1)
+        run = Run(*asked, chunk, prefix)
         return next(iter(run)), run.pool
 
 
 def measured(
-    subject: Subject, stores: tuple[str, ...], params: Params, effort: measure.Effort
+    subject: Subject,
+    params: Params,
+    effort: measure.Effort,
+    stores: Sequence[str] = STORES,
+    chunks: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
-    """The rows of a subject: the new prefill, and the second question from each store."""
+    """The rows of a subject: the new prefill, whole and in chunks, and a question of each store."""
     inputs = subject.inputs(1)
+    about: dict[str, dict[str, Any]] = {NEW: {}}
     programs = {NEW: partial(subject.ask, params, inputs)}
+    for chunk in chunks:
+        name = f"{NEW}, {chunk:,} rows at a time"
+        about[name] = {"chunk": chunk}
+        programs[name] = partial(subject.ask, params, inputs, chunk=chunk)
     for store in stores:
+        name = f"second question, {store}"
+        about[name] = {"store": store}
         prefix = subject.prefix(params, store)
-        programs[store] = partial(subject.ask, params, inputs.without_tiles, prefix)
+        programs[name] = partial(subject.ask, params, inputs.without_tiles, prefix=prefix)
     found = measure.compare(programs, calls=1, effort=effort)
     whole, rows = found[NEW], []
     for name, timing in found.items():
@@ -107,15 +125,15 @@ def measured(
             "bucket": subject.case.context,
             "method": name_of(subject.cache),
             "dtype": subject.dtype,
-            "store": None if name == NEW else name,
+            "way": name,
+            **about[name],
         }
         if isinstance(timing, Exception):
             rows.append({**row, "exception": measure.reason(timing)})
             continue
-        row |= timing.record()
         if name != NEW and isinstance(whole, measure.Timing):
             row["speedup"] = whole.seconds / timing.seconds
-        rows.append(row)
+        rows.append({**row, **timing.record()})
     return rows
 
 
@@ -130,7 +148,10 @@ def main(
     ] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = DEFAULT_METHOD,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    repeats: Annotated[int, typer.Option(min=2, help="Samples of each timing.")] = 20,
+    chunk: Annotated[
+        list[int] | None, typer.Option(min=1, help="Also a new prefill of so many rows at a time.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="Samples of each timing.")] = 5,
     as_json: AsJson = False,
     out: Out = None,
     force: Force = False,
@@ -144,10 +165,10 @@ def main(
         if dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype {dtype!r} is not one of bfloat16, float16, float32")
     params = init_params(models()[model], dtype=jnp.dtype(dtype))
-    effort, rows = measure.Effort(repeats=repeats), []
+    effort, rows = measure.Effort(warm_ups=2, repeats=repeats), []
     for count in visual or VISUAL:
         subject = Subject(model, count, question, make_method(method), dtype)
-        rows += measured(subject, stores, params, effort)
+        rows += measured(subject, params, effort, stores, chunk or ())
     result = {**environment(), **device.describe(need_gpu=False), "rows": rows}
     finish(result, sessions_part(result), as_json=as_json, out=out)
 

@@ -172,8 +172,10 @@ def programs_part(result: Result) -> str:
 
 def _part_rows(rows: Sequence[Result]) -> list[str]:
     """Prompts in parts: what they need beside the weights and the whole prompt's K and V."""
-    head = ["model", "part", "prompt x batch", "method", "rows", "K and V", "beside weights, K and V",
-            "copies of K or V", "operations", "least", "ratio", "least bytes", "compile"]  # fmt: skip
+    head = [
+        "model", "part", "prompt x batch", "method", "rows", "K and V", "beside weights, K and V",
+        "copies of K or V", "operations", "least", "ratio", "least bytes", "compile",
+    ]  # fmt: skip
 
     def counted(row: Result) -> list[str]:
         if "operations" not in row:
@@ -334,7 +336,7 @@ def throughput_part(result: Result) -> str:
 @measured
 def sessions_part(result: Result) -> str:
     """A second question about a picture beside a new prefill of the same prompt."""
-    head = ["visual tokens", "bucket", "prefix", "median", "spread", "over the new prefill",
+    head = ["visual tokens", "bucket", "way", "median", "spread", "over the new prefill",
             "first call"]  # fmt: skip
     rows = _rows(
         head,
@@ -342,7 +344,7 @@ def sessions_part(result: Result) -> str:
         about=lambda row: [
             f"{row['visual_tokens']:,}",
             f"{row['bucket']:,}",
-            "run anew" if row["store"] is None else f"store {row['store']}",
+            row["way"],
         ],
         cells=lambda row: [
             *_timed(row),

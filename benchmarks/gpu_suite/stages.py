@@ -67,6 +67,8 @@ STAGES = (
     Stage("peers", "end_to_end:peers", 120, 360, alone=True),
     Stage("throughput", "end_to_end:throughput", 90, 240),
     Stage("profile", "end_to_end:profile", 40, 120),
+    Stage("sessions", "questions:sessions", 60, 180),
+    Stage("chunks", "questions:chunks", 60, 180),
     Stage("paper_whole", "end_to_end:paper_whole", 120, 420),
     Stage("flags", "end_to_end:flags", 120, 400, alone=True),
     Stage("packed_decode", "end_to_end:packed_decode", 60, 200),
@@ -140,8 +142,8 @@ def source() -> str:
     of the code without its history has none.
     """
     digest = hashlib.sha256()
-    measuring = ("hlo.py", "measure.py", "models.py", "operations.py", "throughput.py")
-    measuring += ("roofline", "speed", "peers", "gpu_suite")
+    measuring = ("hlo.py", "measure.py", "models.py", "operations.py")
+    measuring += ("sessions.py", "throughput.py", "roofline", "speed", "peers", "gpu_suite")
     parts = (*(f"benchmarks/{name}" for name in measuring), "pallas_kernels", "vlcache_jax")
     for part in map(ROOT.joinpath, parts):
         for file in [part] if part.is_file() else sorted(part.rglob("*")):

@@ -24,6 +24,7 @@ from benchmarks.memory import (
     run,
 )
 from benchmarks.models import MODELS
+from benchmarks.programs import PARTS
 from tests.tiny import tiny_config
 from vlcache_jax.cache.packed import PackedPool
 from vlcache_jax.cache.quantizers import RTN
@@ -34,6 +35,10 @@ MOST_LAUNCHES = 12
 MOST_TEMPORARIES = 256 * 2**20
 MOST_PATCH = 28 * 1024
 """Temporaries of a tower, for each patch of a picture."""
+MOST_BESIDE = 1.5e9
+"""Of a prompt in chunks, beside all weights and its keys and values."""
+MOST_OPERATIONS = 1.3
+"""Of a question in the smallest bucket, over what its rows need at least."""
 MOST_SHARE = 0.03
 """Of the full cache, that a tenth of it in two bits is allocated."""
 
@@ -64,8 +69,19 @@ def test_a_step_from_a_quantized_cache_makes_none_of_it_wide():
     assert found["cache_bytes"] <= MOST_SHARE * found["full_cache_bytes"]
 
 
+@pytest.mark.full
+@needs_plugin
+@pytest.mark.parametrize(("stage", "rows"), [("extend", 2048), ("finish", 32)])
+def test_a_long_prompt_in_chunks_needs_little_beside_its_cache(stage, rows):
+    found = run(Program(context=32768, stage=stage, rows=rows))
+    check(found)
+
+
 def check(row):
     assert row["fits"]
+    if row["stage"] in PARTS:
+        check_part(row)
+        return
     if row["stage"] == "vision":
         config: Any = MODELS[row["model"]]
         patches = row["tiles"] * (config.tile_side // config.vision.patch_size) ** 2
@@ -76,6 +92,14 @@ def check(row):
     assert row["one_command_buffer"] is True
     if row["stage"] == "decode":
         assert row["temp_bytes"] <= MOST_TEMPORARIES
+
+
+def check_part(row):
+    assert row["buffer_copies"] == 0
+    if row["stage"] != "build_cache":  # which makes the pool, a tenth of the cache
+        assert row["beside_bytes"] <= MOST_BESIDE
+    if row["stage"] == "finish" and row["context"] <= 4096:
+        assert row["operations"] <= MOST_OPERATIONS * row["least_operations"]
 
 
 def test_the_committed_table_holds_every_program():
@@ -237,10 +261,11 @@ def test_the_measured_peak_is_that_of_the_allocator(monkeypatch):
         return {"peak_bytes_in_use": 1000 + len(asked)}
 
     before = len(jax.live_arrays())
-    for stage in memory.STAGES:
+    tried = ["decode", "generate", "vision", "finish"]
+    for stage in tried:
         program = memory.Program(model="tiny", context=64, new_tokens=3, stage=stage)
         assert memory.peak(program, statistics) == 1000 + len(asked)
-    assert len(asked) == 2 * len(memory.STAGES)
+    assert len(asked) == 2 * len(tried)
     assert asked[1] > before  # the second time with weights and cache in memory
 
 
