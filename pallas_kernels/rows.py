@@ -1,10 +1,13 @@
 """What attention reads and writes: the arrays of one layer, by their roles."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.backends import current_device
 
 
 @jax.tree_util.register_dataclass
@@ -181,14 +184,13 @@ def read_rows(
     """Rows from `start` on: [B, K, S, H] -> [B, K, count, H].
 
     Args:
-        array: of all sequences.
+        array: of all sequences; may be `writable`.
         start: int32 []; `start + count` is at most S.
         count: how many.
         number: of the only sequence to read, int32 [], which gives [1, K, count, H]; None for all.
         axis: where the rows are.
     """
-    kind = array.dtype
-    if kind == jnp.bfloat16:
+    if array.dtype == jnp.bfloat16:
         # XLA on a CPU slices no bfloat16: it would convert the whole array to float32, in front of
         # the loop. It does slice integers; and what is tied to `start` it leaves in the loop.
         array, start = lax.optimization_barrier((array, start))
@@ -198,4 +200,37 @@ def read_rows(
     if number is not None:
         first[0], sizes[0] = number, 1
     found = lax.dynamic_slice(array, first, sizes)
-    return lax.bitcast_convert_type(found, kind) if kind == jnp.bfloat16 else found
+    return readable(found)
+
+
+def writable(array: jax.Array) -> jax.Array:
+    """An array as `write_rows` and `read_rows` take it: where bfloat16 is not written, its bits.
+
+    XLA on a CPU updates no bfloat16 in place: it would convert the whole array to float32 and back
+    at every write. To change over costs one copy, so it is done once, in front of all writes.
+    """
+    if array.dtype == jnp.bfloat16 and current_device().platform == "cpu":
+        return lax.bitcast_convert_type(array, jnp.uint16)
+    return array
+
+
+def readable(array: jax.Array) -> jax.Array:
+    """The inverse of `writable`."""
+    return lax.bitcast_convert_type(array, jnp.bfloat16) if array.dtype == jnp.uint16 else array
+
+
+def write_rows(
+    array: jax.Array, rows: jax.Array, at: tuple[Any, ...], where: jax.Array | None = None
+) -> jax.Array:
+    """An array with rows written at a place of it, as `lax.dynamic_update_slice`.
+
+    Args:
+        array: of all rows, `writable`.
+        rows: what is written.
+        at: where, an index for each axis.
+        where: which of the rows are written, bool that broadcasts to them; all by default.
+    """
+    rows = writable(rows)
+    if where is not None:
+        rows = jnp.where(where, rows, lax.dynamic_slice(array, at, rows.shape))
+    return lax.dynamic_update_slice(array, rows, at)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.prefill_attention import chunk_attention, prefill_attention
-from pallas_kernels.rows import LayerRows, Tail
+from pallas_kernels.rows import LayerRows, Tail, readable, writable, write_rows
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod, Observation
 from vlcache_jax.cache.methods import FullCache
@@ -109,14 +109,15 @@ class Prompting:
         """
         batch, rows = inputs.tokens.shape
         model = bind(self.config)(params)
-        buffers = self.empty_buffers(batch, rows, model.embed.embedding.dtype)
+        empty = self.empty_buffers(batch, rows, model.embed.embedding.dtype)
+        buffers = Buffers(*map(writable, empty))
         seen, prompt = [], self.prompt(inputs, settings)
 
         def keep(index: int, heads: Heads, entering: Residual, stream: Residual) -> Residual:
             nonlocal buffers
             buffers = Buffers(
                 *(
-                    lax.dynamic_update_slice(buffer, part.swapaxes(1, 2), (0, 0, index * rows, 0))
+                    write_rows(buffer, part.swapaxes(1, 2), (0, 0, index * rows, 0))
                     for buffer, part in zip(buffers, heads[1:], strict=True)
                 )
             )
@@ -185,7 +186,7 @@ class Prompting:
         )
         seen, salience = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *seen)
         end = jnp.maximum(memory.length, jnp.minimum(start + rows, until))
-        return buffers, Memory(end, seen, salience)
+        return _readable(buffers), Memory(end, seen, salience)
 
     def finish(
         self,
@@ -281,9 +282,7 @@ class Prompting:
             part = part.swapaxes(1, 2)  # [B, K, rows, H]
             for b in range(batch):  # one update in place each; a scatter might copy
                 at = (b, 0, first + start[b] + turn, 0)
-                old = lax.dynamic_slice(buffer, at, (1, *part.shape[1:]))
-                kept = jnp.where(new[b : b + 1], part[b : b + 1], old)
-                buffer = lax.dynamic_update_slice(buffer, kept, at)
+                buffer = write_rows(buffer, part[b : b + 1], at, new[b : b + 1])
             return buffer
 
         def attend_layer(index: int) -> Attend[tuple[jax.Array, LayerRows]]:
@@ -301,7 +300,7 @@ class Prompting:
 
             return attend
 
-        seen, turn = [], jnp.int32(0)
+        seen, turn, buffers = [], jnp.int32(0), Buffers(*map(writable, buffers))
 
         def keep(index: int, kept: Any, entering: Residual, stream: Residual) -> Residual:
             nonlocal buffers, turn
@@ -315,9 +314,10 @@ class Prompting:
             with jax.named_scope("scores"):
                 # As [B, T, K, H] for the rules that want them so; where none does, XLA drops it.
                 k, v = (
-                    lax.slice_in_dim(x, index * total, (index + 1) * total, axis=2).swapaxes(1, 2)
+                    readable(lax.slice_in_dim(x, index * total, (index + 1) * total, axis=2))
                     for x in buffers
                 )
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
                 entered = entering.total()
                 layer = Layer(index, q, k, v, prompt, self.cache_backend, entered, part=part)
                 found = observe(layer)
@@ -341,7 +341,7 @@ class Prompting:
         settings: Settings,
     ) -> tuple[Prefill, jax.Array]:
         """What prompts leave behind and their first tokens, by hidden states and the last row."""
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        x, buffers = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], _readable(buffers)
         uniform = settings.draws.uniform(jnp.zeros((len(x),), jnp.int32))
         token = settings.draws.sample(model.logits(x), uniform, self.cache_backend)
         attention = None
@@ -382,6 +382,10 @@ class Prompting:
     def _patches(self) -> Callable[..., jax.Array]:
         """Full attention of a vision tower."""
         return partial(prefill_attention, causal=False, backend=self.backend)
+
+
+def _readable(buffers: Buffers) -> Buffers:
+    return Buffers(*map(readable, buffers))
 
 
 def _zero_after(found: Any) -> jax.Array:
