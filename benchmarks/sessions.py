@@ -165,7 +165,7 @@ def main(
         if dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype {dtype!r} is not one of bfloat16, float16, float32")
     params = init_params(models()[model], dtype=jnp.dtype(dtype))
-    effort, rows = measure.Effort(warm_ups=2, repeats=repeats), []
+    effort, rows = measure.Effort(warm_ups=1, repeats=repeats), []
     for count in visual or VISUAL:
         subject = Subject(model, count, question, make_method(method), dtype)
         rows += measured(subject, params, effort, stores, chunk or ())
