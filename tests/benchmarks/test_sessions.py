@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from benchmarks import programs, sessions
 from benchmarks.counted import operations
 from benchmarks.documents import RESULTS
+from benchmarks.loops import copies
 from benchmarks.programs import BFLOAT16, Program
 from benchmarks.roofline import prefill
 from benchmarks.sessions import Subject
@@ -87,9 +88,20 @@ def test_what_is_timed_is_the_same_question(shapes):
         ]
         for token, pool in others:
             np.testing.assert_array_equal(token, whole[0])
-            np.testing.assert_allclose(pool.k, whole[1].k, rtol=1e-4, atol=1e-5)
-        pools.append(whole[1].k)
-    assert not np.allclose(*pools)
+            for own, other in zip(kept(pool), kept(whole[1]), strict=True):
+                np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-5)
+        pools.append(np.concatenate(kept(whole[1])))
+    assert not np.array_equal(*pools)
+
+
+def kept(pool):
+    """The keys of each layer in the pool of one sequence, [rows, K, H]."""
+    found = []
+    for segment in pool.segments():
+        first = int(segment.offset[0])
+        rows = segment.k[0, :, first : first + int(segment.length[0])]
+        found.append(np.asarray(rows.swapaxes(0, 1)))
+    return found
 
 
 def test_operations_of_a_program_are_counted():
@@ -112,6 +124,16 @@ def test_a_question_runs_its_own_rows_alone(monkeypatch, context):
     assert least < found <= MOST_OPERATIONS * least
     anew, args, _ = replace(program, rows=context).part(params)
     assert operations(anew, *args) > 0.8 * context / SMALLEST * found
+
+
+def test_a_cpu_changes_the_buffers_over_once(monkeypatch):
+    """In bfloat16 K and V are made bits and numbers again, not at each of the layers."""
+    text = replace(TINY.text, num_layers=4)
+    monkeypatch.setattr(programs, "MODELS", {"tiny": replace(TINY, text=text)})
+    program = Program(model="tiny", context=96, stage="finish", rows=SMALLEST, budget=1.0)
+    function, args, donated = program.part(abstract_params(programs.MODELS["tiny"], BFLOAT16))
+    compiled = jax.jit(function, donate_argnums=donated).lower(*args).compile()
+    assert len(copies(compiled.as_text() or "", args[3].k.shape)) <= 4
 
 
 def test_the_committed_result_reaches_its_bar():
