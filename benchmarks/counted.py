@@ -31,4 +31,5 @@ def operations(function: Callable[..., Any], *args: Any) -> float:
         for module, name in _BLOCKS:
             stack.enter_context(patch.object(module, name, 2**31))
         lowered = jax.jit(lambda *given: function(*given)).lower(*args)
-    return float(lowered.cost_analysis()["flops"])
+    cost: Any = lowered.cost_analysis()
+    return float(cost["flops"])

@@ -395,8 +395,8 @@ def main(
             if not largest:
                 found["rows"].append(run(program))
                 continue
-            most, rows = largest_batch(program)
-            found["rows"] += rows
+            most, tried = largest_batch(program)
+            found["rows"] += tried
             bits = "" if program.kv_bits == "16" else f" + {program.kv_bits}"
             key = f"{program.budget:g}{bits}"
             found.setdefault("largest_batch", {})[key] = most

@@ -6,7 +6,7 @@ chunks. They take turns. Weights are random, of the shape of the model that read
 another is named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Annotated, Any
@@ -105,7 +105,7 @@ def measured(
     """The rows of a subject: the new prefill, whole and in chunks, and a question of each store."""
     inputs = subject.inputs(1)
     about: dict[str, dict[str, Any]] = {NEW: {}}
-    programs = {NEW: partial(subject.ask, params, inputs)}
+    programs: dict[str, Callable[[], Any]] = {NEW: partial(subject.ask, params, inputs)}
     for chunk in chunks:
         name = f"{NEW}, {chunk:,} rows at a time"
         about[name] = {"chunk": chunk}
