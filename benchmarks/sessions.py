@@ -48,6 +48,7 @@ class Subject:
         question: tokens of a question.
         cache: what is kept of a prompt.
         dtype: of weights and cache.
+        programs: what was compiled so far.
     """
 
     model: str

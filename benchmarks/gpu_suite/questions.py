@@ -9,7 +9,11 @@ from benchmarks.sessions import NEW, QUESTION, Subject, measured
 from benchmarks.speed.presets import PAPER_MODEL, TENTH
 from vlcache_jax.models.families import init_params
 from vlcache_jax.running.parts import CHUNK_ROWS
+from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.stores import STORES
+
+_PROGRAMS = Programs()
+"""Of all stages of a process: what one has compiled, the next one has."""
 
 
 def sessions(context: Context) -> dict[str, Any]:
@@ -28,7 +32,8 @@ def _measure(
     """The rows of each number of visual tokens, while there is time."""
     name, dtype = ("demo-small", "float32") if context.dry else (PAPER_MODEL, "bfloat16")
     asked = [
-        Subject(name, count, QUESTION, TENTH, dtype) for count in ((64,) if context.dry else visual)
+        Subject(name, count, QUESTION, TENTH, dtype, _PROGRAMS)
+        for count in ((64,) if context.dry else visual)
     ]
     params, rows = init_params(asked[0].case.config, dtype=jnp.dtype(dtype)), []
     for number, subject in enumerate(asked):
