@@ -169,6 +169,24 @@ def test_threads_may_ask_at_once(vlm, session):
         assert found[question] == want.tokens
 
 
+def test_a_prefix_is_run_again_for_what_is_not_known_of_it_alone(vlm, monkeypatch):
+    """Of `consensus` sums are remembered, which do for methods that ask for none or for some."""
+    session, stages = vlm.session(picture(70, 40), cache="consensus"), []
+    do = Runner.do
+
+    def spied(self, stage, *args, **static):
+        stages.append(stage)
+        return do(self, stage, *args, **static)
+
+    monkeypatch.setattr(Runner, "do", spied)
+    for cache in ("full", "snapkv", "consensus"):
+        session.fork().ask("what?", cache=cache, **SHORT)
+    assert "extend" not in stages
+    for _ in range(2):
+        session.fork().ask("what?", cache="h2o", **SHORT)
+    assert stages.count("extend") == 1
+
+
 def test_a_question_runs_its_own_rows(vlm, monkeypatch):
     """A bucket of 32 rows behind the prefix, and no program more for the next one."""
     session, widths = vlm.session(picture(70, 40), cache="vl-cache"), []

@@ -91,11 +91,6 @@ def last_visual(index: np.ndarray) -> int:
     return int(np.max(np.flatnonzero(index != -1), initial=-1))
 
 
-def memory_key(cache: CacheMethod) -> str:
-    """What tells apart what methods remember of a prefix."""
-    return repr(cache.continued)
-
-
 class Rows:
     """The rows of prompts that were run, on the device.
 
@@ -109,7 +104,8 @@ class Rows:
 
     Attributes:
         tables: as given.
-        memory: what the rows leave behind beside keys and values, by `memory_key`.
+        memory: what the rows leave behind beside keys and values: the fields of `Memory`, but what
+            was seen by the name of each `Look`.
         lock: held from a question's first row to its pool, which are made in the buffers.
     """
 
@@ -121,7 +117,7 @@ class Rows:
         *,
         buffers: Buffers | None = None,
         kept: Any = None,
-        memory: Mapping[str, Memory] | None = None,
+        memory: Mapping[str, Any] | None = None,
     ):
         self.tables, self._dtype, self._store = tables, dtype, store
         self._buffers, self._kept = buffers, kept
@@ -172,12 +168,17 @@ class Rows:
             self._kept = put(self._store, self.buffers) if self._kept is None else self._kept
             self._buffers = None
 
+    def knows(self, cache: CacheMethod) -> bool:
+        """Whether all is known that a method has to remember of the rows."""
+        return {"length", *map(repr, cache.continued)} <= self.memory.keys()
+
     def remembered(self, runner: Runner, batch: int, total: int) -> Memory:
         """What the rows leave behind for a method; where that is not known, of none of them."""
-        found = self.memory.get(memory_key(runner.stages.cache))
-        if found is None:
-            found = runner.stages.empty_memory(batch, total, runner.stages.cache.continued)
-        return found
+        looks = runner.stages.cache.continued
+        if not self.knows(runner.stages.cache):
+            return runner.stages.empty_memory(batch, total, looks)
+        seen = tuple(self.memory[repr(look)] for look in looks)
+        return Memory(self.memory["length"], seen, self.memory["salience"])
 
     def remember(
         self,
@@ -192,11 +193,11 @@ class Rows:
 
         The other arguments are those of `finish`.
         """
-        key = memory_key(runner.stages.cache)
-        if key not in self.memory:
+        if not self.knows(cache := runner.stages.cache):
             memory = self.remembered(runner, *inputs.tokens.shape)
-            own = params, inputs, settings, memory, until, chunk
-            self.memory[key] = self.extend(runner, *own)
+            found = self.extend(runner, params, inputs, settings, memory, until, chunk)
+            seen = zip(map(repr, cache.continued), found.seen, strict=True)
+            self.memory |= {"length": found.length, "salience": found.salience, **dict(seen)}
             self.release()
 
     def extend(
