@@ -67,6 +67,7 @@ class Stage:
         glyph_weight: weight of the auxiliary loss that names the glyphs.
         guide_weight: of the one that leads the attention, see loss.py.
         noise: of the visual tokens where there is no sight, as a share of theirs.
+        frozen: a part of what is learned that stays as it is, "eyes" for instance.
     """
 
     steps: int
@@ -85,6 +86,7 @@ class Stage:
     glyph_weight: float = 0.0
     guide_weight: float = 0.0
     noise: float = 0.0
+    frozen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -217,11 +219,15 @@ class Trainer:
         )
         return groups, batch
 
-    def _compiled(self, sight: bool, answers: bool) -> tuple[Any, Any]:
+    def _of(self, stage: Stage) -> tuple[Any, Any]:
+        """The programs of a stage."""
+        return self._programs(stage.sight, stage.answers, stage.frozen)
+
+    def _compiled(self, sight: bool, answers: bool, frozen: str | None) -> tuple[Any, Any]:
         """One step, and the scores of a batch, compiled."""
         learner = self.learner
         loss = make_loss(learner.config, learner.bind, sight=sight, answers=answers)
-        step = jax.jit(partial(_advance, loss, self.optimizer), donate_argnums=0)
+        step = jax.jit(partial(_advance, loss, self.optimizer, frozen), donate_argnums=0)
 
         def scores(learned: Any, fixed: Any, batch: Batch) -> Scores:
             return loss(learned, fixed, batch, Weights())[1]
@@ -237,7 +243,7 @@ class Trainer:
             jnp.float32(stage.noise),
             jnp.int32(self.step),
         )
-        step, _ = self._programs(stage.sight, stage.answers)
+        step, _ = self._of(stage)
         self.state, scores = step(self.state, self.learner.fixed, batch, weights)
         self.step += 1
         return scores
@@ -249,7 +255,7 @@ class Trainer:
         """
         stage = self.recipe.stage(self.step - 1)
         right, asked = dict.fromkeys(stage.tasks, 0), dict.fromkeys(stage.tasks, 0)
-        _, test = self._programs(stage.sight, stage.answers)
+        _, test = self._of(stage)
         for index in range(count):
             groups, batch = self._draw(stage, index, "test")
             scores = test(self.state["learned"], self.learner.fixed, batch)
@@ -339,11 +345,25 @@ class Trainer:
 
 
 def _advance(
-    loss: Any, optimizer: Any, state: Any, fixed: Any, batch: Batch, weights: Weights
+    loss: Any,
+    optimizer: Any,
+    frozen: str | None,
+    state: Any,
+    fixed: Any,
+    batch: Batch,
+    weights: Weights,
 ) -> tuple[Any, Scores]:
     learned = state["learned"]
+
+    def without_frozen(tree: Any) -> Any:
+        return {
+            part: jax.tree.map(jnp.zeros_like, of) if part == frozen else of
+            for part, of in tree.items()
+        }
+
     gradient, scores = jax.grad(loss, has_aux=True)(learned, fixed, batch, weights)
-    updates, moments = optimizer.update(gradient, state["optimizer"], learned)
+    updates, moments = optimizer.update(without_frozen(gradient), state["optimizer"], learned)
+    updates = without_frozen(updates)  # which decays weights, too
     return {"learned": optax.apply_updates(learned, updates), "optimizer": moments}, scores
 
 

@@ -156,6 +156,26 @@ def test_it_learns_a_few_items_by_heart(published, monkeypatch, sight):
         assert float(scores.loss) < 0.3 * float(before.loss)
 
 
+@pytest.mark.full
+def test_what_is_frozen_stays(published, monkeypatch):
+    monkeypatch.setattr(train, "PageLearner", partial(PageLearner, published=published))
+    stage = Stage(
+        steps=4, lr=1e-2, last_lr=1e-3, tasks={"present": 1.0}, pictures=1, questions=2,
+        level=0.0, jitter=1, variants={"plain": 1}, blanks=0.0, glyph_weight=1.0, frozen="eyes",
+    )  # fmt: skip
+    recipe = Recipe(
+        seed=0, dtype="float32", vision=VISION, text={}, warmup_steps=1, stages=(stage,), rank=16
+    )
+    trainer = Trainer(recipe)
+    before = jax.device_get(trainer.state["learned"])
+    for step in range(2):
+        trainer.advance(trainer.batch(step))
+    after = trainer.state["learned"]
+    same = [jax.tree.map(np.array_equal, before[part], after[part]) for part in ("eyes", "factors")]
+    assert all(jax.tree.leaves(same[0]))
+    assert not any(jax.tree.leaves(same[1])[-4:])
+
+
 def test_the_gradients_of_achanged_product():
     rng = np.random.default_rng(0)
     shapes = ((2, 5, 6), (6, 8), (6, 3), (3, 8))
