@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
+from vlcache_jax.cache.method import AnyPool
+from vlcache_jax.cache.trace import BatchTrace
+from vlcache_jax.requests.detokenize import Detokenizer
 from vlcache_jax.requests.inputs import CONTEXT, ModelInputs
 from vlcache_jax.results.answer import Answer
 from vlcache_jax.results.report import cache_report
-from vlcache_jax.running.driver import Run
+from vlcache_jax.running.driver import Run, Timings
 from vlcache_jax.running.generate import Generate
 from vlcache_jax.running.parts import Rows
 from vlcache_jax.running.settings import Settings
+from vlcache_jax.running.stages import Stages
 
 if TYPE_CHECKING:
     from vlcache_jax.vlm import VLM
@@ -38,6 +42,111 @@ class Request(NamedTuple):
     chunk: int | None = None
 
 
+class Written:
+    """An answer while it is made: its tokens so far, and their text.
+
+    Args:
+        words: of this answer alone.
+
+    Attributes:
+        tokens: those drawn so far; beyond the ones that complete a stop text, too.
+        text: theirs, as far as it is settled.
+    """
+
+    def __init__(self, words: Detokenizer):
+        self._words = words
+        self.tokens: list[int] = []
+        self.text = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has appeared."""
+        return self._words.stopped
+
+    def take(self, drawn: np.ndarray, count: int) -> str:
+        """The text that is settled now, and was not before.
+
+        Args:
+            drawn: tokens since the last call, int [n], and any others behind them.
+            count: how many tokens the answer has.
+        """
+        if self.stopped:
+            return ""
+        more = drawn[: count - len(self.tokens)].tolist()
+        self.tokens.extend(more)
+        return self._add(self._words.push(more))
+
+    def finish(self) -> str:
+        """The rest of the text, once no token follows."""
+        return self._add(self._words.finish())
+
+    def _add(self, piece: str) -> str:
+        self.text += piece
+        return piece
+
+    def answer(
+        self,
+        vlm: "VLM",
+        request: Request,
+        pool: AnyPool,
+        row: int,
+        timings: Timings,
+        stages: Stages,
+        *,
+        group: int = 0,
+        place: int = 0,
+        trace: BatchTrace | None = None,
+    ) -> Answer:
+        """The whole answer.
+
+        Args:
+            vlm: the model.
+            request: what was asked.
+            pool: of the batch, its small arrays on the host (`on_host`).
+            row: the answer's row of the batch.
+            timings: of the whole call.
+            stages: by which it was made.
+            group: number of the inputs that its prompt stands in.
+            place: its row of them.
+            trace: of these inputs.
+        """
+        inputs, cache = request.groups[group], request.generate.cache
+        length = int(inputs.length[place])
+        index = inputs.visual_index[place, :length]
+        visual, context = index >= 0, index == CONTEXT
+        report = cache_report(
+            vlm.config.text,
+            cache,
+            vlm.params["embed"]["embedding"].dtype,
+            prompt_tokens=length,
+            counts=np.asarray(pool.counts)[row],
+            kept_visual=np.asarray(pool.visual)[row],
+            prompt_rows=inputs.tokens.shape[1],
+            tail_rows=stages.tail_rows,
+            reserved_rows=stages.reserved_rows,
+        )
+        return Answer(
+            text=self.text,
+            tokens=self.tokens[: self._words.count],
+            prompt_tokens=length,
+            visual_tokens=int(visual.sum()),
+            context_tokens=int(context.sum()),
+            cache=report,
+            timings=timings,
+            trace=trace and trace.row(place, cache, visual, context),
+        )
+
+
+def on_host(pool: AnyPool, rows: slice = slice(None)) -> AnyPool:
+    """A pool with all but keys and values, [B, K, rows, H], where no operation is a program.
+
+    Args:
+        pool: of a batch.
+        rows: its sequences; keys and values are those of all.
+    """
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[rows] if leaf.ndim < 4 else leaf, pool)
+
+
 class Progress:
     """The answers to a request while they are made: the driver's tokens, turned into text."""
 
@@ -47,66 +156,35 @@ class Progress:
         params, settings = vlm.params_for(generate), request.settings
         own = request.groups, settings, request.chunk, prefix
         self._run = Run(vlm.programs, params, generate.stages, *own)
-        batch = len(settings.max_new_tokens)
-        self._tokens: list[list[int]] = [[] for _ in range(batch)]
-        self._texts = [""] * batch
-        self._words = [vlm.processor.detokenizer(request.stop) for _ in range(batch)]
+        batch = range(len(settings.max_new_tokens))
+        self._written = [Written(vlm.processor.detokenizer(request.stop)) for _ in batch]
 
     def pieces(self) -> Iterator[list[str]]:
         """Run it to the end: for each answer the text that a chunk has added."""
-        for drawn in self._run:
-            new = [""] * len(self._tokens)
-            for row, tokens in enumerate(self._tokens):
-                words = self._words[row]
-                if not words.stopped:
-                    more = drawn[row, : self._run.counts[row] - len(tokens)].tolist()
-                    tokens.extend(more)
-                    new[row] = words.push(more)
-                    self._run.done[row] |= words.stopped
-            self._add(new)
-            yield new
-        new = [words.finish() for words in self._words]
-        self._add(new)
-        yield new
-
-    def _add(self, pieces: list[str]) -> None:
-        self._texts = [text + piece for text, piece in zip(self._texts, pieces, strict=True)]
+        run = self._run
+        for drawn in run:
+            rows = zip(self._written, drawn, run.counts, strict=True)
+            yield [one.take(tokens, count) for one, tokens, count in rows]
+            run.done |= np.array([one.stopped for one in self._written])
+        yield [one.finish() for one in self._written]
 
     def answers(self) -> list[Answer]:
         """The whole answers, once all pieces were read."""
-        generate, groups, run = self._request.generate, self._request.groups, self._run
-        stages, timings = generate.stages, run.timings
-        # On the host, where no operation is a program: all but keys and values, [B, K, rows, H].
-        pool = jax.tree.map(lambda leaf: np.asarray(leaf) if leaf.ndim < 4 else leaf, run.pool)
-        counts, kept_visual = np.asarray(pool.counts), pool.visual
-        answers = []
-        for row, (text, tokens) in enumerate(zip(self._texts, self._tokens, strict=True)):
-            group, place = divmod(row, len(groups[0].length))
-            inputs, trace = groups[group], run.traces[group]
-            length = int(inputs.length[place])
-            index = inputs.visual_index[place, :length]
-            visual, context = index >= 0, index == CONTEXT
-            report = cache_report(
-                self._vlm.config.text,
-                generate.cache,
-                self._vlm.params["embed"]["embedding"].dtype,
-                prompt_tokens=length,
-                counts=counts[row],
-                kept_visual=kept_visual[row],
-                prompt_rows=inputs.tokens.shape[1],
-                tail_rows=stages.tail_rows,
-                reserved_rows=stages.reserved_rows,
-            )
+        run, stages, answers = self._run, self._request.generate.stages, []
+        pool, size = on_host(run.pool), len(self._request.groups[0].length)
+        for row, one in enumerate(self._written):
+            group, place = divmod(row, size)
             answers.append(
-                Answer(
-                    text=text,
-                    tokens=tokens[: self._words[row].count],
-                    prompt_tokens=length,
-                    visual_tokens=int(visual.sum()),
-                    context_tokens=int(context.sum()),
-                    cache=report,
-                    timings=timings,
-                    trace=trace and trace.row(place, generate.cache, visual, context),
+                one.answer(
+                    self._vlm,
+                    self._request,
+                    pool,
+                    row,
+                    run.timings,
+                    stages,
+                    group=group,
+                    place=place,
+                    trace=run.traces[group],
                 )
             )
         return answers

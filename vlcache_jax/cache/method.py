@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.allocate import Allocation, allocate, mixed
-from vlcache_jax.cache.budget import Budget, Prompt
+from vlcache_jax.cache.budget import POOL_SHARES, Budget, Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.packed import PackedPool, arrange, build_packed
 from vlcache_jax.cache.quantize import Quantizer, groups
@@ -176,6 +176,11 @@ class CacheMethod:
         kind, layers = config.kind, config.num_layers
         return replace(self, quantize=self.quantize.for_decoder(kind, layers, tsa_layers))
 
+    @property
+    def any_budget(self) -> "CacheMethod":
+        """This method without its budget, but for whether it keeps everything."""
+        return self if self.limit.keeps_all else replace(self, budget=POOL_SHARES[0])
+
     def in_bucket(self, prompt_rows: int) -> "CacheMethod":
         """This method with the budget that its pool is made for, in a bucket of T prompt rows.
 
@@ -250,6 +255,7 @@ class CacheMethod:
         prompt_rows: int,
         dtype: jnp.dtype,
         new_rows: int = 0,
+        room: Budget | None = None,
     ) -> AnyPool:
         """What `build` makes for a batch, as shapes; nothing is allocated.
 
@@ -259,6 +265,7 @@ class CacheMethod:
             prompt_rows: the prompts' bucket, T.
             dtype: type of the cache.
             new_rows: rows of a layer's packed pool that are left free for new tokens.
+            room: what the pool is made for; the method's own budget by default.
         """
 
         def array(kind: jax.typing.DTypeLike, *shape: int) -> Any:
@@ -269,10 +276,17 @@ class CacheMethod:
         order = None if self.limit.keeps_all else array("int32", layers, heads, prompt_rows)
         plan = Plan(array("int32", layers), order, array("float32", layers, prompt_rows))
         prompt = Prompt(array("int32"), array("bool", prompt_rows), layers, self.limit.data)
-        return jax.eval_shape(partial(self.build, new_rows=new_rows), rows, rows, plan, prompt)
+        build = partial(self.build, new_rows=new_rows, room=room)
+        return jax.eval_shape(build, rows, rows, plan, prompt)
 
     def build(
-        self, k: jax.Array, v: jax.Array, plan: Plan, prompt: Prompt, new_rows: int = 0
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        plan: Plan,
+        prompt: Prompt,
+        new_rows: int = 0,
+        room: Budget | None = None,
     ) -> AnyPool:
         """Make the pool of what is kept.
 
@@ -282,29 +296,36 @@ class CacheMethod:
             plan: what is kept.
             prompt: the prompts.
             new_rows: rows of a layer's packed pool that are left free for new tokens.
+            room: what the pool is made for; the method's own budget by default. A prompt that keeps
+                more than this has no place in it.
 
         Returns:
-            The pool. With everything kept and nothing quantized it is the given arrays themselves,
-            offset[l] = l * T.
+            The pool. With everything kept, in room for all, and nothing quantized it is the given
+            arrays themselves, offset[l] = l * T.
         """
+        room = room or self.limit
         visual = prompt.visual[:, None, None, :]
         if self.quantize is not None:
             kept, evicts = plan.kept(prompt), not self.limit.keeps_all
             rows = arrange(self.quantize, kept, plan.budgets, prompt, plan.salience, evicts)
-            size = self.quantize.capacity(self.limit, prompt.layers, prompt.rows, new_rows)
+            size = self.quantize.capacity(room, prompt.layers, prompt.rows, new_rows)
             return build_packed(self.quantize, k, v, *rows, _count(kept & visual), size)
-        if plan.order is None:
+        order = plan.order
+        if order is None and room.keeps_all:
             offset = jnp.arange(prompt.layers, dtype=jnp.int32) * prompt.rows
             offset = jnp.broadcast_to(offset, plan.budgets.shape)
             visual = jnp.broadcast_to(visual, (*plan.budgets.shape, 1, prompt.rows))
             most = min(round_up(prompt.rows), k.shape[2])
             return Pool(k, v, offset, plan.budgets, _count(visual), most)
-        visual = jnp.take_along_axis(visual, plan.order, axis=-1)
+        if order is None:
+            order = jnp.arange(prompt.rows, dtype=jnp.int32)
+            order = jnp.broadcast_to(order, (*plan.budgets.shape, 1, prompt.rows))
+        visual = jnp.take_along_axis(visual, order, axis=-1)
         visual = visual & (
             jnp.arange(prompt.rows, dtype=jnp.int32) < plan.budgets[:, :, None, None]
         )
-        capacity = self.limit.capacity(prompt.layers, prompt.rows)
-        return compact(k, v, plan.order, plan.budgets, _count(visual), capacity)
+        capacity = room.capacity(prompt.layers, prompt.rows)
+        return compact(k, v, order, plan.budgets, _count(visual), capacity)
 
 
 def _count(tokens: jax.Array) -> jax.Array:

@@ -91,8 +91,18 @@ class PackedPool:
 
         return tuple((rows, packed(layer)) for layer, rows in enumerate(self.dense.segments()))
 
+    def only(self, some: jax.Array) -> "PackedPool":
+        """The rows of some sequences, bool [B]: the others have none."""
+        rows = jnp.where(some[:, None, None], self.rows, 0)
+        return replace(self, dense=self.dense.only(some), rows=rows)
+
     def append_and_attend(
-        self, new: NewToken, segment: tuple[Segment, PackedRows], tail: Tail, backend: str | None
+        self,
+        new: NewToken,
+        segment: tuple[Segment, PackedRows],
+        tail: Tail,
+        backend: str | None,
+        together: bool = True,
     ) -> tuple[jax.Array, Tail]:
         """Attention of a new token to one layer's rows, to its tail and to itself: [B, N, H].
 
@@ -101,6 +111,7 @@ class PackedPool:
             segment: the layer's rows, of `segments`.
             tail: the tokens before, k and v [B, K, R, H]; it comes back with the new one.
             backend: of the kernel.
+            together: all sequences of the batch have begun to decode at once.
         """
         return append_and_attend(
             new,
@@ -109,7 +120,7 @@ class PackedPool:
             transform=self.quantizer.transform,
             most_rows=self.dense.most,
             most_words=self.most_words,
-            together=True,  # all sequences of a batch begin to decode at once
+            together=together,
             backend=backend,
         )
 

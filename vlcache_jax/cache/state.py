@@ -10,7 +10,7 @@ program serves every allocation. The pool is read-only while decoding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,17 @@ class Pool:
         """Rows of each layer by their width, of which there is one: int32 [B, L, 1]."""
         return self.length[..., None]
 
+    def only(self, some: jax.Array) -> "Pool":
+        """The rows of some sequences, bool [B]: the others have none."""
+        return replace(self, length=jnp.where(some[:, None], self.length, 0))
+
     def append_and_attend(
-        self, new: NewToken, segment: Segment, tail: Tail, backend: str | None
+        self,
+        new: NewToken,
+        segment: Segment,
+        tail: Tail,
+        backend: str | None,
+        together: bool = True,
     ) -> tuple[jax.Array, Tail]:
         """Attention of a new token to one layer's rows, to its tail and to itself: [B, N, H].
 
@@ -65,13 +74,14 @@ class Pool:
             segment: the layer's rows, of `segments`.
             tail: the tokens before, k and v [B, K, R, H]; it comes back with the new one.
             backend: of the kernel.
+            together: all sequences of the batch have begun to decode at once.
         """
         return append_and_attend(
             new,
             segment,
             tail,
             most_rows=self.most,
-            together=True,  # all sequences of a batch begin to decode at once
+            together=together,
             backend=backend,
         )
 
@@ -84,7 +94,8 @@ class Tails:
     Attributes:
         k: L keys [B, K, R, H].
         v: L values [B, K, R, H].
-        fill: rows in use, int32 [B]; the same for the whole batch in `generate`.
+        fill: rows in use, int32 [B]; the same for the whole batch in `generate`. More than R of a
+            sequence that has ended: what it draws is not kept.
     """
 
     k: tuple[jax.Array, ...]
@@ -94,6 +105,10 @@ class Tails:
     def layer(self, index: int) -> Tail:
         """One layer's."""
         return Tail(self.k[index], self.v[index], self.fill)
+
+    def only(self, some: jax.Array) -> "Tails":
+        """The rows of some sequences, bool [B]: the others have none."""
+        return replace(self, fill=jnp.where(some, self.fill, 0))
 
     @classmethod
     def of(cls, layers: Sequence[Tail]) -> "Tails":

@@ -85,6 +85,20 @@ class Buckets:
             size //= 4
         return size if count else 0
 
+    def tile_sizes(self, rows: int, config: ModelConfig) -> list[int]:
+        """S of one prompt with pictures, in buckets of up to T rows.
+
+        Where a tile is several tokens, what is cropped of a picture's tiles leaves room for others:
+        for as many as one picture has, more are not counted.
+        """
+        if self.tiles is not None:
+            most = rows // config.tile_tokens + config.max_tiles
+            return sorted({self.tiles_for(count, rows) for count in range(1, most + 1)})
+        sizes = [*(size for size in self.prompt if size < rows), rows]
+        most = {size: size if size >= self.prompt[-1] else size - WORDS for size in sizes}
+        found = (self.tiles_for(count, t) for t in sizes for count in range(1, most[t] + 1))
+        return sorted(set(found))
+
 
 def default_buckets(config: ModelConfig) -> Buckets:
     """The buckets for a model.

@@ -201,7 +201,12 @@ def cache_report(
         kept_visual=visual,
         kept_text=float(kept.mean()) - visual,
         allocated_bytes=pool_bytes(
-            config, cache, dtype, batch=1, prompt_rows=prompt_rows, new_rows=reserved_rows
+            config,
+            cache.in_bucket(prompt_rows),  # one of few: they are remembered
+            dtype,
+            batch=1,
+            prompt_rows=prompt_rows,
+            new_rows=reserved_rows,
         ),
         tail_bytes=tail_rows * token_bytes(config, dtype),
     )
@@ -257,6 +262,31 @@ def memory_need(
         "activations": batch * (rows * width * size + text.vocab_size * 4),
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def slots_that_fit(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    cache: CacheMethod,
+    memory: int,
+    *,
+    rows: int,
+    new_tokens: int,
+) -> int:
+    """How many slots there is room for, beside the parameters and the prefill of one prompt.
+
+    Args:
+        config: the model.
+        dtype: type of parameters and cache.
+        cache: what a slot is made for.
+        memory: bytes in all.
+        rows: the prompts' bucket, T.
+        new_tokens: most tokens of an answer.
+    """
+    need = memory_need(config, dtype, cache, rows=rows, batch=1, new_tokens=new_tokens)
+    prompt = whole_capacity(config.text.num_layers, rows) * row_bytes(config.text, dtype)
+    fixed = need["parameters"] + need["activations"] + prompt
+    return max(0, (memory - fixed) // (need["pool"] + need["tail"]))
 
 
 def human_bytes(count: float) -> str:

@@ -65,8 +65,9 @@ def attend_cache(
     segment: Any,
     tail: Tail,
     backend: str | None,
+    together: bool = True,
 ) -> tuple[jax.Array, Tail]:
     """`Pool.append_and_attend`, of a product and a table with the axis of the one token."""
     new = NewToken(qkv[:, 0], table[0][:, 0], table[1][:, 0])
-    mixed, tail = pool.append_and_attend(new, segment, tail, backend)
+    mixed, tail = pool.append_and_attend(new, segment, tail, backend, together)
     return mixed[:, None], tail

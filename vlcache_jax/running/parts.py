@@ -9,8 +9,8 @@ sees of rows anywhere is continued from part to part (`CacheMethod.continued`).
 
 import functools
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ DONATED = {
     "extend": (3,),
     "finish": (3,),
     "build_into": (0,),
+    "admit": (0,),
     "spill": (0, 1),
     "decode_chunk": (2,),
 }
@@ -48,13 +49,14 @@ class Runner:
     Args:
         programs: what was compiled so far.
         stages: the functions.
+        dry: make the programs ready and run none of them: what comes back are shapes.
 
     Attributes:
         compile_s: seconds that compiling took.
     """
 
-    def __init__(self, programs: Programs, stages: Stages):
-        self._programs, self.stages = programs, stages
+    def __init__(self, programs: Programs, stages: Stages, dry: bool = False):
+        self._programs, self.stages, self._dry = programs, stages, dry
         self.compile_s = 0.0
 
     def do(
@@ -73,6 +75,8 @@ class Runner:
         name = stages, stage, donate, tuple(static.items())
         function = functools.partial(getattr(stages, stage), **static)
         donate = (*DONATED.get(stage, ()), *donate)
+        if self._dry:
+            return self._programs.shapes(name, function, *args, donate=donate)
         program, compile_s = self._programs.ready(name, function, *args, donate=donate)
         self.compile_s += compile_s
         return program(*args)
@@ -89,6 +93,18 @@ def reach(cache: CacheMethod, inputs: ModelInputs) -> int | None:
 def last_visual(index: np.ndarray) -> int:
     """Position of a prompt's last visual token, -1 where there is none: of a `visual_index` [T]."""
     return int(np.max(np.flatnonzero(index != -1), initial=-1))
+
+
+_Result = TypeVar("_Result")
+
+
+def drained(steps: Generator[None, None, _Result]) -> _Result:
+    """What a generator gives in the end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 class Rows:
@@ -191,16 +207,17 @@ class Rows:
     ) -> None:
         """Run the rows up to `until` [B], where it is not known yet what a method sees of them.
 
-        The other arguments are those of `finish`.
+        The other arguments are those of `finishing`.
         """
         if not self.knows(cache := runner.stages.cache):
             memory = self.remembered(runner, *inputs.tokens.shape)
-            found = self.extend(runner, params, inputs, settings, memory, until, chunk)
+            own = params, inputs, settings, memory, until, chunk
+            found = drained(self.extending(runner, *own))
             seen = zip(map(repr, cache.continued), found.seen, strict=True)
             self.memory |= {"length": found.length, "salience": found.salience, **dict(seen)}
             self.release()
 
-    def extend(
+    def extending(
         self,
         runner: Runner,
         params: Params,
@@ -209,8 +226,8 @@ class Rows:
         memory: Memory,
         until: np.ndarray,
         chunk: int,
-    ) -> Memory:
-        """Run the rows behind those of a memory, up to `until` [B], so many at a time."""
+    ) -> Generator[None, None, Memory]:
+        """Run the rows behind those of a memory, up to `until` [B]; it stops behind each chunk."""
         (batch, total), inputs = inputs.tokens.shape, inputs.without_tiles
         looks, width = runner.stages.cache.continued, min(chunk, total)
         for first in range(int(np.min(memory.length)), int(np.max(until)), width):
@@ -219,9 +236,14 @@ class Rows:
             self._buffers, memory = runner.do(
                 "extend", total, params, *args, rows=width, looks=looks
             )
+            yield
         return memory
 
-    def finish(
+    def finish(self, *args: Any) -> tuple[Prefill, jax.Array]:
+        """Run all rows behind those of the method's memory: all of `finishing`."""
+        return drained(self.finishing(*args))
+
+    def finishing(
         self,
         runner: Runner,
         params: Params,
@@ -229,8 +251,9 @@ class Rows:
         settings: Settings,
         chunk: int,
         together: int,
-    ) -> tuple[Prefill, jax.Array]:
-        """Run all rows behind those of the method's memory, up to the prompts' ends.
+        widths: Sequence[int] = ROWS,
+    ) -> Generator[None, None, tuple[Prefill, jax.Array]]:
+        """`finish` in its parts, up to the prompts' ends: it stops behind each but the last.
 
         Args:
             runner: runs the stages.
@@ -240,14 +263,17 @@ class Rows:
             settings: what is asked of each sequence.
             chunk: rows that are run at a time, beside those that have to be run together.
             together: how many these are; T for the whole prompt.
+            widths: rows of the last part that a program is made for, see `ROWS`.
         """
         (batch, total), inputs = inputs.tokens.shape, inputs.without_tiles
         length, memory = np.asarray(inputs.length), self.remembered(runner, batch, total)
         start = np.minimum(np.asarray(memory.length), np.maximum(length - together, 0))
         if np.max(length - start) > chunk:
-            start = np.maximum(length - together, 0).astype(np.int32)
-            memory = self.extend(runner, params, inputs, settings, memory, start, chunk)
-        width = min(bucket_for(int(np.max(length - start)), ROWS), total)
+            # As many as the smallest program takes: else some of its rows would be run twice.
+            start = np.maximum(length - max(together, widths[0]), 0).astype(np.int32)
+            own = params, inputs, settings, memory, start, chunk
+            memory = yield from self.extending(runner, *own)
+        width = min(bucket_for(int(np.max(length - start)), widths), total)
         if together >= total:
             width = total
         start = np.minimum(start, total - width).astype(np.int32)

@@ -59,6 +59,32 @@ class Programs:
             args: its arguments, pytrees of arrays.
             donate: numbers of those that are given up.
         """
+        compiled, seconds = self._compile(name, function, args, donate)
+        return lambda *args: jax.block_until_ready(compiled(*args)), seconds
+
+    def shapes(
+        self,
+        name: Hashable,
+        function: Callable[..., Any],
+        *args: Any,
+        donate: tuple[int, ...] = (),
+    ) -> Any:
+        """What the program would give, as shapes: it is made ready, and not run.
+
+        Args:
+            name: as of `ready`.
+            function: as of `ready`.
+            args: as of `ready`; shapes will do.
+            donate: as of `ready`.
+        """
+        compiled, _ = self._compile(name, function, args, donate)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), compiled.out_info
+        )
+
+    def _compile(
+        self, name: Hashable, function: Callable[..., Any], args: Any, donate: tuple[int, ...]
+    ) -> tuple[Any, float]:
         leaves, tree = jax.tree.flatten(args)
         key = name, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         began, seconds = time.perf_counter(), 0.0
@@ -70,5 +96,4 @@ class Programs:
             if len(self._compiled) > self._most:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        compiled = self._compiled[key]
-        return lambda *args: jax.block_until_ready(compiled(*args)), seconds
+        return self._compiled[key], seconds

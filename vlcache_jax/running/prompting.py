@@ -137,9 +137,18 @@ class Prompting:
         model = bind(self.config)(params)
         return model.logits(self._run_prompt(model, inputs))
 
-    def see(self, params: Params, inputs: ModelInputs) -> Tables:
-        """The visual rows of all pictures, for `extend` and `finish`."""
-        return bind(self.config)(params).visual_tables(inputs, self._patches)
+    def see(self, params: Params, inputs: ModelInputs, *, rows: int | None = None) -> Tables:
+        """The visual rows of all pictures, for `extend` and `finish`.
+
+        Args:
+            params: parameters.
+            inputs: the prompts.
+            rows: static: that the tables are padded to, so that one program serves any tiles.
+        """
+        tables = bind(self.config)(params).visual_tables(inputs, self._patches)
+        if rows is None:
+            return tables
+        return tuple(jnp.pad(table, ((0, rows - len(table)), (0, 0))) for table in tables)
 
     def extend(
         self,

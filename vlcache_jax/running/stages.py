@@ -8,7 +8,7 @@ A stage takes what is asked of each sequence as data (`Settings`). What its prog
 besides the shapes of its arguments is `Stages.program`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.rows import Tail
-from vlcache_jax.cache.budget import POOL_SHARES
+from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.packed import PackedPool, spill
@@ -38,10 +38,15 @@ class Stages(Prompting):
     Attributes:
         chunk_steps: decode steps of a chunk.
         new_rows: most new tokens whose keys and values are kept, whole chunks of them.
+        room: what pools are made for, where it is not each method's own budget.
+        together: all sequences of a batch begin to decode at once. Otherwise each row of the batch
+            is a slot, which `admit` gives to one sequence after the other.
     """
 
     chunk_steps: int = 1
     new_rows: int = 1
+    room: Budget | None = field(default=None, kw_only=True)
+    together: bool = field(default=True, kw_only=True)
 
     @property
     def residual(self) -> bool:
@@ -73,23 +78,23 @@ class Stages(Prompting):
 
         Args:
             stage: name of the function: "prefill", "see", "extend", "finish", "build_cache",
-                "build_into", "empty_pool", "start", "spill" or "decode_chunk".
+                "build_into", "empty_pool", "start", "admit", "spill" or "decode_chunk".
             prompt_rows: the prompts' bucket, T.
         """
         cache, config, backend = self.cache, self.config, self.backend
-        if stage in ("see", "extend"):
+        if stage in ("see", "extend", "admit"):
             return Stages(config, backend=backend)
         if stage in ("prefill", "finish"):
-            if not cache.limit.keeps_all:
-                cache = replace(cache, budget=POOL_SHARES[0])
-            return Stages(config, cache, backend=backend, trace=self.trace)
+            return Stages(config, cache.any_budget, backend=backend, trace=self.trace)
         if stage in ("build_cache", "build_into", "empty_pool"):
             rows = self.new_rows if self.residual else 1
-            return Stages(config, cache.in_bucket(prompt_rows), new_rows=rows, trace=self.trace)
+            own = cache.any_budget if self.room else cache.in_bucket(prompt_rows)
+            return Stages(config, own, new_rows=rows, trace=self.trace, room=self.room)
         cache = FullCache(quantize=cache.quantize)
         if stage == "start":
             return Stages(config, cache, new_rows=self.new_rows)
-        return Stages(config, cache, chunk_steps=self.chunk_steps, backend=backend)
+        steps, together = self.chunk_steps, self.together
+        return Stages(config, cache, chunk_steps=steps, backend=backend, together=together)
 
     def begin(
         self, params: Params, inputs: ModelInputs, settings: Settings
@@ -119,7 +124,8 @@ class Stages(Prompting):
         if prefilled.attention is not None:
             trace = trace_batch(self.cache, prefilled.seen, plan, prompt, prefilled.attention)
         with jax.named_scope("compact"):
-            pool = self.cache.build(prefilled.k, prefilled.v, plan, prompt, self.reserved_rows)
+            sizes = self.reserved_rows, self.room
+            pool = self.cache.build(prefilled.k, prefilled.v, plan, prompt, *sizes)
         return pool, trace
 
     def empty_pool(self, batch: int, prompt_rows: int, dtype: jnp.dtype) -> AnyPool:
@@ -130,7 +136,7 @@ class Stages(Prompting):
             prompt_rows: the bucket T that all of their prompts are padded to.
             dtype: type of the cache: that of the parameters.
         """
-        sizes = self.config.text, batch, prompt_rows, dtype, self.reserved_rows
+        sizes = self.config.text, batch, prompt_rows, dtype, self.reserved_rows, self.room
         # Every field is an array of its own: one that stands twice cannot be donated.
         shapes = self.cache.pool_shapes(*sizes)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -168,14 +174,7 @@ class Stages(Prompting):
                 f"prompts padded to {inputs.tokens.shape[1]} rows make a pool of shapes "
                 f"{new_shapes}, which do not fit {shapes}: pad all to one bucket"
             )
-
-        def write(whole: jax.Array, part: jax.Array) -> jax.Array:
-            for index in range(part.shape[0]):  # one update in place each; a scatter might copy
-                start = (rows[index], *[jnp.int32(0)] * (whole.ndim - 1))
-                whole = lax.dynamic_update_slice(whole, part[index : index + 1], start)
-            return whole
-
-        return jax.tree.map(write, pool, part), trace
+        return _written(pool, rows, part), trace
 
     def start(
         self, token: jax.Array, position: jax.Array, settings: Settings, dtype: jnp.dtype
@@ -188,10 +187,30 @@ class Stages(Prompting):
             settings: what is asked of each sequence.
             dtype: type of the cache.
         """
-        zero = jnp.zeros_like(token)
         tail = empty_tail(self.config.text, token.shape[0], self.tail_rows, dtype)
-        state = DecodeState(tail, token, position - 1, zero, zero, zero > 0, settings)
-        return self._drawn(state, token, tail)
+        return self._begun(token, position, settings, tail)
+
+    def admit(
+        self,
+        state: DecodeState,
+        rows: jax.Array,
+        token: jax.Array,
+        position: jax.Array,
+        settings: Settings,
+    ) -> DecodeState:
+        """`start` of a few sequences, in the place of others of a batch.
+
+        Args:
+            state: of the whole batch; donate it.
+            rows: which sequences of the batch these are, int32 [b].
+            token: first token of each answer, int32 [b].
+            position: where it stands, int32 [b].
+            settings: what is asked of the b sequences.
+        """
+        new = self._begun(token, position, settings, Tails((), (), jnp.zeros_like(token)))
+        old = replace(state, tail=Tails((), (), state.tail.fill))
+        state_of_all = _written(old, rows, new)
+        return replace(state_of_all, tail=replace(state.tail, fill=state_of_all.tail.fill))
 
     def spill(self, pool: AnyPool, state: DecodeState) -> tuple[AnyPool, DecodeState]:
         """Pack the oldest new tokens where a quantizer's `residual` asks for it.
@@ -215,6 +234,9 @@ class Stages(Prompting):
         steps, room = self.chunk_steps, state.tail.k[0].shape[2]
         if steps > room:
             raise ValueError(f"a chunk of {steps} steps does not fit into a tail of {room} rows")
+        if not self.together:  # what has ended attends to nothing, as it waits for the next one
+            running = ~state.done
+            pool, state = pool.only(running), replace(state, tail=state.tail.only(running))
         segments = pool.segments()  # here, not at every step
         column = jnp.arange(steps, dtype=jnp.int32)
         uniforms = jax.vmap(state.settings.draws.uniform, 1, 1)(state.step[:, None] + column)
@@ -252,12 +274,22 @@ class Stages(Prompting):
 
         def attend_layer(index: int) -> Attend[Tail]:
             own = segments[index], state.tail.layer(index)
-            return lambda qkv: attend_cache(qkv, table, pool, *own, self.cache_backend)
+            return lambda qkv: attend_cache(
+                qkv, table, pool, *own, self.cache_backend, self.together
+            )
 
         x, tails = run_token(model, state.token, attend_layer, self.cache_backend)
         logits = model.logits(x)
         token = draws.sample(logits, uniform, self.cache_backend)
         return self._drawn(state, token, Tails.of(tails)), logits
+
+    def _begun(
+        self, token: jax.Array, position: jax.Array, settings: Settings, tail: Tails
+    ) -> DecodeState:
+        """The state behind the first token of each answer, int32 [B], with an empty tail."""
+        zero = jnp.zeros_like(token)
+        state = DecodeState(tail, token, position - 1, zero, zero, zero > 0, settings)
+        return self._drawn(state, token, tail)
 
     def _drawn(self, state: DecodeState, token: jax.Array, tail: Tails) -> DecodeState:
         """The state behind a token that was drawn."""
@@ -274,3 +306,15 @@ class Stages(Prompting):
             count=count,
             done=ended | (count >= settings.max_new_tokens),
         )
+
+
+def _written(whole: Any, rows: jax.Array, part: Any) -> Any:
+    """Arrays of a batch [B, ...], those of some sequences [b, ...] put in their rows, int32 [b]."""
+
+    def write(whole: jax.Array, part: jax.Array) -> jax.Array:
+        for index in range(part.shape[0]):  # one update in place each; a scatter might copy
+            start = (rows[index], *[jnp.int32(0)] * (whole.ndim - 1))
+            whole = lax.dynamic_update_slice(whole, part[index : index + 1], start)
+        return whole
+
+    return jax.tree.map(write, whole, part)
