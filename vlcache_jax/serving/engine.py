@@ -109,7 +109,9 @@ class Engine:
         whole_number(chunk, "chunk", 1)
         self._most_waiting = whole_number(queue, "queue", 1)
         if isinstance(methods, str) or not methods or not groups:
-            raise ValueError("an engine has a list of methods and of slot groups, at least one each")
+            raise ValueError(
+                "an engine has a list of methods and of slot groups, at least one each"
+            )
         kinds = (as_method(method).for_model(text, vlm.tsa_layers) for method in methods)
         self._methods = list(dict.fromkeys(map(_kind, kinds)))
         [quantizer, *others] = {method.quantize for method in self._methods}
