@@ -81,6 +81,16 @@ def test_default_buckets():
     assert default_buckets(tiny_config("llava", max_positions=40)).prompt == (40,)
 
 
+def test_the_tiles_of_any_prompt_are_of_few_sizes():
+    config = tiny_config("llava_next")  # 16 tokens a tile, 5 tiles a picture
+    assert Buckets((64, 160), (0, 5, 10)).tile_sizes(160, config) == [5, 10, 20]
+    assert Buckets((64,), (15,)).tile_sizes(64, config) == [15]
+    places = Buckets((128, 384, 1056, 2048), None)  # each tile is one token
+    assert places.tile_sizes(384, config) == [32, 288]
+    assert places.tile_sizes(1056, config) == [32, 288, 960]
+    assert places.tile_sizes(2048, config) == [32, 288, 488, 960, 1952, 2048]
+
+
 def test_default_prompt_buckets_waste_at_most_a_quarter_at_the_mean():
     shares = padding_shares(default_buckets(tiny_config("llava", max_positions=32768)).prompt)
     assert max(shares[1:]) < 0.25  # the first size also holds the very short prompts

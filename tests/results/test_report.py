@@ -6,13 +6,22 @@ import numpy as np
 import pytest
 
 import vlcache_jax
+from benchmarks.models import MODELS
 from pallas_kernels.packing import per_word
 from tests.tiny import picture, tiny_config
 from vlcache_jax import AKVQ, KIVI, RTN, FullCache, Generate, VLCache
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import Plan
 from vlcache_jax.models.config import TextConfig
-from vlcache_jax.results.report import cache_report, kv_bits, memory_need, packed_bytes, pool_bytes
+from vlcache_jax.results.report import (
+    cache_report,
+    kv_bits,
+    memory_need,
+    packed_bytes,
+    pool_bytes,
+    row_bytes,
+    slots_that_fit,
+)
 
 # L, K, H of a small decoder; T and the prompts' lengths.
 TEXT = TextConfig(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -155,6 +164,25 @@ def test_the_memory_that_is_foretold_is_that_of_the_arrays(cache):
     assert total == sum(parts)
     others = {leaf.ndim for leaf in jax.tree.leaves(pool)} - {4}
     assert max(others) < 4  # what is left out is a few numbers for each layer
+
+
+def test_a_tenth_has_at_least_six_times_the_slots():
+    """Mistral-7B, prompts of 2,048 rows and 128 new tokens, on a device of 141 GB."""
+    model, dtype = MODELS["llava-v1.6-mistral-7b"], jnp.dtype("bfloat16")
+    own = {"rows": 2048, "new_tokens": 128}
+    found = {
+        cache: slots_that_fit(model, dtype, cache, 141 * 10**9, **own)
+        for cache in (FullCache(), VLCache(0.1), VLCache(0.1, quantize=AKVQ()))
+    }
+    full, tenth, packed = found.values()
+    assert tenth >= 6 * full
+    assert packed > tenth
+    for cache, slots in found.items():
+        need = memory_need(model, dtype, cache, batch=1, **own)
+        prompt = 2048 * model.text.num_layers * row_bytes(model.text, dtype)
+        each, fixed = need["pool"] + need["tail"], need["parameters"] + need["activations"]
+        assert fixed + prompt + slots * each <= 141 * 10**9 < fixed + prompt + (slots + 1) * each
+    assert slots_that_fit(model, dtype, FullCache(), 10**9, **own) == 0
 
 
 def test_ten_percent_at_two_bits_are_under_three_percent():

@@ -56,7 +56,7 @@ class Runner:
     """
 
     def __init__(self, programs: Programs, stages: Stages, dry: bool = False):
-        self._programs, self.stages, self._dry = programs, stages, dry
+        self._programs, self.stages, self.dry = programs, stages, dry
         self.compile_s = 0.0
 
     def do(
@@ -75,7 +75,7 @@ class Runner:
         name = stages, stage, donate, tuple(static.items())
         function = functools.partial(getattr(stages, stage), **static)
         donate = (*DONATED.get(stage, ()), *donate)
-        if self._dry:
+        if self.dry:
             return self._programs.shapes(name, function, *args, donate=donate)
         program, compile_s = self._programs.ready(name, function, *args, donate=donate)
         self.compile_s += compile_s

@@ -5,8 +5,8 @@
     1      rows of one that has ended    . . .                   done: free
     2      rows of another request       its new tokens          running
 
-A slot has the rows that its group's budget takes of the longest prompts; where each layer's rows lie
-in them is data, so requests of any method and any smaller budget stand side by side.
+A slot has the rows that its group's budget takes of the longest prompts. Where each layer's rows
+lie in them is data, so requests of any method and any smaller budget stand side by side.
 """
 
 from dataclasses import dataclass, replace
@@ -19,10 +19,8 @@ import numpy as np
 from vlcache_jax.cache.budget import Budget
 from vlcache_jax.cache.method import AnyPool, CacheMethod
 from vlcache_jax.errors import whole_number
-from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.families import Params
 from vlcache_jax.requests.inputs import ModelInputs
-from vlcache_jax.running.generate import CHUNK, Generate
 from vlcache_jax.running.parts import Runner
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.sampling import Sampling
@@ -76,13 +74,11 @@ class Slots:
 
     Args:
         programs: what was compiled so far.
-        config: the model.
         group: what they are.
+        stages: of any method, for answers of the group's length.
         rows: the prompts' bucket, T.
         dtype: type of the cache.
         stop_ids: places for the stop tokens of a request.
-        chunk: most decode steps between two tests for the end.
-        backend: see `Generate`.
 
     Attributes:
         group: as given.
@@ -92,19 +88,14 @@ class Slots:
     def __init__(
         self,
         programs: Programs,
-        config: ModelConfig,
         group: SlotGroup,
-        method: CacheMethod,
-        *,
+        stages: Stages,
         rows: int,
         dtype: jnp.dtype,
         stop_ids: int,
-        chunk: int = CHUNK,
-        backend: str | None = None,
     ):
         self.group, self._programs, self._rows, self._dtype = group, programs, rows, dtype
-        own = Generate(config, method, group.new_tokens, chunk=chunk, backend=backend).stages
-        self._stages = replace(own, room=group.room, together=False)
+        self._stages = replace(stages, room=group.room, together=False)
         off = Settings.of(Budget(1.0), Sampling(), (), 0, requests=np.zeros(group.slots, np.int32))
         self._off = replace(off, stop_ids=np.full((group.slots, stop_ids), -1, np.int32))
         self.tickets: list[Ticket | None] = [None] * group.slots
@@ -122,11 +113,6 @@ class Slots:
         enough = kept <= room.bucket(self._rows).layer_rows(self._rows)
         short = request.generate.max_new_tokens <= self.group.new_tokens
         return enough and short and self.group.serves(cache)
-
-    @property
-    def free(self) -> int | None:
-        """A slot that is free, if there is one."""
-        return self.tickets.index(None) if None in self.tickets else None
 
     @property
     def running(self) -> list[tuple[int, Ticket]]:
@@ -156,20 +142,20 @@ class Slots:
         self,
         runner: Runner,
         row: int,
-        prefilled: Prefill,
-        token: jax.Array,
         inputs: ModelInputs,
         settings: Settings,
+        prefilled: Prefill,
+        token: jax.Array,
     ) -> None:
         """Write what a prompt leaves behind into a slot, in place.
 
         Args:
             runner: of the request's stages.
             row: the slot.
-            prefilled: what the prompt left behind.
-            token: first token of the answer, int32 [1].
             inputs: the prompt, in the engine's bucket.
             settings: what is asked.
+            prefilled: what the prompt left behind.
+            token: first token of the answer, int32 [1].
         """
         at = np.array([row], np.int32)
         inputs = inputs.without_tiles
@@ -178,6 +164,10 @@ class Slots:
         position = np.asarray(inputs.next_position(), np.int32)
         own = self.state, at, token, position, settings
         self.state = runner.do("admit", self._rows, *own)
+
+    def read(self, tokens: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """On the host: tokens, how many each slot has in all, and which have ended."""
+        return jax.device_get((tokens, self.state.count, self.state.done))
 
     def decode(self, params: Params, dry: bool = False) -> jax.Array:
         """Run a chunk of decode steps: its tokens, int32 [B, steps]."""
