@@ -33,6 +33,7 @@ def test_plots_are_up_to_date(plot):
 
 METHODS = ROOT / "docs" / "methods.md"
 SESSIONS = ROOT / "docs" / "sessions.md"
+SERVING = ROOT / "docs" / "serving.md"
 
 
 def python_of(document):
@@ -103,6 +104,16 @@ def test_the_code_in_the_guide_to_sessions_runs(capsys):
     [code] = python_of(SESSIONS)
     exec(code, {})
     assert "questions=2" in capsys.readouterr().out
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("tiny_demo")
+def test_the_code_in_the_guide_to_the_engine_runs(capsys):
+    [code] = python_of(SERVING)
+    exec(code, {})
+    *_, ready, first, _, _ = capsys.readouterr().out.rstrip().splitlines()
+    assert len(set(ready.split()[0].split("/"))) == 1
+    assert float(first.split()[-1]) < 0.15
 
 
 def test_the_guide_counts_bits_as_the_report_does():

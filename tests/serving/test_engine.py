@@ -277,6 +277,15 @@ def test_what_is_not_served_is_refused_in_one_line(vlm, engine, request_of, erro
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_request_of_this_model(vlm, engine, text_dir):
+    other = vlcache_jax.load(text_dir, lazy=True).request(text="a", max_new_tokens=2)
+    for request in (other, "a", {"text": "a"}):
+        with pytest.raises(ValueError, match="of its own model"):
+            engine.submit(request)
+    with pytest.raises(RuntimeError, match="warm already"):
+        engine.warm_up()
+
+
 def test_more_stop_tokens_than_there_are_places(vlm, engine):
     request = vlm.request(text="a", max_new_tokens=2)
     stops = np.zeros((1, 16), np.int32)
@@ -289,6 +298,8 @@ def test_more_stop_tokens_than_there_are_places(vlm, engine):
     [
         ({"methods": []}, ValueError, "at least one"),
         ({"methods": "full"}, ValueError, "a list of methods"),
+        ({"groups": [8]}, ValueError, "one of `SlotGroup`"),
+        ({"groups": SlotGroup()}, ValueError, "one of `SlotGroup`"),
         ({"groups": []}, ValueError, "at least one"),
         ({"methods": ["full", vlcache_jax.AKVQ()]}, ValueError, "same quantizer"),
         ({"methods": [vlcache_jax.AKVQ(residual=32)]}, NotImplementedError, "packs new tokens"),

@@ -182,6 +182,8 @@ class Engine:
 
     def _ticket(self, request: Request) -> Ticket:
         """A request that can be served, made ready."""
+        if not isinstance(request, Request) or request.generate.config != self._vlm.config:
+            raise ValueError("an engine takes what `request` of its own model gives")
         if not request.single:
             raise ValueError("an engine takes one prompt at a time: submit each of the list")
         if request.generate.trace:
@@ -207,7 +209,7 @@ class Engine:
     def _enqueue(self, ticket: Ticket) -> Ticket:
         with self._changed:
             if self._closing or self.error is not None:
-                raise RuntimeError("the engine is closed")
+                raise RuntimeError("the engine is closed") from self.error
             if len(self._waiting) >= self._most_waiting:
                 raise QueueFull(f"{self._most_waiting} requests wait already: try again later")
             self._waiting.append(ticket)
@@ -376,8 +378,11 @@ def _methods(
     vlm: VLM, methods: Sequence[CacheLike], groups: Sequence[SlotGroup]
 ) -> list[CacheMethod]:
     """The methods that are served, without their budgets."""
-    if isinstance(methods, str) or not methods or not groups:
-        raise ValueError("an engine has a list of methods and of slot groups, at least one each")
+    lists = all(isinstance(each, Sequence) and each for each in (methods, groups))
+    if not lists or isinstance(methods, str) or not all(isinstance(x, SlotGroup) for x in groups):
+        raise ValueError(
+            "an engine has a list of methods and one of `SlotGroup`, at least one each"
+        )
     own = (as_method(each).for_model(vlm.config.text, vlm.tsa_layers) for each in methods)
     made = list(dict.fromkeys(map(_kind, own)))
     [quantizer, *others] = {method.quantize for method in made}
