@@ -19,6 +19,7 @@ from vlcache_jax.models.families import init_params
 from vlcache_jax.requests.detokenize import Detokenizer
 from vlcache_jax.running.parts import Runner
 from vlcache_jax.serving import Engine, QueueFull, SlotGroup
+from vlcache_jax.serving.slots import Slots
 from vlcache_jax.streaming import Written
 
 CONFIG = tiny_config("llava_next")
@@ -324,28 +325,36 @@ def test_bad_slots(arguments):
 # The queue and the end
 
 
-def test_a_full_queue_refuses_and_the_end_answers_or_drops(vlm):
-    request = vlm.request(text="a", max_new_tokens=9)
-    for drain in (True, False):
-        engine = Engine(vlm, ["full"], [SlotGroup(1, 9, 1.0)], prompt_rows=T, queue=2)
-        with pytest.raises(RuntimeError, match="call warm_up"):
-            engine.submit(request)
-        engine.warm_up()
-        tickets = []
+@pytest.mark.parametrize("end", ["drain", "drop", "device"])
+def test_a_full_queue_refuses_and_the_end_answers_or_drops(vlm, end, monkeypatch):
+    request, tickets = vlm.request(text="a", max_new_tokens=9), []
+    engine = Engine(vlm, ["full"], [SlotGroup(1, 9, 1.0)], prompt_rows=T, queue=2)
+    with pytest.raises(RuntimeError, match="call warm_up"):
+        engine.submit(request)
+    engine.warm_up()
 
-        def fill(engine=engine, tickets=tickets):
-            while True:
-                tickets.append(engine.submit(request))
+    def fill():
+        while True:
+            tickets.append(engine.submit(request))
 
-        with pytest.raises(QueueFull, match="2 requests wait"):
-            fill()
-        engine.close(drain=drain)
-        done = [ticket for ticket in tickets if ticket.done]
-        assert len(done) == len(tickets)
-        if drain:
-            assert len({ticket.answer.text for ticket in tickets}) == 1
-        else:
-            with pytest.raises(RuntimeError, match="closed"):
-                _ = tickets[-1].answer
+    def broken(*_):
+        raise OSError("gone")
+
+    with pytest.raises(QueueFull, match="2 requests wait"):
+        fill()
+    if end == "device":  # not even new slots can be made
+        monkeypatch.setattr(Slots, "decode", broken)
+        monkeypatch.setattr(Slots, "clear", broken)
+        for ticket in tickets[-2:]:
+            with pytest.raises(RuntimeError, match=r"closed|device"):
+                _ = ticket.answer
+        assert isinstance(engine.error, OSError)
+    engine.close(drain=end == "drain")
+    assert all(ticket.done for ticket in tickets)
+    if end == "drain":
+        assert len({ticket.answer.text for ticket in tickets}) == 1
+    else:
         with pytest.raises(RuntimeError, match="closed"):
-            engine.submit(request)
+            _ = tickets[-1].answer
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(request)
