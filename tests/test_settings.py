@@ -143,10 +143,10 @@ def test_a_list_is_part_of_a_programs_key(model_dir):
     vlm.stop_ids = untyped([2])  # as a user sets it
     ask = {"text": "a b c", "max_new_tokens": 3, "stop": ["x"]}
     listed = vlm.generate(**ask, cache=VLCache(0.4, quantize=AKVQ(tsa_layers=[0])))
-    known = len(vlm._programs)
+    known = len(vlm.programs)
     again = vlm.generate(**ask, cache=VLCache(0.4, quantize=AKVQ(tsa_layers=(0,))))
     assert listed.tokens == again.tokens
-    assert len(vlm._programs) == known
+    assert len(vlm.programs) == known
 
 
 @pytest.mark.parametrize(

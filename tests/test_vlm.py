@@ -167,7 +167,7 @@ def test_dtype_is_that_of_parameters_and_cache(model_dir):
 def test_a_hundred_pictures_compile_one_program_per_bucket(vlm, compilations):
     rng = np.random.default_rng(0)
     sizes = rng.integers(32, 2000, (100, 2))
-    vlm._programs = Programs()
+    vlm.programs = Programs()
     compilations.clear()
     buckets, real_rows, rows = set(), 0, 0
     for width, height in sizes:

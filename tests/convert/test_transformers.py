@@ -111,6 +111,6 @@ def test_every_spelling_and_the_conversion_generate_the_same_tokens(tmp_path):
     for path in directories:
         vlm = vlcache_jax.load(path)
         vlm.stop_ids = ()
-        vlm._programs = programs  # the models are equal but for their parameters: compiled once
+        vlm.programs = programs  # the models are equal but for their parameters: compiled once
         answer = vlm.generate(image, prompt, max_new_tokens=32, raw_prompt=True)
         assert answer.tokens == expected, path
