@@ -27,7 +27,7 @@ from benchmarks.accuracy.report import (
 from benchmarks.accuracy.tasks import VARIANTS
 from benchmarks.documents import panels, table
 from vlcache_jax.cache.allocate import Sparsity, Uniform
-from vlcache_jax.cache.budget import POOL_SHARES, Prompt
+from vlcache_jax.cache.budget import POOL_SHARES, Budget, Prompt
 from vlcache_jax.cache.method import AnyPool, CacheMethod, Observation, Plan
 from vlcache_jax.cache.methods import Custom, VLCache, as_method, make_method
 from vlcache_jax.cache.quantizers import make_quantizer
@@ -104,10 +104,17 @@ class OneLayer(Custom):
         return replace(plan, budgets=jnp.where(own, plan.budgets, prompt.length[:, None]))
 
     def build(
-        self, k: jax.Array, v: jax.Array, plan: Plan, prompt: Prompt, new_rows: int = 0
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        plan: Plan,
+        prompt: Prompt,
+        new_rows: int = 0,
+        room: Budget | None = None,
     ) -> AnyPool:
-        """As of a budget whose pool has room for every row."""
-        return Custom(POOL_SHARES[-1]).build(k, v, plan, prompt, new_rows)
+        """With room for every row."""
+        room = room or Budget.parse(POOL_SHARES[-1])
+        return super().build(k, v, plan, prompt, new_rows, room)
 
 
 def _single_layers(budget: float, layers: int) -> Mapping[str, CacheMethod]:
