@@ -40,7 +40,6 @@ THINNED = {
     "tests/running/test_parts.py::test_chunks_are_the_whole_prompt": 4,
     "tests/running/test_quantized_generate.py::test_new_tokens_are_packed_too": 3,
     "tests/sessions/test_session.py::test_a_question_is_answered_as_by_a_whole_prompt": 4,
-    "tests/sessions/test_session.py::test_so_it_is_of_every_family": 4,
     "tests/sessions/test_session.py::test_so_it_is_with_other_widths_and_budgets": 3,
     "tests/test_mutations_config.py::test_a_changed_file_is_answered_or_refused_in_one_line": 7,
     "tests/test_mutations_input.py::test_a_changed_picture_is_answered_or_refused_in_one_line": 4,

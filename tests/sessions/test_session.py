@@ -67,6 +67,7 @@ def test_so_it_is_with_other_widths_and_budgets(session, vlm, cache):
     check(session, vlm, cache, QUESTIONS[:2], images=picture(70, 40))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["onevision_dir", "qwen_dir", "qwen3_dir", "text_dir"])
 def test_so_it_is_of_every_family(family, request):
     vlm = loaded(request.getfixturevalue(family))
