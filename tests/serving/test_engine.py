@@ -42,8 +42,8 @@ class Scale(NamedTuple):
         return SlotGroup(4, 9, 0.2), SlotGroup(16, self.longest, 1.0)
 
 
-SHORT = Scale(("full", "vl-cache", "snapkv"), 60, 30, 33, 3)
-WHOLE = Scale(("full", "vl-cache", "snapkv", "h2o", "consensus"), 200, 500, 129, 8)
+SHORT = Scale(("full", "vl-cache", "snapkv"), 60, 30, 33, 1)
+WHOLE = Scale(("full", "vl-cache", "snapkv", "h2o", "consensus"), 200, 500, 129, 6)
 
 
 def model(config=CONFIG, stop_ids=(33,), **options):
