@@ -245,7 +245,8 @@ def test_a_saved_session_goes_on(vlm, tmp_path, store):
     opened = vlm.open_session(tmp_path / "s.safetensors")
     assert opened.messages == session.messages
     assert opened.bytes == session.bytes
-    for cache in ("consensus", "h2o", "tgv-kv"):  # remembered, not yet, and of the whole prompt
+    # Remembered, not yet, of the whole prompt, and by parameters with a transform.
+    for cache in ("consensus", "h2o", "tgv-kv", VLCache(0.3, quantize=AKVQ(pivots=3))):
         one, other = (each.fork().ask("who?", cache=cache, **SHORT) for each in (session, opened))
         assert one.tokens == other.tokens
 

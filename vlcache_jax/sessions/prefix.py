@@ -107,6 +107,7 @@ class Prefix:
         self.subject = {"images": state["shown"], "context": state["context"]}
         self._begin()
         self.all_rows = rows
+        self._tables = next((each.tables for each in rows.values()), ())
         return self
 
     def _begin(self) -> None:
@@ -122,7 +123,6 @@ class Prefix:
         # One row of text stands behind it, as of every question: what is in front of it is known.
         end = np.array([self.length + 1], np.int32)
         self.inputs = inputs.padded(total, end)
-        self._tables = next((rows.tables for rows in self.all_rows.values()), ())
         self.all_rows.clear()
 
     def serves(self, cache: CacheMethod, inputs: ModelInputs) -> bool:
