@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import jax
 import numpy as np
@@ -27,11 +27,11 @@ from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.sampling import Sampling
 from vlcache_jax.sessions.prefix import Prefix
 from vlcache_jax.sessions.saved import open_saved
-from vlcache_jax.sessions.session import Session, SessionOptions
+from vlcache_jax.sessions.session import AskOptions, Session, SessionOptions
 from vlcache_jax.streaming import Progress, Request, Stream
 
 
-class Options(TypedDict, total=False):
+class Options(AskOptions, total=False):
     """Options of `VLM.generate` and `VLM.stream`; all may be left out.
 
     None of them but `cache`, `trace` and `raw_prompt` is part of a compiled program; of `cache`,
@@ -72,17 +72,8 @@ class Options(TypedDict, total=False):
     videos: Videos | Sequence[Videos]
     frames: int | None
     context: Contexts
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float
-    seed: int
-    stop: str | Sequence[str]
     raw_prompt: bool
-    cache: CacheLike
-    trace: bool
     prefill_batch: int | None
-    prefill_chunk: int | None
 
 
 class VLM:

@@ -121,21 +121,22 @@ class Run:
         for index, group in enumerate(self._groups):
             # The repeated prompts that fill up the last group are written where the last one is.
             rows = np.minimum(np.arange(size, dtype=np.int32) + index * size, batch - 1)
-            settings, inputs = self._settings.rows(rows), jax.device_put(group)
+            settings = self._settings.rows(rows)
             if self._prefix is not None:
                 token, pool, trace = self._behind(self._prefix, group, settings)
-            elif len(self._groups) == 1:
-                prefilled, token = self._prefill(group, inputs, settings)
-                donate = (0,) if self._stages.keeps_prefill else ()
-                args = prefilled, inputs, settings
-                pool, trace = self._do("build_cache", *args, donate=donate)
             else:
+                inputs = jax.device_put(group)
                 prefilled, token = self._prefill(group, inputs, settings)
-                if not index:
-                    stages = self._stages.program("empty_pool", self._rows)
-                    pool = stages.empty_pool(batch, self._rows, dtype)
-                pool, trace = self._do("build_into", pool, rows, prefilled, inputs, settings)
-            prefilled = None  # the next group's takes its place
+                if len(self._groups) == 1:
+                    donate = (0,) if self._stages.keeps_prefill else ()
+                    args = prefilled, inputs, settings
+                    pool, trace = self._do("build_cache", *args, donate=donate)
+                else:
+                    if not index:
+                        stages = self._stages.program("empty_pool", self._rows)
+                        pool = stages.empty_pool(batch, self._rows, dtype)
+                    pool, trace = self._do("build_into", pool, rows, prefilled, inputs, settings)
+                del prefilled  # the next group's takes its place
             tokens[rows], positions[rows] = token, group.next_position()
             self.traces.append(jax.device_get(trace))
         self.pool: AnyPool = pool
@@ -156,7 +157,7 @@ class Run:
         together = None if self._chunk is None else reach(self._stages.cache, group)
         if self._chunk is None or together is None:
             return self._do("prefill", self._params, inputs, settings)
-        rows = Rows.none(self._runner, self._params, group)
+        rows = Rows.none(self._runner, self._params, inputs)
         return rows.finish(self._runner, self._params, group, settings, self._chunk, together)
 
     def _behind(

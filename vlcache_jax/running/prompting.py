@@ -211,16 +211,9 @@ class Prompting:
     ) -> tuple[Prefill, jax.Array]:
         """`extend` by the last rows of the prompts, up to their ends: then `prefill` is done.
 
-        Args:
-            params: parameters.
-            tables: what was seen of the pictures.
-            inputs: the whole prompts; their tiles are not looked at.
-            buffers: keys and values of the rows before; donate them.
-            memory: what those left behind besides, of the method's `continued`.
-            start: position of the first row of each sequence, int32 [B], not behind the last rows
-                that the method has to see together (`CacheMethod.reach`).
-            settings: what is asked of each sequence.
-            rows: static: how many rows are run.
+        The arguments are those of `extend`; `memory` is of the method's `continued`, and no row
+        that the method has to see together with the last ones (`CacheMethod.reach`) is in front of
+        `start`.
 
         Returns:
             As `prefill`.

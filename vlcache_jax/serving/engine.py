@@ -249,7 +249,7 @@ class Engine:
             into = partial(group.admit, runner, 0, inputs, self._settings)
             drained(self._prompts.run(runner, inputs, self._settings, into, width))
 
-    # The thread
+    # The thread. Whatever a request or the device raises ends what it belongs to, nothing else.
 
     def _serve(self) -> None:
         try:

@@ -80,7 +80,7 @@ def open_saved(vlm: "VLM", path: str | Path) -> tuple[Prefix, list[dict[str, Any
             found = opened.metadata() or {}
             if "session" not in found:
                 raise ValueError(f"{short(file)} is no session: `Session.save` writes them")
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{short(file)} cannot be read: {reason(error)}") from error
     if found.get("sum") != _sum(arrays, found["session"]):

@@ -47,7 +47,9 @@ class SessionOptions(TypedDict, total=False):
 
 
 class AskOptions(TypedDict, total=False):
-    """Options of `Session.ask` and `Session.stream`; those of `VLM.generate` by the same names."""
+    """Options of `Session.ask` and `Session.stream`; what they mean is told by `VLM.generate`'s
+    (`vlm.Options`), which has them too.
+    """
 
     max_new_tokens: int
     temperature: float
