@@ -58,6 +58,12 @@ class Written:
         self.tokens: list[int] = []
         self.text = ""
 
+    @classmethod
+    def of(cls, vlm: "VLM", request: Request) -> "Written":
+        """The beginning of an answer to a request."""
+        least = request.generate.min_new_tokens
+        return cls(vlm.processor.detokenizer(request.stop, least=least))
+
     @property
     def stopped(self) -> bool:
         """Whether a stop text has appeared."""
@@ -125,9 +131,12 @@ class Written:
             tail_rows=stages.tail_rows,
             reserved_rows=stages.reserved_rows,
         )
+        tokens = self.tokens[: self._words.count]
+        full = len(tokens) == request.generate.max_new_tokens and not self.stopped
         return Answer(
             text=self.text,
-            tokens=self.tokens[: self._words.count],
+            tokens=tokens,
+            finish_reason="length" if full else "stop",
             prompt_tokens=length,
             visual_tokens=int(visual.sum()),
             context_tokens=int(context.sum()),
@@ -157,7 +166,7 @@ class Progress:
         own = request.groups, settings, request.chunk, prefix
         self._run = Run(vlm.programs, params, generate.stages, *own)
         batch = range(len(settings.max_new_tokens))
-        self._written = [Written(vlm.processor.detokenizer(request.stop)) for _ in batch]
+        self._written = [Written.of(vlm, request) for _ in batch]
 
     def pieces(self) -> Iterator[list[str]]:
         """Run it to the end: for each answer the text that a chunk has added."""

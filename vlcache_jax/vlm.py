@@ -55,6 +55,9 @@ class Options(AskOptions, total=False):
         seed: of the draws, 0 by default. What is drawn depends on it, on the number of the text in
             the call and on the token's number, on nothing else.
         stop: texts that end an answer, which ends in front of the first of them.
+        min_new_tokens: before an answer has so many tokens, no stop token and no stop text ends it;
+            0 by default. A stop token among them is a token like others.
+        ignore_eos: no stop token ends an answer, as measurements of speed want it.
         raw_prompt: take the text as it is, without the chat template.
         cache: what is kept of the prompt's keys and values, `VLCache(budget=0.1)` for instance;
             by default what the model was loaded with, else everything. A quantizer alone, `AKVQ()`,
@@ -72,6 +75,8 @@ class Options(AskOptions, total=False):
     videos: Videos | Sequence[Videos]
     frames: int | None
     context: Contexts
+    min_new_tokens: int
+    ignore_eos: bool
     raw_prompt: bool
     prefill_batch: int | None
 
@@ -292,6 +297,8 @@ class VLM:
         top_p: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        min_new_tokens: int = 0,
+        ignore_eos: bool = False,
         raw_prompt: bool = False,
         cache: CacheLike = None,
         trace: bool = False,
@@ -318,9 +325,10 @@ class VLM:
             ),
             max_new_tokens,
             Sampling(temperature, top_k, top_p),
-            self.stop_ids,
+            () if ignore_eos else self.stop_ids,
             backend=self.backend,
             trace=trace,
+            min_new_tokens=min_new_tokens,
         )
         groups = self.processor.groups(
             images,

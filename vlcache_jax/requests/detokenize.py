@@ -26,6 +26,7 @@ class Detokenizer:
         decode: token ids to text, special tokens left out or not.
         stop: a string that ends the text, or several. The text ends in front of the one that is
             complete first; of two that are so at once, in front of the longer.
+        least: tokens that the text has at least: before these no stop string is looked for.
         lookahead: last characters of a text that `decode` may change once more follows; 0 unless
             it cleans the text up.
 
@@ -42,12 +43,13 @@ class Detokenizer:
         decode: Callable[[list[int]], str],
         stop: str | Sequence[str] = (),
         *,
+        least: int = 0,
         lookahead: int = 0,
     ):
         self.stopped = False
         self.count = 0
         self._decode = decode
-        self._stop = check_stop(stop)
+        self._stop, self._least = check_stop(stop), least
         self._lookahead = lookahead
         self._context: list[int] = []  # settled tokens that the next ones are decoded behind
         self._before = ""  # their text
@@ -149,6 +151,8 @@ class Detokenizer:
     def _until_stop(self, settled: str) -> str:
         """What may be given out of settled text: nothing that is, or may become, a stop string."""
         text = self._tail + settled
+        if self.count < self._least:
+            return text
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._tail = True, ""

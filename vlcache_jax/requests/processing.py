@@ -87,12 +87,13 @@ class Processor:
         return "".join(self.detokenizer().split(np.asarray(token_ids).ravel()))
 
     def detokenizer(
-        self, stop: str | Sequence[str] = (), *, special_tokens: bool = False
+        self, stop: str | Sequence[str] = (), *, least: int = 0, special_tokens: bool = False
     ) -> Detokenizer:
         """What makes the tokens of one answer text while they are drawn.
 
         Args:
             stop: a string that ends the text in front of it, or several.
+            least: tokens before which no such string is looked for.
             special_tokens: whether special tokens are written; left out by default.
 
         Raises:
@@ -103,7 +104,7 @@ class Processor:
         pairs = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
         cleans = tokenizer.clean_up_tokenization_spaces and not pairs
         decode = partial(tokenizer.decode, skip_special_tokens=not special_tokens)
-        return Detokenizer(decode, stop, lookahead=CLEANED if cleans else 0)
+        return Detokenizer(decode, stop, least=least, lookahead=CLEANED if cleans else 0)
 
     def __call__(
         self,

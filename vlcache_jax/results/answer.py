@@ -18,6 +18,8 @@ class Answer:
     Attributes:
         text: the decoded answer.
         tokens: its token ids, without the stop token.
+        finish_reason: "stop" where a stop token or text has ended it, "length" where it has as many
+            tokens as it may.
         prompt_tokens: true length of the prompt, visual tokens included.
         visual_tokens: visual tokens among them.
         context_tokens: tokens of the context among them.
@@ -28,6 +30,7 @@ class Answer:
 
     text: str
     tokens: list[int]
+    finish_reason: str
     prompt_tokens: int
     visual_tokens: int
     context_tokens: int

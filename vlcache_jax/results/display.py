@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def answer_facts(answer: Answer) -> dict[str, Any]:
     """An answer as plain values."""
-    counts = ("text", "tokens", "prompt_tokens", "visual_tokens", "context_tokens")
+    counts = ("text", "tokens", "finish_reason", "prompt_tokens", "visual_tokens", "context_tokens")
     times = ("compile_s", "prefill_s", "decode_s", "decode_tokens_per_s")
     return {
         **{name: getattr(answer, name) for name in counts},

@@ -50,10 +50,12 @@ class Generate:
         backend: "triton", "cudnn", "xla", or None for the best that supports the case. "cudnn" is
             for the attention of the prefill; elsewhere it means None.
         trace: also tell what was kept and why, at the cost of one decode step on the full cache.
+        min_new_tokens: before it has so many tokens no stop token ends an answer.
 
     Raises:
         ValueError: `max_new_tokens` or `chunk` is no whole number from 1 on, a stop token none from
-            0 on, there is no such backend, or the model cannot take the cache's settings.
+            0 on, `min_new_tokens` none from 0 to `max_new_tokens`, there is no such backend, or the
+            model cannot take the cache's settings.
     """
 
     config: ModelConfig
@@ -64,10 +66,16 @@ class Generate:
     chunk: int = CHUNK
     backend: str | None = None
     trace: bool = False
+    min_new_tokens: int = 0
 
     def __post_init__(self):
         for name in ("max_new_tokens", "chunk"):
             object.__setattr__(self, name, whole_number(getattr(self, name), name, 1))
+        least = whole_number(self.min_new_tokens, "min_new_tokens", 0)
+        if least > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={least} is above max_new_tokens={self.max_new_tokens}"
+            )
         object.__setattr__(self, "stop_ids", whole_numbers(self.stop_ids, "stop_ids"))
         check_backend(self.backend)
         object.__setattr__(self, "cache", as_method(self.cache).for_model(self.config.text))
@@ -113,7 +121,7 @@ class Generate:
         """
         requests = np.arange(batch, dtype=np.int32)
         own = self.cache.limit, self.sampling, self.stop_ids, self.max_new_tokens
-        return Settings.of(*own, seed=seed, requests=requests)
+        return Settings.of(*own, min_new_tokens=self.min_new_tokens, seed=seed, requests=requests)
 
     def __call__(self, params: Params, inputs: ModelInputs, rng: jax.Array) -> GenerateOutput:
         """Answer a batch of prompts: a pure function, for `jax.jit` to compile whole.

@@ -39,6 +39,7 @@ DONATED = {
     "admit": (0,),
     "spill": (0, 1),
     "decode_chunk": (2,),
+    "decode_chunk_told": (2,),
 }
 """Arguments of the stages that are written in place."""
 

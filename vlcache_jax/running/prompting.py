@@ -345,11 +345,12 @@ class Prompting:
         """What prompts leave behind and their first tokens, by hidden states and the last row."""
         x, buffers = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], _readable(buffers)
         uniform = settings.draws.uniform(jnp.zeros((len(x),), jnp.int32))
-        token = settings.draws.sample(model.logits(x), uniform, self.cache_backend)
+        logits = model.logits(x)
+        token = settings.draws.sample(logits, uniform, self.cache_backend)
         attention = None
         if self.trace:
             attention = self._first_attention(model, buffers, inputs, settings, token)
-        return Prefill(*buffers, Observation.stack(seen), attention), token
+        return Prefill(*buffers, Observation.stack(seen), logits, attention), token
 
     def _first_attention(
         self,

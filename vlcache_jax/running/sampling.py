@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,3 +115,25 @@ class Draws:
         """
         settings = self.temperature, self.top_k, self.top_p
         return sample_tokens(logits, *settings, uniform, backend=backend)
+
+
+class Logprobs(NamedTuple):
+    """How likely tokens were: logarithms of the model's probabilities, whatever draws from them.
+
+    Attributes:
+        drawn: of the token that was drawn, float32 [B].
+        ids: the likeliest tokens, the first one first, int32 [B, n].
+        values: theirs, float32 [B, n].
+    """
+
+    drawn: Any
+    ids: Any
+    values: Any
+
+    @classmethod
+    def of(cls, logits: jax.Array, token: jax.Array, most: int) -> "Logprobs":
+        """Of logits, float32 [B, V], and the tokens drawn from them, int32 [B]."""
+        logprobs = jax.nn.log_softmax(logits)
+        values, ids = jax.lax.top_k(logprobs, min(most, logits.shape[-1]))
+        drawn = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+        return cls(drawn, ids, values)

@@ -25,12 +25,14 @@ class Settings:
         draws: how their tokens are drawn.
         stop_ids: tokens that end an answer, int32 [B, S]; -1 where there are fewer.
         max_new_tokens: most tokens of an answer, int32 [B].
+        min_new_tokens: before it has so many tokens no stop token ends an answer, int32 [B].
     """
 
     limits: Limits
     draws: Draws
     stop_ids: Any
     max_new_tokens: Any
+    min_new_tokens: Any
 
     @classmethod
     def of(
@@ -40,6 +42,7 @@ class Settings:
         stop_ids: Sequence[int],
         max_new_tokens: int,
         *,
+        min_new_tokens: int = 0,
         seed: Any = 0,
         requests: Any,
     ) -> "Settings":
@@ -50,6 +53,7 @@ class Settings:
             sampling: how a token is drawn.
             stop_ids: tokens that end an answer.
             max_new_tokens: most tokens of an answer.
+            min_new_tokens: before it has so many tokens no stop token ends an answer.
             seed: of the draws, an integer.
             requests: the number by which each sequence draws, int32 [B].
         """
@@ -61,6 +65,7 @@ class Settings:
             Draws.of(sampling, seed, requests),
             stops,
             np.full(batch, max_new_tokens, np.int32),
+            np.full(batch, min_new_tokens, np.int32),
         )
 
     def rows(self, rows: np.ndarray) -> "Settings":

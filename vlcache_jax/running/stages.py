@@ -8,6 +8,7 @@ A stage takes what is asked of each sequence as data (`Settings`). What its prog
 besides the shapes of its arguments is `Stages.program`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from vlcache_jax.models.llama import Attend, rope_table
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.layers import attend_cache, run_token
 from vlcache_jax.running.prompting import Prompting
+from vlcache_jax.running.sampling import Logprobs
 from vlcache_jax.running.settings import Settings
 from vlcache_jax.running.state import DecodeState, Prefill
 
@@ -78,7 +80,8 @@ class Stages(Prompting):
 
         Args:
             stage: name of the function: "prefill", "see", "extend", "finish", "build_cache",
-                "build_into", "empty_pool", "start", "admit", "spill" or "decode_chunk".
+                "build_into", "empty_pool", "start", "admit", "spill", "decode_chunk" or
+                "decode_chunk_told".
             prompt_rows: the prompts' bucket, T.
         """
         cache, config, backend = self.cache, self.config, self.backend
@@ -231,6 +234,31 @@ class Stages(Prompting):
         Raises:
             ValueError: the tail has fewer rows than that.
         """
+        state, [tokens] = self._decode(params, pool, state, lambda logits, token: (token,))
+        return state, tokens
+
+    def decode_chunk_told(
+        self, params: Params, pool: AnyPool, state: DecodeState, *, most: int
+    ) -> tuple[DecodeState, jax.Array, Logprobs]:
+        """`decode_chunk`, and how likely its tokens were: arrays [B, chunk_steps, ...].
+
+        Static: `most` of the likeliest tokens are told at each step.
+        """
+
+        def tell(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, ...]:
+            return token, *Logprobs.of(logits, token, most)
+
+        state, [tokens, *told] = self._decode(params, pool, state, tell)
+        return state, tokens, Logprobs(*told)
+
+    def _decode(
+        self,
+        params: Params,
+        pool: AnyPool,
+        state: DecodeState,
+        tell: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
+    ) -> tuple[DecodeState, tuple[jax.Array, ...]]:
+        """A chunk of steps, and what `tell` makes of each one's logits [B, V] and tokens [B]."""
         steps, room = self.chunk_steps, state.tail.k[0].shape[2]
         if steps > room:
             raise ValueError(f"a chunk of {steps} steps does not fit into a tail of {room} rows")
@@ -242,17 +270,24 @@ class Stages(Prompting):
         uniforms = jax.vmap(state.settings.draws.uniform, 1, 1)(state.step[:, None] + column)
 
         def step(
-            index: jax.Array, carry: tuple[DecodeState, jax.Array]
-        ) -> tuple[DecodeState, jax.Array]:
-            state, tokens = carry
+            index: jax.Array, carry: tuple[DecodeState, tuple[jax.Array, ...]]
+        ) -> tuple[DecodeState, tuple[jax.Array, ...]]:
+            state, told = carry
             uniform = jnp.sum(jnp.where(column == index, uniforms, 0), axis=1)
-            state = self.decode_step(params, pool, state, segments, uniform)[0]
+            state, logits = self.decode_step(params, pool, state, segments, uniform)
+
             # Not an update at `index`, nor a scan's output: on a GPU these are a copy to an address
             # that the host has to work out, which keeps the step from being one command buffer.
-            return state, jnp.where(column == index, state.token[:, None], tokens)
+            def put(all_steps: jax.Array, new: jax.Array) -> jax.Array:
+                here = (column == index).reshape(steps, *[1] * (new.ndim - 1))
+                return jnp.where(here, new[:, None], all_steps)
 
-        tokens = jnp.zeros((state.token.shape[0], steps), jnp.int32)
-        return lax.fori_loop(0, steps, step, (state, tokens))
+            return state, jax.tree.map(put, told, tell(logits, state.token))
+
+        logits = jax.ShapeDtypeStruct((len(state.token), self.config.text.vocab_size), jnp.float32)
+        shapes = jax.eval_shape(tell, logits, state.token)
+        told = jax.tree.map(lambda x: jnp.zeros((len(x), steps, *x.shape[1:]), x.dtype), shapes)
+        return lax.fori_loop(0, steps, step, (state, told))
 
     def decode_step(
         self,
@@ -295,7 +330,7 @@ class Stages(Prompting):
         """The state behind a token that was drawn."""
         settings = state.settings
         stops = jnp.any(token[:, None] == settings.stop_ids, axis=-1)
-        ended = state.done | stops
+        ended = state.done | (stops & (state.count >= settings.min_new_tokens))
         count = state.count + jnp.where(ended, 0, 1)
         return replace(
             state,

@@ -48,12 +48,14 @@ class Prefill:
         k: keys of all layers after RoPE, [B, K, >= L * T, H]; layer l at rows l * T.
         v: values of all layers, [B, K, >= L * T, H].
         seen: what the cache method saw of the layers.
+        logits: of the first token, float32 [B, V].
         attention: what the first decoded token attends to, float32 [B, L, K, T], where traced.
     """
 
     k: jax.Array
     v: jax.Array
     seen: Observation
+    logits: jax.Array
     attention: jax.Array | None
 
 
