@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from vlcache_jax.cache.method import CacheMethod
@@ -22,10 +23,13 @@ from vlcache_jax.requests.buckets import bucket_for
 from vlcache_jax.running.generate import CHUNK, Generate
 from vlcache_jax.running.parts import Runner, drained
 from vlcache_jax.running.programs import Programs
+from vlcache_jax.running.sampling import Logprobs
+from vlcache_jax.running.state import Prefill
+from vlcache_jax.serving.prefixes import NO_KEYS, Prefixes, keys_of
 from vlcache_jax.serving.prompts import Prompts
 from vlcache_jax.serving.slots import SlotGroup, Slots
-from vlcache_jax.serving.ticket import QueueFull, Ticket
-from vlcache_jax.streaming import Request
+from vlcache_jax.serving.ticket import Notify, QueueFull, Ticket, nothing
+from vlcache_jax.streaming import Request, Written
 from vlcache_jax.vlm import VLM
 
 METHODS = ("full", "vl-cache", "snapkv", "h2o", "consensus")
@@ -69,6 +73,9 @@ class Engine:
             see more of them together (`CacheMethod.reach`) runs those at once; "h2o" all of them.
         chunk: most decode steps between two looks at the queue.
         queue: requests that may wait for a slot.
+        logprobs: most tokens that a request may ask the probabilities of, at each step.
+        prefix_bytes: what may be kept of prompts, for others that begin as they do.
+        prefix_store: where that lies, "device" or "host".
 
     Attributes:
         rows: the prompts' bucket, T.
@@ -92,6 +99,9 @@ class Engine:
         prefill_chunk: int = 512,
         chunk: int = CHUNK,
         queue: int = 64,
+        logprobs: int = 0,
+        prefix_bytes: int = 0,
+        prefix_store: str = "device",
     ):
         self._vlm, text, buckets = vlm, vlm.config.text, vlm.processor.buckets
         wanted = min(whole_number(prompt_rows, "prompt_rows", 1), text.max_positions)
@@ -99,10 +109,12 @@ class Engine:
         whole_number(prefill_chunk, "prefill_chunk", 1)
         whole_number(chunk, "chunk", 1)
         self._most_waiting = whole_number(queue, "queue", 1)
+        self.logprobs = whole_number(logprobs, "logprobs", 0)
         self._methods = _methods(vlm, methods, groups)
         self._params = vlm.folded if self._methods[0].transforms else vlm.params
         self._programs = Programs(ALL_PROGRAMS)
-        self._prompts = Prompts(vlm, self._params, self.rows, prefill_chunk)
+        own = self._programs, text.num_layers, self.rows, prefix_bytes, prefix_store
+        self._prompts = Prompts(vlm, self._params, self.rows, prefill_chunk, Prefixes(*own))
         self._settings = vlm.request(text="a", raw_prompt=True).settings  # of the warm-up
         order = sorted(groups, key=lambda each: (each.new_tokens, each.room.layer_rows(self.rows)))
         self.groups = [self._slots(group, chunk) for group in order]
@@ -134,15 +146,21 @@ class Engine:
         # What is no program of a stage is compiled where it is met first: by a request of each.
         for method in self._methods:
             request = self._vlm.request(text="a", cache=method, max_new_tokens=1, raw_prompt=True)
-            _ = self._enqueue(self._ticket(request)).answer
+            _ = self._enqueue(self._ticket(request, self.logprobs)).answer
         progress("", len(steps), len(steps))
         self.ready = True
 
-    def submit(self, request: Request) -> Ticket:
+    def submit(
+        self, request: Request, *, logprobs: int | None = None, notify: Notify = nothing
+    ) -> Ticket:
         """Put a request in the queue.
 
         Args:
             request: of `VLM.request`, of one prompt.
+            logprobs: how many of the likeliest tokens are told at each step, beside the one that
+                was drawn; None for neither.
+            notify: called in the engine's thread whenever there is more of the answer, and at its
+                end.
 
         Raises:
             ValueError: it is one that this engine does not serve; the message says what it does.
@@ -152,7 +170,17 @@ class Engine:
         """
         if not self.ready:
             raise RuntimeError("the engine is not ready: call warm_up first")
-        return self._enqueue(self._ticket(request))
+        return self._enqueue(self._ticket(request, logprobs, notify))
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """What is kept of prompts."""
+        return self._prompts.prefixes
+
+    @property
+    def methods(self) -> tuple[CacheMethod, ...]:
+        """The cache methods that are served, whatever their budgets here."""
+        return tuple(self._methods)
 
     @property
     def load(self) -> Load:
@@ -180,8 +208,12 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ticket(self, request: Request) -> Ticket:
+    def _ticket(
+        self, request: Request, logprobs: int | None = None, notify: Notify = nothing
+    ) -> Ticket:
         """A request that can be served, made ready."""
+        if logprobs is not None and whole_number(logprobs, "logprobs", 0) > self.logprobs:
+            raise ValueError(f"logprobs={logprobs}: this engine tells those of {self.logprobs}")
         if not isinstance(request, Request) or request.generate.config != self._vlm.config:
             raise ValueError("an engine takes what `request` of its own model gives")
         if not request.single:
@@ -204,7 +236,8 @@ class Engine:
                 f"{cache.label} with a budget of {cache.limit} keeps of {inputs.length[0]} tokens: "
                 f"there are slots for {'; '.join(str(group.group) for group in self.groups)}"
             )
-        return Ticket(request, inputs, self._vlm.processor.detokenizer(request.stop))
+        keys = keys_of(inputs) if self.prefixes.most_bytes else NO_KEYS
+        return Ticket(request, inputs, keys, Written.of(self._vlm, request), logprobs, notify)
 
     def _enqueue(self, ticket: Ticket) -> Ticket:
         with self._changed:
@@ -233,18 +266,26 @@ class Engine:
         first = Runner(self._programs, self.groups[0].stages(self._methods[0]), dry=True)
         for inputs in self._prompts.pictures:
             yield f"{len(inputs.tiles)} tiles", partial(self._prompts.see, first, inputs)
+        if self.prefixes.most_bytes:
+            yield "prefixes", lambda: self.prefixes.warm_up(self._prompts.empty_buffers(first))
         for method in self._methods:
             yield method.label, partial(self._compile_prompt, method)
         for group in self.groups:
-            yield f"decoding with {group.group}", partial(group.decode, self._params, dry=True)
+            for told in dict.fromkeys((0, self.logprobs)):
+                decode = partial(group.decode, self._params, told, dry=True)
+                yield f"decoding with {group.group}", decode
 
     def _compile_prompt(self, method: CacheMethod) -> None:
         """Compile what brings prompts of a method into a slot of each group."""
-        inputs = replace(self._prompts.text, length=np.array([self.rows], np.int32))
         widths = self._prompts.widths(method)
-        each = [(width, self.groups[0]) for width in widths]
-        for width, group in [*each, *((widths[0], group) for group in self.groups[1:])]:
+        # One of all rows has parts in front of the last, too.
+        each = [
+            (width, length, self.groups[0]) for width in widths for length in (width, self.rows)
+        ]
+        others = [(widths[0], widths[0], group) for group in self.groups[1:]]
+        for width, length, group in [*each, *others]:
             group.clear(dry=True)
+            inputs = replace(self._prompts.text, length=np.array([length], np.int32))
             runner = Runner(self._programs, group.stages(method), dry=True)
             into = partial(group.admit, runner, 0, inputs, self._settings)
             drained(self._prompts.run(runner, inputs, self._settings, into, width))
@@ -327,29 +368,48 @@ class Engine:
         ticket.begin()
         row = group.tickets.index(None)
         settings, method = ticket.request.settings, _kind(ticket.request.generate.cache)
-        runner = Runner(self._programs, group.stages(method))
-        into = partial(group.admit, runner, row, ticket.inputs, settings)
-        token = yield from self._prompts.run(runner, ticket.inputs, settings, into)
-        drawn, counts, done = group.read(token)
+        runner, told = Runner(self._programs, group.stages(method)), None
+
+        def into(prefilled: Prefill, token: jax.Array) -> None:
+            nonlocal told
+            if ticket.logprobs is not None:
+                told = _FIRST(prefilled.logits, token, self.logprobs)
+            group.admit(runner, row, ticket.inputs, settings, prefilled, token)
+
+        run = self._prompts.run(runner, ticket.inputs, settings, into, keys=ticket.keys)
+        token, ticket.cached_tokens = yield from run
+        drawn, counts, done, told = group.read((token, told))
         group.tickets[row] = ticket
-        self._deliver(group, row, ticket, drawn, counts[row], done[row])
+        # One step, as of a chunk.
+        told = jax.tree.map(lambda array: array[0][None], told)
+        self._deliver(group, row, ticket, drawn, counts[row], done[row], told)
 
     def _decode(self, group: Slots) -> None:
         """Run a chunk of decode steps for a group."""
         try:
-            tokens, counts, done = group.read(group.decode(self._params))
+            asked = any(ticket.logprobs is not None for _, ticket in group.running)
+            decoded = group.decode(self._params, self.logprobs if asked else 0)
+            tokens, counts, done, told = group.read(decoded)
         except Exception as error:
             self._fail(group, error)
             return
         for row, ticket in group.running:
-            self._deliver(group, row, ticket, tokens[row], counts[row], done[row])
+            own = jax.tree.map(lambda array, row=row: array[row], told)
+            self._deliver(group, row, ticket, tokens[row], counts[row], done[row], own)
 
     def _deliver(
-        self, group: Slots, row: int, ticket: Ticket, tokens: np.ndarray, count: int, done: bool
+        self,
+        group: Slots,
+        row: int,
+        ticket: Ticket,
+        tokens: np.ndarray,
+        count: int,
+        done: bool,
+        told: Logprobs | None,
     ) -> None:
         """Hand on what was drawn in a slot, int [steps]; one that has ended is free."""
         try:
-            ticket.take(tokens, count)
+            ticket.take(tokens, count, told)
             if done or ticket.written.stopped:
                 group.tickets[row] = None
                 stages = group.stages(ticket.request.generate.cache)
@@ -364,6 +424,9 @@ class Engine:
             group.tickets[row] = None
             ticket.fail(_caused("the device failed while the request ran", error))
         group.clear()
+
+
+_FIRST = jax.jit(Logprobs.of, static_argnums=2)
 
 
 class _Admission(NamedTuple):

@@ -22,7 +22,11 @@ from vlcache_jax.running.parts import Rows, Runner, reach
 from vlcache_jax.running.prompting import Tables
 from vlcache_jax.running.settings import Settings
 from vlcache_jax.running.state import Buffers, Prefill
+from vlcache_jax.serving.prefixes import NO_KEYS, Keys, Prefixes
 from vlcache_jax.vlm import VLM
+
+FEW = 128
+"""Rows of the smallest part of a prompt: those behind what is kept of it, or all of a short one."""
 
 Into = Callable[[Prefill, jax.Array], None]
 """Takes what a prompt leaves behind, and the first token, int32 [1]."""
@@ -36,15 +40,18 @@ class Prompts:
         params: parameters.
         rows: the prompts' bucket, T.
         chunk: rows that are run at a time.
+        prefixes: what prompts have in common.
 
     Attributes:
-        rows: as given.
+        rows, prefixes: as given.
         text: a prompt of text alone, in the bucket.
         pictures: one of each number of tiles that a prompt may have, without pixels.
     """
 
-    def __init__(self, vlm: VLM, params: Params, rows: int, chunk: int):
+    def __init__(self, vlm: VLM, params: Params, rows: int, chunk: int, prefixes: Prefixes):
         self._params, self.rows, self._chunk = params, rows, min(chunk, rows)
+        self.prefixes, self._widths = prefixes, tuple(sorted({min(FEW, self._chunk), self._chunk}))
+        self._layers = vlm.config.text.num_layers
         self._dtype = params["embed"]["embedding"].dtype
         self._buffers: Buffers | None = None
         self.pictures = [*_pictures(vlm, rows)]
@@ -83,6 +90,11 @@ class Prompts:
         rows = len(self._tables[0])
         return runner.do("see", self.rows, self._params, inputs, rows=rows)
 
+    def empty_buffers(self, runner: Runner) -> Buffers:
+        """Room for the keys and values of one prompt."""
+        empty = partial(runner.stages.empty_buffers, 1, self.rows, self._dtype)
+        return jax.eval_shape(empty) if runner.dry else empty()
+
     def run(
         self,
         runner: Runner,
@@ -90,8 +102,9 @@ class Prompts:
         settings: Settings,
         into: Into,
         together: int | None = None,
-    ) -> Generator[None, None, jax.Array]:
-        """Run a prompt: the first token, int32 [1]. It stops behind each part but the last.
+        keys: Keys = NO_KEYS,
+    ) -> Generator[None, None, tuple[jax.Array, int]]:
+        """Run a prompt. It stops behind each part but the last.
 
         Args:
             runner: of the request's stages.
@@ -99,27 +112,42 @@ class Prompts:
             settings: what is asked.
             into: called with the last part.
             together: how many last rows have to be run together; by default what the method needs.
+            keys: of the prompt's blocks.
+
+        Returns:
+            The first token, int32 [1], and how many rows were not run, as they were kept.
         """
         tables, buffers, self._buffers = self._tables, self._buffers, None
         if len(inputs.tiles):
-            tables = self.see(runner, inputs)
-            yield
+            tables = self.prefixes.tables(keys)
+            if tables is None:
+                tables = self.see(runner, inputs)
+                yield
         if buffers is None:
-            empty = partial(runner.stages.empty_buffers, 1, self.rows, self._dtype)
-            buffers = jax.eval_shape(empty) if runner.dry else empty()
-        rows, inputs = Rows(tables, self._dtype, buffers=buffers), inputs.without_tiles
-        together = together or reach(runner.stages.cache, inputs) or self.rows
-        own = self._params, inputs, settings, self._chunk, together, (self._chunk,)
+            buffers = self.empty_buffers(runner)
+        inputs, cache = inputs.without_tiles, runner.stages.cache
+        together, kept, memory = together or reach(cache, inputs) or self.rows, 0, None
+        pivots = cache.quantize is not None and cache.quantize.pivots
+        if together < self.rows and not (cache.continued or pivots):
+            # These methods remember nothing of earlier rows beside their keys and values.
+            buffers, kept = self.prefixes.fill(buffers, keys, int(inputs.length[0]) - 1)
+            salience = np.zeros((1, self._layers, self.rows), np.float32)
+            memory = {"length": np.array([kept], np.int32), "salience": salience}
+        rows = Rows(tables, self._dtype, buffers=buffers, memory=memory)
+        own = self._params, inputs, settings, self._chunk, together, self._widths
         prefilled, token = yield from rows.finishing(runner, *own)
         into(prefilled, token)
         if not runner.dry:
             self._buffers = Buffers(prefilled.k, prefilled.v)  # for the next prompt
-        return token
+            self.prefixes.keep(self._buffers, tables, keys)
+        return token, min(kept, int(inputs.length[0]) - together)
 
     def widths(self, method: CacheMethod) -> list[int]:
-        """Rows of the last part of all prompts, which a method has to see together."""
+        """Rows that the last part of a prompt can have with a method."""
         reaches = {method.reach(self.rows, last) or self.rows for last in range(-1, self.rows)}
-        return sorted({min(bucket_for(each, (self._chunk,)), self.rows) for each in reaches})
+        least = {bucket_for(each, self._widths) for each in reaches}
+        own = [width for width in self._widths if width > min(least)]
+        return sorted({min(width, self.rows) for width in (*least, *own)})
 
 
 def _pictures(vlm: VLM, rows: int) -> Iterator[ModelInputs]:

@@ -23,12 +23,15 @@ from vlcache_jax.models.families import Params
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.parts import Runner
 from vlcache_jax.running.programs import Programs
-from vlcache_jax.running.sampling import Sampling
+from vlcache_jax.running.sampling import Logprobs, Sampling
 from vlcache_jax.running.settings import Settings
 from vlcache_jax.running.stages import Stages
 from vlcache_jax.running.state import DecodeState, Prefill
 from vlcache_jax.serving.ticket import Ticket
 from vlcache_jax.streaming import Request, on_host
+
+Drawn = tuple[jax.Array, Logprobs | None]
+"""Tokens of a chunk, int32 [B, steps], and how likely they were where that is asked."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +168,28 @@ class Slots:
         own = self.state, at, token, position, settings
         self.state = runner.do("admit", self._rows, *own)
 
-    def read(self, tokens: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """On the host: tokens, how many each slot has in all, and which have ended."""
-        return jax.device_get((tokens, self.state.count, self.state.done))
+    def read(self, drawn: Drawn) -> tuple[np.ndarray, np.ndarray, np.ndarray, Logprobs | None]:
+        """On the host: tokens, how many each slot has in all, which have ended, and how likely the
+        tokens were.
+        """
+        (tokens, told), count, done = jax.device_get((drawn, self.state.count, self.state.done))
+        return tokens, count, done, told
 
-    def decode(self, params: Params, dry: bool = False) -> jax.Array:
-        """Run a chunk of decode steps: its tokens, int32 [B, steps]."""
+    def decode(self, params: Params, told: int = 0, dry: bool = False) -> Drawn:
+        """Run a chunk of decode steps.
+
+        Args:
+            params: parameters.
+            told: how many of the likeliest tokens are told of, 0 for none.
+            dry: make the program ready, and do not run it.
+        """
         # Only the host knows of stop texts and of requests that were dropped.
         self.state = replace(self.state, done=np.array([each is None for each in self.tickets]))
         runner = Runner(self._programs, self._stages, dry)
         args = params, self.pool, self.state
+        if told:
+            own = runner.do("decode_chunk_told", self._rows, *args, most=told)
+            self.state, tokens, logprobs = own
+            return tokens, logprobs
         self.state, tokens = runner.do("decode_chunk", self._rows, *args)
-        return tokens
+        return tokens, None

@@ -2,24 +2,51 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlcache_jax.cache.method import AnyPool
-from vlcache_jax.requests.detokenize import Detokenizer
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.results.answer import Answer
 from vlcache_jax.running.driver import Timings
+from vlcache_jax.running.sampling import Logprobs
 from vlcache_jax.running.stages import Stages
+from vlcache_jax.serving.prefixes import Keys
 from vlcache_jax.streaming import Request, Written
 
 if TYPE_CHECKING:
     from vlcache_jax.vlm import VLM
+
+
+Notify = Callable[[], None]
+"""Told that there is more to be read."""
+
+
+def nothing() -> None:
+    """A `Notify` of nobody."""
+
+
+@dataclass
+class Times:
+    """When what happened to a request, by `time.perf_counter`; 0 for not yet.
+
+    Attributes:
+        submitted: it came into the queue.
+        began: it was taken from there.
+        first: its first token was drawn.
+        ended: its last one was.
+    """
+
+    submitted: float
+    began: float = 0.0
+    first: float = 0.0
+    ended: float = 0.0
 
 
 class QueueFull(RuntimeError):
@@ -32,22 +59,37 @@ class Ticket(Iterator[str]):
     Args:
         request: what was asked.
         inputs: its prompt as the engine runs it.
-        words: makes its tokens text.
+        keys: of the prompt's blocks.
+        written: the answer so far; the scheduler writes it.
+        logprobs: how many of the likeliest tokens are told at each step, or None.
+        notify: called by the scheduler whenever there is more, and at the end.
 
     Attributes:
-        request: as given.
-        inputs: as given.
-        written: the answer so far; the scheduler's.
+        request, inputs, keys, written, logprobs: as given.
+        told: of each token drawn so far, how likely it was and what others were, where asked.
+        cached_tokens: tokens of the prompt that were not run, as they were kept.
         cancelled: `cancel` was called.
+        times: when it was submitted, taken from the queue, had its first token and its last.
     """
 
-    def __init__(self, request: Request, inputs: ModelInputs, words: Detokenizer):
-        self.request, self.inputs, self.written = request, inputs, Written(words)
+    def __init__(
+        self,
+        request: Request,
+        inputs: ModelInputs,
+        keys: Keys,
+        written: Written,
+        logprobs: int | None = None,
+        notify: Notify = nothing,
+    ):
+        self.request, self.inputs, self.keys, self.written = request, inputs, keys, written
+        self.logprobs, self._notify = logprobs, notify
+        self.told: list[Logprobs] = []
+        self.cached_tokens = 0
         self.cancelled = False
+        self.times = Times(time.perf_counter())
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
         self._result: Future[Answer] = Future()
         self._ended = threading.Event()  # the reader has seen the end
-        self._began = self._first = 0.0
 
     def __next__(self) -> str:
         piece = None if self._ended.is_set() else self._pieces.get()
@@ -80,12 +122,16 @@ class Ticket(Iterator[str]):
 
     def begin(self) -> None:
         """The scheduler has taken it from the queue."""
-        self._began = time.perf_counter()
+        self.times.began = time.perf_counter()
 
-    def take(self, drawn: np.ndarray, count: int) -> None:
-        """Tokens were drawn for it; see `Written.take`."""
-        self._first = self._first or time.perf_counter()
-        self._push(self.written.take(drawn, count))
+    def take(self, drawn: np.ndarray, count: int, told: Logprobs | None = None) -> None:
+        """Tokens were drawn for it, and so likely they were; see `Written.take`."""
+        self.times.first = self.times.first or time.perf_counter()
+        piece, before = self.written.take(drawn, count), len(self.told)
+        if told is not None and self.logprobs is not None:
+            steps = range(len(self.written.tokens) - before)
+            self.told += [Logprobs(*(array[step] for array in told)) for step in steps]
+        self._push(piece)
 
     def succeed(self, vlm: "VLM", pool: AnyPool, pool_bytes: int, stages: Stages) -> None:
         """It is answered: no token follows.
@@ -97,20 +143,30 @@ class Ticket(Iterator[str]):
             stages: by which it was made.
         """
         self._push(self.written.finish())
-        prefill, decode = self._first - self._began, time.perf_counter() - self._first
+        times = self.times
+        times.ended = time.perf_counter()
+        prefill, decode = times.first - times.began, times.ended - times.first
         steps = len(self.written.tokens) - 1
         speed = steps / decode if steps > 0 else None
         timings = Timings(0.0, prefill, decode, prefill + decode, speed)
         answer = self.written.answer(vlm, self.request, pool, 0, timings, stages)
         report = replace(answer.cache, allocated_bytes=pool_bytes)
-        self._result.set_result(replace(answer, cache=report))
-        self._pieces.put(None)
+        self._end(lambda: self._result.set_result(replace(answer, cache=report)))
 
     def fail(self, error: Exception) -> None:
         """It has ended without an answer."""
-        self._result.set_exception(error)
+        self._end(lambda: self._result.set_exception(error))
+
+    def _end(self, settle: Callable[[], None]) -> None:
+        settle()
         self._pieces.put(None)
+        self._tell()
+
+    def _tell(self) -> None:
+        with suppress(Exception):  # whoever listens: it is no reason to end the engine
+            self._notify()
 
     def _push(self, piece: str) -> None:
         if piece:
             self._pieces.put(piece)
+            self._tell()
