@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from pallas_kernels.backends import check_backend
 from pallas_kernels.prefill_attention.cudnn import require_gpu
 from vlcache_jax import demo
@@ -111,6 +113,24 @@ def _stop_ids(path: Path, config: ModelConfig, processor: Processor) -> tuple[in
     )
 
 
+def read_config(
+    model: str | Path, dtype: str | None = None, revision: str | None = None
+) -> tuple[ModelConfig, jnp.dtype]:
+    """A model's configuration and the type of its parameters; no weights are read.
+
+    The arguments, and what is raised, are those of `describe`.
+    """
+    return _read_config(resolve(model, weights=False, revision=revision), dtype)
+
+
+def _read_config(path: Path, dtype: str | None) -> tuple[ModelConfig, jnp.dtype]:
+    config, stored = read_model(path)
+    if dtype is None:
+        old = read_field(stored, "torch_dtype", DTYPE, "float32")
+        dtype = read_field(stored, "dtype", DTYPE, old)
+    return config, parse_dtype(dtype)
+
+
 def describe(
     model: str | Path,
     dtype: str | None = None,
@@ -142,11 +162,7 @@ def describe(
         NotImplementedError: the checkpoint describes a model that is not implemented.
     """
     path = resolve(model, weights=False, revision=revision)
-    config, stored = read_model(path)
-    if dtype is None:
-        old = read_field(stored, "torch_dtype", DTYPE, "float32")
-        dtype = read_field(stored, "dtype", DTYPE, old)
-    kind = parse_dtype(dtype)
+    config, kind = _read_config(path, dtype)
     limit = config.text.max_positions
     if context is None:
         context = max(1, min(4096, limit + 1 - new_tokens))

@@ -1,5 +1,7 @@
 """What requests have in common is run once, and changes no answer."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ def engine(vlm):
         yield engine
 
 
-def asked(text, method="vl-cache", images=SHOWN, **options):
+def asked(text, method="vl-cache", images: Any = SHOWN, **options):
     cache = make_method(method, None if method == "full" else "0.3")
     marks = "<image>" if images else ""
     own = {"raw_prompt": True, "cache": cache, "max_new_tokens": 8} | options
@@ -77,8 +79,8 @@ def test_text_alone_is_shared_up_to_a_whole_block(vlm, engine):
 
 def test_what_was_used_longest_ago_goes_first(vlm):
     most = 150_000
-    own = {"prompt_rows": T, "prefill_chunk": CHUNK, "prefix_bytes": most, "prefix_store": "host"}
-    with Engine(vlm, ["full"], GROUPS, **own) as engine:
+    own = {"prompt_rows": T, "prefill_chunk": CHUNK, "prefix_bytes": most}
+    with Engine(vlm, ["full"], GROUPS, prefix_store="host", **own) as engine:
         engine.warm_up()
         for seed in range(6):
             _ = engine.submit(vlm.request(**asked("a", "full", picture(90, 90, seed)))).answer
@@ -135,4 +137,3 @@ def test_how_likely_tokens_are(vlm, engine):
     np.testing.assert_allclose([one.drawn for one in ticket.told], want, atol=1e-4)
     with pytest.raises(ValueError, match="tells those of 3"):
         engine.submit(full, logprobs=4)
-

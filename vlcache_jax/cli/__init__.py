@@ -18,6 +18,7 @@ from vlcache_jax.cache.methods import DEFAULT_METHOD
 from vlcache_jax.cli import options
 from vlcache_jax.cli.chatting import chat
 from vlcache_jax.cli.evaluating import evaluate
+from vlcache_jax.cli.serving import serve
 from vlcache_jax.cli.terminal import (
     BAD_INPUT,
     ERRORS,
@@ -406,6 +407,7 @@ def inspect(
 
 app.command()(chat)
 app.command()(evaluate)
+app.command()(serve)
 
 
 def main() -> None:

@@ -190,6 +190,11 @@ class Engine:
         waiting = len(self._waiting) + (self._admission is not None)
         return Load(running, slots, waiting, self._most_waiting)
 
+    def join(self) -> None:
+        """Wait for the end: `close`, or what `error` tells of."""
+        if self._thread is not None:
+            self._thread.join()
+
     def close(self, drain: bool = False) -> None:
         """Stop, and wait for it.
 
@@ -199,8 +204,7 @@ class Engine:
         with self._changed:
             self._closing, self._draining = True, drain
             self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
+        self.join()
 
     def __enter__(self) -> "Engine":
         return self

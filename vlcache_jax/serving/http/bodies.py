@@ -99,7 +99,7 @@ class Body(BaseModel):
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": self.top_k if self.top_k and self.top_k > 0 else None,
             "seed": seed if self.seed is None else self.seed,
-            "stop": self.stop or (),
+            "stop": () if self.stop is None else self.stop,
         }
 
     @property

@@ -1,4 +1,4 @@
-"""Middleware: gives each request an id, and bounds its size and the time that it may take to come."""
+"""Middleware: gives each request an id, and bounds its size and the time that it takes to come."""
 
 import asyncio
 import re
@@ -28,6 +28,7 @@ class Bounded:
         self._app, self._most, self._seconds, self._refused = app, most, seconds, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,5 +1,6 @@
 """What a client is told when something is wrong: one JSON object of the field's form."""
 
+from itertools import takewhile
 from typing import Any
 
 from fastapi import Request
@@ -20,6 +21,9 @@ TYPES = {
     503: "overloaded_error",
 }
 """Types of errors by their status; of other ones below 500 "invalid_request_error"."""
+
+
+_TYPES = {"str", "int", "float", "bool", "constrained-str"}
 
 
 class ApiError(HTTPException):
@@ -94,11 +98,14 @@ async def answer_error(_: Request, error: Exception) -> JSONResponse:
 def _invalid(error: RequestValidationError) -> ApiError:
     """Of the first field that is wrong."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"][1:]]
+    # Of a field that may have one of several types, these stand behind its name.
+    where = [
+        *takewhile(lambda part: part not in _TYPES and "[" not in part, map(str, first["loc"][1:]))
+    ]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}")
     if first["type"] in ("missing", "model_attributes_type") and not where:
         return ApiError(400, "send one JSON object, with Content-Type: application/json")
-    param = ".".join(part for part in where if part.isidentifier() or part.isdigit())
+    param = ".".join(where)
     given = "" if first["type"] == "missing" else f", not {short(repr(first.get('input')))}"
     return ApiError(400, f"{param}: {first['msg']}{given}", param=param)

@@ -63,11 +63,21 @@ class ServerSettings:
 
 
 class Service:
-    """What the routes have in common."""
+    """What the routes have in common.
+
+    Args:
+        vlm: the model.
+        engine: what answers.
+        settings: see there.
+        pictures: reads pictures.
+
+    Attributes:
+        metrics: of all requests.
+    """
 
     def __init__(self, vlm: VLM, engine: Engine, settings: ServerSettings, pictures: Pictures):
         self._vlm, self._engine, self._settings, self._pictures = vlm, engine, settings, pictures
-        self.settings, self.metrics = settings, Metrics(engine, settings.name)
+        self.metrics = Metrics(engine, settings.name)
         # One: reading pictures and making tokens is quick beside the model, and a crowd of
         # requests has no more memory this way than those that wait.
         self._worker, self._preparing = ThreadPoolExecutor(1, "vlcache-requests"), 0
@@ -75,6 +85,7 @@ class Service:
 
     @property
     def model(self) -> dict[str, Any]:
+        """The model, as /v1/models lists it."""
         return {
             "id": self._settings.name,
             "object": "model",
@@ -85,11 +96,13 @@ class Service:
         }
 
     def check_model(self, name: str) -> None:
+        """Refuse another model."""
         if name != self._settings.name:
             message = f"there is no model {name!r:.100}: this is {self._settings.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def authorize(self, request: Request) -> None:
+        """Refuse a request without the key."""
         key = self._settings.api_key
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
@@ -98,6 +111,7 @@ class Service:
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
     async def error(self, request: Request, error: Exception) -> JSONResponse:
+        """The response of an exception, which is counted."""
         answer = await answer_error(request, error)
         if answer.status_code >= 500 and not isinstance(error, HTTPException):
             log("error", logging.ERROR, exc_info=error)
@@ -121,6 +135,7 @@ class Service:
         return [self._choices(body, images=images, messages=said.messages)]
 
     def asked_of_texts(self, body: CompletionBody) -> list[list[Asked]]:
+        """`asked_of_chat`, of completions."""
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         return [self._choices(body, text=prompt, raw_prompt=True) for prompt in prompts]
 
@@ -174,7 +189,8 @@ class Service:
             usage = bool(options and options.include_usage)
             always = bool(options and options.continuous_usage_stats)
             waiting = _Waiting(request, changed)
-            return _Stream(self._events(answering, waiting, usage, always, began), tickets)
+            events = self._events(answering, waiting, usage, always, began)
+            return _Stream(events, tickets, waiting)
         return await self._whole(answering, _Waiting(request, changed), began)
 
     async def _submit(
@@ -256,8 +272,6 @@ class Service:
         except ApiError as error:  # the status was sent already
             self.metrics.refused(error.status_code)
             yield responses.event(error_body(error)) + responses.DONE
-        finally:
-            waiting.end()
 
     def _check(self, tickets: Sequence[Ticket]) -> None:
         """Raise what has ended a ticket without an answer."""
@@ -320,15 +334,16 @@ class _Waiting:
 class _Stream(StreamingResponse):
     """Events; however it ends, nothing runs on for it."""
 
-    def __init__(self, events: AsyncIterator[str], tickets: Sequence[Ticket]):
+    def __init__(self, events: AsyncIterator[str], tickets: Sequence[Ticket], waiting: _Waiting):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._tickets = tickets
+        self._tickets, self._waiting = tickets, waiting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self._waiting.end()
             for ticket in self._tickets:
                 ticket.cancel()
 
