@@ -66,12 +66,12 @@ def scale(request):
 
 @pytest.fixture(scope="module")
 def engine(vlm, scale):
-    own = {"prompt_rows": T, "prefill_chunk": CHUNK, "chunk": 2}
+    own: dict[str, Any] = {"prompt_rows": T, "prefill_chunk": CHUNK, "chunk": 2}
     with Engine(vlm, scale.methods, scale.groups, **own) as engine:
         seen = []
         engine.warm_up(lambda *state: seen.append(state))
         assert [done for _, done, _ in seen] == list(range(len(seen)))
-        assert seen[-1] == ("", len(seen) - 1, len(seen) - 1)
+        assert seen[-1] == ("the first requests", len(seen) - 1, len(seen) - 1)
         yield engine
 
 

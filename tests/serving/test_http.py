@@ -6,6 +6,7 @@ import time
 import urllib.request
 from dataclasses import replace
 from http.client import HTTPConnection
+from typing import Any
 
 import numpy as np
 import openai
@@ -32,7 +33,7 @@ def vlm():
 @pytest.fixture(scope="module")
 def engine(vlm):
     groups = [SlotGroup(3, 9, 1.0), SlotGroup(1, LONG, 1.0)]
-    own = {"prompt_rows": T, "prefill_chunk": CHUNK, "chunk": 2, "queue": 4}
+    own: dict[str, Any] = {"prompt_rows": T, "prefill_chunk": CHUNK, "chunk": 2, "queue": 4}
     with Engine(
         vlm, ["full", "vl-cache"], groups, logprobs=20, prefix_bytes=10**7, **own
     ) as engine:

@@ -24,7 +24,7 @@ def vlm():
 
 @pytest.fixture(scope="module")
 def engine(vlm):
-    own = {"prompt_rows": T, "prefill_chunk": CHUNK, "chunk": 4}
+    own: dict[str, Any] = {"prompt_rows": T, "prefill_chunk": CHUNK, "chunk": 4}
     with Engine(vlm, METHODS, GROUPS, logprobs=3, prefix_bytes=10**8, **own) as engine:
         engine.warm_up()
         yield engine
@@ -79,7 +79,7 @@ def test_text_alone_is_shared_up_to_a_whole_block(vlm, engine):
 
 def test_what_was_used_longest_ago_goes_first(vlm):
     most = 150_000
-    own = {"prompt_rows": T, "prefill_chunk": CHUNK, "prefix_bytes": most}
+    own: dict[str, Any] = {"prompt_rows": T, "prefill_chunk": CHUNK, "prefix_bytes": most}
     with Engine(vlm, ["full"], GROUPS, prefix_store="host", **own) as engine:
         engine.warm_up()
         for seed in range(6):

@@ -1,5 +1,6 @@
 """Compiled programs: those of this process, and where they are kept from one run to the next."""
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -37,6 +38,7 @@ class Programs:
         self._most = most
         self.compile_s = 0.0
         self._compiled: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock, self._locks = threading.Lock(), dict[Hashable, threading.Lock]()
 
     def __len__(self) -> int:
         """How many are kept."""
@@ -88,12 +90,18 @@ class Programs:
         leaves, tree = jax.tree.flatten(args)
         key = name, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         began, seconds = time.perf_counter(), 0.0
-        if key not in self._compiled:
-            jitted = jax.jit(function, donate_argnums=donate)
-            self._compiled[key] = jitted.lower(*args).compile()
-            seconds = time.perf_counter() - began
-            self.compile_s += seconds
-            if len(self._compiled) > self._most:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return self._compiled[key], seconds
+        with self._lock:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:  # one thread compiles it; another one may compile something else meanwhile
+            compiled = self._compiled.get(key)
+            if compiled is None:
+                compiled = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+                seconds = time.perf_counter() - began
+            with self._lock:
+                self._locks.pop(key, None)
+                self.compile_s += seconds
+                self._compiled[key] = compiled
+                self._compiled.move_to_end(key)
+                if len(self._compiled) > self._most:
+                    self._compiled.popitem(last=False)
+        return compiled, seconds

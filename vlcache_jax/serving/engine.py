@@ -5,10 +5,11 @@ submit ─► queue ─► see ─► extend ─► extend ─► finish ─► 
               then the next part, ...
 """
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -128,17 +129,22 @@ class Engine:
         """Compile everything, make the slots, and begin to serve.
 
         Args:
-            progress: called in front of each step, and at the end.
+            progress: called behind each step.
 
         Raises:
             RuntimeError: that was done before.
         """
         if self._thread is not None:
             raise RuntimeError("the engine is warm already")
+        for group in self.groups:
+            group.clear(dry=True)
         steps = [*self._compilations()]
-        for done, (name, compile_one) in enumerate(steps):
-            progress(name, done, len(steps))
-            compile_one()
+        progress("", 0, len(steps) + 1)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = {pool.submit(compile_one): name for name, compile_one in steps}
+            for done, step in enumerate(as_completed(compiled), 1):
+                step.result()
+                progress(compiled[step], done, len(steps) + 1)
         for group in self.groups:
             group.clear()
         self._thread = threading.Thread(target=self._serve, name="vlcache-engine", daemon=True)
@@ -147,7 +153,7 @@ class Engine:
         for method in self._methods:
             request = self._vlm.request(text="a", cache=method, max_new_tokens=1, raw_prompt=True)
             _ = self._enqueue(self._ticket(request, self.logprobs)).answer
-        progress("", len(steps), len(steps))
+        progress("the first requests", len(steps) + 1, len(steps) + 1)
         self.ready = True
 
     def submit(
@@ -288,7 +294,6 @@ class Engine:
         ]
         others = [(widths[0], widths[0], group) for group in self.groups[1:]]
         for width, length, group in [*each, *others]:
-            group.clear(dry=True)
             inputs = replace(self._prompts.text, length=np.array([length], np.int32))
             runner = Runner(self._programs, group.stages(method), dry=True)
             into = partial(group.admit, runner, 0, inputs, self._settings)
