@@ -135,16 +135,13 @@ class Pictures:
             connection.sock = link  # the address that was checked, not the name once more
             path = (there.path or "/") + (f"?{there.query}" if there.query else "")
             connection.request("GET", path, headers={"Accept": "image/*", "Connection": "close"})
-            response = connection.getresponse()
-            content = bytearray()
-            while response.status == 200:
-                piece = response.read1(1 << 16)
-                if not piece:
-                    break
-                content += piece
-                if len(content) > self._most_bytes:
-                    raise _bad(f"a picture has more than {self._most_bytes} bytes")
-            return response.status, response.getheader("Location"), bytes(content)
+            with connection.getresponse() as response:
+                content = bytearray()
+                while response.status == 200 and (piece := response.read1(1 << 16)):
+                    content += piece
+                    if len(content) > self._most_bytes:
+                        raise _bad(f"a picture has more than {self._most_bytes} bytes")
+                return response.status, response.getheader("Location"), bytes(content)
         finally:
             end.cancel()
             link.close()
