@@ -3,6 +3,7 @@
 import json
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -13,7 +14,7 @@ from benchmarks.serving import Run, described
 from vlcache_jax.serving.ticket import Times
 
 
-def ticket(submitted, first, ended, tokens):
+def ticket(submitted, first, ended, tokens) -> Any:
     times = Times(submitted, submitted, first, ended)
     return SimpleNamespace(times=times, answer=SimpleNamespace(tokens=[0] * tokens))
 
@@ -41,9 +42,11 @@ def test_a_failed_request_ends_the_measurement():
     def submit(request):
         raise RuntimeError("no slot")
 
+    engine: Any = SimpleNamespace(submit=submit)
+    requests: Any = [object()] * 9
     began = time.perf_counter()
     with pytest.raises(RuntimeError, match="no slot"):
-        serving.answered(SimpleNamespace(submit=submit), [object()] * 9, 2)
+        serving.answered(engine, requests, 2)
     assert time.perf_counter() - began < 5
 
 
