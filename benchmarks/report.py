@@ -14,6 +14,7 @@ from benchmarks import (
     cpu_decode,
     demo_model,
     quantization,
+    serving,
     speed_plots,
     speed_sections,
     video_pixels,
@@ -31,7 +32,7 @@ DOCUMENTS: dict[Path, tuple[Part, ...]] = {
         *fidelity.SECTIONS, *report.SECTIONS, parity.SECTION, *sections.SECTIONS,
         quantization.SECTION,
     ),
-    DOCS / "benchmarks.md": speed_sections.SECTIONS,
+    DOCS / "benchmarks.md": (*speed_sections.SECTIONS, serving.SECTION),
     DOCS / "performance.md": (cpu_decode.SECTION,),
     DOCS / "models.md": (video_pixels.SECTION,),
 }  # fmt: skip

@@ -68,12 +68,13 @@ def attend(
 def weigh(
     query: jax.Array, k: jax.Array, readable: jax.Array, seen: Partial
 ) -> tuple[jax.Array, jax.Array, Partial]:
-    """Weights of one more block of keys, of which at least one is readable.
+    """Weights of one more block of keys; of a sequence that has seen none one must be readable,
+    unless its maximum is finite.
 
     Args:
         query: float32 [B, K, H, R].
         k: float32 [B, K, S, H], scaled.
-        readable: keys that hold data, bool [S]; what the others hold (NaN) is never used.
+        readable: keys that hold data, bool [S] or [B, S]; what the others hold (NaN) is never used.
         seen: attention over the keys before.
 
     Returns:
@@ -83,6 +84,8 @@ def weigh(
     # The keys in front, which on a CPU is twice as fast as the queries; then transposed, since the
     # exponential is vectorised along the last axis.
     logits = jnp.einsum("bksh,bkhr->bksr", k, query, precision=lax.Precision.HIGHEST)
+    if readable.ndim == 2:  # XLA would turn the product of several sequences round
+        logits, readable = lax.optimization_barrier(logits), readable[:, None, None]
     logits = jnp.where(readable, logits.swapaxes(2, 3), -jnp.inf)
     maximum = jnp.maximum(seen.maximum, jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - maximum[..., None])
@@ -94,19 +97,20 @@ def weigh(
 def add(
     query: jax.Array, k: jax.Array, v: jax.Array, readable: jax.Array, seen: Partial
 ) -> Partial:
-    """Go on with one more block of rows, of which at least one is readable.
+    """Go on with one more block of rows, see `weigh`.
 
     Args:
         query: float32 [B, K, H, R].
         k: float32 [B, K, S, H], scaled.
         v: float32 [B, K, S, H].
-        readable: rows that hold data, bool [S]; what the others hold (NaN) is never used.
+        readable: rows that hold data, bool [S] or [B, S]; what the others hold (NaN) is never used.
         seen: attention over the rows before.
     """
     weights, kept, seen = weigh(query, k, readable, seen)
     # The product changes nothing. Without one LLVM unrolls the loop over as few as 64 channels
     # before it would vectorise it, and a core moves half as many bytes in a second.
-    v = jnp.where(readable[:, None], v, 0) * readable[:, None]
+    readable = readable[:, None, :, None] if readable.ndim == 2 else readable[:, None]
+    v = jnp.where(readable, v, 0) * readable
     mixed = jnp.einsum("bkrs,bksh->bkrh", weights, v, precision=lax.Precision.HIGHEST)
     return seen._replace(mixed=seen.mixed * kept[..., None] + mixed)
 

@@ -1,5 +1,6 @@
 """What attention reads and writes: the arrays of one layer, by their roles."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,7 +186,7 @@ def read_rows(
 
     Args:
         array: of all sequences; may be `writable`.
-        start: int32 []; `start + count` is at most S.
+        start: int32 [], or of each sequence [B]; `start + count` is at most S.
         count: how many.
         number: of the only sequence to read, int32 [], which gives [1, K, count, H]; None for all.
         axis: where the rows are.
@@ -195,6 +196,9 @@ def read_rows(
         # the loop. It does slice integers; and what is tied to `start` it leaves in the loop.
         array, start = lax.optimization_barrier((array, start))
         array = lax.bitcast_convert_type(array, jnp.uint16)
+    if start.ndim:
+        cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=count, axis=axis - 1)
+        return readable(jax.vmap(cut)(array, start))
     first, sizes = [jnp.zeros_like(start)] * array.ndim, list(array.shape)
     first[axis], sizes[axis] = start, count
     if number is not None:

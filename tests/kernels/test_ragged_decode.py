@@ -200,13 +200,18 @@ def finished(*arrays):
     return out.reshape(out.shape[0], -1, out.shape[-1])
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["in turn", "together"])
+@pytest.mark.parametrize("way", ["in turn", "narrow", "together"])
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "group"), [("float32", 64, 3), ("bfloat16", 80, 1), ("float16", 8, 8)]
 )
-def test_segments_end_beside_the_blocks(dtype, head_dim, group, together, monkeypatch):
-    """Blocks of 64 rows and of 32: a CPU takes one sequence after the other, a GPU all of them."""
-    if together:
+def test_segments_end_beside_the_blocks(dtype, head_dim, group, way, monkeypatch):
+    """Blocks of 64 rows and of 32: a CPU takes one sequence after the other, a GPU all of them; a
+    CPU takes blocks of all where heads are narrow.
+    """
+    monkeypatch.setattr(xla, "MOST_WIDTH", 1000 if way == "narrow" else 0)
+    monkeypatch.setattr(xla, "BATCH_ROWS", (32, 32))
+    monkeypatch.setattr(xla, "TAIL_ROWS", 16)
+    if way == "together":
         monkeypatch.setattr(xla, "current_device", lambda: SimpleNamespace(platform="gpu"))
     monkeypatch.setattr(xla, "LARGE", 64 * 2 * head_dim)
     monkeypatch.setattr(xla, "SMALL", 32 * 2 * head_dim)
@@ -231,9 +236,10 @@ def test_segments_end_beside_the_blocks(dtype, head_dim, group, together, monkey
     assert_close(run(q, *given), expected, dtype)
 
 
+@pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_no_copy_of_the_cache_is_made(dtype):
-    pool, tail, row = ((16, 8, n, 64) for n in (4096, 8, 1))
+def test_no_copy_of_the_cache_is_made(dtype, kv_heads):
+    pool, tail, row = ((16, kv_heads, n, 64) for n in (4096, 8, 1))
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (row, pool, pool, tail, tail)]
     counts = [jax.ShapeDtypeStruct((16,), jnp.int32)] * 3
     q, pool_k, pool_v, *tails = shapes

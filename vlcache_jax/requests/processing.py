@@ -5,7 +5,7 @@ numpy only: no array is put on a device.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +36,10 @@ Contexts: TypeAlias = str | Sequence[str | None] | None
 CLEANED = 5
 """Last characters of a text that transformers' clean-up may still change: of " n ' t"."""
 
+DECODED = 2**14
+"""Tokens, by themselves or with the one in front, whose text is remembered: a decoder takes tens of
+microseconds for each, which the slots of a batch would wait for."""
+
 
 class Processor:
     """Makes `ModelInputs` of texts and images, and text of answers. Holds no state.
@@ -64,6 +68,8 @@ class Processor:
         self.image_processor = self._packing.image_processor
         self.eos_token_id: int | None = self.tokenizer.eos_token_id
         self._template = ChatTemplate(self._packing)
+        # A detokenizer decodes one or two tokens at a time: most answers have the same ones.
+        self._decode = lru_cache(DECODED)(self._decoded)
 
     @classmethod
     def from_pretrained(
@@ -103,8 +109,17 @@ class Processor:
         # transformers cleans up what some tokenizers decode, though not that of byte-pair ones.
         pairs = tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
         cleans = tokenizer.clean_up_tokenization_spaces and not pairs
-        decode = partial(tokenizer.decode, skip_special_tokens=not special_tokens)
-        return Detokenizer(decode, stop, least=least, lookahead=CLEANED if cleans else 0)
+        lookahead = CLEANED if cleans else 0
+        return Detokenizer(
+            lambda tokens: self._decode(tuple(tokens), special_tokens),
+            stop,
+            least=least,
+            lookahead=lookahead,
+        )
+
+    def _decoded(self, tokens: tuple[int, ...], special_tokens: bool) -> str:
+        """What the tokenizer makes of tokens by themselves."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=not special_tokens)
 
     def __call__(
         self,

@@ -21,7 +21,7 @@ from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.methods import CacheLike, FullCache, as_method
 from vlcache_jax.errors import short, whole_number
 from vlcache_jax.requests.buckets import bucket_for
-from vlcache_jax.running.generate import CHUNK, Generate
+from vlcache_jax.running.generate import Generate
 from vlcache_jax.running.parts import Runner, drained
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.sampling import Logprobs
@@ -38,6 +38,10 @@ METHODS = ("full", "vl-cache", "snapkv", "h2o", "consensus")
 
 GROUPS = (SlotGroup(8, 128), SlotGroup(2, 512), SlotGroup(1, 512, 1.0))
 """Slots by default: for short answers, for long ones, and for the full cache of any prompt."""
+
+CHUNK = 8
+"""Decode steps of a chunk: half of a batch's that begins together. There is a part of a prompt
+between two chunks, so that of an answer's length fewer slots are in use the longer these are."""
 
 ALL_PROGRAMS = 10_000  # none is ever thrown away
 
