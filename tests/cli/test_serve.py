@@ -18,7 +18,7 @@ def test_what_fits_without_weights(model_dir):
         return json.loads(run("serve", str(model_dir), "--dry-run", "--json", *options).stdout)
 
     tenth, bits = fitting(), fitting("--kv-bits", "2")
-    assert 5 * tenth["fit_full"] < tenth["fit_kept"] < bits["fit_kept"]
+    assert 4 * tenth["fit_full"] < tenth["fit_kept"] < bits["fit_kept"]
     assert sum(group["slots"] for group in tenth["groups"]) == 9
     assert tenth["needed"] <= tenth["memory"]
     few = fitting("--slots", "3", "--new-tokens", "20", "--method", "vl-cache")
@@ -39,7 +39,6 @@ def test_what_fits_without_weights(model_dir):
         (["--memory-fraction", "0"], "memory_fraction=0"),
         (["--memory-fraction", "0.000001"], "not one slot fits"),
         (["--prefix-store", "disk", "--slots", "1"], "prefix_store"),
-        (["--kv-bits", "kivi", "--slots", "1"], "residual"),
         ([each for n in "1234" for each in ("--new-tokens", n)], "at most three times"),
     ],
 )

@@ -211,7 +211,6 @@ def _run(
     """Listen, compile beside, and serve until somebody ends it."""
     import uvicorn
 
-    from vlcache_jax.running.programs import keep_programs
     from vlcache_jax.serving.http import JsonLines
 
     handler = logging.StreamHandler()
@@ -219,7 +218,6 @@ def _run(
     log = logging.getLogger("vlcache.serve")
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
-    keep_programs()
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.cache.methods import CacheLike, FullCache, as_method
+from vlcache_jax.cache.methods import CacheLike
 from vlcache_jax.errors import short, whole_number
 from vlcache_jax.requests.buckets import bucket_for
 from vlcache_jax.running.generate import Generate
@@ -26,9 +26,10 @@ from vlcache_jax.running.parts import Runner, drained
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.sampling import Logprobs
 from vlcache_jax.running.state import Prefill
+from vlcache_jax.serving.methods import kind, served
 from vlcache_jax.serving.prefixes import NO_KEYS, Prefixes, keys_of
 from vlcache_jax.serving.prompts import Prompts
-from vlcache_jax.serving.slots import SlotGroup, Slots
+from vlcache_jax.serving.slots import Load, SlotGroup, Slots
 from vlcache_jax.serving.ticket import Notify, QueueFull, Ticket, nothing
 from vlcache_jax.streaming import Request, Written
 from vlcache_jax.vlm import VLM
@@ -47,22 +48,6 @@ ALL_PROGRAMS = 10_000  # none is ever thrown away
 
 Progress = Callable[[str, int, int], None]
 """Handed what is compiled, how many programs are ready, and how many there are."""
-
-
-class Load(NamedTuple):
-    """What an engine is doing.
-
-    Attributes:
-        running: slots in use.
-        slots: all of them.
-        waiting: requests in the queue, and the one that is prefilled.
-        queue: most requests in the queue.
-    """
-
-    running: int
-    slots: int
-    waiting: int
-    queue: int
 
 
 class Engine:
@@ -115,7 +100,7 @@ class Engine:
         whole_number(chunk, "chunk", 1)
         self._most_waiting = whole_number(queue, "queue", 1)
         self.logprobs = whole_number(logprobs, "logprobs", 0)
-        self._methods = _methods(vlm, methods, groups)
+        self._methods = served(vlm, methods, groups)
         self._params = vlm.folded if self._methods[0].transforms else vlm.params
         self._programs = Programs(ALL_PROGRAMS)
         own = self._programs, text.num_layers, self.rows, prefix_bytes, prefix_store
@@ -235,7 +220,7 @@ class Engine:
         if request.generate.trace:
             raise NotImplementedError("traces in the engine: leave trace out, or use vlm.generate")
         cache = request.generate.cache
-        if _kind(cache) not in self._methods:
+        if kind(cache) not in self._methods:
             raise ValueError(
                 f"the cache method {short(cache)} was not compiled: this engine serves "
                 f"{', '.join(method.label for method in self._methods)}, with any budget"
@@ -380,7 +365,7 @@ class Engine:
         """The parts of a prompt's prefill; with the last one it has a slot."""
         ticket.begin()
         row = group.tickets.index(None)
-        settings, method = ticket.request.settings, _kind(ticket.request.generate.cache)
+        settings, method = ticket.request.settings, kind(ticket.request.generate.cache)
         runner, told = Runner(self._programs, group.stages(method)), None
 
         def into(prefilled: Prefill, token: jax.Array) -> None:
@@ -448,40 +433,6 @@ class _Admission(NamedTuple):
     ticket: Ticket
     group: Slots
     steps: Generator[None, None, None]
-
-
-def _methods(
-    vlm: VLM, methods: Sequence[CacheLike], groups: Sequence[SlotGroup]
-) -> list[CacheMethod]:
-    """The methods that are served, without their budgets."""
-    lists = all(isinstance(each, Sequence) and each for each in (methods, groups))
-    if not lists or isinstance(methods, str) or not all(isinstance(x, SlotGroup) for x in groups):
-        raise ValueError(
-            "an engine has a list of methods and one of `SlotGroup`, at least one each"
-        )
-    own = (as_method(each).for_model(vlm.config.text, vlm.tsa_layers) for each in methods)
-    made = list(dict.fromkeys(map(_kind, own)))
-    [quantizer, *others] = {method.quantize for method in made}
-    if others:
-        names = ", ".join(method.label for method in made)
-        raise ValueError(f"the methods {names} must all have the same quantizer, or none")
-    if quantizer is not None and quantizer.residual is not None:
-        raise NotImplementedError(
-            f"{quantizer.name} packs new tokens (residual={quantizer.residual}), which slots of "
-            "different age cannot: leave residual out"
-        )
-    for method in made:
-        if not any(group.serves(method) for group in groups):
-            raise ValueError(
-                f"no slot is made for {method.label}: a quantized full cache needs a group with a "
-                "budget of 1, and other methods one with less"
-            )
-    return made
-
-
-def _kind(cache: CacheMethod) -> CacheMethod:
-    """A method without its budget: those that keep everything are one."""
-    return FullCache(quantize=cache.quantize) if cache.limit.keeps_all else cache.any_budget
 
 
 def _caused(message: str, error: Exception | None) -> RuntimeError:

@@ -11,6 +11,7 @@ lie in them is data, so requests of any method and any smaller budget stand side
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,22 @@ class SlotGroup:
 
     def __str__(self) -> str:
         return f"a budget of {self.budget} and {self.new_tokens} new tokens"
+
+
+class Load(NamedTuple):
+    """What an engine is doing.
+
+    Attributes:
+        running: slots in use.
+        slots: all of them.
+        waiting: requests in the queue, and the one that is prefilled.
+        queue: most requests in the queue.
+    """
+
+    running: int
+    slots: int
+    waiting: int
+    queue: int
 
 
 class Slots:
