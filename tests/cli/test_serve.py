@@ -55,26 +55,33 @@ def test_from_its_start_to_its_end(model_dir):
     command = [sys.executable, "-m", "vlcache_jax.cli", "serve", str(model_dir), *SMALL]
     own = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "--port", "0", "--name", "tiny"], **own) as server:
-        assert server.stderr is not None
-        ready = next(line for line in server.stderr if "ready" in line)
-        address = ready.split()[1]
-        with urllib.request.urlopen(f"{address}v1/models") as response:
-            assert json.load(response)["data"][0]["id"] == "tiny"
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 5}
-        request = urllib.request.Request(
-            f"{address}v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as response:
-            assert json.load(response)["choices"][0]["finish_reason"] in ("stop", "length")
-        port = address.rstrip("/").rpartition(":")[2]
-        second = subprocess.run([*command, "--port", port], capture_output=True, text=True)
-        assert second.returncode == 1
-        assert "is it in use?" in second.stderr
-        server.send_signal(signal.SIGTERM)
-        rest = server.stderr.read()
-        assert server.wait(60) in (0, -signal.SIGTERM), rest
+        try:
+            assert server.stderr is not None
+            ready = next(line for line in server.stderr if "ready" in line)
+            address = ready.split()[1]
+            with urllib.request.urlopen(f"{address}v1/models") as response:
+                assert json.load(response)["data"][0]["id"] == "tiny"
+            body = {
+                "model": "tiny",
+                "messages": [{"role": "user", "content": "a"}],
+                "max_tokens": 5,
+            }
+            request = urllib.request.Request(
+                f"{address}v1/chat/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request) as response:
+                assert json.load(response)["choices"][0]["finish_reason"] in ("stop", "length")
+            port = address.rstrip("/").rpartition(":")[2]
+            second = subprocess.run([*command, "--port", port], capture_output=True, text=True)
+            assert second.returncode == 2
+            assert "choose another --port" in second.stderr
+            server.send_signal(signal.SIGTERM)
+            rest = server.stderr.read()
+            assert server.wait(60) in (0, -signal.SIGTERM), rest
+        finally:
+            server.kill()
     lines = [json.loads(line) for line in rest.splitlines() if line.startswith("{")]
     assert [line["event"] for line in lines] == ["answered"]
     assert "Traceback" not in rest

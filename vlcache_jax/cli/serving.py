@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import threading
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from vlcache_jax.cli.terminal import (
     show_error,
     user_errors,
 )
+from vlcache_jax.errors import reason
 
 if TYPE_CHECKING:
     from vlcache_jax.serving import Engine
@@ -167,6 +169,7 @@ def serve(
         if dry_run:
             print_result(sizes_facts(sizes), sizes_table(sizes), as_json)
             return
+        link = _bound(host, port)
         vlm, progress = open_model(model, revision, dtype, backend)
         with progress:
             engine = Engine(
@@ -191,7 +194,7 @@ def serve(
             default_tokens=max(1, min(max(lengths), longest)),
         )
         app = create_app(vlm, engine, settings, Pictures(allow_remote_images or ()))
-        _run(app, engine, progress, host, port, stop_seconds)
+        _run(app, engine, progress, link, stop_seconds)
 
 
 def _check_packages() -> None:
@@ -205,8 +208,19 @@ def _check_packages() -> None:
         ) from None
 
 
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at an address."""
+    try:
+        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=kind)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen at {host}:{port} ({reason(error)}): choose another --port or --host"
+        ) from None
+
+
 def _run(
-    app: Any, engine: "Engine", progress: Progress, host: str, port: int, stop_seconds: int
+    app: Any, engine: "Engine", progress: Progress, link: socket.socket, stop_seconds: int
 ) -> None:
     """Listen, compile beside, and serve until somebody ends it."""
     import uvicorn
@@ -221,8 +235,6 @@ def _run(
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host,
-            port,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -240,21 +252,20 @@ def _run(
             failed.append(error)
             server.should_exit = True
             return
-        bound = server.servers[0].sockets[0].getsockname() if server.servers else (host, port)
-        where = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        note(f"ready: http://{where}:{bound[1]}/")
+        host, port, *_ = link.getsockname()
+        where = f"[{host}]" if ":" in host else host
+        note(f"ready: http://{where}:{port}/")
         engine.join()
         failed.extend([engine.error] if engine.error else [])
         server.should_exit = True
 
     threading.Thread(target=begin, daemon=True).start()
-    server.run()
+    server.run([link])
     if not engine.ready and not failed:
-        os._exit(130 if server.started else 1)  # in the midst of compiling
+        os._exit(130)  # in the midst of compiling, which nothing interrupts
     engine.close(drain=False)
-    if failed or not server.started:
-        message = failed[0] if failed else f"cannot listen at {host}:{port}: is it in use?"
-        show_error(message)
+    if failed:
+        show_error(failed[0])
         raise typer.Exit(1)
 
 
