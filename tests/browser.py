@@ -31,10 +31,18 @@ COLOUR = """(colour) => {
 
 @contextmanager
 def opened_page(path):
-    """A file in the browser; its complaints and all addresses it asked for, so far.
+    """A file in the browser, as of `opened_address`.
 
     At the end there must be no complaint, and no address but the file's own.
     """
+    with opened_address(path.as_uri()) as opened:
+        yield opened
+    check_quiet(path.as_uri(), *opened[1:])
+
+
+@contextmanager
+def opened_address(address):
+    """A page in the browser; its complaints and all addresses it asked for, so far."""
     complaints, requests = [], []
     with sync_api.sync_playwright() as playwright:
         # Without the sandbox, which does not start for root, nor in most containers.
@@ -43,10 +51,9 @@ def opened_page(path):
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(path.as_uri())
+        page.goto(address)
         yield page, complaints, requests
         browser.close()
-    check_quiet(path.as_uri(), complaints, requests)
 
 
 def check_quiet(address, complaints, requests):

@@ -13,6 +13,9 @@ import uvicorn
 
 from vlcache_jax.serving.http import create_app
 
+LONG = 120
+"""Tokens of the longest answers."""
+
 
 def png(image) -> str:
     """A picture as a data URI."""

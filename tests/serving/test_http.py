@@ -6,39 +6,23 @@ import time
 import urllib.request
 from dataclasses import replace
 from http.client import HTTPConnection
-from typing import Any
 
 import numpy as np
 import openai
 import pytest
 
-from tests.serving.servers import asked, begin, png, post, serving
-from tests.serving.test_engine import CHUNK, T, model
+from tests.serving.servers import LONG, asked, begin, png, post, serving
+from tests.serving.test_engine import T
 from tests.tiny import picture
 from vlcache_jax.cache.methods import make_method
+from vlcache_jax.cache.quantizers import make_quantizer
 from vlcache_jax.serving import Engine, SlotGroup
 from vlcache_jax.serving.http import JsonLines, ServerSettings
+from vlcache_jax.serving.http.bodies import ChatBody
 
 SETTINGS = ServerSettings("tiny", "vl-cache", "0.3", api_key="sesame", default_tokens=8)
 KEY = {"Authorization": "Bearer sesame"}
 SHOWN = picture(70, 40, 1)
-LONG = 120
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return model()
-
-
-@pytest.fixture(scope="module")
-def engine(vlm):
-    groups = [SlotGroup(3, 9, 1.0), SlotGroup(1, LONG, 1.0)]
-    own: dict[str, Any] = {"prompt_rows": T, "prefill_chunk": CHUNK, "chunk": 2, "queue": 4}
-    with Engine(
-        vlm, ["full", "vl-cache"], groups, logprobs=20, prefix_bytes=10**7, **own
-    ) as engine:
-        engine.warm_up()
-        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +140,55 @@ def test_completions_of_texts(vlm, client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == wanted[0].text
 
 
+def test_the_map_tells_what_is_kept_of_each_patch(vlm, client, compilations):
+    images = [SHOWN, picture(40, 75, 2)]
+    want = own(vlm, "word", *images, trace=True)
+    made = asked("word", *(png(image) for image in images))
+    compilations.clear()
+    answers = [
+        client.chat.completions.create(**made, extra_body={"kv_method": method, "kv_map": True})
+        for method in ("vl-cache", "full")
+    ]
+    assert not compilations
+    found, whole = (answer.usage.kv_cache["map"] for answer in answers)
+    for one, other in zip(found["pictures"], whole["pictures"], strict=True):
+        assert other == {"rectangles": one["rectangles"], "kept": [1.0] * len(one["kept"])}
+    assert whole["text"] == 1
+    heads = [positions.tolist() for layer in want.trace.kept for positions in layer]
+    share = np.mean([[i in kept for i in range(want.trace.m)] for kept in heads], axis=0)
+    visual = want.trace.prompt_is_visual
+    assert found["text"] == pytest.approx(share[~visual].mean(), abs=1e-4)
+    left, lengths = share[visual].tolist(), []
+    places = vlm.processor.patches([(image.height, image.width) for image in images])
+    for image, place, shown in zip(images, places, found["pictures"], strict=True):
+        width, height = image.size
+        wanted = [
+            (x0 / width, y0 / height, x1 / width, y1 / height, left.pop(0))
+            for x0, y0, x1, y1 in place.rectangles
+        ]
+        wanted = [one for one in wanted if one[2] > one[0] and one[3] > one[1]]
+        rows = [(*where, kept) for where, kept in zip(*shown.values(), strict=True)]
+        np.testing.assert_allclose(rows, wanted, atol=1e-4)
+        lengths.append(len(rows))
+    assert not left
+    assert min(lengths) > 16  # the grid's, too
+    assert len(set(share)) > 2
+
+
+def test_the_map_of_texts_has_no_pictures(client):
+    made = {"model": "tiny", "prompt": ["word", "one two"], "max_tokens": 2}
+    usage = client.completions.create(**made, extra_body={"kv_map": True}).usage
+    assert usage.kv_cache["map"]["pictures"] == []
+    assert 0 < usage.kv_cache["map"]["text"] < 1
+    assert "map" not in client.completions.create(**made).usage.kv_cache
+
+
+def test_bits_of_the_server_are_those_of_a_request_that_names_none():
+    for given, want in ((None, "2"), (16, None), (4, "4")):
+        body = ChatBody.model_validate(asked() | {"kv_bits": given})
+        assert body.options(8, 0, "vl-cache", "2")["cache"].quantize == make_quantizer(want)
+
+
 def test_a_large_picture_and_the_other_routes(vlm, client, port):
     large = picture(1700, 1700, 3)
     uri = png(large)
@@ -250,6 +283,7 @@ BAD = [
     ({"kv_method": "no such"}, 400, "kv_method"),
     ({"kv_budget": 2}, 400, "kv_method"),
     ({"kv_bits": 2}, 400, None),
+    ({"kv_map": "yes"}, 400, "kv_map"),
     ({"stream_options": {"include_usage": "yes"}, "stream": True}, 400,
      "stream_options.include_usage"),
     ({"stream": 1}, 400, "stream"),

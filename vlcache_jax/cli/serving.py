@@ -192,6 +192,7 @@ def serve(
             images_first,
             log_prompts,
             default_tokens=max(1, min(max(lengths), longest)),
+            bits=kv_bits,
         )
         app = create_app(vlm, engine, settings, Pictures(allow_remote_images or ()))
         _run(app, engine, progress, link, stop_seconds)

@@ -79,9 +79,9 @@ class Stages(Prompting):
         decoding knows no method.
 
         Args:
-            stage: name of the function: "prefill", "see", "extend", "finish", "build_cache",
-                "build_into", "empty_pool", "start", "admit", "spill", "decode_chunk" or
-                "decode_chunk_told".
+            stage: name of the function: "prefill", "see", "extend", "finish", "kept_share",
+                "build_cache", "build_into", "empty_pool", "start", "admit", "spill", "decode_chunk"
+                or "decode_chunk_told".
             prompt_rows: the prompts' bucket, T.
         """
         cache, config, backend = self.cache, self.config, self.backend
@@ -89,6 +89,8 @@ class Stages(Prompting):
             return Stages(config, backend=backend)
         if stage in ("prefill", "finish"):
             return Stages(config, cache.any_budget, backend=backend, trace=self.trace)
+        if stage == "kept_share":
+            return Stages(config, cache.any_budget)
         if stage in ("build_cache", "build_into", "empty_pool"):
             rows = self.new_rows if self.residual else 1
             own = cache.any_budget if self.room else cache.in_bucket(prompt_rows)
@@ -130,6 +132,21 @@ class Stages(Prompting):
             sizes = self.reserved_rows, self.room
             pool = self.cache.build(prefilled.k, prefilled.v, plan, prompt, *sizes)
         return pool, trace
+
+    def kept_share(self, prefilled: Prefill, inputs: ModelInputs, settings: Settings) -> jax.Array:
+        """How much of the cache keeps each token: the share of all kv heads of all layers.
+
+        Args:
+            prefilled: what the prompts left behind.
+            inputs: the prompts, as they were prefilled.
+            settings: what is asked of each sequence.
+
+        Returns:
+            float32 [b, T], from 0 to 1.
+        """
+        prompt = self.prompt(inputs, settings)
+        kept = self.cache.plan(prefilled.seen, prompt).kept(prompt)
+        return jnp.mean(kept, axis=(1, 2), dtype=jnp.float32)
 
     def empty_pool(self, batch: int, prompt_rows: int, dtype: jnp.dtype) -> AnyPool:
         """A cache for `build_into` to fill.

@@ -141,12 +141,17 @@ class Engine:
         # What is no program of a stage is compiled where it is met first: by a request of each.
         for method in self._methods:
             request = self._vlm.request(text="a", cache=method, max_new_tokens=1, raw_prompt=True)
-            _ = self._enqueue(self._ticket(request, self.logprobs)).answer
+            _ = self._enqueue(self._ticket(request, self.logprobs, kv_map=True)).answer
         progress("the first requests", len(steps) + 1, len(steps) + 1)
         self.ready = True
 
     def submit(
-        self, request: Request, *, logprobs: int | None = None, notify: Notify = nothing
+        self,
+        request: Request,
+        *,
+        logprobs: int | None = None,
+        kv_map: bool = False,
+        notify: Notify = nothing,
     ) -> Ticket:
         """Put a request in the queue.
 
@@ -154,6 +159,7 @@ class Engine:
             request: of `VLM.request`, of one prompt.
             logprobs: how many of the likeliest tokens are told at each step, beside the one that
                 was drawn; None for neither.
+            kv_map: whether `Ticket.kept_share` is told.
             notify: called in the engine's thread whenever there is more of the answer, and at its
                 end.
 
@@ -165,7 +171,7 @@ class Engine:
         """
         if not self.ready:
             raise RuntimeError("the engine is not ready: call warm_up first")
-        return self._enqueue(self._ticket(request, logprobs, notify))
+        return self._enqueue(self._ticket(request, logprobs, kv_map, notify))
 
     @property
     def prefixes(self) -> Prefixes:
@@ -208,7 +214,11 @@ class Engine:
         self.close()
 
     def _ticket(
-        self, request: Request, logprobs: int | None = None, notify: Notify = nothing
+        self,
+        request: Request,
+        logprobs: int | None = None,
+        kv_map: bool = False,
+        notify: Notify = nothing,
     ) -> Ticket:
         """A request that can be served, made ready."""
         if logprobs is not None and whole_number(logprobs, "logprobs", 0) > self.logprobs:
@@ -236,7 +246,8 @@ class Engine:
                 f"there are slots for {'; '.join(str(group.group) for group in self.groups)}"
             )
         keys = keys_of(inputs) if self.prefixes.most_bytes else NO_KEYS
-        return Ticket(request, inputs, keys, Written.of(self._vlm, request), logprobs, notify)
+        written = Written.of(self._vlm, request)
+        return Ticket(request, inputs, keys, written, logprobs, kv_map, notify)
 
     def _enqueue(self, ticket: Ticket) -> Ticket:
         with self._changed:
@@ -285,7 +296,7 @@ class Engine:
         for width, length, group in [*each, *others]:
             inputs = replace(self._prompts.text, length=np.array([length], np.int32))
             runner = Runner(self._programs, group.stages(method), dry=True)
-            into = partial(group.admit, runner, 0, inputs, self._settings)
+            into = partial(group.admit, runner, 0, inputs, self._settings, kv_map=True)
             drained(self._prompts.run(runner, inputs, self._settings, into, width))
 
     # The thread. Whatever a request or the device raises ends what it belongs to, nothing else.
@@ -372,7 +383,10 @@ class Engine:
             nonlocal told
             if ticket.logprobs is not None:
                 told = _FIRST(prefilled.logits, token, self.logprobs)
-            group.admit(runner, row, ticket.inputs, settings, prefilled, token)
+            own = ticket.inputs, settings, prefilled, token
+            kept = group.admit(runner, row, *own, kv_map=ticket.kv_map)
+            if kept is not None:
+                ticket.kept_share = np.asarray(kept)[0, : int(ticket.inputs.length[0])]
 
         run = self._prompts.run(runner, ticket.inputs, settings, into, keys=ticket.keys)
         token, ticket.cached_tokens = yield from run

@@ -8,6 +8,7 @@ its rows alone.
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from vlcache_jax.vlm import VLM
 FEW = 128
 """Rows of the smallest part of a prompt: those behind what is kept of it, or all of a short one."""
 
-Into = Callable[[Prefill, jax.Array], None]
+Into = Callable[[Prefill, jax.Array], Any]
 """Takes what a prompt leaves behind, and the first token, int32 [1]."""
 
 

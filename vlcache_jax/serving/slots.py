@@ -166,7 +166,8 @@ class Slots:
         settings: Settings,
         prefilled: Prefill,
         token: jax.Array,
-    ) -> None:
+        kv_map: bool = False,
+    ) -> jax.Array | None:
         """Write what a prompt leaves behind into a slot, in place.
 
         Args:
@@ -176,14 +177,21 @@ class Slots:
             settings: what is asked.
             prefilled: what the prompt left behind.
             token: first token of the answer, int32 [1].
+            kv_map: whether it is told how much of the cache keeps each token.
+
+        Returns:
+            That, as of `Stages.kept_share`, where it is asked.
         """
         at = np.array([row], np.int32)
         inputs = inputs.without_tiles
-        args = self.pool, at, prefilled, inputs, settings
+        own = prefilled, inputs, settings
+        kept = runner.do("kept_share", self._rows, *own) if kv_map else None
+        args = self.pool, at, *own
         self.pool, _ = runner.do("build_into", self._rows, *args)
         position = np.asarray(inputs.next_position(), np.int32)
-        own = self.state, at, token, position, settings
-        self.state = runner.do("admit", self._rows, *own)
+        args = self.state, at, token, position, settings
+        self.state = runner.do("admit", self._rows, *args)
+        return kept
 
     def read(self, drawn: Drawn) -> tuple[np.ndarray, np.ndarray, np.ndarray, Logprobs | None]:
         """On the host: tokens, how many each slot has in all, which have ended, and how likely the

@@ -62,11 +62,14 @@ class Ticket(Iterator[str]):
         keys: of the prompt's blocks.
         written: the answer so far; the scheduler writes it.
         logprobs: how many of the likeliest tokens are told at each step, or None.
+        kv_map: whether it is told how much of the cache keeps each token of the prompt.
         notify: called by the scheduler whenever there is more, and at the end.
 
     Attributes:
-        request, inputs, keys, written, logprobs: as given.
+        request, inputs, keys, written, logprobs, kv_map: as given.
         told: of each token drawn so far, how likely it was and what others were, where asked.
+        kept_share: of the kv heads of all layers that keep each token of the prompt, float32 [m];
+            None where it is not asked, or not known yet.
         cached_tokens: tokens of the prompt that were not run, as they were kept.
         cancelled: `cancel` was called.
         times: when it was submitted, taken from the queue, had its first token and its last.
@@ -79,10 +82,12 @@ class Ticket(Iterator[str]):
         keys: Keys,
         written: Written,
         logprobs: int | None = None,
+        kv_map: bool = False,
         notify: Notify = nothing,
     ):
         self.request, self.inputs, self.keys, self.written = request, inputs, keys, written
-        self.logprobs, self._notify = logprobs, notify
+        self.logprobs, self.kv_map, self._notify = logprobs, kv_map, notify
+        self.kept_share: np.ndarray | None = None
         self.told: list[Logprobs] = []
         self.cached_tokens = 0
         self.cancelled = False

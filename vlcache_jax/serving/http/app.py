@@ -3,12 +3,15 @@
 body ─► Bounded ─► fields (bodies.py) ─► Service ─► response, stream or error
 """
 
+import base64
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from vlcache_jax.serving.engine import Engine
@@ -19,7 +22,24 @@ from vlcache_jax.serving.http.pictures import Pictures
 from vlcache_jax.serving.http.service import ServerSettings, Service
 from vlcache_jax.vlm import VLM
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
+
+
+def _policy(page: str) -> str:
+    """What a page may do: run its own script and style, show pictures, and ask its own server."""
+    rules = ["default-src 'none'", "img-src blob: data:", "connect-src 'self'", "base-uri 'none'"]
+    for tag in ("script", "style"):
+        [own] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
+        rules.append(f"{tag}-src 'sha256-{digest}'")
+    return "; ".join([*rules, "form-action 'none'", "frame-ancestors 'none'"])
+
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": _policy(PAGE),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def create_app(
@@ -56,9 +76,9 @@ def create_app(
         return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/")
-    async def page() -> FileResponse:
+    async def page() -> HTMLResponse:
         """A page to try the model."""
-        return FileResponse(PAGE, media_type="text/html")
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:

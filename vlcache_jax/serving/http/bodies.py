@@ -67,26 +67,30 @@ class Body(BaseModel):
     kv_method: str | None = None
     kv_budget: str | Number | int | None = None
     kv_bits: str | int | None = None
+    kv_map: bool | None = None
 
     @property
     def unknown(self) -> list[str]:
         """Fields that are ignored."""
         return sorted(self.model_extra or ())
 
-    def options(self, most_tokens: int, seed: int, method: str) -> dict[str, Any]:
+    def options(
+        self, most_tokens: int, seed: int, method: str, bits: str | None = None
+    ) -> dict[str, Any]:
         """Arguments of `VLM.request`, but for the prompt.
 
         Args:
             most_tokens: of an answer, where the request does not say.
             seed: of the draws, where it does not say.
             method: the cache method, where it does not say.
+            bits: the quantizer, where it does not say.
 
         Raises:
             ApiError: there is no such cache.
         """
         try:
             budget = None if self.kv_budget is None else str(self.kv_budget)
-            bits = None if self.kv_bits is None else str(self.kv_bits)
+            bits = bits if self.kv_bits is None else str(self.kv_bits)
             cache = make_method(self.kv_method or method, budget, make_quantizer(bits))
         except ValueError as error:
             raise ApiError(400, error, param="kv_method") from None

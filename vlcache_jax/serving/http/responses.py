@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlcache_jax.running.sampling import Logprobs
+from vlcache_jax.serving.http.kept import kept_map
 from vlcache_jax.serving.ticket import Ticket
 
 DONE = "data: [DONE]\n\n"
@@ -23,10 +24,19 @@ class Answering:
         model: its name.
         chat: whether it is a conversation; else completions.
         tokenizer: of the model.
+        shown: of the pictures, see `kept_map`.
     """
 
-    def __init__(self, tickets: Sequence[Ticket], model: str, chat: bool, tokenizer: Any):
+    def __init__(
+        self,
+        tickets: Sequence[Ticket],
+        model: str,
+        chat: bool,
+        tokenizer: Any,
+        shown: Sequence[np.ndarray] = (),
+    ):
         self.tickets, self._model, self._chat, self._tokenizer = tickets, model, chat, tokenizer
+        self._shown = shown
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._sent = [0] * len(tickets)  # characters
@@ -80,7 +90,7 @@ class Answering:
             for ticket in self.tickets
         ]
         # The choices of one prompt stand beside each other, and have it in common.
-        own = {id(ticket.request.groups[0]): ticket for ticket in self.tickets}.values()
+        own = [*{id(ticket.request.groups[0]): ticket for ticket in self.tickets}.values()]
         prompt = sum(int(ticket.inputs.length[0]) for ticket in own)
         cached = sum(ticket.cached_tokens for ticket in own)
         found: dict[str, Any] = {
@@ -98,6 +108,8 @@ class Answering:
                 "kept_bytes": sum(report.kept_bytes for report in reports),
                 "kept_share": float(np.mean([report.kept_share for report in reports])),
             }
+            if own[0].kv_map:
+                found["kv_cache"]["map"] = kept_map(own, self._shown)
         return found
 
     def _each(self) -> list[tuple[int, Ticket]]:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from fastapi import Request
@@ -26,6 +26,7 @@ from vlcache_jax.serving.engine import Engine
 from vlcache_jax.serving.http import responses
 from vlcache_jax.serving.http.bodies import Body, ChatBody, CompletionBody
 from vlcache_jax.serving.http.errors import ApiError, answer_error, busy, error_body, failure
+from vlcache_jax.serving.http.kept import rectangles
 from vlcache_jax.serving.http.logs import log
 from vlcache_jax.serving.http.metrics import Metrics, now
 from vlcache_jax.serving.http.pictures import Pictures
@@ -49,6 +50,7 @@ class ServerSettings:
         max_body: bytes of a request.
         body_seconds: that a request may take to come.
         default_tokens: most tokens of an answer where a request does not say.
+        bits: how what is kept is quantized, where it does not say.
     """
 
     name: str
@@ -60,6 +62,19 @@ class ServerSettings:
     max_body: int = 32_000_000
     body_seconds: float = 30.0
     default_tokens: int = 128
+    bits: str | None = None
+
+
+class Prepared(NamedTuple):
+    """What is asked, ready for the engine.
+
+    Attributes:
+        choices: of each prompt, one request for each choice.
+        shown: `rectangles` of the pictures, where they are asked for.
+    """
+
+    choices: list[list[Asked]]
+    shown: list[np.ndarray]
 
 
 class Service:
@@ -92,7 +107,10 @@ class Service:
             "created": self._created,
             "owned_by": "vlcache",
             "max_model_len": self._engine.rows,
-            "kv_methods": [method.label for method in self._engine.methods],
+            "kv_methods": [method.name for method in self._engine.methods],
+            "kv_method": self._settings.method,
+            "kv_budget": self._settings.budget,
+            "kv_bits": self._settings.bits,
         }
 
     def check_model(self, name: str) -> None:
@@ -120,8 +138,8 @@ class Service:
 
     # What is asked
 
-    def asked_of_chat(self, body: ChatBody) -> list[list[Asked]]:
-        """The requests of a conversation, one for each choice; in the worker's thread."""
+    def asked_of_chat(self, body: ChatBody) -> Prepared:
+        """The requests of a conversation; in the worker's thread."""
         said = body.conversation(self._settings.images_first)
         if said.text_first and not self._told_of_order:
             self._told_of_order = True
@@ -132,23 +150,20 @@ class Service:
                 "with --images-first to move pictures",
             )
         images = self._pictures.read(said.urls)
-        return [self._choices(body, images=images, messages=said.messages)]
+        shown = rectangles(self._vlm.processor, images) if body.kv_map else []
+        return Prepared([self._choices(body, images=images, messages=said.messages)], shown)
 
-    def asked_of_texts(self, body: CompletionBody) -> list[list[Asked]]:
+    def asked_of_texts(self, body: CompletionBody) -> Prepared:
         """`asked_of_chat`, of completions."""
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        return [self._choices(body, text=prompt, raw_prompt=True) for prompt in prompts]
+        choices = [self._choices(body, text=prompt, raw_prompt=True) for prompt in prompts]
+        return Prepared(choices, [])
 
     def _choices(self, body: Body, **prompt: Any) -> list[Asked]:
-        own = body.options(
-            self._settings.default_tokens, secrets.randbits(32), self._settings.method
-        )
-        if (
-            body.kv_budget is None
-            and self._settings.budget is not None
-            and body.kv_method != "full"
-        ):
-            own["cache"] = _with_budget(own["cache"], self._settings.budget)
+        given = self._settings
+        own = body.options(given.default_tokens, secrets.randbits(32), given.method, given.bits)
+        if body.kv_budget is None and given.budget is not None and body.kv_method != "full":
+            own["cache"] = _with_budget(own["cache"], given.budget)
         one = self._vlm.request(**prompt, **own)
         draws = one.settings.draws
         return [
@@ -163,7 +178,7 @@ class Service:
     # How it is answered
 
     async def answer(
-        self, request: Request, body: ChatBody | CompletionBody, asked: Callable[[], Any]
+        self, request: Request, body: ChatBody | CompletionBody, asked: Callable[[], Prepared]
     ) -> Any:
         """The response to a request."""
         began = time.perf_counter()
@@ -181,9 +196,9 @@ class Service:
         def notify() -> None:
             loop.call_soon_threadsafe(changed.set)
 
-        tickets = await self._submit(asked, body.told, notify)
-        chat = isinstance(body, ChatBody)
-        answering = Answering(tickets, self._settings.name, chat, self._vlm.processor.tokenizer)
+        tickets, shown = await self._submit(asked, body, notify)
+        own = isinstance(body, ChatBody), self._vlm.processor.tokenizer, shown
+        answering = Answering(tickets, self._settings.name, *own)
         if body.stream:
             options = body.stream_options
             usage = bool(options and options.include_usage)
@@ -194,22 +209,28 @@ class Service:
         return await self._whole(answering, _Waiting(request, changed), began)
 
     async def _submit(
-        self, asked: Callable[[], Any], told: int | None, notify: Callable[[], None]
-    ) -> list[Ticket]:
-        """The tickets of what is asked, made in the worker's thread."""
+        self,
+        asked: Callable[[], Prepared],
+        body: ChatBody | CompletionBody,
+        notify: Callable[[], None],
+    ) -> tuple[list[Ticket], list[np.ndarray]]:
+        """The tickets of what is asked, and `Prepared.shown`, made in the worker's thread."""
         if self._preparing >= self._engine.load.queue:
             raise busy("as many requests are read as may be: try again later")
 
-        def submit() -> list[Ticket]:
+        own: dict[str, Any] = {"logprobs": body.told, "kv_map": bool(body.kv_map), "notify": notify}
+
+        def submit() -> tuple[list[Ticket], list[np.ndarray]]:
             tickets: list[Ticket] = []
             try:
-                for one in [choice for choices in asked() for choice in choices]:
-                    tickets.append(self._engine.submit(one, logprobs=told, notify=notify))
+                prepared = asked()
+                for one in [choice for choices in prepared.choices for choice in choices]:
+                    tickets.append(self._engine.submit(one, **own))
             except BaseException:
                 for ticket in tickets:
                     ticket.cancel()
                 raise
-            return tickets
+            return tickets, prepared.shown
 
         self._preparing += 1
         made = asyncio.get_running_loop().run_in_executor(self._worker, _in_context(submit))
@@ -366,5 +387,5 @@ def _in_context(function: Callable[[], Any]) -> Callable[[], Any]:
 
 def _drop(made: Any) -> None:
     with suppress(BaseException):
-        for ticket in made.result():
+        for ticket in made.result()[0]:
             ticket.cancel()
