@@ -29,6 +29,15 @@ COLOUR = """(colour) => {
 """A CSS colour as [red, green, blue], from 0 to 255."""
 
 
+KNOWN = """(scheme) => new Promise((done) => {
+    const query = matchMedia(`(prefers-color-scheme: ${scheme})`);
+    // Once more: the page's listeners run before it.
+    const look = () => requestAnimationFrame(query.matches ? done : look);
+    look();
+})"""
+"""Waits until a page knows that it is light or dark."""
+
+
 @contextmanager
 def opened_page(path):
     """A file in the browser, as of `opened_address`.
@@ -65,9 +74,8 @@ def check_quiet(address, complaints, requests):
 def choose_scheme(page, scheme):
     """Switch to light or dark; chromium says so before the page knows."""
     page.emulate_media(color_scheme=scheme)
-    query = "(scheme) => matchMedia(`(prefers-color-scheme: ${scheme})`).matches"
-    page.wait_for_function(query, arg=scheme)
-    page.evaluate("new Promise(requestAnimationFrame)")  # the page's listeners run before it
+    # Not wait_for_function: it evaluates strings, which a page's policy may forbid.
+    page.evaluate(KNOWN, scheme)
 
 
 def check_no_overflow(page, width):

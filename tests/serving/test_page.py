@@ -213,7 +213,7 @@ def test_errors_are_one_line_and_the_question_is_not_lost(page, opened):
     page.get_by_label("The answer of the full cache").uncheck()
     page.get_by_label("Question", exact=True).fill("one")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.getElementById('error').textContent")
+    alert.filter(has_text="budget").wait_for()
     page.get_by_role("button", name="Stop").wait_for(state="hidden")
     assert "7" in alert.inner_text()
     assert "\n" not in alert.inner_text()
