@@ -1,5 +1,6 @@
 """A tiny model and its engine, for all tests of the server."""
 
+import time
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tests.serving.servers import LONG
 from tests.serving.test_engine import CHUNK, T, model
 from vlcache_jax.serving import Engine, SlotGroup
+from vlcache_jax.serving.slots import Slots
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,15 @@ def engine(vlm):
     with Engine(vlm, methods, groups, **kept, **own) as engine:
         engine.warm_up()
         yield engine
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Each chunk of decode steps takes a fifth of a second."""
+    decode = Slots.decode
+
+    def later(*args, **options):
+        time.sleep(0.2)
+        return decode(*args, **options)
+
+    monkeypatch.setattr(Slots, "decode", later)

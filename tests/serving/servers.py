@@ -31,6 +31,14 @@ def asked(text="word word", *images, **fields):
     return {"model": "tiny", "messages": [{"role": "user", "content": content}]} | fields
 
 
+def wait(condition):
+    """Wait until it holds, for a while."""
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 @contextmanager
 def serving(vlm, engine, settings, pictures=None):
     """The port of a server that runs in a thread."""

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 import urllib.request
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -11,7 +10,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.serving.servers import LONG, asked, begin, png, post, serving
+from tests.serving.servers import LONG, asked, begin, png, post, serving, wait
 from tests.serving.test_engine import T
 from tests.tiny import picture
 from vlcache_jax.cache.methods import make_method
@@ -369,18 +368,12 @@ def test_whoever_goes_frees_the_slot(engine, port):
         wait(lambda: engine.load[::2] == (0, 0))
 
 
-def wait(condition):
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
+@pytest.mark.usefixtures("slow")
 def test_a_full_queue_says_when_to_come_again(engine, port):
     body = asked("a", max_tokens=LONG, ignore_eos=True)
     links = [begin(port, body, KEY) for _ in range(12)]
     try:
-        wait(lambda: engine.load.waiting >= 4)
+        wait(lambda: engine.load.running == 1 and engine.load.waiting == 4)
         status, headers, body = post(port, asked("a", max_tokens=LONG), headers=KEY)
         assert (status, body["error"]["type"]) == (503, "overloaded_error")
         assert int(headers["retry-after"]) > 0

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +10,11 @@ import pytest
 from PIL import Image
 
 from tests.browser import check_no_overflow, choose_scheme, opened_address
-from tests.serving.servers import asked, png, post, serving
+from tests.serving.servers import asked, png, post, serving, wait
 from tests.serving.test_engine import T
 from tests.tiny import picture
 from vlcache_jax.serving import Engine, SlotGroup
 from vlcache_jax.serving.http import ServerSettings
-from vlcache_jax.serving.slots import Slots
 
 SETTINGS = ServerSettings("tiny", "vl-cache", "0.3", default_tokens=8)
 SHOWN = picture(70, 40, 1)
@@ -173,14 +171,8 @@ def test_pictures_are_dropped_and_pasted(page, event):
     assert page.get_by_alt_text("Picture 1").count() == 0
 
 
-def test_it_is_used_by_keys_alone_and_escape_stops(engine, page, monkeypatch):
-    decode = Slots.decode
-
-    def slow(*args, **options):
-        time.sleep(0.2)
-        return decode(*args, **options)
-
-    monkeypatch.setattr(Slots, "decode", slow)
+@pytest.mark.usefixtures("slow")
+def test_it_is_used_by_keys_alone_and_escape_stops(engine, page):
     names: list[str] = []
     for _ in range(6):
         page.keyboard.press("Tab")
@@ -198,10 +190,7 @@ def test_it_is_used_by_keys_alone_and_escape_stops(engine, page, monkeypatch):
     page.keyboard.press("Escape")
     page.get_by_text("Stopped.").first.wait_for()
     page.get_by_role("button", name="Stop").wait_for(state="hidden")
-    until = time.monotonic() + 20
-    while engine.load[::2] != (0, 0):  # the server was told
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait(lambda: engine.load[::2] == (0, 0))  # the server was told
 
 
 def test_errors_are_one_line_and_the_question_is_not_lost(page, opened):

@@ -16,11 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.servers import asked, begin, png, post, serving
-from tests.serving.test_http import KEY, LONG, SETTINGS, engine, own, vlm, wait
+from tests.serving.servers import LONG, asked, begin, png, post, serving, wait
+from tests.serving.test_http import KEY, SETTINGS, own
 from tests.tiny import picture
-
-__all__ = ["engine", "vlm"]
 
 CLIENTS = 6
 
