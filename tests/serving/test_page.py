@@ -112,9 +112,9 @@ def test_questions_about_a_picture_beside_the_full_cache(page, port, file):
     # The heat map, and in words.
     found = wanted[0][1]["kv_cache"]["map"]
     mean = np.mean(found["pictures"][0]["kept"])
-    words = f"{100 * mean:.1f} % of the cache of the picture is kept"
+    words = f"{100 * mean:.1f} % of the tokens of the picture are kept"
     assert turn.get_by_role("img", name=words).count() == 1
-    assert f"{100 * found['text']:.1f} % of the cache of the text is kept." in turn.inner_text()
+    assert f"{100 * found['text']:.1f} % of the tokens of the text are kept." in turn.inner_text()
     seen = []
     for scheme in ("light", "dark"):
         choose_scheme(page, scheme)
