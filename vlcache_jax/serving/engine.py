@@ -214,11 +214,7 @@ class Engine:
         self.close()
 
     def _ticket(
-        self,
-        request: Request,
-        logprobs: int | None = None,
-        kv_map: bool = False,
-        notify: Notify = nothing,
+        self, request: Request, logprobs: int | None, kv_map: bool, notify: Notify = nothing
     ) -> Ticket:
         """A request that can be served, made ready."""
         if logprobs is not None and whole_number(logprobs, "logprobs", 0) > self.logprobs:
@@ -383,8 +379,8 @@ class Engine:
             nonlocal told
             if ticket.logprobs is not None:
                 told = _FIRST(prefilled.logits, token, self.logprobs)
-            own = ticket.inputs, settings, prefilled, token
-            kept = group.admit(runner, row, *own, kv_map=ticket.kv_map)
+            own = runner, row, ticket.inputs, settings, prefilled, token
+            kept = group.admit(*own, ticket.kv_map)
             if kept is not None:
                 ticket.kept_share = np.asarray(kept)[0, : int(ticket.inputs.length[0])]
 
