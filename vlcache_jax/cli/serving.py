@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import threading
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,7 +130,7 @@ def serve(
 
     Example: vlcache serve MODEL --dry-run --kv-bits 2
     """
-    with user_errors():
+    with user_errors(), ExitStack() as stack:
         _check_packages()
         from vlcache_jax.cache.methods import make_method
         from vlcache_jax.cache.quantizers import make_quantizer
@@ -169,7 +170,7 @@ def serve(
         if dry_run:
             print_result(sizes_facts(sizes), sizes_table(sizes), as_json)
             return
-        link = _bound(host, port)
+        link = stack.enter_context(_bound(host, port))
         vlm, progress = open_model(model, revision, dtype, backend)
         with progress:
             engine = Engine(

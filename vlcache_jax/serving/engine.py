@@ -55,12 +55,11 @@ class Engine:
 
     Args:
         vlm: the model. Requests are made by `vlm.request`.
-        methods: cache methods that requests may ask for, with any budget. All have one quantizer,
-            or none.
+        methods: that requests may ask for, with any budget. All have one quantizer, or none.
         groups: the slots.
         prompt_rows: most tokens of a prompt; rounded up to a bucket.
         prefill_chunk: rows of a prompt that are run between two decode chunks. A method that has to
-            see more of them together (`CacheMethod.reach`) runs those at once; "h2o" all of them.
+            see more of them together (`CacheMethod.reach`) runs those; "h2o" all.
         chunk: most decode steps between two looks at the queue.
         queue: requests that may wait for a slot.
         logprobs: most tokens that a request may ask the probabilities of, at each step.

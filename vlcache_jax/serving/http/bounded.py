@@ -5,11 +5,15 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlcache_jax.serving.http.errors import ApiError, response
 from vlcache_jax.serving.http.logs import request_id
+
+DRAINED = 4
+"""So many times the limit is read of a body that is too large."""
 
 _CLOSE = {"Connection": "close"}
 
@@ -50,6 +54,7 @@ class Bounded:
                 raise ApiError(408, "the body comes too slowly", headers=_CLOSE) from None
             size += len(message.get("body", b""))
             if size > self._most:
+                await self._drain(receive, until)
                 raise _too_large(self._most)
             whole = not message.get("more_body", False)
             return message
@@ -63,6 +68,7 @@ class Bounded:
 
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._most:
+            await self._drain(receive, time.monotonic() + self._seconds)
             await response(_too_large(self._most))(scope, receive, tagged)
             self._refused(413)
             return
@@ -73,8 +79,14 @@ class Bounded:
             if not begun:
                 raise
 
-
-_CLOSE = {"Connection": "close"}
+    async def _drain(self, receive: Receive, until: float) -> None:
+        """Read on, within bounds: many clients look at no response before all is sent."""
+        left, more = DRAINED * self._most, True
+        with suppress(TimeoutError):
+            while more and left > 0:
+                message = await asyncio.wait_for(receive(), until - time.monotonic())
+                left -= len(message.get("body", b""))
+                more = message.get("more_body", False)
 
 
 def _too_large(most: int) -> ApiError:
