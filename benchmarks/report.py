@@ -27,6 +27,7 @@ from benchmarks.fidelity import report as fidelity
 
 DOCUMENTS: dict[Path, tuple[Part, ...]] = {
     ROOT / "README.md": (demo_model.DEMO, speed_sections.SUMMARY, conversion.SECTION),
+    DOCS / "demo.md": demo_model.PAGES_SECTIONS,
     DOCS / "demo-small.md": demo_model.SMALL_SECTIONS,
     DOCS / "accuracy.md": (
         *fidelity.SECTIONS, *report.SECTIONS, parity.SECTION, *sections.SECTIONS,

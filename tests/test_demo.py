@@ -42,7 +42,7 @@ def test_pictures_questions_and_answers_are_the_tasks(name, drawn):
             shown = np.asarray(image).astype(int)
         assert shown.shape == item.images[0].shape
         # A photograph's file is near to what was drawn.
-        assert np.abs(shown - item.images[0]).mean() <= (3 if picture.file.suffix == ".jpg" else 0)
+        assert np.abs(shown - item.images[0]).mean() <= (8 if picture.file.suffix == ".jpg" else 0)
 
 
 def test_questions_reach_the_model_as_in_training(name, drawn):

@@ -1,8 +1,9 @@
 """The models and the pictures in this package, for a first run without a model hub.
 
-`demo-small` is a small LLaVA-NeXT, with twelve pictures, a question to each and its right answer,
-of seeds that it was not trained on; `python -m benchmarks.make_demo` makes both. `demo` is another
-name of it until the model that reads pages is good enough (docs/demo.md).
+`demo` is a LLaVA-NeXT that reads pages of some 2,900 visual tokens. The package has what was learned
+for it; its decoder is a published one, of a package of its own (docs/demo.md). `demo-small` is whole
+in this package, and small. Twelve pictures come with each, a question to each and its right answer,
+of seeds that it was not trained on; `python -m benchmarks.make_demo` makes both.
 """
 
 import json
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-_SMALL = Path(__file__).parent / "small" / "checkpoint"
+_PAGES, _SMALL = (Path(__file__).parent / name / "checkpoint" for name in ("pages", "small"))
 
-MODELS = {"demo": _SMALL, "demo-small": _SMALL}
+MODELS = {"demo": _PAGES, "demo-small": _SMALL}
 """Names of the models, with a directory each; their pictures stand beside it."""
 
 INDEX = "index.json"

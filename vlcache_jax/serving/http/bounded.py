@@ -54,7 +54,8 @@ class Bounded:
                 raise ApiError(408, "the body comes too slowly", headers=_CLOSE) from None
             size += len(message.get("body", b""))
             if size > self._most:
-                await self._drain(receive, until)
+                if message.get("more_body"):
+                    await self._drain(receive, until)
                 raise _too_large(self._most)
             whole = not message.get("more_body", False)
             return message
