@@ -38,6 +38,8 @@ from vlcache_jax.checkpoints.weights import (
     piece_of,
     refuse_differences,
 )
+from vlcache_jax.distributed.mesh import DeviceMesh
+from vlcache_jax.distributed.weights import place
 from vlcache_jax.errors import reason, short
 from vlcache_jax.fields import COUNT, SECTION, local_path, read_field, read_json
 from vlcache_jax.models.config import ModelConfig, read_config_json
@@ -163,7 +165,12 @@ class Checkpoint(ABC):
             yield piece, arrays(piece)
 
     def load(
-        self, dtype: Any = None, progress: Progress | None = None, *, transform: bool = False
+        self,
+        dtype: Any = None,
+        progress: Progress | None = None,
+        *,
+        transform: bool = False,
+        mesh: DeviceMesh | None = None,
     ) -> Params:
         """The parameters on the default device, in the tree of `models.families.abstract_params`.
 
@@ -172,6 +179,7 @@ class Checkpoint(ABC):
             progress: called after each parameter with its piece, the bytes done and those in all.
             transform: fold the transform of the values into each layer as it is read
                 (`models.fold`).
+            mesh: devices that hold the parameters together, each its own part.
 
         Raises:
             ValueError: a file is damaged, a value does not fit the number type, or the weights have
@@ -181,11 +189,15 @@ class Checkpoint(ABC):
         for piece, arrays in self.read_all(self.target_dtype(dtype), progress):
             for name, array in arrays:
                 # Waiting keeps the host from holding every array whose transfer is under way.
-                leaves[name] = jax.device_put(array).block_until_ready()
+                leaves[name] = (
+                    jax.device_put(array).block_until_ready()
+                    if mesh is None
+                    else place(mesh, name, array.shape, array.__getitem__)
+                )
             if transform and piece.startswith("layer_"):  # at once: never two layers unfolded
                 names = {leaf: f"layers.{int(piece[6:])}.{leaf}" for leaf in FOLDED}
                 own = {leaf: leaves.pop(name) for leaf, name in names.items() if name in leaves}
-                folded = jax.block_until_ready(fold_layer(own))
+                folded = jax.block_until_ready(fold_layer(own, mesh))
                 leaves.update({names[leaf]: array for leaf, array in folded.items()})
         paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(self.config))
         return tree.unflatten([leaves[parameter_name(path)] for path, _ in paths])

@@ -87,6 +87,7 @@ def generate(
     kv_budget: options.KvBudget = None,
     kv_bits: options.KvBits = None,
     backend: options.Backend = None,
+    mesh: options.Mesh = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -123,7 +124,7 @@ def generate(
         turns = None if messages is None else read_messages(messages)
         images, question, right = find_question(image, prompt if turns is None else "", video)
         document = read_context(context)
-        vlm, progress = open_model(model, revision, dtype, backend, cache=cache)
+        vlm, progress = open_model(model, revision, dtype, backend, cache=cache, mesh=mesh)
         stream = vlm.stream(
             images,
             question,
@@ -168,6 +169,7 @@ def compare(
     kv_budget: options.KvBudgets = None,
     kv_bits: options.KvBitsList = None,
     backend: options.Backend = None,
+    mesh: options.Mesh = None,
     raw_prompt: options.RawPrompt = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -188,7 +190,7 @@ def compare(
         named = cache_methods(method or list(options.COMPARED), kv_budget, kv_bits)
         images, question, right = find_question(image, prompt, video)
         document = read_context(context)
-        vlm, progress = open_model(model, revision, dtype, backend)
+        vlm, progress = open_model(model, revision, dtype, backend, mesh=mesh)
         streams = [
             vlm.stream(
                 images,

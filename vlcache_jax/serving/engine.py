@@ -101,7 +101,7 @@ class Engine:
         self.logprobs = whole_number(logprobs, "logprobs", 0)
         self._methods = served(vlm, methods, groups)
         self._params = vlm.folded if self._methods[0].transforms else vlm.params
-        self._programs = Programs(ALL_PROGRAMS)
+        self._programs = Programs(ALL_PROGRAMS, vlm.mesh)
         own = self._programs, text.num_layers, self.rows, prefix_bytes, prefix_store
         self._prompts = Prompts(vlm, self._params, self.rows, prefill_chunk, Prefixes(*own))
         self._settings = vlm.request(text="a", raw_prompt=True).settings  # of the warm-up
