@@ -1,12 +1,13 @@
 """Tests on eight devices that are all this machine's CPU; `test_meshes.py` starts them."""
 
-import re
+from collections import Counter
+from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 import vlcache_jax
+from benchmarks.hlo import parse
 from tests.model_files import config_json, write_tiny
 from tests.tiny import picture, tiny_pinpoints, tiny_processor
 from vlcache_jax import AKVQ, KIVI, RTN, VLCache
@@ -131,10 +132,10 @@ def test_draws_traces_and_parts(loaded):
 def test_a_score_of_ones_own(loaded, alone):
     """A function is shown the heads of its device."""
 
-    def norms(layer):
-        return -np.float32(1) * (layer.k.astype("float32") ** 2).sum(-1).swapaxes(1, 2)
+    def first(layer):
+        return layer.k[..., 0].swapaxes(1, 2)
 
-    cache = vlcache_jax.Custom(0.3, score=norms)
+    cache = vlcache_jax.Custom(0.3, score=first)
     check(loaded, alone, 8, 4, "model=4,data=2", cache=cache)
 
 
@@ -144,12 +145,12 @@ def test_a_session(loaded, store, tmp_path):
     for mesh in (None, "model=4,data=2"):
         session = loaded(8, 2, mesh).session(PICTURES[0], store=store, cache=VLCache(0.3))
         own = [session.ask(text, max_new_tokens=NEW).tokens for text in TEXTS[:2]]
-        session.save(tmp_path / f"{mesh}.session")
+        session.save(tmp_path / f"{mesh}.safetensors")
         found.append(own)
     assert found[0] == found[1]
     if store == "device":  # a file of one is opened by the other
-        again = loaded(8, 2, "model=4,data=2").open_session(tmp_path / "None.session")
-        once = loaded(8, 2).open_session(tmp_path / "model=4,data=2.session")
+        again = loaded(8, 2, "model=4,data=2").open_session(tmp_path / "None.safetensors")
+        once = loaded(8, 2).open_session(tmp_path / "model=4,data=2.safetensors")
         third = [each.ask(TEXTS[2], max_new_tokens=NEW).tokens for each in (again, once)]
         assert third[0] == third[1]
 
@@ -159,6 +160,7 @@ def test_the_engine(loaded, mesh):
     vlm = loaded(8, 2, mesh)
     groups = [SlotGroup(2, NEW, 0.3)]
     with Engine(vlm, ["vl-cache"], groups, prompt_rows=512, prefill_chunk=64) as engine:
+        engine.warm_up()
         options = {"cache": VLCache(0.3), "max_new_tokens": NEW}
         made = [vlm.request(*each, **options) for each in zip(PICTURES, TEXTS, strict=True)]
         found = [ticket.answer.tokens for ticket in [engine.submit(each) for each in made]]
@@ -183,37 +185,48 @@ def test_an_evaluation(loaded):
 
 
 def exchanged(text):
-    """The collectives of a program: kind, and elements of the result."""
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute"
-    found = re.findall(rf"= \(?\w+\[([\d,]*)\]\S* ({kinds})(?:-start)?\(", text)
-    sizes = [int(np.prod([int(side) for side in sides.split(",") if side])) for sides, _ in found]
-    return [(kind, size) for (_, kind), size in zip(found, sizes, strict=True)]
-
-
-def test_what_crosses_the_devices_in_decoding(loaded):
-    vlm = loaded(8, 2, "model=4,data=2")
-    tokens(vlm, cache=VLCache(0.2))
-    [text] = [
-        program.as_text()
-        for (name, *_), (program, _) in vlm.programs._compiled.items()
-        if name[1] == "decode_chunk"
+    """The collectives of a program: kind, and elements of each array that XLA has put together."""
+    kinds = "all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"
+    return [
+        (line.opcode.removesuffix("-start"), *line.sizes)
+        for computation in parse(text).values()
+        for line in computation.values()
+        if line.opcode.removesuffix("-start") in kinds
     ]
-    found, layers, rows = exchanged(text), vlm.config.text.num_layers, 2
-    # Two of the residual stream for each layer, one for the embedding, and the logits.
-    width = rows * vlm.config.text.hidden_size
-    assert sorted(found) == [("all-gather", rows * 272)] + [("all-reduce", width)] * (
-        2 * layers + 1
-    )
 
 
-@pytest.mark.parametrize("name", ["prefill", "build_cache"])
-def test_nothing_of_the_cache_crosses_the_devices(loaded, name):
-    vlm = loaded(8, 2, "model=4,data=2")
+@pytest.fixture(scope="module")
+def programs(models):
+    """The collectives of each program of a prompt and its answer, by the program's name."""
+    vlm = vlcache_jax.load(models(8, 2), mesh="model=4,data=2")
     tokens(vlm, cache=VLCache(0.2))
-    for (stage, *_), (program, _) in vlm.programs._compiled.items():
-        if stage[1] == name:
-            pool = max(leaf.size for leaf in jax.tree.leaves(program.out_info))
-            sizes = [size for _, size in exchanged(program.as_text())]
-            assert max(sizes, default=0) < pool / 4
-            if name == "build_cache":  # what was kept of visual tokens, by layer: for reports
-                assert sizes == [2 * vlm.config.text.num_layers]
+    compiled: Any = vlm.programs._compiled
+    return {name[1]: exchanged(program.as_text()) for (name, *_), (program, _) in compiled.items()}
+
+
+WIDTH, LAYERS, ROWS = 64, 2, 2
+"""Of the model: its residual stream, and the sequences of each device."""
+
+
+def test_what_crosses_the_devices_in_decoding(programs):
+    """Two of the residual stream for each layer, one for the embedding, and the logits."""
+    residual = ("all-reduce", ROWS * WIDTH)
+    expected = [("all-gather", ROWS * 272)] + [residual] * (2 * LAYERS + 1)
+    assert sorted(programs["decode_chunk"]) == expected
+
+
+def test_what_crosses_the_devices_in_front_of_it(programs):
+    """The same of the prompt's rows; of the cache, scores of heads that are shared, and counts."""
+    assert programs["build_cache"] == [("all-reduce", ROWS * LAYERS)]
+    assert programs["start"] == []
+    found = Counter((kind, size) for kind, *sizes in programs["prefill"] for size in sizes)
+    gathered = {size: n for (kind, size), n in found.items() if kind == "all-gather"}
+    reduced = {size: n for (kind, size), n in found.items() if kind == "all-reduce"}
+    # The table of visual rows, each device having run some of the tiles, and the logits.
+    assert len(found) == len(gathered) + len(reduced)
+    assert list(gathered.values()) == [1, 1]
+    assert min(gathered) == ROWS * 272
+    # Of each layer the sum over a group's heads, [B, K, T], and the mean sparsity, [B].
+    *others, residual = sorted(reduced)
+    assert others == [ROWS, residual // WIDTH]
+    assert [reduced[size] for size in sorted(reduced)] == [LAYERS, LAYERS, 2 * LAYERS + 1]

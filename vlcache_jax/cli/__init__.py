@@ -19,6 +19,7 @@ from vlcache_jax.cli import options
 from vlcache_jax.cli.chatting import chat
 from vlcache_jax.cli.evaluating import evaluate
 from vlcache_jax.cli.serving import serve
+from vlcache_jax.cli.several import several
 from vlcache_jax.cli.terminal import (
     BAD_INPUT,
     ERRORS,
@@ -59,6 +60,7 @@ def _options(
 
 
 @app.command()
+@several
 def generate(
     model: options.Model,
     prompt: options.Prompt = None,
@@ -408,8 +410,8 @@ def inspect(
 
 
 app.command()(chat)
-app.command()(evaluate)
 app.command()(serve)
+app.command()(several(evaluate))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import DictKey
 
@@ -236,14 +237,34 @@ class DeviceMesh:
         )
 
     def place(self, args: Any, shardings: Any) -> Any:
-        """Arguments on the devices; those that are there already stay as they are."""
+        """Arguments on the devices; those that are there already stay as they are.
+
+        Of several processes each is given all of what comes from the host.
+        """
 
         def one(leaf: Any, sharding: NamedSharding) -> Any:
-            if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
-                return leaf
-            return jax.device_put(leaf, sharding)
+            if isinstance(leaf, jax.Array):
+                if leaf.sharding == sharding:
+                    return leaf
+                if jax.process_count() == 1 or not leaf.is_fully_addressable:
+                    return jax.device_put(leaf, sharding)
+            elif jax.process_count() == 1:
+                return jax.device_put(leaf, sharding)
+            array = np.asarray(leaf)
+            return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
         return jax.tree.map(one, args, shardings)
+
+
+def fetched(tree: Any) -> Any:
+    """Arrays on the host; of several processes, each has all of them."""
+
+    def one(leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(one, tree)
 
 
 def fits(text: TextConfig, model: int) -> bool:

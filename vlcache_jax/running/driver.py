@@ -16,6 +16,7 @@ import numpy as np
 
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.trace import BatchTrace
+from vlcache_jax.distributed.mesh import fetched
 from vlcache_jax.models.families import Params
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.parts import CHUNK_ROWS, Rows, Runner, reach
@@ -117,7 +118,7 @@ class Run:
         self._read()
         self._decode_s += time.perf_counter() - began - (self._runner.compile_s - compiled)
         self._steps += steps
-        return np.asarray(tokens)[: self._batch]
+        return fetched(tokens)[: self._batch]
 
     def _begin(self) -> np.ndarray:
         """Prefill, cache build and the first tokens, int32 [B, 1]."""
@@ -145,8 +146,8 @@ class Run:
                         pool = self._runner.programs.zeros(make)
                     pool, trace = self._do("build_into", pool, rows, prefilled, inputs, settings)
                 del prefilled  # the next group's takes its place
-            tokens[rows], positions[rows] = token, group.next_position()
-            self.traces.append(jax.device_get(trace))
+            tokens[rows], positions[rows] = fetched(token), group.next_position()
+            self.traces.append(fetched(trace))
         self.pool: AnyPool = pool
         self._state: DecodeState = self._do("start", tokens, positions, self._settings, dtype=dtype)
         self._read()
@@ -155,7 +156,7 @@ class Run:
 
     def _read(self) -> None:
         """What has ended, on the host."""
-        counts, done = np.asarray(self._state.count), np.asarray(self._state.done)
+        counts, done = fetched((self._state.count, self._state.done))
         self.counts = counts[: self._batch]
         self.done = getattr(self, "done", False) | done[: self._batch]
 
