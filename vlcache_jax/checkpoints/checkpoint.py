@@ -31,6 +31,7 @@ from vlcache_jax.checkpoints.weights import (
     Shape,
     cast,
     join,
+    join_part,
     match,
     parameter_name,
     parameter_shapes,
@@ -39,7 +40,7 @@ from vlcache_jax.checkpoints.weights import (
     refuse_differences,
 )
 from vlcache_jax.distributed.mesh import DeviceMesh
-from vlcache_jax.distributed.weights import place
+from vlcache_jax.distributed.weights import Read, place
 from vlcache_jax.errors import reason, short
 from vlcache_jax.fields import COUNT, SECTION, local_path, read_field, read_json
 from vlcache_jax.models.config import ModelConfig, read_config_json
@@ -65,7 +66,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 Progress = Callable[[str, int, int], None]
 """Called after each parameter with its piece, the bytes done and the bytes in all."""
 
-Pieces: TypeAlias = Iterator[tuple[str, Iterator[tuple[str, np.ndarray]]]]
+Pieces: TypeAlias = Iterator[tuple[str, Iterator[tuple[str, Any]]]]
 """The pieces of a checkpoint in their order, each with the names and values of its parameters."""
 
 
@@ -144,22 +145,34 @@ class Checkpoint(ABC):
             ValueError: the file is damaged, or a value does not fit the number type.
         """
 
-    def read_all(self, dtype: np.dtype, progress: Progress | None = None) -> Pieces:
-        """Every piece with what `read` gives of it.
+    def parts(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, Read]]:
+        """Name of each parameter of a piece, and what reads a part of it; see `read`."""
+        for name, array in self.read(piece, dtype):
+            yield name, array.__getitem__
+
+    def read_all(
+        self, dtype: np.dtype, progress: Progress | None = None, mesh: DeviceMesh | None = None
+    ) -> Pieces:
+        """Every piece with what `read` gives of it, or on a mesh with the arrays of its devices.
 
         Args:
             dtype: the number type.
+            mesh: the devices.
             progress: called after each parameter with its piece, the bytes done and those in all.
         """
         total, done = self.num_bytes(dtype), 0
 
         def arrays(piece: str) -> Iterator[tuple[str, np.ndarray]]:
             nonlocal done
-            for name, array in self.read(piece, dtype):
+            for name, array in self.read(piece, dtype) if mesh is None else placed(mesh, piece):
                 yield name, array
-                done += array.nbytes
+                done += dtype.itemsize * math.prod(self.shapes[name])
                 if progress is not None:
                     progress(piece, done, total)
+
+        def placed(mesh: DeviceMesh, piece: str) -> Iterator[tuple[str, Any]]:
+            for name, read in self.parts(piece, dtype):
+                yield name, place(mesh, name, self.shapes[name], read)
 
         for piece in self.pieces:
             yield piece, arrays(piece)
@@ -186,14 +199,10 @@ class Checkpoint(ABC):
                 several types and no `dtype` is given.
         """
         leaves: dict[str, jax.Array] = {}
-        for piece, arrays in self.read_all(self.target_dtype(dtype), progress):
+        for piece, arrays in self.read_all(self.target_dtype(dtype), progress, mesh):
             for name, array in arrays:
                 # Waiting keeps the host from holding every array whose transfer is under way.
-                leaves[name] = (
-                    jax.device_put(array).block_until_ready()
-                    if mesh is None
-                    else place(mesh, name, array.shape, array.__getitem__)
-                )
+                leaves[name] = (array if mesh else jax.device_put(array)).block_until_ready()
             if transform and piece.startswith("layer_"):  # at once: never two layers unfolded
                 names = {leaf: f"layers.{int(piece[6:])}.{leaf}" for leaf in FOLDED}
                 own = {leaf: leaves.pop(name) for leaf, name in names.items() if name in leaves}
@@ -235,6 +244,15 @@ class SafetensorsCheckpoint(Checkpoint):
         for name in self.pieces[piece]:
             tensors = (self._files[key].get_tensor(key) for key in self._sources[name])
             yield name, join(self.names, name, self.shapes[name], dtype, tensors)
+
+    def parts(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, Read]]:
+        """What reads a part of each parameter, and no more of the files."""
+        if piece == "embed":
+            self._check_tied()
+        for name in self.pieces[piece]:
+            tensors = [self._files[key].get_slice(key) for key in self._sources[name]]
+            own = self.names, name, self.shapes[name], dtype
+            yield name, partial(join_part, *own, tensors)
 
     def _check_tied(self) -> None:
         """An output projection that is stored although it is tied must be the embedding."""
