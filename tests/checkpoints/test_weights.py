@@ -232,9 +232,11 @@ class Sliced:
         return found
 
 
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
-def test_a_part_of_a_parameter_is_read_alone(family):
-    model = read_config(config_json() if family == "llava_next" else qwen_json(family))
+@pytest.mark.parametrize(
+    "config", [*SHAPES, qwen_json("qwen2_5_vl")], ids=["mha", "gqa", "g7", "tied", "qwen"]
+)
+def test_a_part_of_a_parameter_is_read_alone(config):
+    model = read_config(config)
     names, rng = family_of(model).names, np.random.default_rng(1)
     for name, shape in parameter_shapes(model).items():
         tensors = [

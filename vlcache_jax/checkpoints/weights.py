@@ -131,7 +131,7 @@ def join_part(
         target: list[Any] = [0] * len(shape)
         order: list[int] = []
         for at, view in enumerate(own):
-            # The axis of the tensor that this axis of the parameter is; none of a single row.
+            # The axis of the tensor that this axis of the parameter is; none where it has one row.
             along = next((axis for axis, step in enumerate(view.strides) if step), None)
             line = np.array([view.flat[0]]) if along is None else _line(view, along)
             inside = np.flatnonzero((line >= index[at].start) & (line < index[at].stop))
@@ -144,7 +144,9 @@ def join_part(
                 order.append(along)
         else:
             found = cast(_read(tensor, own[0].shape, source), dtype, name)
-            made[tuple(target)] = found.transpose(order)
+            single = [axis for axis in range(found.ndim) if axis not in order]
+            found = found.transpose(*single, *order)
+            made[tuple(target)] = found.reshape(found.shape[len(single) :])
     return made
 
 

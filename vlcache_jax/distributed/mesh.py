@@ -13,7 +13,7 @@ has more, the others share the query heads of each, with copies of its keys and 
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -103,13 +103,7 @@ class DeviceMesh:
                 f"{jax.process_count()} processes: it must take all {len(there)}"
             )
         heads = math.gcd(text.num_kv_heads, model)
-        if not fits(text, model):
-            possible = [n for n in range(1, len(there) + 1) if fits(text, n)]
-            raise ValueError(
-                f"model={model} cannot divide {text.num_heads} query heads with "
-                f"{text.num_kv_heads} kv heads: of {len(there)} devices model="
-                f"{', '.join(map(str, possible))} fits"
-            )
+        check_fits(text, model, len(there))
         shape = data, heads, model // heads
         self._ready: dict[Any, Any] = {}
         self.mesh = Mesh(np.asarray(used).reshape(shape), DATA + HEADS + GROUP)
@@ -147,6 +141,19 @@ class DeviceMesh:
     def model(self) -> int:
         """Parts that each layer is split into."""
         return self.size(MODEL)
+
+    def check_slots(self, counts: Iterable[int]) -> None:
+        """Refuse numbers of slots that the requests' devices do not divide.
+
+        Raises:
+            ValueError: one is no multiple of `data`.
+            NotImplementedError: the devices are those of several hosts.
+        """
+        if jax.process_count() > 1:
+            raise NotImplementedError("an engine on several hosts: serve on each of them by itself")
+        for count in counts:
+            if count % self.data:
+                raise ValueError(f"{count} slots are no multiple of data={self.data}: give others")
 
     def sharding(self, path: Any, ndim: int, split_batch: bool = True) -> NamedSharding:
         """How an array is split over the devices, by its path in a tree; see `axes_of`."""
@@ -196,8 +203,6 @@ class DeviceMesh:
         first = split = self._splits(named)
         if name in WRITES:
             first, split = self._splits(dict([next(iter(named.items()))])), False
-            if not first:
-                raise ValueError(f"data={self.data} must divide the slots: make them a multiple")
         placed = tuple(
             self._shardings(arg, at, split if number else first)
             for number, (at, arg) in enumerate(named.items())
@@ -270,6 +275,20 @@ def fetched(tree: Any) -> Any:
 def fits(text: TextConfig, model: int) -> bool:
     """Whether so many devices can share a decoder's heads."""
     return text.group_size % (model // math.gcd(text.num_kv_heads, model)) == 0
+
+
+def check_fits(text: TextConfig, model: int, devices: int) -> None:
+    """Refuse devices that cannot share a decoder's heads.
+
+    Raises:
+        ValueError: they cannot; which numbers, of so many devices, can.
+    """
+    if not fits(text, model):
+        possible = [str(n) for n in range(1, devices + 1) if fits(text, n)]
+        raise ValueError(
+            f"model={model} cannot divide {text.num_heads} query heads with {text.num_kv_heads} kv "
+            f"heads: of {devices} devices model={', '.join(possible)} fits"
+        )
 
 
 def _name(function: Any) -> str:

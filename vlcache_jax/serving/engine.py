@@ -92,7 +92,8 @@ class Engine:
         prefix_bytes: int = 0,
         prefix_store: str = "device",
     ):
-        _check_mesh(vlm, groups)
+        if vlm.mesh is not None:
+            vlm.mesh.check_slots(group.slots for group in groups)
         self._vlm, text, buckets = vlm, vlm.config.text, vlm.processor.buckets
         wanted = min(whole_number(prompt_rows, "prompt_rows", 1), text.max_positions)
         self.rows = bucket_for(wanted, buckets.prompt)
@@ -432,19 +433,6 @@ class Engine:
             group.tickets[row] = None
             ticket.fail(_caused("the device failed while the request ran", error))
         group.clear()
-
-
-def _check_mesh(vlm: VLM, groups: Sequence[SlotGroup]) -> None:
-    if vlm.mesh is None:
-        return
-    if jax.process_count() > 1:
-        raise NotImplementedError("the engine on several hosts: serve on each of them by itself")
-    for group in groups:
-        if group.slots % vlm.mesh.data:
-            raise ValueError(
-                f"{group.slots} slots cannot be split over data={vlm.mesh.data}: make them a "
-                "multiple of it"
-            )
 
 
 _FIRST = jax.jit(Logprobs.of, static_argnums=2)
