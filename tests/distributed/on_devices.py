@@ -139,6 +139,25 @@ def test_a_score_of_ones_own(loaded, alone):
     check(loaded, alone, 8, 4, "model=4,data=2", cache=cache)
 
 
+def test_kernels_run_on_each_device(models):
+    answers = []
+    for mesh in (None, "model=2,data=2"):
+        vlm = vlcache_jax.load(models(8, 2), mesh=mesh, backend="triton")
+        made = vlm.generate(text=TEXTS[:2], max_new_tokens=3, cache=VLCache(0.5))
+        answers.append([answer.tokens for answer in made])
+    assert answers[0] == answers[1]
+
+
+def test_every_device_holds_its_part(loaded):
+    """Of what is split: no device has it whole, and none has more than the others."""
+    mesh = loaded(8, 4, "model=4,data=2")
+    layer, cache = mesh.params["layers"][0], mesh.session(PICTURES[0])._prefix.all_rows[False]
+    arrays = [layer[name] for name in ("qkv", "out", "gate_up", "down")]
+    for array in (*arrays, mesh.params["embed"]["embedding"], *cache.buffers):
+        sizes = {shard.data.nbytes for shard in array.addressable_shards}
+        assert sizes == {array.nbytes // 4}
+
+
 @pytest.mark.parametrize("store", ["device", "host", "8"])
 def test_a_session(loaded, store, tmp_path):
     found = []

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.tree_util import DictKey
 
 from vlcache_jax.distributed.collectives import DATA, GROUP, HEADS, MODEL
@@ -106,7 +106,9 @@ class DeviceMesh:
         check_fits(text, model, len(there))
         shape = data, heads, model // heads
         self._ready: dict[Any, Any] = {}
-        self.mesh = Mesh(np.asarray(used).reshape(shape), DATA + HEADS + GROUP)
+        names = DATA + HEADS + GROUP
+        kinds = (AxisType.Auto,) * len(names)
+        self.mesh = Mesh(np.asarray(used).reshape(shape), names, axis_types=kinds)
 
     @classmethod
     def of(cls, mesh: MeshLike, text: TextConfig) -> "DeviceMesh | None":
