@@ -46,15 +46,18 @@ _CAPABILITIES = {"A100": 80, "A30": 80, "H100": 90, "H200": 90, "GH200": 90, "H2
 
 def current_device() -> Device:
     """The device of the program being traced: of the mesh, if it names one, else the default."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
+    mesh = jax.sharding.get_abstract_mesh()
+    abstract, devices = mesh.abstract_device, []
+    if abstract is not None and mesh.manual_axes:  # of several devices, which may be these
+        devices = [each for each in jax.devices() if each.device_kind == abstract.device_kind]
+    if abstract is not None and not devices:
         words = abstract.device_kind.replace("-", " ").split()
         capability = next((_CAPABILITIES[word] for word in words if word in _CAPABILITIES), None)
         return Device(abstract.platform or "gpu", abstract.device_kind, capability, present=False)
     default: Any = jax.config.values["jax_default_device"]
     if isinstance(default, str):
         default = jax.devices(default)[0]
-    device: Any = default or jax.devices()[0]
+    device: Any = devices[0] if devices else default or jax.devices()[0]
     capability = None
     if device.platform == "gpu" and "NVIDIA" in device.device_kind:
         capability = int(device.compute_capability.replace(".", ""))
@@ -140,7 +143,9 @@ def _failure(
     """
     arrays = tree.unflatten(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
     try:
-        jax.jit(functools.partial(function, **dict(static))).lower(*arrays).compile()
+        # By itself, whatever mesh the program around it is for.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            jax.jit(functools.partial(function, **dict(static))).lower(*arrays).compile()
     except NotImplementedError:
         raise
     except Exception as error:  # whatever the compiler and the driver may raise

@@ -171,7 +171,10 @@ def calibrate(
     Raises:
         ValueError: bad images, videos or prompts, a prompt without either, a setting out of range.
         FileNotFoundError: a file of an image or a video does not exist.
+        NotImplementedError: the model is on a mesh.
     """
+    if vlm.mesh is not None:
+        raise NotImplementedError("calibrate on a mesh: load the model on one device for it")
     # Any budget that is not the whole cache has the layers looked at; nothing is evicted.
     quantizer = AKVQ(pivots=pivots, tsa_layers=())
     method = Custom(0.5, score=ColumnSum(), allocation="uniform", quantize=quantizer)

@@ -19,6 +19,7 @@ from vlcache_jax.checkpoints.checkpoint import (
 )
 from vlcache_jax.checkpoints.find import resolve
 from vlcache_jax.checkpoints.weights import DTYPE, parse_dtype
+from vlcache_jax.distributed.mesh import DeviceMesh, MeshLike
 from vlcache_jax.fields import read_field, read_json, token_ids
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.requests.buckets import Buckets, bucket_for, default_buckets, padding_shares
@@ -37,6 +38,7 @@ def load(
     cache: CacheLike = None,
     revision: str | None = None,
     lazy: bool = False,
+    mesh: MeshLike = None,
     progress: Progress | None = None,
 ) -> VLM:
     """Open a checkpoint: a model ready to answer, on the default device.
@@ -62,6 +64,8 @@ def load(
         revision: branch, tag or commit of a hub id; its main branch by default.
         lazy: read the parameters when they are first needed, not now; everything that can be
             checked without reading them is checked now all the same.
+        mesh: devices that run the model together, "model=4,data=2" (docs/distributed.md); one by
+            default.
         progress: called after each parameter with its piece, the bytes done and those in all.
 
     Raises:
@@ -69,7 +73,8 @@ def load(
             decoder.
         ConnectionError: the hub cannot be reached.
         ValueError: a file is damaged, `dtype` or `backend` is unknown, the model cannot take the
-            `cache`, or a `revision` is given for what is not on the hub.
+            `cache`, a `revision` is given for what is not on the hub, or the `mesh` cannot hold
+            the model.
         NotImplementedError: the checkpoint describes a model that is not implemented, or the
             backend is "cudnn" and there is no GPU.
     """
@@ -79,6 +84,7 @@ def load(
     path = resolve(model, weights=False, revision=revision)
     config, _ = read_model(path)
     method.for_model(config.text, _tsa_layers(path, config))
+    devices = DeviceMesh.of(mesh, config.text)
     transform = transform or method.transforms
     path = resolve(model, revision=revision, progress=progress)
     checkpoint = open_checkpoint(path)
@@ -87,7 +93,7 @@ def load(
     processor = Processor(config, checkpoint.processor(), buckets)
     vlm = VLM(
         config,
-        lambda: checkpoint.load(kind, progress, transform=transform),
+        lambda: checkpoint.load(kind, progress, transform=transform, mesh=devices),
         processor,
         stop_ids=_stop_ids(path, config, processor),
         name=str(model),
@@ -95,6 +101,7 @@ def load(
         transformed=transform,
         cache=method,
         tsa_layers=_tsa_layers(path, config),
+        mesh=devices,
     )
     if not lazy:
         vlm.params  # noqa: B018  reads them

@@ -8,6 +8,7 @@ import numpy as np
 
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.trace import BatchTrace
+from vlcache_jax.distributed.mesh import fetched
 from vlcache_jax.requests.detokenize import Detokenizer
 from vlcache_jax.requests.inputs import CONTEXT, ModelInputs
 from vlcache_jax.results.answer import Answer
@@ -153,7 +154,7 @@ def on_host(pool: AnyPool, rows: slice = slice(None)) -> AnyPool:
         pool: of a batch.
         rows: its sequences; keys and values are those of all.
     """
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[rows] if leaf.ndim < 4 else leaf, pool)
+    return jax.tree.map(lambda leaf: fetched(leaf)[rows] if leaf.ndim < 4 else leaf, pool)
 
 
 class Progress:

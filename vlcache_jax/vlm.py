@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from vlcache_jax.cache.methods import CacheLike, as_method
+from vlcache_jax.distributed.mesh import DeviceMesh
 from vlcache_jax.errors import whole_number, whole_numbers
 from vlcache_jax.models.config import ModelConfig
-from vlcache_jax.models.families import Params
+from vlcache_jax.models.families import Params, abstract_params
 from vlcache_jax.models.fold import fold_transform
 from vlcache_jax.requests.detokenize import check_stop
 from vlcache_jax.requests.images import Images
@@ -97,6 +98,7 @@ class VLM:
             copies of the attention's weights when it is first used, and keeps them beside.
         tsa_layers: text-salient layers that `calibrate` found, for an `AKVQ` that names none; None
             for those of the kind of decoder.
+        mesh: devices that run it together; None for one.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class VLM:
         cache: CacheLike = None,
         transformed: bool = False,
         tsa_layers: Sequence[int] | None = None,
+        mesh: DeviceMesh | None = None,
     ):
         self.config = config
         self._read_params = read_params
@@ -121,7 +124,8 @@ class VLM:
         self.cache = as_method(cache)
         self.transformed = transformed
         self.tsa_layers = None if tsa_layers is None else whole_numbers(tsa_layers, "tsa_layers")
-        self.programs = Programs()
+        self.mesh = mesh
+        self.programs = Programs(mesh=mesh)
 
     @cached_property
     def params(self) -> Params:
@@ -134,15 +138,18 @@ class VLM:
         in hexadecimal digits.
         """
         digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
-        for path, array in jax.tree.leaves_with_path(self.params):
-            digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-            digest.update(np.asarray(array[(0,) * (array.ndim - 1)]).view(np.uint8).data)
+        shapes = jax.tree.leaves(abstract_params(self.config))
+        # On a mesh the arrays have other shapes, and the same numbers in front.
+        for (path, array), own in zip(jax.tree.leaves_with_path(self.params), shapes, strict=True):
+            digest.update(f"{jax.tree_util.keystr(path)} {own.shape} {array.dtype}".encode())
+            part = np.asarray(array[(0,) * (array.ndim - 1)])[: own.shape[-1]]
+            digest.update(part.view(np.uint8).data)
         return digest.hexdigest()
 
     @cached_property
     def folded(self) -> Params:
         """The parameters with the transform of the values folded in, made at the first use."""
-        return self.params if self.transformed else fold_transform(self.params)
+        return self.params if self.transformed else fold_transform(self.params, self.mesh)
 
     def params_for(self, generate: Generate) -> Params:
         """The parameters that a way to generate runs on."""
@@ -339,6 +346,11 @@ class VLM:
             context=context,
             raw_prompt=raw_prompt,
         )
+        if len(groups) > 1 and self.mesh is not None and self.mesh.data > 1:
+            raise NotImplementedError(
+                f"{prefill_batch=} with requests split over data={self.mesh.data}: leave "
+                "prefill_batch out, or give a mesh with data=1"
+            )
         longest = max(int(group.length.max()) for group in groups)
         limit = self.config.text.max_positions
         if longest + max_new_tokens - 1 > limit:

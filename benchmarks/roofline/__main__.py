@@ -11,6 +11,7 @@ from benchmarks.command import AsJson, Force, Out, bad_input, check_known, check
 from benchmarks.documents import panels, save_svg, table
 from benchmarks.environment import environment
 from benchmarks.models import MODELS
+from benchmarks.roofline.links import LINKS, Split, split_rows, split_table
 from benchmarks.roofline.packed import Caches, caches
 from benchmarks.roofline.trips import trip_rows, trip_table
 from vlcache_jax.cache.budget import Budget
@@ -82,7 +83,7 @@ def capacity_rows(
     return rows
 
 
-def text_of(result: dict[str, Any]) -> str:
+def text_of(result: dict[str, Any], split: Split) -> str:
     """The result in Markdown."""
     device = result["device"]
     stages = [
@@ -119,6 +120,7 @@ def text_of(result: dict[str, Any]) -> str:
             f"{device['flops'] / 1e12:.4g} TFLOP/s, {device['memory'] / 2**30:.4g} GiB):",
             table(["stage", "cache", "bytes", "operations", "at least", "of it"], stages),
             table(head, capacity),
+            *([split_table(split, result["split"])] if result["split"] else []),
             trip_table(result["serial_trips"]),
         ]
     )  # fmt: skip
@@ -182,6 +184,10 @@ def main(
             "none."
         ),
     ] = "16",
+    devices: Annotated[
+        int, typer.Option(min=1, help="Also so many devices, each with a part of every layer.")
+    ] = 1,
+    link: Annotated[str, typer.Option(help=f"Between them: {', '.join(LINKS)}.")] = "nvlink",
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw the floor of a decode step against the context, an SVG file."),
@@ -196,6 +202,8 @@ def main(
 
     Example: python -m benchmarks.roofline --model llava-v1.6-34b --context 8192 --batch 32
 
+    On four devices: python -m benchmarks.roofline --model llava-v1.6-34b --devices 4
+
     With a plot: python -m benchmarks.roofline --plot decode.svg
 
     With AKVQ-VL's rows: python -m benchmarks.roofline --context 32768 --batch 24 --kv-bits akvq
@@ -205,9 +213,11 @@ def main(
     with bad_input():
         check_known("device", [device], roofline.DEVICES)
         check_known("model", [model], MODELS)
+        check_known("link", [link], LINKS)
         chosen, config = roofline.DEVICES[device], MODELS[model]
         Budget(budget)
         compared = caches(config, budget, kv_bits)
+        split = Split(config, devices, LINKS[link])
     size = chosen, config, context, batch, compared
     result = {
         **environment(),
@@ -219,11 +229,14 @@ def main(
         "tail_rows_at_largest_batch": roofline.TAIL_ROWS,
         "rows": stage_rows(*size),
         "capacity": capacity_rows(*size),
+        "devices": devices,
+        "link": asdict(split.link),
+        "split": split_rows(split, chosen, context, batch, compared) if devices > 1 else [],
         "serial_trips": trip_rows(config.text),
     }
     if plot is not None:
         save_svg(draw(chosen, model, batch, compared), plot, salt="roofline")
-    finish(result, text_of(result), as_json=as_json, out=out)
+    finish(result, text_of(result, split), as_json=as_json, out=out)
 
 
 if __name__ == "__main__":

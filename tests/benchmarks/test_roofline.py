@@ -25,6 +25,7 @@ from benchmarks.roofline import (
     vision_bytes,
 )
 from benchmarks.roofline.__main__ import main
+from benchmarks.roofline.links import LINKS, Split
 from benchmarks.roofline.packed import bits_of, quantized_rows, rows_by_width
 from vlcache_jax.cache.budget import Budget, Prompt
 from vlcache_jax.cache.packed import arrange
@@ -393,3 +394,54 @@ def test_bad_input_is_refused(option, value, word):
     done = run(option, value)
     assert done.exit_code == 2
     assert word in done.output
+
+
+H100 = DEVICES["h100"]
+
+
+@pytest.mark.parametrize(
+    ("model", "devices", "parts"),
+    [("llava-v1.6-34b", 2, 2), ("llava-v1.6-34b", 4, 4), ("qwen2.5-vl-72b", 4, 4),
+     ("qwen2.5-vl-72b", 8, 8), ("qwen2.5-vl-7b", 7, 1)],
+)  # fmt: skip
+def test_a_step_on_several_devices_by_hand(model, devices, parts):
+    config, context, batch = MODELS[model], 8192, 8
+    text, split = config.text, Split(config, devices, LINKS["nvlink"])
+    read = split.read(context, batch, 0.1, 16)
+    assert read["weights"] * devices == pytest.approx(language_bytes(config))
+    own = 2 * 2 * text.num_layers * text.num_kv_heads // parts * text.head_dim
+    assert read["caches"] == pytest.approx(batch * 0.1 * context * own)
+    assert split.collectives == 2 * text.num_layers + 2
+    residual, logits = 2 * batch * text.hidden_size, 4 * batch * text.vocab_size
+    others = (devices - 1) / devices
+    sent = others * (2 * (2 * text.num_layers + 1) * residual + logits)
+    assert split.sent(batch) == pytest.approx(sent)
+    floor = sum(read.values()) / H100.bandwidth + sent / 450e9
+    assert split.floor(H100, context, batch, 0.1, 16) == pytest.approx(floor)
+
+
+def test_models_that_one_device_cannot_hold():
+    for model, fewest in (("llava-v1.6-34b", 2), ("qwen2.5-vl-72b", 4)):
+        alone = largest_batch(H100, MODELS[model], 8192)
+        full, tenth = (
+            Split(MODELS[model], fewest, LINKS["nvlink"]).largest_batch(H100, 8192, budget, 16)
+            for budget in (1, 0.1)
+        )
+        assert tenth > 8 * full > 8 * 5 * alone
+    one = Split(YI, 1, LINKS["nvlink"])
+    assert one.largest_batch(H100, 2048, 0.1, 16) == largest_batch(H100, YI, 2048, 0.1)
+    assert one.floor(H100, 2048, 8, 1, 16) == decode_step(YI, 2048, 8).bytes / H100.bandwidth
+    assert (one.sent(8), one.collectives) == (0, 0)
+
+
+def test_the_command_tells_of_several_devices():
+    given = ["--model", "llava-v1.6-34b", "--device", "h100", "--devices", "2"]
+    told = run(*given, "--link", "infiniband", "--json")
+    rows = json.loads(told.stdout)["split"]
+    assert [row["cache"] for row in rows] == ["full", "10 %"]
+    assert rows[0]["largest_batch"] < rows[1]["largest_batch"]
+    assert "InfiniBand NDR, 50 GB/s" in run(*given, "--link", "infiniband").stdout
+    refused = run("--devices", "5")
+    assert refused.exit_code == 2
+    assert "model=1, 2, 4 fits" in " ".join(refused.output.split())
+    assert run("--link", "string").exit_code == 2

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from tests.model_files import SPELLINGS, config_json, random_tensors, respell
+from tests.tiny_qwen import qwen_json
 from vlcache_jax.checkpoints.weights import (
     cast,
     join,
+    join_part,
     match,
     parameter_shapes,
     parse_dtype,
@@ -16,6 +18,7 @@ from vlcache_jax.checkpoints.weights import (
     tensors_of,
 )
 from vlcache_jax.errors import short
+from vlcache_jax.models.families import family_of, read_config
 from vlcache_jax.models.llava.config import LlavaConfig
 from vlcache_jax.models.llava.names import LLAVA
 
@@ -212,3 +215,44 @@ def test_a_value_beyond_float16_is_refused():
     stored_infinity = np.array([1.0, np.inf], np.float32)
     assert np.isinf(cast(stored_infinity, np.dtype(np.float16), "x")[1])
     assert cast(values, np.dtype(np.float32), "x") is values
+
+
+class Sliced:
+    """A tensor that is read by slices, and tells how much was."""
+
+    def __init__(self, array):
+        self.array, self.read = array, 0
+
+    def get_shape(self):
+        return list(self.array.shape)
+
+    def __getitem__(self, index):
+        found = self.array[index]
+        self.read += found.size
+        return found
+
+
+@pytest.mark.parametrize(
+    "config", [*SHAPES, qwen_json("qwen2_5_vl")], ids=["mha", "gqa", "g7", "tied", "qwen"]
+)
+def test_a_part_of_a_parameter_is_read_alone(config):
+    model = read_config(config)
+    names, rng = family_of(model).names, np.random.default_rng(1)
+    for name, shape in parameter_shapes(model).items():
+        tensors = [
+            rng.standard_normal(own, np.float32) for own in tensors_of(names, name, shape).values()
+        ]
+        whole = join(names, name, shape, np.dtype(np.float32), iter(tensors))
+        for number in range(3):
+            starts = [size * number // 3 for size in shape]
+            stops = [max(start + 1, size * (number + 1) // 3)
+                     for start, size in zip(starts, shape, strict=True)]  # fmt: skip
+            index = tuple(map(slice, starts, stops))
+            sliced = [Sliced(tensor) for tensor in tensors]
+            found = join_part(names, name, shape, np.dtype(np.float32), sliced, index)
+            np.testing.assert_array_equal(found, whole[index], err_msg=f"{name} {index}")
+        # Along the first axis alone nothing is read that is not wanted.
+        index = tuple(map(slice, (0,) * len(shape), (1, *shape[1:])))
+        sliced = [Sliced(tensor) for tensor in tensors]
+        join_part(names, name, shape, np.dtype(np.float32), sliced, index)
+        assert sum(each.read for each in sliced) == whole[index].size

@@ -18,9 +18,10 @@ from pallas_kernels.window_scores import window_scores
 from vlcache_jax.cache.allocate import Allocation, parts
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
-from vlcache_jax.cache.score import Layer, Score
+from vlcache_jax.cache.score import Layer, Score, summed
 from vlcache_jax.cache.select import last_marked
 from vlcache_jax.cache.windows import PostVisionRows
+from vlcache_jax.distributed.collectives import HEADS, mean, total
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class EliteRows(Score):
         logits *= layer.k.shape[-1] ** -0.5
         text = prompt.text[:, None, None, :]
         weights = jax.nn.softmax(jnp.where(text, logits, -1e30), axis=-1)
-        weights = jnp.where(prompt.text, jnp.mean(weights, axis=(1, 2)), 0.0)
+        weights = jnp.where(prompt.text, mean(jnp.mean(weights, axis=(1, 2))), 0.0)
         last_visual = jnp.max(jnp.where(prompt.visual, position, -1), axis=1, keepdims=True)
         most, end = PostVisionRows().most(prompt), prompt.length[:, None]
         behind = prompt.text & (position > last_visual) & (position >= end - most)
@@ -85,12 +86,14 @@ class EliteRows(Score):
         most = min(PostVisionRows().most(prompt), layer.q.shape[1])
         place = start[:, None] + jnp.arange(most, dtype=jnp.int32)
         at = jnp.take_along_axis(order, jnp.minimum(place, prompt.rows - 1), axis=1)
-        seen = window_scores(
-            layer.queries(at),
-            jnp.take_along_axis(layer.k, order[:, :, None, None], axis=1),
-            start,
-            visual + rows,
-            backend=layer.backend,
+        seen = summed(
+            window_scores(
+                layer.queries(at),
+                jnp.take_along_axis(layer.k, order[:, :, None, None], axis=1),
+                start,
+                visual + rows,
+                backend=layer.backend,
+            )
         )
         rank = jnp.argsort(order, axis=1)
         scores = jnp.take_along_axis(seen.scores, rank[:, None, :], axis=2)
@@ -114,7 +117,8 @@ class StrengthAndSkewness(Allocation):
         """See the class."""
         visual = prompt.visual[:, None, :]
         n = jnp.sum(visual, axis=-1).astype(jnp.float32)  # [B, 1]
-        worth = jnp.where(visual, jnp.sum(measured, axis=2), 0.0)  # [B, L, T]
+        worth = total(jnp.sum(measured, axis=2), HEADS)
+        worth = jnp.where(visual, worth, 0.0)  # [B, L, T]
         strength = jnp.sum(worth, axis=-1)
         apart = jnp.where(visual, worth - (strength / jnp.maximum(n, 1))[..., None], 0.0)
         deviation = jnp.sqrt(jnp.sum(apart**2, axis=-1) / jnp.maximum(n - 1, 1))

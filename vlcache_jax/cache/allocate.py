@@ -21,6 +21,7 @@ from vlcache_jax.cache.blended import normalized
 from vlcache_jax.cache.budget import Limits, Prompt
 from vlcache_jax.cache.score import Layer, PostVisionRows, Window
 from vlcache_jax.cache.select import largest
+from vlcache_jax.distributed.collectives import HEADS, mean
 
 _MOST = 2**23  # sizes beyond any prompt's length; whole numbers up to here are exact in float32
 
@@ -49,7 +50,8 @@ class Allocation:
         seen = layer.watch(self.window, self.threshold)
         assert seen.zeroed is not None  # a threshold was given
         assert seen.visible is not None
-        return jnp.mean(seen.zeroed / jnp.maximum(seen.visible, 1), axis=-1, dtype=jnp.float32)
+        share = seen.zeroed / jnp.maximum(seen.visible, 1)
+        return mean(jnp.mean(share, axis=-1, dtype=jnp.float32))
 
     def sizes(self, prompt: Prompt, measured: jax.Array | None) -> jax.Array:
         """The layers' sizes in tokens, float32 [B, L].
@@ -175,7 +177,8 @@ class GlobalBest(Allocation):
                 "GlobalBest compares the scores of all layers, and this score has none: choose "
                 "another score, or another allocation"
             )
-        worth = jnp.mean(normalized(measured, prompt.inside[:, None, None, :]), axis=2)  # [B, L, T]
+        worth = normalized(measured, prompt.inside[:, None, None, :])
+        worth = mean(jnp.mean(worth, axis=2), HEADS)  # [B, L, T]
         every = prompt.length * prompt.layers
         taken = prompt.budget.shares(prompt.length) * every.astype(jnp.float32)
         taken = jnp.floor(taken + 0.5).astype(jnp.int32)

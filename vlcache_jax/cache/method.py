@@ -20,6 +20,7 @@ from vlcache_jax.cache.quantize import Quantizer, groups
 from vlcache_jax.cache.score import Layer, Look, Score, furthest, merged
 from vlcache_jax.cache.select import kept_rows, last_marked, rank_rows
 from vlcache_jax.cache.state import Pool, round_up, whole_capacity
+from vlcache_jax.distributed.collectives import HEADS, mean, total
 from vlcache_jax.models.config import TextConfig
 
 AnyPool = Pool | PackedPool
@@ -243,7 +244,7 @@ class CacheMethod:
             if self.keep_text:  # ends that are text leave places: they go to the latest tokens
                 scores += jnp.arange(prompt.rows, dtype=jnp.float32)
         if self.shared_heads:
-            scores = jnp.sum(scores, axis=2, keepdims=True)
+            scores = total(jnp.sum(scores, axis=2, keepdims=True), HEADS)
         first, last, text = self.always(budgets, prompt)
         order = rank_rows(scores, first, last, prompt.length, text)
         return Plan(budgets, order, seen.salience)
@@ -330,4 +331,4 @@ class CacheMethod:
 
 def _count(tokens: jax.Array) -> jax.Array:
     """Tokens of each layer, the mean over its heads: bool [B, L, K, T] -> float32 [B, L]."""
-    return jnp.mean(jnp.sum(tokens, axis=-1, dtype=jnp.float32), axis=-1)
+    return mean(jnp.mean(jnp.sum(tokens, axis=-1, dtype=jnp.float32), axis=-1), HEADS)

@@ -25,6 +25,7 @@ from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.compact import compact
 from vlcache_jax.cache.quantize import CLIP, Capacity, Quantizer, grid, groups, round_to
 from vlcache_jax.cache.state import Pool, Tails
+from vlcache_jax.distributed.collectives import HEADS, most
 
 PACKED_AT_ONCE = 512
 """Most word-rows that are packed at a time: enough to keep a GPU busy, and few beside a cache."""
@@ -160,7 +161,7 @@ def arrange(
     kind = jnp.where(dense, 0, 1 + quantizer.columns(prompt)[:, :, None])  # [B, L, K, T]
     # Rows that should have at least as many bits as each kind, of the head that has most of them.
     upto = [
-        jnp.max(jnp.sum(kept & (kind <= one), axis=-1, dtype=jnp.int32), axis=-1)
+        most(jnp.max(jnp.sum(kept & (kind <= one), axis=-1, dtype=jnp.int32), axis=-1), HEADS)
         for one in range(runs)
     ]
     upto = jnp.stack([*upto, budgets], axis=-1)  # [B, L, 1 + runs]

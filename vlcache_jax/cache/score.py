@@ -16,12 +16,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.rows import LayerRows
 from pallas_kernels.window_scores import WindowScores, average_pool, window_scores
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.select import recent_rows
 from vlcache_jax.cache.windows import AllRows, LastRows, PostVisionRows, Window
+from vlcache_jax.distributed import collectives
 from vlcache_jax.errors import whole_number
 
 
@@ -175,7 +177,16 @@ class Layer:
         settings = {"threshold": threshold, "maxima": maxima, "weights": weights}
         keys = self.k if self.part is None else self.part.keys
         arrays = q, keys, start, self.prompt.length
-        return window_scores(*arrays, **settings, backend=self.backend)
+        return summed(window_scores(*arrays, **settings, backend=self.backend))
+
+
+def summed(seen: WindowScores) -> WindowScores:
+    """What was seen by all query heads of a group, where several devices share them."""
+    scores = collectives.total(seen.scores, collectives.GROUP)
+    maxima = seen.maxima
+    if maxima is not None:
+        maxima = collectives.total(maxima, collectives.GROUP)
+    return seen._replace(scores=scores, maxima=maxima)
 
 
 class Score:
@@ -370,7 +381,12 @@ class Noise(RecentScore):
         keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(
             jnp.arange(rows, dtype=jnp.int32)
         )
-        draws = jax.vmap(lambda key: jax.random.uniform(key, (heads,), jnp.float32))(keys)  # [T, K]
+        parts = collectives.shards(collectives.HEADS)
+        every = parts * heads  # of all devices: a head draws what it does on one
+        draws = jax.vmap(lambda key: jax.random.uniform(key, (every,), jnp.float32))(keys)  # [T, K]
+        if parts > 1:
+            first = collectives.number(collectives.HEADS) * heads
+            draws = lax.dynamic_slice_in_dim(draws, first, heads, axis=1)
         return jnp.broadcast_to(draws.T, (batch, heads, rows))
 
 

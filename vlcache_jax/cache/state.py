@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_decode_attention import append_and_attend
 from pallas_kernels.rows import NewToken, Segment, Tail
+from vlcache_jax.distributed.collectives import HEADS, own
 from vlcache_jax.models.config import TextConfig
 
 BLOCK = 128
@@ -128,6 +129,7 @@ def whole_capacity(layers: int, prompt_rows: int) -> int:
 
 def empty_tail(config: TextConfig, batch: int, rows: int, dtype: jnp.dtype) -> Tails:
     """Tails with room for `rows` new tokens. Zeros: uninitialised rows could hold NaN."""
-    shape, layers = (batch, config.num_kv_heads, rows, config.head_dim), range(config.num_layers)
+    shape = batch, own(config.num_kv_heads, HEADS), rows, config.head_dim
+    layers = range(config.num_layers)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
     return Tails(k, v, jnp.zeros((batch,), jnp.int32))

@@ -16,6 +16,7 @@ from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod
 from vlcache_jax.cache.score import Layer, Look, Score
 from vlcache_jax.cache.windows import ScatteredRows
+from vlcache_jax.distributed.collectives import HEADS, shards, total
 
 _BEFORE = 2.0**100
 """What text is worth is multiplied by: far beyond any visual token, and rounded nowhere."""
@@ -65,7 +66,7 @@ class TextGuided(Score):
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = weights / jnp.where(total > 0, total, 1.0)
         guided = layer.attention(layer.queries(position), position, weights=weights).scores
-        most = layer.q.shape[2]  # of a visual token: 1 for each query head
+        most = layer.q.shape[2] * shards()  # of a visual token: 1 for each query head
         return jnp.where(text, worth * _BEFORE + most, guided)
 
 
@@ -82,7 +83,8 @@ class AttentionToVision(Allocation):
     def measure(self, layer: Layer) -> jax.Array:
         """That attention, summed over rows, tokens and heads."""
         scores = layer.watch(TEXT_ROWS).scores
-        return jnp.sum(jnp.where(layer.prompt.visual[:, None], scores, 0.0), axis=(1, 2))
+        scores = jnp.where(layer.prompt.visual[:, None], scores, 0.0)
+        return total(jnp.sum(scores, axis=(1, 2)), HEADS)
 
     def sizes(self, prompt: Prompt, measured: jax.Array) -> jax.Array:
         """The shares of all that is kept."""

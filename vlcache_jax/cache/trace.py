@@ -16,6 +16,7 @@ import numpy as np
 from vlcache_jax.cache.allocate import Sparsity
 from vlcache_jax.cache.budget import Prompt
 from vlcache_jax.cache.method import CacheMethod, Observation, Plan
+from vlcache_jax.distributed.collectives import GROUP, mean
 from vlcache_jax.files import check_file, whole_file
 
 
@@ -37,7 +38,7 @@ def prompt_attention(q: jax.Array, k: jax.Array, lengths: jax.Array) -> jax.Arra
     )
     inside = jnp.arange(rows, dtype=jnp.int32) < lengths[:, None, None, None]
     logits = jnp.where(inside, logits / math.sqrt(head_dim), -jnp.inf)
-    return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=2)
+    return mean(jnp.mean(jax.nn.softmax(logits, axis=-1), axis=2), GROUP)
 
 
 def cache_hit_rate(weights: jax.Array, kept: jax.Array, count: jax.Array) -> jax.Array:

@@ -31,6 +31,7 @@ from vlcache_jax.checkpoints.weights import (
     Shape,
     cast,
     join,
+    join_part,
     match,
     parameter_name,
     parameter_shapes,
@@ -38,6 +39,8 @@ from vlcache_jax.checkpoints.weights import (
     piece_of,
     refuse_differences,
 )
+from vlcache_jax.distributed.mesh import DeviceMesh
+from vlcache_jax.distributed.weights import Read, place
 from vlcache_jax.errors import reason, short
 from vlcache_jax.fields import COUNT, SECTION, local_path, read_field, read_json
 from vlcache_jax.models.config import ModelConfig, read_config_json
@@ -63,7 +66,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 Progress = Callable[[str, int, int], None]
 """Called after each parameter with its piece, the bytes done and the bytes in all."""
 
-Pieces: TypeAlias = Iterator[tuple[str, Iterator[tuple[str, np.ndarray]]]]
+Pieces: TypeAlias = Iterator[tuple[str, Iterator[tuple[str, Any]]]]
 """The pieces of a checkpoint in their order, each with the names and values of its parameters."""
 
 
@@ -142,28 +145,45 @@ class Checkpoint(ABC):
             ValueError: the file is damaged, or a value does not fit the number type.
         """
 
-    def read_all(self, dtype: np.dtype, progress: Progress | None = None) -> Pieces:
-        """Every piece with what `read` gives of it.
+    def parts(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, Read]]:
+        """Name of each parameter of a piece, and what reads a part of it; see `read`."""
+        for name, array in self.read(piece, dtype):
+            yield name, array.__getitem__
+
+    def read_all(
+        self, dtype: np.dtype, progress: Progress | None = None, mesh: DeviceMesh | None = None
+    ) -> Pieces:
+        """Every piece with what `read` gives of it, or on a mesh with the arrays of its devices.
 
         Args:
             dtype: the number type.
+            mesh: the devices.
             progress: called after each parameter with its piece, the bytes done and those in all.
         """
         total, done = self.num_bytes(dtype), 0
 
         def arrays(piece: str) -> Iterator[tuple[str, np.ndarray]]:
             nonlocal done
-            for name, array in self.read(piece, dtype):
+            for name, array in self.read(piece, dtype) if mesh is None else placed(mesh, piece):
                 yield name, array
-                done += array.nbytes
+                done += dtype.itemsize * math.prod(self.shapes[name])
                 if progress is not None:
                     progress(piece, done, total)
+
+        def placed(mesh: DeviceMesh, piece: str) -> Iterator[tuple[str, Any]]:
+            for name, read in self.parts(piece, dtype):
+                yield name, place(mesh, name, self.shapes[name], read)
 
         for piece in self.pieces:
             yield piece, arrays(piece)
 
     def load(
-        self, dtype: Any = None, progress: Progress | None = None, *, transform: bool = False
+        self,
+        dtype: Any = None,
+        progress: Progress | None = None,
+        *,
+        transform: bool = False,
+        mesh: DeviceMesh | None = None,
     ) -> Params:
         """The parameters on the default device, in the tree of `models.families.abstract_params`.
 
@@ -172,20 +192,21 @@ class Checkpoint(ABC):
             progress: called after each parameter with its piece, the bytes done and those in all.
             transform: fold the transform of the values into each layer as it is read
                 (`models.fold`).
+            mesh: devices that hold the parameters together, each its own part.
 
         Raises:
             ValueError: a file is damaged, a value does not fit the number type, or the weights have
                 several types and no `dtype` is given.
         """
         leaves: dict[str, jax.Array] = {}
-        for piece, arrays in self.read_all(self.target_dtype(dtype), progress):
+        for piece, arrays in self.read_all(self.target_dtype(dtype), progress, mesh):
             for name, array in arrays:
                 # Waiting keeps the host from holding every array whose transfer is under way.
-                leaves[name] = jax.device_put(array).block_until_ready()
+                leaves[name] = (array if mesh else jax.device_put(array)).block_until_ready()
             if transform and piece.startswith("layer_"):  # at once: never two layers unfolded
                 names = {leaf: f"layers.{int(piece[6:])}.{leaf}" for leaf in FOLDED}
                 own = {leaf: leaves.pop(name) for leaf, name in names.items() if name in leaves}
-                folded = jax.block_until_ready(fold_layer(own))
+                folded = jax.block_until_ready(fold_layer(own, mesh))
                 leaves.update({names[leaf]: array for leaf, array in folded.items()})
         paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(self.config))
         return tree.unflatten([leaves[parameter_name(path)] for path, _ in paths])
@@ -223,6 +244,15 @@ class SafetensorsCheckpoint(Checkpoint):
         for name in self.pieces[piece]:
             tensors = (self._files[key].get_tensor(key) for key in self._sources[name])
             yield name, join(self.names, name, self.shapes[name], dtype, tensors)
+
+    def parts(self, piece: str, dtype: np.dtype) -> Iterator[tuple[str, Read]]:
+        """What reads a part of each parameter, and no more of the files."""
+        if piece == "embed":
+            self._check_tied()
+        for name in self.pieces[piece]:
+            tensors = [self._files[key].get_slice(key) for key in self._sources[name]]
+            own = self.names, name, self.shapes[name], dtype
+            yield name, partial(join_part, *own, tensors)
 
     def _check_tied(self) -> None:
         """An output projection that is stored although it is tied must be the embedding."""

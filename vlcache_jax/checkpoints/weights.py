@@ -96,6 +96,90 @@ def join(
     return array
 
 
+def join_part(
+    names: Names,
+    name: str,
+    shape: Shape,
+    dtype: np.dtype,
+    tensors: Iterable[Any],
+    index: Sequence[slice],
+) -> np.ndarray:
+    """`join` of a part of a parameter, of which no more is read than the part's rows and columns.
+
+    Args:
+        names: as of `join`.
+        name: the parameter's.
+        shape: of the whole parameter.
+        dtype: the number type.
+        tensors: what is read by slices, as `safetensors` gives it.
+        index: the part: a slice for each axis, with a start and a stop.
+
+    Raises:
+        ValueError: as `join`.
+    """
+    starts = [each.start for each in index]
+    made = np.empty([each.stop - each.start for each in index], dtype)
+    # Along one axis of the parameter each: where in it a place of a tensor lies.
+    places = [
+        np.broadcast_to(np.arange(size).reshape(size, *[1] * (len(shape) - at - 1)), shape)
+        for at, size in enumerate(shape)
+    ]
+    views = [names.parts_of(name, place) for place in places]
+    for number, tensor in enumerate(tensors):
+        own = [view[number][1] for view in views]  # [...] in the order of the tensor's axes
+        source: list[slice] = [slice(0, size) for size in own[0].shape]
+        target: list[Any] = [0] * len(shape)
+        order: list[int] = []
+        for at, view in enumerate(own):
+            # The axis of the tensor that this axis of the parameter is; none where it has one row.
+            along = next((axis for axis, step in enumerate(view.strides) if step), None)
+            line = np.array([view.flat[0]]) if along is None else _line(view, along)
+            inside = np.flatnonzero((line >= index[at].start) & (line < index[at].stop))
+            if not len(inside):
+                break
+            first = int(line[inside[0]]) - starts[at]
+            target[at] = first if along is None else slice(first, first + len(inside))
+            if along is not None:
+                source[along] = slice(int(inside[0]), int(inside[-1]) + 1)
+                order.append(along)
+        else:
+            found = cast(_read(tensor, own[0].shape, source), dtype, name)
+            single = [axis for axis in range(found.ndim) if axis not in order]
+            found = found.transpose(*single, *order)
+            made[tuple(target)] = found.reshape(found.shape[len(single) :])
+    return made
+
+
+def _line(view: np.ndarray, along: int) -> np.ndarray:
+    """What stands along one axis."""
+    return view[tuple(slice(None) if axis == along else 0 for axis in range(view.ndim))]
+
+
+def _read(tensor: Any, shape: Shape, index: Sequence[slice]) -> np.ndarray:
+    """A part of a tensor in its view [...], whose neighbouring axes may be one of the tensor's."""
+    wanted, taken, rows = [], [], list(tensor.get_shape())
+    left = list(zip(shape, index, strict=True))
+    for size in rows:
+        count, first, last, inner = 1, 0, 1, []
+        while count < size or (left and left[0][0] == 1):
+            width, each = left.pop(0)
+            count *= width
+            inner.append((width, each))
+        # The rows between the first and the last that is wanted: of the outermost axis no others.
+        for width, each in inner:
+            first, last = first * width + each.start, (last - 1) * width + each.stop
+        wanted.append(slice(first, last))
+        taken.append(inner)
+    found = tensor[tuple(wanted)]
+    for at, inner in enumerate(taken):
+        numbers = np.zeros(1, np.int64)
+        for width, each in inner:
+            numbers = (numbers[:, None] * width + np.arange(each.start, each.stop)).reshape(-1)
+        if len(numbers) < found.shape[at]:
+            found = np.take(found, numbers - wanted[at].start, axis=at)
+    return found.reshape([each.stop - each.start for each in index])
+
+
 def split(names: Names, name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a parameter, contiguous, with their names: the inverse of `join`."""
     for tensor, view, own in names.parts_of(name, array):

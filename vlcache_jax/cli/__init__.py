@@ -19,6 +19,7 @@ from vlcache_jax.cli import options
 from vlcache_jax.cli.chatting import chat
 from vlcache_jax.cli.evaluating import evaluate
 from vlcache_jax.cli.serving import serve
+from vlcache_jax.cli.several import several
 from vlcache_jax.cli.terminal import (
     BAD_INPUT,
     ERRORS,
@@ -59,6 +60,7 @@ def _options(
 
 
 @app.command()
+@several
 def generate(
     model: options.Model,
     prompt: options.Prompt = None,
@@ -87,6 +89,7 @@ def generate(
     kv_budget: options.KvBudget = None,
     kv_bits: options.KvBits = None,
     backend: options.Backend = None,
+    mesh: options.Mesh = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -123,7 +126,7 @@ def generate(
         turns = None if messages is None else read_messages(messages)
         images, question, right = find_question(image, prompt if turns is None else "", video)
         document = read_context(context)
-        vlm, progress = open_model(model, revision, dtype, backend, cache=cache)
+        vlm, progress = open_model(model, revision, dtype, backend, cache=cache, mesh=mesh)
         stream = vlm.stream(
             images,
             question,
@@ -168,6 +171,7 @@ def compare(
     kv_budget: options.KvBudgets = None,
     kv_bits: options.KvBitsList = None,
     backend: options.Backend = None,
+    mesh: options.Mesh = None,
     raw_prompt: options.RawPrompt = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -188,7 +192,7 @@ def compare(
         named = cache_methods(method or list(options.COMPARED), kv_budget, kv_bits)
         images, question, right = find_question(image, prompt, video)
         document = read_context(context)
-        vlm, progress = open_model(model, revision, dtype, backend)
+        vlm, progress = open_model(model, revision, dtype, backend, mesh=mesh)
         streams = [
             vlm.stream(
                 images,
@@ -406,8 +410,8 @@ def inspect(
 
 
 app.command()(chat)
-app.command()(evaluate)
 app.command()(serve)
+app.command()(several(evaluate))
 
 
 def main() -> None:

@@ -131,6 +131,7 @@ def chat(
     kv_budget: options.KvBudget = None,
     kv_bits: options.KvBits = None,
     backend: options.Backend = None,
+    mesh: options.Mesh = None,
     prefill_chunk: options.PrefillChunk = None,
 ) -> None:
     """Have a conversation about images, videos or a text, whose keys and values are made once.
@@ -161,7 +162,7 @@ def chat(
         if session is not None and (images or shown):
             names = ["image"] * bool(images) + [{"videos": "video"}.get(x, x) for x in shown]
             raise ValueError(f"--session has its own: leave --{' and --'.join(names)} out")
-        vlm, progress = open_model(model, revision, dtype, backend, cache=cache)
+        vlm, progress = open_model(model, revision, dtype, backend, cache=cache, mesh=mesh)
         vlm.request(text="a", **asked)
         if prefill_chunk is not None:
             shown["prefill_chunk"] = prefill_chunk

@@ -62,6 +62,7 @@ def evaluate(
     revision: options.Revision = None,
     dtype: options.Dtype = None,
     backend: options.Backend = None,
+    mesh: options.Mesh = None,
     raw_prompt: options.RawPrompt = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -99,7 +100,7 @@ def evaluate(
             )
         else:
             names, asked = read_requests(requests)
-        vlm, progress = open_model(model, revision, dtype, backend)
+        vlm, progress = open_model(model, revision, dtype, backend, mesh=mesh)
         with progress:
             found = evaluation.evaluate(
                 vlm,

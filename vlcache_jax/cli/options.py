@@ -115,6 +115,14 @@ Backend = Annotated[
         "the device. On a CPU triton is interpreted, for tests, and slow.",
     ),
 ]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        metavar="model=4,data=2",
+        help="Devices that run the model together: `model` splits its heads, MLP and vocabulary, "
+        "`data` a batch's requests. One device by default.",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option(

@@ -162,6 +162,7 @@ def open_model(
     backend: str | None,
     *,
     cache: "CacheMethod | None" = None,
+    mesh: str | None = None,
 ) -> tuple["VLM", Progress]:
     """The model with its parameters unread, and the progress that shows their reading."""
     from vlcache_jax.loading import load
@@ -175,6 +176,7 @@ def open_model(
         cache=cache,
         revision=revision,
         lazy=True,
+        mesh=mesh,
         progress=progress_line(progress, "reading", human_bytes),
     )
     return vlm, progress

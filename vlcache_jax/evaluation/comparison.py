@@ -180,9 +180,14 @@ class Comparer:
     """
 
     def __init__(self, vlm: VLM):
+        if vlm.mesh is not None and vlm.mesh.data > 1:
+            raise NotImplementedError(
+                f"an evaluation on mesh {vlm.mesh} does not split its requests yet: use model="
+                f"{vlm.mesh.model} alone"
+            )
         self.vlm = vlm
         self.seconds: dict[str, float] = defaultdict(float, compile=0.0)
-        self._programs = Programs()
+        self._programs = Programs(mesh=vlm.mesh)
 
     def pools(
         self,

@@ -20,6 +20,7 @@ from jax import lax
 
 from pallas_kernels.add_rms_norm.xla import rms_norm
 from pallas_kernels.rope import rotate
+from vlcache_jax.distributed import collectives
 from vlcache_jax.models.config import RopeConfig, TextConfig
 from vlcache_jax.models.layers import DType, RMSNorm, normal, product
 
@@ -148,7 +149,7 @@ class DecoderLayer(nnx.Module):
         mixed = mixed.reshape(batch, length, -1)  # [B, T, K * G * H]
         with jax.named_scope("projections"):
             out = self.out[...].reshape(mixed.shape[-1], -1)
-            delta = product("bti,id->btd", mixed, out)
+            delta = collectives.total(product("bti,id->btd", mixed, out))
         x, normed = self.mlp_norm.add(x, delta, backend)
         return Residual(x, self.mlp(normed)), kept
 
@@ -182,18 +183,25 @@ class DecoderLayer(nnx.Module):
     def _mlp(self, x: jax.Array) -> jax.Array:
         gate_up = product("btd,dcf->btcf", x, self.gate_up)
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return product("btf,fd->btd", hidden, self.down)
+        return collectives.total(product("btf,fd->btd", hidden, self.down))
 
 
 class Embedding(nnx.Module):
     """Token embedding [V, D]."""
 
     def __init__(self, config: TextConfig, *, dtype: DType, rngs: nnx.Rngs):
+        self.vocab_size = config.vocab_size
         self.embedding = normal(rngs, (config.vocab_size, config.hidden_size), dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, T] int32 -> [B, T, D]; ids outside the vocabulary are clamped, never read wild."""
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+        table, parts = self.embedding[...], collectives.shards()
+        if parts == 1:
+            return jnp.take(table, tokens, axis=0, mode="clip")
+        row = jnp.clip(tokens, 0, self.vocab_size - 1) - collectives.number() * len(table)
+        mine = (row >= 0) & (row < len(table))
+        found = jnp.take(table, row, axis=0, mode="clip")
+        return collectives.total(jnp.where(mine[..., None], found, 0))
 
 
 class Head(nnx.Module):
@@ -201,6 +209,7 @@ class Head(nnx.Module):
 
     def __init__(self, config: TextConfig, *, dtype: DType, rngs: nnx.Rngs):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.vocab_size = config.vocab_size
         shape = (config.hidden_size, config.vocab_size)
         self.kernel = None if config.tie_embeddings else normal(rngs, shape, dtype)
 
@@ -209,5 +218,9 @@ class Head(nnx.Module):
         """[..., D] -> logits [..., V] in float32."""
         x = self.norm(x)
         if self.kernel is None:
-            return product("...d,vd->...v", x, embedding.embedding, out=jnp.float32)
-        return product("...d,dv->...v", x, self.kernel, out=jnp.float32)
+            logits = product("...d,vd->...v", x, embedding.embedding, out=jnp.float32)
+        else:
+            logits = product("...d,dv->...v", x, self.kernel, out=jnp.float32)
+        if collectives.shards() == 1:
+            return logits
+        return collectives.gathered(logits, logits.ndim - 1)[..., : self.vocab_size]

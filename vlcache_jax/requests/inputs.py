@@ -68,6 +68,19 @@ class ModelInputs:
         """The same prompts, without the pictures."""
         return replace(self, tiles=self.tiles[:0], layout=None)
 
+    def filled(self, count: int) -> "ModelInputs":
+        """The same prompts, the last one repeated until they are so many; on the host."""
+        number = np.minimum(np.arange(count), len(self.length) - 1)
+        interpolation = self.interpolation
+        return replace(
+            self,
+            tokens=self.tokens[number],
+            length=self.length[number],
+            visual_index=self.visual_index[number],
+            positions=None if self.positions is None else self.positions[:, number],
+            interpolation=interpolation and Interpolation(*(x[number] for x in interpolation)),
+        )
+
     def padded(self, rows: int, length: Array | None = None) -> "ModelInputs":
         """The same prompts, or their first tokens, in another bucket; arrays on the host.
 

@@ -8,6 +8,7 @@ groups of prompts ─► prefill ─► build_cache ─┐ (several groups: into
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 
 from vlcache_jax.cache.method import AnyPool
 from vlcache_jax.cache.trace import BatchTrace
+from vlcache_jax.distributed.mesh import fetched
 from vlcache_jax.models.families import Params
 from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.parts import CHUNK_ROWS, Rows, Runner, reach
@@ -75,6 +77,12 @@ class Run:
     ):
         self._runner = Runner(programs, stages)
         self._params, self._stages = params, stages
+        self._batch = batch = len(settings.max_new_tokens)
+        if programs.mesh is not None and batch > 1 and len(groups) == 1:
+            # As many as the devices divide: the last one is repeated, and not answered.
+            batch += -batch % programs.mesh.data
+            groups = [groups[0].filled(batch)]
+            settings = settings.rows(np.minimum(np.arange(batch), self._batch - 1))
         self._groups, self._settings = groups, settings
         self._chunk, self._prefix = chunk, prefix
         self._rows = groups[0].tokens.shape[1]
@@ -110,7 +118,7 @@ class Run:
         self._read()
         self._decode_s += time.perf_counter() - began - (self._runner.compile_s - compiled)
         self._steps += steps
-        return np.asarray(tokens)
+        return fetched(tokens)[: self._batch]
 
     def _begin(self) -> np.ndarray:
         """Prefill, cache build and the first tokens, int32 [B, 1]."""
@@ -134,21 +142,23 @@ class Run:
                 else:
                     if not index:
                         stages = self._stages.program("empty_pool", self._rows)
-                        pool = stages.empty_pool(batch, self._rows, dtype)
+                        make = partial(stages.empty_pool, batch, self._rows, dtype)
+                        pool = self._runner.programs.zeros(make)
                     pool, trace = self._do("build_into", pool, rows, prefilled, inputs, settings)
                 del prefilled  # the next group's takes its place
-            tokens[rows], positions[rows] = token, group.next_position()
-            self.traces.append(jax.device_get(trace))
+            tokens[rows], positions[rows] = fetched(token), group.next_position()
+            self.traces.append(fetched(trace))
         self.pool: AnyPool = pool
         self._state: DecodeState = self._do("start", tokens, positions, self._settings, dtype=dtype)
         self._read()
         self._prefill_s = time.perf_counter() - began - self._runner.compile_s
-        return tokens[:, None]
+        return tokens[: self._batch, None]
 
     def _read(self) -> None:
         """What has ended, on the host."""
-        self.counts = np.asarray(self._state.count)
-        self.done = getattr(self, "done", False) | np.asarray(self._state.done)
+        counts, done = fetched((self._state.count, self._state.done))
+        self.counts = counts[: self._batch]
+        self.done = getattr(self, "done", False) | done[: self._batch]
 
     def _prefill(
         self, group: ModelInputs, inputs: ModelInputs, settings: Settings

@@ -57,7 +57,7 @@ class Runner:
     """
 
     def __init__(self, programs: Programs, stages: Stages, dry: bool = False):
-        self._programs, self.stages, self.dry = programs, stages, dry
+        self.programs, self.stages, self.dry = programs, stages, dry
         self.compile_s = 0.0
 
     def do(
@@ -77,8 +77,8 @@ class Runner:
         function = functools.partial(getattr(stages, stage), **static)
         donate = (*DONATED.get(stage, ()), *donate)
         if self.dry:
-            return self._programs.shapes(name, function, *args, donate=donate)
-        program, compile_s = self._programs.ready(name, function, *args, donate=donate)
+            return self.programs.shapes(name, function, *args, donate=donate)
+        program, compile_s = self.programs.ready(name, function, *args, donate=donate)
         self.compile_s += compile_s
         return program(*args)
 
@@ -154,7 +154,8 @@ class Rows:
         dtype = params["embed"]["embedding"].dtype
         if len(inputs.tiles) and not tables:
             tables = runner.do("see", total, params, inputs)
-        buffers = runner.stages.empty_buffers(batch, total, dtype)
+        make = functools.partial(runner.stages.empty_buffers, batch, total, dtype)
+        buffers = runner.programs.zeros(make)
         return cls(tables, dtype, store, buffers=buffers)
 
     @property
@@ -193,7 +194,8 @@ class Rows:
         """What the rows leave behind for a method; where that is not known, of none of them."""
         looks = runner.stages.cache.continued
         if not self.knows(runner.stages.cache):
-            return runner.stages.empty_memory(batch, total, looks)
+            make = functools.partial(runner.stages.empty_memory, batch, total, looks)
+            return runner.programs.zeros(make)
         seen = tuple(self.memory[repr(look)] for look in looks)
         return Memory(self.memory["length"], seen, self.memory["salience"])
 

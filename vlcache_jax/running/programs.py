@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from vlcache_jax.distributed.mesh import DeviceMesh
 from vlcache_jax.files import cache_folder
 
 PROGRAMS = 128
@@ -29,13 +30,15 @@ class Programs:
 
     Args:
         most: programs that are kept.
+        mesh: devices that run them together, each on its part of the arrays; None for one device.
 
     Attributes:
+        mesh: as given.
         compile_s: seconds that compiling has taken so far.
     """
 
-    def __init__(self, most: int = PROGRAMS):
-        self._most = most
+    def __init__(self, most: int = PROGRAMS, mesh: DeviceMesh | None = None):
+        self._most, self.mesh = most, mesh
         self.compile_s = 0.0
         self._compiled: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock, self._locks = threading.Lock(), dict[Hashable, threading.Lock]()
@@ -62,7 +65,11 @@ class Programs:
             donate: numbers of those that are given up.
         """
         compiled, seconds = self._compile(name, function, args, donate)
-        return lambda *args: jax.block_until_ready(compiled(*args)), seconds
+        program, shardings = compiled
+        mesh = self.mesh
+        if mesh is None:
+            return lambda *args: jax.block_until_ready(program(*args)), seconds
+        return lambda *args: jax.block_until_ready(program(*mesh.place(args, shardings))), seconds
 
     def shapes(
         self,
@@ -79,10 +86,14 @@ class Programs:
             args: as of `ready`; shapes will do.
             donate: as of `ready`.
         """
-        compiled, _ = self._compile(name, function, args, donate)
+        (compiled, _), _ = self._compile(name, function, args, donate)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), compiled.out_info
         )
+
+    def zeros(self, make: Callable[[], Any]) -> Any:
+        """What a function makes, all of it zeros, where the programs' arrays lie."""
+        return make() if self.mesh is None else self.mesh.zeros(make)
 
     def _compile(
         self, name: Hashable, function: Callable[..., Any], args: Any, donate: tuple[int, ...]
@@ -95,7 +106,12 @@ class Programs:
         with lock:  # one thread compiles it; another one may compile something else meanwhile
             compiled = self._compiled.get(key)
             if compiled is None:
-                compiled = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+                shardings = None
+                if self.mesh is None:
+                    jitted = jax.jit(function, donate_argnums=donate)
+                else:
+                    jitted, shardings = self.mesh.program(function, args, donate)
+                compiled = jitted.lower(*args).compile(), shardings
                 seconds = time.perf_counter() - began
             with self._lock:
                 self._locks.pop(key, None)

@@ -28,6 +28,7 @@ from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.score import Layer, Look, Part, WindowScores
 from vlcache_jax.cache.state import Pool, whole_capacity
 from vlcache_jax.cache.trace import prompt_attention
+from vlcache_jax.distributed.collectives import HEADS, own
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.models.decoder import Decoder
 from vlcache_jax.models.families import Params, bind
@@ -74,7 +75,8 @@ class Prompting:
     def empty_buffers(self, batch: int, rows: int, dtype: jnp.dtype) -> Buffers:
         """Zeros for the keys and values of all layers, of prompts in a bucket of T rows."""
         text = self.config.text
-        shape = (batch, text.num_kv_heads, whole_capacity(text.num_layers, rows), text.head_dim)
+        capacity = whole_capacity(text.num_layers, rows)
+        shape = batch, own(text.num_kv_heads, HEADS), capacity, text.head_dim
         return Buffers(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def empty_memory(self, batch: int, rows: int, looks: tuple[Look, ...]) -> Memory:
@@ -85,10 +87,10 @@ class Prompting:
             return jnp.zeros((batch, text.num_layers, *shape), kind)
 
         def nothing(look: Look) -> WindowScores:
-            scores = zeros(jnp.float32, text.num_kv_heads, rows)
+            scores = zeros(jnp.float32, own(text.num_kv_heads, HEADS), rows)
             if look.threshold is None:
                 return WindowScores(scores, None, None, None)
-            counts = zeros(jnp.int32, text.num_heads)
+            counts = zeros(jnp.int32, own(text.num_heads))
             return WindowScores(scores, counts, counts, None)
 
         seen = tuple(nothing(look) for look in looks)

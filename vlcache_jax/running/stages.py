@@ -23,6 +23,7 @@ from vlcache_jax.cache.methods import FullCache
 from vlcache_jax.cache.packed import PackedPool, spill
 from vlcache_jax.cache.state import Tails, empty_tail
 from vlcache_jax.cache.trace import BatchTrace, trace_batch
+from vlcache_jax.distributed.collectives import DATA, number, shards
 from vlcache_jax.models.families import Params, bind
 from vlcache_jax.models.llama import Attend, rope_table
 from vlcache_jax.requests.inputs import ModelInputs
@@ -361,12 +362,21 @@ class Stages(Prompting):
 
 
 def _written(whole: Any, rows: jax.Array, part: Any) -> Any:
-    """Arrays of a batch [B, ...], those of some sequences [b, ...] put in their rows, int32 [b]."""
+    """Arrays of a batch [B, ...], those of some sequences [b, ...] put in their rows, int32 [b].
+
+    Where devices split the batch, each writes those of its own rows.
+    """
+    split = shards(DATA) > 1
 
     def write(whole: jax.Array, part: jax.Array) -> jax.Array:
         for index in range(part.shape[0]):  # one update in place each; a scatter might copy
-            start = (rows[index], *[jnp.int32(0)] * (whole.ndim - 1))
-            whole = lax.dynamic_update_slice(whole, part[index : index + 1], start)
+            row, new = rows[index], part[index : index + 1]
+            if split:
+                row = row - number(DATA) * len(whole)
+                mine, row = (row >= 0) & (row < len(whole)), jnp.clip(row, 0, len(whole) - 1)
+                new = jnp.where(mine, new, lax.dynamic_slice_in_dim(whole, row, 1))
+            start = (row, *[jnp.int32(0)] * (whole.ndim - 1))
+            whole = lax.dynamic_update_slice(whole, new, start)
         return whole
 
     return jax.tree.map(write, whole, part)

@@ -74,8 +74,8 @@ class Engine:
 
     Raises:
         ValueError: a value is out of range, methods differ in their quantizers, or no slot has room
-            for a method.
-        NotImplementedError: a quantizer packs new tokens.
+            for a method, or the mesh cannot split the slots.
+        NotImplementedError: a quantizer packs new tokens, or the mesh is one of several hosts.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class Engine:
         prefix_bytes: int = 0,
         prefix_store: str = "device",
     ):
+        if vlm.mesh is not None:
+            vlm.mesh.check_slots(group.slots for group in groups)
         self._vlm, text, buckets = vlm, vlm.config.text, vlm.processor.buckets
         wanted = min(whole_number(prompt_rows, "prompt_rows", 1), text.max_positions)
         self.rows = bucket_for(wanted, buckets.prompt)
@@ -101,7 +103,7 @@ class Engine:
         self.logprobs = whole_number(logprobs, "logprobs", 0)
         self._methods = served(vlm, methods, groups)
         self._params = vlm.folded if self._methods[0].transforms else vlm.params
-        self._programs = Programs(ALL_PROGRAMS)
+        self._programs = Programs(ALL_PROGRAMS, vlm.mesh)
         own = self._programs, text.num_layers, self.rows, prefix_bytes, prefix_store
         self._prompts = Prompts(vlm, self._params, self.rows, prefill_chunk, Prefixes(*own))
         self._settings = vlm.request(text="a", raw_prompt=True).settings  # of the warm-up

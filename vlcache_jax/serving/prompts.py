@@ -94,7 +94,7 @@ class Prompts:
     def empty_buffers(self, runner: Runner) -> Buffers:
         """Room for the keys and values of one prompt."""
         empty = partial(runner.stages.empty_buffers, 1, self.rows, self._dtype)
-        return jax.eval_shape(empty) if runner.dry else empty()
+        return jax.eval_shape(empty) if runner.dry else runner.programs.zeros(empty)
 
     def run(
         self,

@@ -153,7 +153,7 @@ class Slots:
     def clear(self, dry: bool = False) -> None:
         """Make the arrays, or their shapes, with all slots free."""
         empty = partial(self._stages.empty_pool, self.group.slots, self._rows, self._dtype)
-        self.pool = jax.eval_shape(empty) if dry else empty()
+        self.pool = jax.eval_shape(empty) if dry else self._programs.zeros(empty)
         none = np.zeros(self.group.slots, np.int32)
         runner = Runner(self._programs, self._stages, dry)
         self.state = runner.do("start", self._rows, none, none, self._off, dtype=self._dtype)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlcache_jax.distributed.collectives import each_row
 from vlcache_jax.models.decoder import Decoder
 from vlcache_jax.models.layers import DType, Linear, normal
 from vlcache_jax.models.llava.clip import Attend, VisionTower
@@ -28,8 +29,11 @@ class Projector(nnx.Module):
         self.newline = normal(rngs, (width,), dtype) if newline else None
 
     def __call__(self, features: jax.Array) -> jax.Array:
-        """Features [S, P, D_vision] -> the table of visual rows [S * P (+ 1), D]."""
-        rows = self.linear_2(jax.nn.gelu(self.linear_1(features), approximate=False))
+        """Features [S, P, D_vision] -> [S, P, D]."""
+        return self.linear_2(jax.nn.gelu(self.linear_1(features), approximate=False))
+
+    def table(self, rows: jax.Array) -> jax.Array:
+        """[S, P, D] -> the table of visual rows [S * P (+ 1), D]."""
         rows = rows.reshape(-1, rows.shape[-1])
         if self.newline is None:
             return rows
@@ -48,7 +52,11 @@ class Llava(Decoder):
     @jax.named_scope("vision")
     def visual_rows(self, tiles: jax.Array, attend: Attend) -> jax.Array:
         """Pixel tiles [S, 3, size, size] -> the table of visual rows [S * P (+ 1), D]."""
-        return self.projector(self.vision(tiles, self.vision_layers, attend=attend))
+
+        def rows(tiles: jax.Array) -> jax.Array:
+            return self.projector(self.vision(tiles, self.vision_layers, attend=attend))
+
+        return self.projector.table(each_row(rows, tiles))
 
     def visual_tables(self, inputs: ModelInputs, attend: Attend) -> tuple[jax.Array, ...]:
         """See `Decoder.visual_tables`."""
