@@ -1,9 +1,9 @@
 """The models and the pictures in this package, for a first run without a model hub.
 
-`demo` is a LLaVA-NeXT that reads pages of some 2,900 visual tokens. The package has what was learned
-for it; its decoder is a published one, of a package of its own (docs/demo.md). `demo-small` is whole
-in this package, and small. Twelve pictures come with each, a question to each and its right answer,
-of seeds that it was not trained on; `python -m benchmarks.make_demo` makes both.
+`demo` is a LLaVA-NeXT that reads pages of some 2,900 visual tokens. The package has what was
+learned for it; its decoder is a published one, of a package of its own (docs/demo.md). `demo-small`
+is whole in this package, and small. Twelve pictures come with each, a question to each and its
+right answer, of seeds that it was not trained on; `python -m benchmarks.make_demo` makes both.
 """
 
 import json

@@ -41,8 +41,7 @@ GROUPS = (SlotGroup(8, 128), SlotGroup(2, 512), SlotGroup(1, 512, 1.0))
 """Slots by default: for short answers, for long ones, and for the full cache of any prompt."""
 
 CHUNK = 8
-"""Decode steps of a chunk: half of a batch's that begins together. There is a part of a prompt
-between two chunks, so that of an answer's length fewer slots are in use the longer these are."""
+"""Decode steps between two parts of prompts: the fewer, the sooner are free slots in use."""
 
 ALL_PROGRAMS = 10_000  # none is ever thrown away
 
@@ -63,8 +62,7 @@ class Engine:
         chunk: most decode steps between two looks at the queue.
         queue: requests that may wait for a slot.
         logprobs: most tokens that a request may ask the probabilities of, at each step.
-        prefix_bytes: what may be kept of prompts, for others that begin as they do.
-        prefix_store: where that lies, "device" or "host".
+        prefix_bytes, prefix_store: what may be kept of prompts, and where; see `Prefixes`.
 
     Attributes:
         rows: the prompts' bucket, T.
