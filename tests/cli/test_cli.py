@@ -20,7 +20,7 @@ def test_json_is_one_object_and_nothing_else(model_dir, image):
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert set(answer) == {
-        "text", "tokens", "prompt_tokens", "visual_tokens", "context_tokens",
+        "text", "tokens", "finish_reason", "prompt_tokens", "visual_tokens", "context_tokens",
         "timings", "kv", "model", "versions",
     }  # fmt: skip
     assert set(answer["timings"]) == {"compile_s", "prefill_s", "decode_s", "decode_tokens_per_s"}

@@ -39,10 +39,13 @@ class Picture:
     answer: str
 
 
-@cache
 def pictures(model: str = "demo") -> tuple[Picture, ...]:
     """All pictures that come with a model of `MODELS`, in their order."""
-    folder = MODELS[model].with_name("pictures")
+    return _read(model, MODELS[model].with_name("pictures"))
+
+
+@cache
+def _read(model: str, folder: Path) -> tuple[Picture, ...]:
     entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     return tuple(
         Picture(

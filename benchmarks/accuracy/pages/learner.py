@@ -155,7 +155,7 @@ class PageLearner(Learner):
 
         def visual_rows(tiles: jax.Array) -> jax.Array:
             features = eyes.vision(tiles, eyes.vision_layers, attend=attend_patches)
-            return eyes.projector(features)
+            return eyes.projector.table(eyes.projector(features))
 
         def decode(rows: jax.Array, attend: Attend) -> tuple[jax.Array, jax.Array]:
             def layer(x: jax.Array, each: tuple[Any, Any]) -> tuple[jax.Array, None]:
