@@ -37,7 +37,7 @@ class Pictures:
         most: pictures of a request.
         most_pixels: of a picture.
         most_bytes: of a picture that is fetched.
-        seconds: that fetching one may take.
+        seconds: that fetching all of a request may take.
         resolve: finds the addresses of a host.
     """
 
@@ -63,10 +63,11 @@ class Pictures:
         """
         if len(urls) > self._most:
             raise ApiError(400, f"{len(urls)} pictures: a request has at most {self._most}")
-        return [self._picture(url) for url in urls]
+        until = time.monotonic() + self._seconds
+        return [self._picture(url, until) for url in urls]
 
-    def _picture(self, url: str) -> Image.Image:
-        content = _of_data(url) if url[:5].lower() == "data:" else self._fetch(url)
+    def _picture(self, url: str, until: float) -> Image.Image:
+        content = _of_data(url) if url[:5].lower() == "data:" else self._fetch(url, until)
         try:
             with Image.open(BytesIO(content)) as opened:
                 pixels = opened.width * opened.height
@@ -78,12 +79,11 @@ class Pictures:
         except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise _bad(str(error) or "a picture is damaged") from None
 
-    def _fetch(self, url: str) -> bytes:
+    def _fetch(self, url: str, until: float) -> bytes:
         """The content at a URL; each redirection is checked as the first address was."""
         if not self._hosts:
             message = "pictures are not fetched here: send a data URI, data:image/png;base64,..."
             raise _bad(message)
-        until = time.monotonic() + self._seconds
         for _ in range(REDIRECTS + 1):
             there = self._allowed(url)
             try:

@@ -8,6 +8,7 @@ import contextvars
 import hmac
 import logging
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -65,6 +66,10 @@ class ServerSettings:
     bits: str | None = None
 
 
+READERS = 4
+"""Requests whose pictures are read, or fetched, at a time."""
+
+
 class Prepared(NamedTuple):
     """What is asked, ready for the engine.
 
@@ -93,9 +98,9 @@ class Service:
     def __init__(self, vlm: VLM, engine: Engine, settings: ServerSettings, pictures: Pictures):
         self._vlm, self._engine, self._settings, self._pictures = vlm, engine, settings, pictures
         self.metrics = Metrics(engine, settings.name)
-        # One: reading pictures and making tokens is quick beside the model, and a crowd of
-        # requests has no more memory this way than those that wait.
-        self._worker, self._preparing = ThreadPoolExecutor(1, "vlcache-requests"), 0
+        # Few: a crowd of requests has no more memory this way than those that wait.
+        self._workers, self._preparing = ThreadPoolExecutor(READERS, "vlcache-requests"), 0
+        self._tokenizing = threading.Lock()
         self._created, self._told_of_order = now(), False
 
     @property
@@ -139,7 +144,7 @@ class Service:
     # What is asked
 
     def asked_of_chat(self, body: ChatBody) -> Prepared:
-        """The requests of a conversation; in the worker's thread."""
+        """The requests of a conversation; in a worker's thread."""
         said = body.conversation(self._settings.images_first)
         if said.text_first and not self._told_of_order:
             self._told_of_order = True
@@ -164,7 +169,8 @@ class Service:
         own = body.options(given.default_tokens, secrets.randbits(32), given.method, given.bits)
         if body.kv_budget is None and given.budget is not None and body.kv_method != "full":
             own["cache"] = _with_budget(own["cache"], given.budget)
-        one = self._vlm.request(**prompt, **own)
+        with self._tokenizing:  # tokenizers are not made for several threads
+            one = self._vlm.request(**prompt, **own)
         draws = one.settings.draws
         return [
             one._replace(
@@ -214,7 +220,7 @@ class Service:
         body: ChatBody | CompletionBody,
         notify: Callable[[], None],
     ) -> tuple[list[Ticket], list[np.ndarray]]:
-        """The tickets of what is asked, and `Prepared.shown`, made in the worker's thread."""
+        """The tickets of what is asked, and `Prepared.shown`, made in a worker's thread."""
         if self._preparing >= self._engine.load.queue:
             raise busy("as many requests are read as may be: try again later")
 
@@ -233,7 +239,7 @@ class Service:
             return tickets, prepared.shown
 
         self._preparing += 1
-        made = asyncio.get_running_loop().run_in_executor(self._worker, _in_context(submit))
+        made = asyncio.get_running_loop().run_in_executor(self._workers, _in_context(submit))
         try:
             return await asyncio.shield(made)
         except asyncio.CancelledError:  # the client has gone; what it asked is not answered
