@@ -113,6 +113,17 @@ def test_a_tied_head_is_split_with_the_embedding(loaded):
     assert tokens(mesh) == tokens(plain)
 
 
+@pytest.mark.parametrize("folder", ["onevision_dir", "qwen_dir", "qwen3_dir", "text_dir"])
+def test_every_family(folder, request):
+    path, found = request.getfixturevalue(folder), []
+    shown = None if folder == "text_dir" else PICTURES
+    for mesh in (None, "model=2,data=2"):
+        vlm = vlcache_jax.load(path, mesh=mesh)
+        answers = vlm.generate(shown, TEXTS, max_new_tokens=NEW, cache=VLCache(0.3))
+        found.append([(answer.tokens, answer.cache.layer_budgets) for answer in answers])
+    assert found[0] == found[1]
+
+
 def test_draws_traces_and_parts(loaded):
     plain, mesh = (loaded(8, 2, mesh) for mesh in (None, "model=4,data=2"))
     drawn = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "seed": 3}
