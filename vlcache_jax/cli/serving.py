@@ -6,6 +6,7 @@ import socket
 import threading
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -149,7 +150,7 @@ def serve(
         lengths = tuple(new_tokens or (128, 512))
         if len(set(lengths)) > 3:
             raise ValueError("give --new-tokens at most three times")
-        quantizer = make_quantizer(kv_bits)
+        quantizer, prefix_bytes = make_quantizer(kv_bits), int(prefix_memory * 1e9)
         names = list(dict.fromkeys(method or METHODS))
         methods = [
             make_method(each, None if each == "full" else kv_budget, quantizer) for each in names
@@ -165,10 +166,10 @@ def serve(
             new_tokens=lengths,
             slots=slots,
             whole="full" in names,
-            prefix_bytes=int(prefix_memory * 1e9),
+            prefix_bytes=prefix_bytes,
         )
         if dry_run:
-            print_result(sizes_facts(sizes), sizes_table(sizes), as_json)
+            print_result(asdict(sizes), sizes_table(sizes), as_json)
             return
         link = stack.enter_context(_bound(host, port))
         vlm, progress = open_model(model, revision, dtype, backend)
@@ -181,7 +182,7 @@ def serve(
                 prefill_chunk=prefill_chunk,
                 queue=queue,
                 logprobs=logprobs,
-                prefix_bytes=int(prefix_memory * 1e9),
+                prefix_bytes=prefix_bytes,
                 prefix_store=prefix_store,
             )
         longest = config.text.max_positions + 1 - sizes.rows
@@ -200,14 +201,9 @@ def serve(
 
 
 def _check_packages() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"{error.name} is not installed: pip install 'vlcache-jax[serve]'"
-        ) from None
+    for name in ("fastapi", "prometheus_client", "uvicorn"):
+        if find_spec(name) is None:
+            raise ValueError(f"{name} is not installed: pip install 'vlcache-jax[serve]'")
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -269,11 +265,6 @@ def _run(
     if failed:
         show_error(failed[0])
         raise typer.Exit(1)
-
-
-def sizes_facts(sizes: "Sizes") -> dict[str, Any]:
-    """What fits, as plain values."""
-    return asdict(sizes)
 
 
 def sizes_table(sizes: "Sizes") -> Table:

@@ -264,6 +264,18 @@ def memory_need(
     return {**parts, "total": sum(parts.values())}
 
 
+def slot_need(
+    config: ModelConfig, dtype: jnp.dtype, cache: CacheMethod, *, rows: int, new_tokens: int
+) -> tuple[int, int]:
+    """Bytes of a slot, and those beside all slots: the parameters and the prefill of one prompt.
+
+    The arguments are those of `slots_that_fit`.
+    """
+    need = memory_need(config, dtype, cache, rows=rows, batch=1, new_tokens=new_tokens)
+    prompt = whole_capacity(config.text.num_layers, rows) * row_bytes(config.text, dtype)
+    return need["pool"] + need["tail"], need["parameters"] + need["activations"] + prompt
+
+
 def slots_that_fit(
     config: ModelConfig,
     dtype: jnp.dtype,
@@ -283,10 +295,8 @@ def slots_that_fit(
         rows: the prompts' bucket, T.
         new_tokens: most tokens of an answer.
     """
-    need = memory_need(config, dtype, cache, rows=rows, batch=1, new_tokens=new_tokens)
-    prompt = whole_capacity(config.text.num_layers, rows) * row_bytes(config.text, dtype)
-    fixed = need["parameters"] + need["activations"] + prompt
-    return max(0, (memory - fixed) // (need["pool"] + need["tail"]))
+    slot, fixed = slot_need(config, dtype, cache, rows=rows, new_tokens=new_tokens)
+    return max(0, (memory - fixed) // slot)
 
 
 def human_bytes(count: float) -> str:

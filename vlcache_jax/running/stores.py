@@ -35,6 +35,11 @@ def check_store(store: Any) -> str:
     return name
 
 
+def tree_bytes(tree: Any) -> int:
+    """What arrays take."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
 def put(store: str, buffers: Buffers) -> Any:
     """What is kept of buffers; with "device" themselves."""
     if store == "device":

@@ -30,7 +30,7 @@ from vlcache_jax.serving.methods import kind, served
 from vlcache_jax.serving.prefixes import NO_KEYS, Prefixes, keys_of
 from vlcache_jax.serving.prompts import Prompts
 from vlcache_jax.serving.slots import Load, SlotGroup, Slots
-from vlcache_jax.serving.ticket import Notify, QueueFull, Ticket, nothing
+from vlcache_jax.serving.ticket import Closed, Notify, QueueFull, Ticket, nothing
 from vlcache_jax.streaming import Request, Written
 from vlcache_jax.vlm import VLM
 
@@ -166,7 +166,7 @@ class Engine:
             ValueError: it is one that this engine does not serve; the message says what it does.
             NotImplementedError: it asks for a trace or has a video.
             QueueFull: as many requests wait as may.
-            RuntimeError: the engine is not warm yet, or closed.
+            RuntimeError: the engine is not warm yet, or `Closed`.
         """
         if not self.ready:
             raise RuntimeError("the engine is not ready: call warm_up first")
@@ -247,7 +247,7 @@ class Engine:
     def _enqueue(self, ticket: Ticket) -> Ticket:
         with self._changed:
             if self._closing or self.error is not None:
-                raise RuntimeError("the engine is closed") from self.error
+                raise Closed("the engine is closed") from self.error
             if len(self._waiting) >= self._most_waiting:
                 raise QueueFull(f"{self._most_waiting} requests wait already: try again later")
             self._waiting.append(ticket)
@@ -313,7 +313,7 @@ class Engine:
                 left.append(self._admission.ticket)
             self._waiting.clear()
         for ticket in left:
-            ticket.fail(_caused("the engine was closed", self.error))
+            ticket.fail(_caused(Closed("the engine was closed"), self.error))
 
     def _wait(self) -> bool:
         """Wait for work; false once there is to be no more."""
@@ -429,7 +429,8 @@ class Engine:
         """Give up what runs in a group whose arrays are lost, and make new ones."""
         for row, ticket in group.running:
             group.tickets[row] = None
-            ticket.fail(_caused("the device failed while the request ran", error))
+            failed = RuntimeError("the device failed while the request ran")
+            ticket.fail(_caused(failed, error))
         group.clear()
 
 
@@ -444,7 +445,6 @@ class _Admission(NamedTuple):
     steps: Generator[None, None, None]
 
 
-def _caused(message: str, error: Exception | None) -> RuntimeError:
-    made = RuntimeError(message)
+def _caused(made: Exception, error: Exception | None) -> Exception:
     made.__cause__ = error
     return made

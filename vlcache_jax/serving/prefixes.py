@@ -23,6 +23,7 @@ from vlcache_jax.requests.inputs import ModelInputs
 from vlcache_jax.running.programs import Programs
 from vlcache_jax.running.prompting import Tables
 from vlcache_jax.running.state import Buffers
+from vlcache_jax.running.stores import tree_bytes
 
 BLOCK = 64
 """Rows of a block: what two prompts have in common is found to so many."""
@@ -126,7 +127,7 @@ class Prefixes:
         """Keep what a prompt has left, as far as there is room for it."""
         if not self.most_bytes:
             return
-        size = BLOCK * _bytes(buffers) // buffers.k.shape[2] * self._layers
+        size = BLOCK * tree_bytes(buffers) // buffers.k.shape[2] * self._layers
         # The first ones last: they are of no use without those in front of them.
         for number, key in reversed([*enumerate(keys.blocks[: self.most_bytes // size])]):
             args = buffers, np.int32(number * BLOCK)
@@ -153,9 +154,9 @@ class Prefixes:
         if self._store == "host":
             made = jax.device_get(made)
         self._kept[key] = made
-        self.bytes += _bytes(made)
+        self.bytes += tree_bytes(made)
         while self.bytes > self.most_bytes:
-            self.bytes -= _bytes(self._kept.popitem(last=False)[1])
+            self.bytes -= tree_bytes(self._kept.popitem(last=False)[1])
 
     def _run(
         self, name: str, function: Callable, args: tuple[Any, ...], donate: Sequence[int] = ()
@@ -192,7 +193,3 @@ def _digest(*parts: bytes | np.ndarray) -> bytes:
             digest.update(f"{part.shape} {part.dtype}".encode())
             digest.update(np.ascontiguousarray(part).data)
     return digest.digest()
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

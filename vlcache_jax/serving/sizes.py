@@ -1,7 +1,8 @@
 """How many slots a server has: what the memory holds, or what was asked for."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from vlcache_jax.cache.methods import FullCache, make_method
 from vlcache_jax.cache.quantize import Quantizer
 from vlcache_jax.models.config import ModelConfig
 from vlcache_jax.requests.buckets import bucket_for, default_buckets
-from vlcache_jax.results.report import human_bytes, memory_need, slots_that_fit
+from vlcache_jax.results.report import human_bytes, slot_need, slots_that_fit
 from vlcache_jax.serving.slots import SlotGroup
 
 MOST_SLOTS = {"cpu": 8}
@@ -99,17 +100,15 @@ def plan_slots(
         groups += [SlotGroup(short, lengths[0], budget)] if short > 0 else []
         return (*groups, *([SlotGroup(1, lengths[-1], 1.0)] if whole else ()))
 
+    @cache  # numbers of slots are tried, of the same few kinds
+    def need_of(budget: float | str, new_tokens: int) -> tuple[int, int]:
+        own = _slot(config, str(budget), quantizer)
+        return slot_need(config, dtype, own, rows=rows, new_tokens=new_tokens)
+
     def needed(groups: tuple[SlotGroup, ...]) -> int:
-        total = prefix_bytes
-        for number, group in enumerate(groups):
-            cache = _slot(config, str(group.budget), quantizer)
-            own = {"rows": rows, "new_tokens": group.new_tokens}
-            one = memory_need(config, dtype, cache, batch=1, **own)
-            total += group.slots * (one["pool"] + one["tail"])
-            if not number:  # once: of the one prompt that is run at a time
-                alone = memory_need(config, dtype, FullCache(), batch=1, **own)
-                total += alone["parameters"] + alone["activations"] + alone["pool"]
-        return total
+        needs = [need_of(group.budget, group.new_tokens) for group in groups]
+        slots = sum(group.slots * slot for group, (slot, _) in zip(groups, needs, strict=True))
+        return prefix_bytes + slots + needs[0][1]
 
     if slots is not None:
         groups = divided(slots)
@@ -129,13 +128,11 @@ def plan_slots(
         groups = divided(count)
     own = {"rows": rows, "new_tokens": lengths[0]}
     room = memory - prefix_bytes
-    fits = (slots_that_fit(config, dtype, cache, room, **own) for cache in (FullCache(), kept))
+    fits = (slots_that_fit(config, dtype, each, room, **own) for each in (FullCache(), kept))
     return Sizes(groups, rows, memory, needed(groups), *fits)
 
 
 def _slot(config: ModelConfig, budget: str, quantizer: Quantizer | None) -> CacheMethod:
     """Any method with what a slot holds."""
-    cache = make_method("vl-cache", budget)
-    if cache.limit.keeps_all:
-        return FullCache(quantize=quantizer).for_model(config.text)
-    return replace(cache, quantize=quantizer).for_model(config.text)
+    made = make_method("vl-cache", budget, quantizer).for_model(config.text)
+    return FullCache(quantize=made.quantize) if made.limit.keeps_all else made

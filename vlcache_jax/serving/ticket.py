@@ -53,6 +53,10 @@ class QueueFull(RuntimeError):
     """As many requests wait as may: try again later."""
 
 
+class Closed(RuntimeError):
+    """The engine has ended; its `error` says why, where it was not closed."""
+
+
 class Ticket(Iterator[str]):
     """A request on its way: iterating it, in one thread, gives its text in pieces.
 

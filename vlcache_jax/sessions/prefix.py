@@ -4,7 +4,6 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from vlcache_jax.cache.method import CacheMethod
@@ -17,7 +16,7 @@ from vlcache_jax.requests.videos import Videos
 from vlcache_jax.running.generate import Generate
 from vlcache_jax.running.parts import CHUNK_ROWS, Rows, Runner, last_visual, reach
 from vlcache_jax.running.prompting import Tables
-from vlcache_jax.running.stores import check_store
+from vlcache_jax.running.stores import check_store, tree_bytes
 
 if TYPE_CHECKING:
     from vlcache_jax.streaming import Request
@@ -173,8 +172,8 @@ class Prefix:
         """See `SessionReport`."""
         kv, other = 0, 0
         for rows in self.all_rows.values():
-            kv += _bytes(rows.kept)
-            other += _bytes((rows.tables, [*rows.memory.values()]))
+            kv += tree_bytes(rows.kept)
+            other += tree_bytes((rows.tables, [*rows.memory.values()]))
         visual = int(np.sum(self.inputs.visual_index[0] >= 0))
         counts = self.questions, self.anew
         return SessionReport(self.length, visual, self.store, kv, other, *counts)
@@ -195,7 +194,3 @@ def common(one: ModelInputs, other: ModelInputs) -> int:
             unlike = first[..., 0, :count] != second[..., 0, :count]
             differ |= unlike.reshape(-1, count).any(axis=0)
     return int(np.argmax(differ)) if differ.any() else count
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

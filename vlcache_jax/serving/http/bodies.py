@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vlcache_jax.cache.methods import make_method
+from vlcache_jax.cache.methods import FullCache, make_method
 from vlcache_jax.cache.quantizers import make_quantizer
 from vlcache_jax.serving.http.errors import ApiError
 
@@ -75,7 +75,12 @@ class Body(BaseModel):
         return sorted(self.model_extra or ())
 
     def options(
-        self, most_tokens: int, seed: int, method: str, bits: str | None = None
+        self,
+        most_tokens: int,
+        seed: int,
+        method: str,
+        bits: str | None = None,
+        budget: str | None = None,
     ) -> dict[str, Any]:
         """Arguments of `VLM.request`, but for the prompt.
 
@@ -84,14 +89,19 @@ class Body(BaseModel):
             seed: of the draws, where it does not say.
             method: the cache method, where it does not say.
             bits: the quantizer, where it does not say.
+            budget: of the cache, where it does not say; the full cache has none.
 
         Raises:
             ApiError: there is no such cache.
         """
         try:
-            budget = None if self.kv_budget is None else str(self.kv_budget)
+            name = self.kv_method or method
+            if self.kv_budget is not None:
+                budget = str(self.kv_budget)
+            elif name == FullCache.name:
+                budget = None
             bits = bits if self.kv_bits is None else str(self.kv_bits)
-            cache = make_method(self.kv_method or method, budget, make_quantizer(bits))
+            cache = make_method(name, budget, make_quantizer(bits))
         except ValueError as error:
             raise ApiError(400, error, param="kv_method") from None
         return {

@@ -1,6 +1,5 @@
 """What is measured, under the names that dashboards and load generators read."""
 
-import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -92,8 +91,3 @@ class Metrics:
     def text(self) -> bytes:
         """All of them, in Prometheus' text format."""
         return generate_latest(self.registry)
-
-
-def now() -> int:
-    """Seconds since 1970, as responses have them."""
-    return int(time.time())

@@ -58,12 +58,14 @@ class Answering:
         if not self._chat:
             return []
         delta = {"delta": {"role": "assistant", "content": ""}}
-        return [self._chunk(self._choice(index, delta, None, [])) for index, _ in self._each()]
+        return [
+            self._chunk(self._choice(index, delta, None, [])) for index in range(len(self.tickets))
+        ]
 
     def more(self) -> list[dict[str, Any]]:
         """A chunk for each choice that has text that was not sent yet, or has ended."""
         chunks = []
-        for index, ticket in self._each():
+        for index, ticket in enumerate(self.tickets):
             if self._sent[index] < 0:
                 continue
             ended = ticket.done  # before the text is looked at: then there is no more
@@ -111,9 +113,6 @@ class Answering:
             if own[0].kv_map:
                 found["kv_cache"]["map"] = kept_map(own, self._shown)
         return found
-
-    def _each(self) -> list[tuple[int, Ticket]]:
-        return [*enumerate(self.tickets)]
 
     def _head(self, stream: bool = False) -> dict[str, Any]:
         kind = "text_completion"

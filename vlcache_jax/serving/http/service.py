@@ -29,10 +29,10 @@ from vlcache_jax.serving.http.bodies import Body, ChatBody, CompletionBody
 from vlcache_jax.serving.http.errors import ApiError, answer_error, busy, error_body, failure
 from vlcache_jax.serving.http.kept import rectangles
 from vlcache_jax.serving.http.logs import log
-from vlcache_jax.serving.http.metrics import Metrics, now
+from vlcache_jax.serving.http.metrics import Metrics
 from vlcache_jax.serving.http.pictures import Pictures
 from vlcache_jax.serving.http.responses import Answering
-from vlcache_jax.serving.ticket import QueueFull, Ticket
+from vlcache_jax.serving.ticket import Closed, QueueFull, Ticket
 from vlcache_jax.streaming import Request as Asked
 from vlcache_jax.vlm import VLM
 
@@ -101,7 +101,7 @@ class Service:
         # Few: a crowd of requests has no more memory this way than those that wait.
         self._workers, self._preparing = ThreadPoolExecutor(READERS, "vlcache-requests"), 0
         self._tokenizing = threading.Lock()
-        self._created, self._told_of_order = now(), False
+        self._created, self._told_of_order = int(time.time()), False
 
     @property
     def model(self) -> dict[str, Any]:
@@ -166,9 +166,8 @@ class Service:
 
     def _choices(self, body: Body, **prompt: Any) -> list[Asked]:
         given = self._settings
-        own = body.options(given.default_tokens, secrets.randbits(32), given.method, given.bits)
-        if body.kv_budget is None and given.budget is not None and body.kv_method != "full":
-            own["cache"] = _with_budget(own["cache"], given.budget)
+        cache = given.method, given.bits, given.budget
+        own = body.options(given.default_tokens, secrets.randbits(32), *cache)
         with self._tokenizing:  # tokenizers are not made for several threads
             one = self._vlm.request(**prompt, **own)
         draws = one.settings.draws
@@ -205,14 +204,13 @@ class Service:
         tickets, shown = await self._submit(asked, body, notify)
         own = isinstance(body, ChatBody), self._vlm.processor.tokenizer, shown
         answering = Answering(tickets, self._settings.name, *own)
+        waiting = _Waiting(request, changed, tickets)
         if body.stream:
             options = body.stream_options
             usage = bool(options and options.include_usage)
             always = bool(options and options.continuous_usage_stats)
-            waiting = _Waiting(request, changed)
-            events = self._events(answering, waiting, usage, always, began)
-            return _Stream(events, tickets, waiting)
-        return await self._whole(answering, _Waiting(request, changed), began)
+            return _Stream(self._events(answering, waiting, usage, always, began), waiting)
+        return await self._whole(answering, waiting, began)
 
     async def _submit(
         self,
@@ -233,8 +231,7 @@ class Service:
                 for one in [choice for choices in prepared.choices for choice in choices]:
                     tickets.append(self._engine.submit(one, **own))
             except BaseException:
-                for ticket in tickets:
-                    ticket.cancel()
+                _cancel(tickets)
                 raise
             return tickets, prepared.shown
 
@@ -249,8 +246,8 @@ class Service:
             raise busy(error) from None
         except (ValueError, NotImplementedError) as error:
             raise ApiError(400, error) from None
-        except RuntimeError as error:
-            if self._engine.error is None and "closed" in str(error):
+        except Closed:
+            if self._engine.error is None:
                 raise busy("the server is stopping") from None
             raise
         finally:
@@ -265,8 +262,6 @@ class Service:
             return JSONResponse(answering.body())
         finally:
             waiting.end()
-            for ticket in answering.tickets:
-                ticket.cancel()
 
     async def _events(
         self,
@@ -309,7 +304,7 @@ class Service:
                 raise busy("the request was dropped") from None
             except Exception as error:
                 log("failed", logging.ERROR, exc_info=error)
-                if "closed" in str(error) and self._engine.error is None:
+                if isinstance(error, Closed) and self._engine.error is None:
                     raise busy("the server is stopping") from None
                 raise failure() from None
 
@@ -335,10 +330,12 @@ class _Waiting:
     Args:
         request: of the client.
         changed: set where there is more.
+        tickets: of the answer.
     """
 
-    def __init__(self, request: Request, changed: asyncio.Event):
+    def __init__(self, request: Request, changed: asyncio.Event, tickets: Sequence[Ticket]):
         self._changed, self._gone = changed, asyncio.ensure_future(_gone(request))
+        self._tickets = tickets
 
     async def more(self) -> None:
         """Return where there was more since the last call.
@@ -354,35 +351,30 @@ class _Waiting:
             raise ApiError(499, "the client has gone")
 
     def end(self) -> None:
-        """Wait no more."""
+        """Wait no more: nothing runs on."""
         self._gone.cancel()
+        _cancel(self._tickets)
 
 
 class _Stream(StreamingResponse):
     """Events; however it ends, nothing runs on for it."""
 
-    def __init__(self, events: AsyncIterator[str], tickets: Sequence[Ticket], waiting: _Waiting):
+    def __init__(self, events: AsyncIterator[str], waiting: _Waiting):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._tickets, self._waiting = tickets, waiting
+        self._waiting = waiting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._waiting.end()
-            for ticket in self._tickets:
-                ticket.cancel()
 
 
 async def _gone(request: Request) -> None:
     """Wait for the client to go."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _with_budget(cache: Any, budget: str) -> Any:
-    return cache if cache.limit.keeps_all else replace(cache, budget=budget)
 
 
 def _in_context(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -393,5 +385,9 @@ def _in_context(function: Callable[[], Any]) -> Callable[[], Any]:
 
 def _drop(made: Any) -> None:
     with suppress(BaseException):
-        for ticket in made.result()[0]:
-            ticket.cancel()
+        _cancel(made.result()[0])
+
+
+def _cancel(tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.cancel()
